@@ -1,0 +1,57 @@
+"""What a kernel is: one way to multiply a linear layer in one format."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """Computes `input @ weight.T + bias` and its gradients in one format.
+
+    Kernels are immutable, compare by value and hold no tensors, so that layers of equal format
+    share compiled code.
+    """
+
+    @property
+    def name(self) -> str:
+        """What runs, in the words of the conversion report, e.g. "native (emulated)"."""
+        ...
+
+    @property
+    def runs_on_fp8_hardware(self) -> bool:
+        """Whether CUDA tensors are multiplied by FP8 tensor cores; the CPU never does."""
+        ...
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
+        """The product.
+
+        Args:
+            input: [..., in_features], any leading dimensions, possibly empty.
+            weight: [out_features, in_features].
+            bias: [out_features] or None.
+            layer: the layer's name, for error messages.
+
+        Returns:
+            [..., out_features] in the autocast dtype if autocast is on, else in `input.dtype`.
+        """
+        ...
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype nn.Linear would compute in here: autocast's if it is on, else the input's."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Turn autocast off where it is on: inside a kernel every dtype is chosen by hand."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

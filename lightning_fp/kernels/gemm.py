@@ -1,0 +1,113 @@
+"""FP8 products: `torch._scaled_mm` where the hardware has it, exact emulation elsewhere.
+
+Emulation multiplies the very FP8 values in a wider dtype that holds them exactly, accumulates in
+float32 and applies the scales once, to the result, as the hardware does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_fp.kernels import hardware
+from lightning_fp.numerics import FloatFormat
+from lightning_fp.numerics.casting import clamp_into_new
+
+
+def operand_dtype(input: Tensor) -> torch.dtype:
+    """The dtype in which emulated operands are multiplied.
+
+    bf16 where it is fast and the result is rounded to bf16 anyway, else float32. Both hold every
+    FP8 value exactly and both accumulate in float32.
+    """
+    fast_bf16 = input.is_cuda or hardware.CPU_HAS_BF16
+    return torch.bfloat16 if fast_bf16 and input.dtype is torch.bfloat16 else torch.float32
+
+
+def cast_operand(
+    x: Tensor, scale: Tensor, format: FloatFormat, wide: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Cast one operand of a product.
+
+    Args:
+        x: [rows, columns], high precision.
+        scale: float32 scalar.
+        format: the 8-bit format.
+        wide: dtype to multiply in under emulation; None on FP8 hardware.
+
+    Returns:
+        The FP8 tensor (to save), and what to multiply with: the same tensor on FP8 hardware, its
+        exact values in `wide` under emulation.
+    """
+    scaled = clamp_into_new(x, scale, format.max)
+    cast = scaled.to(format.dtype)
+    if wide is None:
+        return cast, cast
+    if torch.compiler.is_compiling():
+        return cast, cast.to(wide)
+    return cast, scaled.copy_(_as_float16(cast)).to(wide)
+
+
+def widen(cast: Tensor, wide: torch.dtype | None) -> Tensor:
+    """The exact values of an FP8 tensor in `wide`; the tensor itself on FP8 hardware."""
+    if wide is None:
+        return cast
+    if torch.compiler.is_compiling():
+        return cast.to(wide)
+    # By way of float32: torch vectorises both steps, and not the direct one.
+    return _as_float16(cast).float().to(wide)
+
+
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    fast_accumulation: bool = False,
+) -> Tensor:
+    """`a @ b` without its scales.
+
+    Args:
+        a: [M, K], FP8 or widened.
+        b: [K, N], FP8 or widened.
+        scale_a: float32 scalar that `a` was multiplied with.
+        scale_b: float32 scalar that `b` was multiplied with.
+        out_dtype: dtype of the result.
+        fast_accumulation: let Hopper accumulate with fewer bits (FP8 hardware only).
+
+    Returns:
+        [M, N] in `out_dtype`.
+    """
+    inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
+    if a.dtype.itemsize == 1:
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
+            a.contiguous(),
+            b.t().contiguous().t(),  # cuBLAS wants the second operand column-major
+            scale_a=inverse_a,
+            scale_b=inverse_b,
+            out_dtype=out_dtype,
+            use_fast_accum=fast_accumulation,
+        )
+    product = (a @ b).float()
+    inverse = inverse_a * inverse_b
+    if torch.compiler.is_compiling():
+        return (product * inverse).to(out_dtype)
+    return product.mul_(inverse).to(out_dtype)
+
+
+def _as_float16(cast: Tensor) -> Tensor:
+    """Decode FP8 by moving its bits into float16: 3 to 8 times faster on a CPU than `.to`.
+
+    float16 has the exponent width of e5m2, whose bits need only to be shifted up. For e4m3 they
+    are shifted under float16's wider exponent field, which divides by 2**8. NaN codes of e4m3 come
+    out as ±480: a NaN operand has a NaN scale, which `multiply` applies to every result.
+    """
+    if cast.dtype is torch.float8_e5m2:
+        return cast.view(torch.uint8).to(torch.int16).bitwise_left_shift_(8).view(torch.float16)
+    if cast.dtype is torch.float8_e4m3fn:
+        # int8 -> int16 repeats the sign bit; the mask clears the copy inside the exponent field.
+        bits = cast.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+        return bits.view(torch.float16).mul_(256.0)
+    return cast.to(torch.float16)

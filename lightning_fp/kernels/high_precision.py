@@ -1,0 +1,40 @@
+"""High precision: nn.Linear itself, or nn.Linear in another 16- or 32-bit dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_fp.kernels.base import compute_dtype, without_autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighPrecisionKernel:
+    """Bit-equal to nn.Linear where it would compute in `dtype` anyway."""
+
+    dtype: torch.dtype | None = None
+    """The dtype to compute in; None leaves it to autocast and the operands, as nn.Linear does."""
+
+    @property
+    def name(self) -> str:
+        """See `Kernel.name`."""
+        return "nn.Linear"
+
+    @property
+    def runs_on_fp8_hardware(self) -> bool:
+        """See `Kernel.runs_on_fp8_hardware`."""
+        return False
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
+        """See `Kernel.__call__`; a float32 layer under autocast returns float32."""
+        if self.dtype is None or compute_dtype(input) is self.dtype:
+            return F.linear(input, weight, bias)
+        device = input.device.type
+        out_dtype = self.dtype if torch.is_autocast_enabled(device) else input.dtype
+        with without_autocast(device):
+            bias = None if bias is None else bias.to(self.dtype)
+            output = F.linear(input.to(self.dtype), weight.to(self.dtype), bias)
+            return output.to(out_dtype)

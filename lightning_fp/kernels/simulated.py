@@ -1,0 +1,73 @@
+"""Any e{X}m{Y}: operands are rounded to the format, products are computed in float32.
+
+No float8 dtype is involved, so this runs on every device. For studies, not for speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.numerics import FloatFormat, Rounding, round_to_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedKernel:
+    """Rounds input, weight and grad_output, each to its format; no scaling."""
+
+    input: FloatFormat
+    """Format of the input, e.g. e8m3."""
+
+    weight: FloatFormat
+    """Format of the weight."""
+
+    grad_output: FloatFormat
+    """Format of the gradient of the output."""
+
+    rounding: Rounding = "nearest"
+    """How values between two representable ones are rounded."""
+
+    @property
+    def name(self) -> str:
+        """See `Kernel.name`."""
+        return "simulated"
+
+    @property
+    def runs_on_fp8_hardware(self) -> bool:
+        """See `Kernel.runs_on_fp8_hardware`."""
+        return False
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
+        """See `Kernel.__call__`."""
+        input = input.to(compute_dtype(input))
+        with without_autocast(input.device.type):
+            x = _Round.apply(input, self.input, None, self.rounding)
+            w = _Round.apply(weight, self.weight, None, self.rounding)
+            output = F.linear(x, w)
+            output = _Round.apply(output, None, self.grad_output, self.rounding).to(input.dtype)
+            return output if bias is None else output + bias.to(output.dtype)
+
+
+class _Round(torch.autograd.Function):
+    """Round on the way forward, on the way back, or both; straight-through otherwise."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, forward: FloatFormat | None, backward: FloatFormat | None, rounding: Rounding
+    ) -> Tensor:
+        ctx.dtype, ctx.format, ctx.rounding = x.dtype, backward, rounding  # pyright: ignore
+        if forward is None:
+            return x.view_as(x)
+        return round_to_format(x, forward, rounding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        if ctx.format is not None:
+            grad = round_to_format(grad, ctx.format, ctx.rounding)
+        return grad.to(ctx.dtype), None, None, None

@@ -1,0 +1,117 @@
+"""torchao's own float8 function, for every format that its config can say.
+
+`matmul_with_hp_or_float8_args` and `LinearMMConfig` are not public in torchao, so the dependency
+on them stays in this one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.hardware import check_alignment
+
+if TYPE_CHECKING:
+    from torchao.float8 import Float8LinearConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchaoKernel:
+    """A float8 linear as torchao computes it, configured by a `Float8LinearConfig`."""
+
+    config: Float8LinearConfig
+    """torchao's config. `emulate` is set here, by what the device can do."""
+
+    cuda_fp8: bool = False
+    """Whether CUDA tensors go to FP8 tensor cores; everything else is emulated."""
+
+    _function: Any = field(init=False, repr=False, compare=False)
+    _configs: dict[bool, tuple[Float8LinearConfig, Any]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.config.enable_fsdp_float8_all_gather:
+            raise ValueError(
+                "enable_fsdp_float8_all_gather must be False, got True; the weight would arrive in"
+                " FP8 and the layer could never return to high precision"
+            )
+        _patch_inductor()
+        # Looked up here and not in the call, which torch.compile traces.
+        float8_linear = import_float8().float8_linear
+        object.__setattr__(self, "_function", float8_linear.matmul_with_hp_or_float8_args)
+        configs = {emulate: _configs(self.config, emulate) for emulate in (False, True)}
+        object.__setattr__(self, "_configs", configs)
+
+    @property
+    def name(self) -> str:
+        """See `Kernel.name`."""
+        return "torchao" if self.runs_on_fp8_hardware else "torchao (emulated)"
+
+    @property
+    def runs_on_fp8_hardware(self) -> bool:
+        """See `Kernel.runs_on_fp8_hardware`."""
+        return self.cuda_fp8 and not self.config.emulate
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
+        """See `Kernel.__call__`."""
+        if input.numel() == 0 or weight.numel() == 0:
+            return F.linear(input, weight, bias)
+        input = input.to(compute_dtype(input))
+        emulate = not (self.runs_on_fp8_hardware and input.is_cuda)
+        if not emulate and not self.config.pad_inner_dim:
+            check_alignment(
+                layer,
+                tokens=input.numel() // input.shape[-1],
+                in_features=weight.shape[1],
+                out_features=weight.shape[0],
+            )
+        config, gemm_config = self._configs[emulate]
+        with without_autocast(input.device.type):
+            output = self._function.apply(input, weight.t(), gemm_config, config)
+            return output if bias is None else output + bias.to(output.dtype)
+
+
+def import_float8() -> Any:
+    """torchao.float8, imported late and without its notes about CUDA libraries it did not find."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        import torchao.float8
+        import torchao.float8.float8_linear
+    finally:
+        root.setLevel(level)
+    return torchao.float8
+
+
+def _configs(config: Float8LinearConfig, emulate: bool) -> tuple[Float8LinearConfig, Any]:
+    """torchao's layer config and the GEMM config it implies, as Float8Linear derives it."""
+    from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
+
+    config = dataclasses.replace(config, emulate=emulate)
+    gemms = (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)
+    return config, LinearMMConfig(
+        *(
+            ScaledMMConfig(config.emulate, gemm.use_fast_accum, False, config.pad_inner_dim)
+            for gemm in gemms
+        )
+    )
+
+
+@cache
+def _patch_inductor() -> None:
+    """Work around Triton's FP8 store bug (triton#11111), as convert_to_float8_training does."""
+    import_float8()
+    try:
+        from torchao.float8._inductor_patch import _patch_inductor_min_max_codegen
+    except ImportError:  # torchao releases before or after the bug
+        return
+    _patch_inductor_min_max_codegen()

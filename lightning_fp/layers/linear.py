@@ -1,0 +1,122 @@
+"""FPLinear: the nn.Linear whose format can change."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TypeGuard
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_fp.kernels import HighPrecisionKernel, Kernel
+from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
+from lightning_fp.layers.switchable import Phase
+
+
+class FPLinear(nn.Linear):
+    """An nn.Linear that multiplies in a format of its own.
+
+    Never constructed: `make_switchable` changes the class of an existing nn.Linear, so that
+    Parameters, hooks, tied weights, the training flag and checkpoint keys stay what they are.
+
+    What a forward does depends on four values, the dispatch key, each set on the instance (a
+    class attribute would cost torch.compile one more graph): the format (with its kernel),
+    `collect`, `record` and, through the shared `phase`, whether this is an evaluation.
+    """
+
+    fqn: str
+    """The layer's name in the model."""
+
+    format: LinearFormat
+    kernel: Kernel
+    phase: Phase
+
+    collect: bool
+    """Whether this step gathers the full statistics of the operands."""
+
+    record: bool
+    """Whether every step records the operands' amax."""
+
+    def switch(self, format: LinearFormat, kernel: Kernel) -> None:
+        """Multiply in `format` from the next forward on; nothing else about the layer changes."""
+        self.format = format
+        self.kernel = kernel
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether this forward belongs to an evaluation."""
+        phase = self.phase.evaluating
+        return not self.training if phase is None else phase
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product in the layer's format, in high precision during evaluation.
+
+        Args:
+            input: [..., in_features].
+
+        Returns:
+            [..., out_features].
+        """
+        if self.evaluating and not self.phase.fp8_eval:
+            return F.linear(input, self.weight, self.bias)
+        return self.kernel(input, self.weight, self.bias, self.fqn)
+
+    def extra_repr(self) -> str:
+        """nn.Linear's, with the format."""
+        return f"{super().extra_repr()}, format={self.format.name}"
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is exactly nn.Linear, or exactly that under FSDP2's class mix-in.
+
+    Subclasses are not: their forward may do anything (nn.MultiheadAttention's projection is a
+    subclass whose forward is never called).
+    """
+    return _without_fsdp(type(module)) is nn.Linear
+
+
+def is_switchable_linear(module: nn.Module) -> TypeGuard[FPLinear]:
+    """Whether `module` is an FPLinear, with or without FSDP2's class mix-in."""
+    return _without_fsdp(type(module)) is FPLinear
+
+
+def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
+    """Turn an nn.Linear into an FPLinear in place; it computes what it did until `switch`."""
+    linear.__class__ = _swap_base(type(linear), nn.Linear, FPLinear)
+    if not is_switchable_linear(linear):  # for the type checker; the line above made it so
+        raise TypeError(f"{fqn!r} could not be converted")
+    linear.fqn = fqn
+    linear.phase = phase
+    linear.collect = False
+    linear.record = False
+    linear.switch(NAMED_FORMATS["high"], HighPrecisionKernel())
+    return linear
+
+
+def make_plain(linear: FPLinear) -> nn.Linear:
+    """Turn an FPLinear back into the nn.Linear it was, in place."""
+    for name in ("fqn", "phase", "collect", "record", "format", "kernel"):
+        delattr(linear, name)
+    linear.__class__ = _swap_base(type(linear), FPLinear, nn.Linear)
+    return linear
+
+
+def _without_fsdp(cls: type) -> type:
+    """The class that `fully_shard` mixed FSDPModule into; `cls` itself where it did not."""
+    if len(cls.__bases__) == 2 and cls.__bases__[0] is FSDPModule:
+        return cls.__bases__[1]
+    return cls
+
+
+@cache
+def _swap_base(cls: type, old: type, new: type) -> type:
+    """`new` for `old`; where FSDP2 mixed itself into `old`, the same mix-in into `new`."""
+    if cls is old:
+        return new
+    namespace = {
+        name: value
+        for name, value in cls.__dict__.items()
+        if name not in ("__dict__", "__weakref__", "__doc__")
+    }
+    return type(f"FSDP{new.__name__}", (FSDPModule, new), namespace)

@@ -1,0 +1,275 @@
+"""PrecisionMap: the one table of formats, and the only way to change it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_fp.kernels.hardware import ALIGNMENT
+from lightning_fp.layers.backends import Backend, kernel_for
+from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
+from lightning_fp.layers.rules import compile_pattern, no_match_message
+from lightning_fp.layers.switchable import Phase, SwitchableLayer
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One layer's format, changed."""
+
+    layer: str
+    before: str
+    after: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """A change of format that waits for the next step boundary."""
+
+    pattern: str
+    format: str
+    reason: str
+
+
+class PrecisionMap:
+    """Every switchable layer and its format.
+
+    Reads are immediate. Writes wait for the next boundary between optimizer steps, where the
+    precision plugin calls `apply`; in a plain loop call it yourself. Call `set` alike on all
+    ranks.
+
+    Args:
+        backend: which kernels to use.
+        cuda_fp8: whether CUDA tensors can go to FP8 tensor cores.
+        fp8_eval: whether evaluation runs in the layers' formats.
+    """
+
+    def __init__(
+        self, *, backend: Backend = "auto", cuda_fp8: bool = False, fp8_eval: bool = False
+    ) -> None:
+        self.phase = Phase(fp8_eval=fp8_eval)
+        self.changes: list[Change] = []
+        """Every change of format since the table was filled, oldest first."""
+
+        self._backend: Backend = backend
+        self.cuda_fp8 = cuda_fp8
+        """Whether CUDA tensors can go to FP8 tensor cores; known when a device is."""
+        self._model: nn.Module | None = None
+        self._layers: dict[str, SwitchableLayer] = {}
+        self._configured: dict[str, str] = {}
+        self._known: dict[str, LinearFormat] = {}
+        self._pending: list[Write] = []
+        self._loaded: dict[str, Any] | None = None
+        self._budget = PatternBudget()
+
+    # -- reading --------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose layers these are; None before the table is filled."""
+        return self._model
+
+    @property
+    def layers(self) -> Mapping[str, SwitchableLayer]:
+        """The switchable layers by name."""
+        return self._layers
+
+    def formats(self) -> dict[str, str]:
+        """Every layer's format now, by name; pending writes are not in it yet."""
+        return {name: layer.format.name for name, layer in self._layers.items()}
+
+    def matching(self, pattern: str) -> list[str]:
+        """The layers that a pattern matches.
+
+        Args:
+            pattern: a glob over the whole name, or a regular expression after "re:".
+
+        Raises:
+            ValueError: if there is none; it lists near misses.
+        """
+        compiled = compile_pattern(pattern)
+        names = [name for name in self._layers if compiled.fullmatch(name)]
+        if not names:
+            raise ValueError(no_match_message(pattern, self._layers))
+        return names
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def set(self, pattern: str, format: FormatLike, *, reason: str = "") -> list[str]:
+        """Change the format of all layers that match, at the next step boundary.
+
+        Args:
+            pattern: a glob over the whole name, or a regular expression after "re:".
+            format: a format name, a `LinearFormat`, or a torchao config.
+            reason: a sentence for the log.
+
+        Returns:
+            The names of the layers written; empty while the table is not filled yet (before
+            `strategy.setup`), in which case the write waits for it.
+
+        Raises:
+            ValueError: if nothing matches, or a layer cannot run the format here.
+        """
+        format = linear_format(format)
+        kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+        self._known[format.name] = format
+        write = Write(pattern=pattern, format=format.name, reason=reason)
+        names: list[str] = []
+        if self._model is not None:
+            names = self.matching(pattern)
+            self._check_shapes(names, format)
+        else:
+            compile_pattern(pattern)
+        self._pending.append(write)
+        return names
+
+    def apply(self) -> list[Change]:
+        """Carry out the pending writes. Call only between optimizer steps.
+
+        Returns:
+            The changes, in the order of the model.
+        """
+        if not self._pending or self._model is None:
+            return []
+        writes: dict[str, LinearFormat] = {}
+        reasons: dict[str, str] = {}
+        for write in self._pending:
+            for name in self.matching(write.pattern):
+                writes[name] = self._format(write.format)
+                reasons[name] = write.reason
+        self._pending.clear()
+
+        before = {name: layer.format for name, layer in self._layers.items()}
+        regions = compiled_regions(self._model, self._layers)
+        widened = self._budget.widen(regions, before, writes)
+        for name, region in widened.items():
+            reasons[name] = f"widened to all of {region or 'the model'}: recompile limit is near"
+        return self._write(writes, reasons)
+
+    def _write(
+        self, formats: Mapping[str, LinearFormat], reasons: Mapping[str, str]
+    ) -> list[Change]:
+        changes: list[Change] = []
+        for name, layer in self._layers.items():
+            format = formats.get(name, layer.format)
+            if format == layer.format:
+                continue
+            before = layer.format.name
+            layer.switch(format, kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8))
+            changes.append(
+                Change(
+                    layer=name, before=before, after=format.name, reason=reasons.get(name, "")
+                )
+            )
+        self.changes.extend(changes)
+        return changes
+
+    # -- filling --------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, SwitchableLayer],
+        formats: Mapping[str, LinearFormat],
+    ) -> None:
+        """Take over a model's layers and give them their configured formats.
+
+        Args:
+            model: the model, to find its compiled regions.
+            layers: its switchable layers by name.
+            formats: the configured format of each.
+        """
+        raise_recompile_limit()
+        self._model = model
+        self._layers = dict(layers)
+        self._configured = {name: format.name for name, format in formats.items()}
+        self._known.update({format.name: format for format in formats.values()})
+        self._write(formats, {})
+        self.changes.clear()
+        if self._loaded is not None:
+            self._restore(self._loaded)
+        for write in self._pending:
+            self._check_shapes(self.matching(write.pattern), self._format(write.format))
+
+    def clear(self) -> None:
+        """Forget the model, as after `revert`."""
+        self._model = None
+        self._layers = {}
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table as plain strings: current formats, configured formats, pending writes."""
+        return {
+            "version": STATE_VERSION,
+            "formats": self.formats(),
+            "configured": dict(self._configured),
+            "pending": [asdict(write) for write in self._pending],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a table; before the table is filled, the state waits for it.
+
+        A layer whose configured format differs from the one the state was saved with keeps the
+        new configuration: changing the configuration on resume is how a user asks for a change.
+
+        Raises:
+            ValueError: if the state is of a version this package does not know.
+        """
+        version = state.get("version")
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"precision map state must have version {STATE_VERSION}, got {version!r};"
+                " resume with the lightning_fp version that wrote the checkpoint, or a later one"
+            )
+        self._loaded = dict(state)
+        if self._model is not None:
+            self._restore(self._loaded)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._loaded = None
+        saved: dict[str, str] = state["formats"]
+        configured: dict[str, str] = state["configured"]
+        formats: dict[str, LinearFormat] = {}
+        changed = 0
+        for name in self._layers:
+            if name not in saved or configured.get(name) != self._configured.get(name):
+                changed += 1
+                continue
+            formats[name] = self._format(saved[name])
+        if changed:
+            log.warning(
+                "%d of %d layers keep their configured format: the checkpoint does not have them or"
+                " was written with another configuration",
+                changed,
+                len(self._layers),
+            )
+        self._write(formats, dict.fromkeys(formats, "restored from a checkpoint"))
+        self._pending = [Write(**write) for write in state["pending"]] + self._pending
+
+    def _format(self, name: str) -> LinearFormat:
+        """The format of a name, also of one that only this run's configuration knows."""
+        return self._known.get(name) or linear_format(name)
+
+    def _check_shapes(self, names: list[str], format: LinearFormat) -> None:
+        """FP8 hardware multiplies multiples of 16 only: refuse here, not in the next step."""
+        kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+        if not kernel.runs_on_fp8_hardware:
+            return
+        for name in names:
+            layer = self._layers[name]
+            if layer.in_features % ALIGNMENT or layer.out_features % ALIGNMENT:
+                raise ValueError(
+                    f"layer {name!r} cannot run {format.name!r}: in_features and out_features must"
+                    f" be multiples of {ALIGNMENT}, got {layer.in_features} and"
+                    f" {layer.out_features}; leave it in high precision"
+                )

@@ -1,0 +1,121 @@
+"""ConversionReport: what a conversion did to each layer, and why not to the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_fp.layers.format import HIGH_PRECISION
+
+if TYPE_CHECKING:
+    from lightning_fp.layers.precision_map import PrecisionMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One layer of the report."""
+
+    name: str
+    """The layer's name, as in `named_modules()`."""
+
+    format: str
+    """The format it multiplies in."""
+
+    kernel: str
+    """What multiplies it."""
+
+    parameters: int
+    """Weight and bias elements."""
+
+    flops_share: float
+    """Share of the model's FLOPs, 0 to 1; 0 where unknown (a convolution without an example)."""
+
+    reason: str | None
+    """Why it is in high precision; None if it was converted."""
+
+    @property
+    def title(self) -> str:
+        """The name, also for a model that is a single layer."""
+        return self.name or "(the model itself)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What `convert` did. Prints as the table a user reads at the start of a run."""
+
+    layers: list[LayerReport]
+    """Every linear and convolution layer, in the order of the model."""
+
+    measured: bool
+    """Whether FLOPs were counted in a forward, attention and convolutions included; otherwise
+    `flops_share` is a share of the linear layers' FLOPs."""
+
+    precision_map: PrecisionMap = dataclasses.field(repr=False, compare=False)
+    """The table itself, to change formats later."""
+
+    @property
+    def converted(self) -> list[LayerReport]:
+        """The layers that run in low precision."""
+        return [layer for layer in self.layers if layer.reason is None]
+
+    @property
+    def flops_share(self) -> float:
+        """Share of FLOPs that run in low precision, 0 to 1."""
+        return sum(layer.flops_share for layer in self.converted)
+
+    def with_flops(self, flops: Mapping[str, int]) -> ConversionReport:
+        """The same report with shares of measured FLOPs.
+
+        Args:
+            flops: FLOPs by layer name, the whole model under "".
+        """
+        whole = flops.get("", 0)
+        if not whole:
+            return self
+        layers = [
+            dataclasses.replace(layer, flops_share=flops.get(layer.name, 0) / whole)
+            for layer in self.layers
+        ]
+        return dataclasses.replace(self, layers=layers, measured=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "flops_share": self.flops_share,
+            "measured": self.measured,
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def summary(self) -> str:
+        """A few lines: what runs in which format and kernel, and what was left alone and why."""
+        linear = [layer for layer in self.layers if layer.format != "not linear"]
+        what = "the model's FLOPs" if self.measured else "its linear layers' FLOPs"
+        lines = [
+            f"{len(self.converted)} of {len(linear)} linear layers in low precision,"
+            f" {self.flops_share:.1%} of {what}"
+        ]
+        by_kernel: dict[tuple[str, str], int] = defaultdict(int)
+        for layer in self.converted:
+            by_kernel[layer.format, layer.kernel] += 1
+        for (format, kernel), count in by_kernel.items():
+            lines.append(f"  {format}: {count} layers, kernel {kernel}")
+        by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for layer in self.layers:
+            if layer.reason is not None:
+                by_reason[layer.format, layer.reason].append(layer.title)
+        for (format, reason), names in by_reason.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+            where = f"left in {format}" if format in HIGH_PRECISION else "left alone"
+            lines.append(f"  {where}: {shown} ({reason})")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()

@@ -1,0 +1,45 @@
+"""What the precision map speaks to: a layer that can change its format and stay itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_fp.kernels import Kernel
+from lightning_fp.layers.format import LinearFormat
+
+
+@dataclass
+class Phase:
+    """Whether the model is being evaluated; one object shared by all layers of a conversion."""
+
+    evaluating: bool | None = None
+    """What the precision plugin's step contexts say; None leaves it to `module.training`."""
+
+    fp8_eval: bool = False
+    """Whether evaluation runs in the layer's format instead of in high precision."""
+
+
+@runtime_checkable
+class SwitchableLayer(Protocol):
+    """A linear layer whose format can change while it keeps its Parameters and its identity."""
+
+    in_features: int
+    out_features: int
+    weight: Tensor
+
+    @property
+    def format(self) -> LinearFormat:
+        """The format the layer multiplies in now."""
+        ...
+
+    @property
+    def kernel(self) -> Kernel:
+        """What multiplies it."""
+        ...
+
+    def switch(self, format: LinearFormat, kernel: Kernel) -> None:
+        """Multiply in `format` from the next forward on."""
+        ...

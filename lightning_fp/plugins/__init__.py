@@ -1,0 +1,6 @@
+"""Precision plugins for the Lightning Trainer."""
+
+from lightning_fp.plugins.fp8 import FP8Precision
+from lightning_fp.plugins.names import precision_plugin
+
+__all__ = ["FP8Precision", "precision_plugin"]

@@ -1,0 +1,29 @@
+"""From a format's name to the plugin that trains in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_fp.plugins.fp8 import FP8Precision
+from lightning_fp.plugins.scaling import format_of_scaling
+
+
+def precision_plugin(name: str, **options: Any) -> FP8Precision:
+    """The precision plugin for a format name.
+
+    >>> precision_plugin("fp8-rowwise").precision
+    'bf16-mixed'
+
+    Args:
+        name: any format name, e.g. "fp8-dynamic", "fp8-rowwise", "bf16", "e8m3".
+        options: passed on to the plugin.
+
+    Raises:
+        ValueError: if there is no such format.
+    """
+    format = format_of_scaling(name)
+    if format.is_high_precision and format.input == "fp32":
+        options.setdefault("base", "32-true")
+    if format.is_high_precision and format.input == "fp16":
+        raise ValueError("precision 'fp16' needs loss scaling, which is not part of this version")
+    return FP8Precision(format, **options)
