@@ -7,7 +7,8 @@ from lightning_fp.layers import (
     convert,
     revert,
 )
-from lightning_fp.plugins import FP8Precision, precision_plugin
+from lightning_fp.numerics import DelayedScaling
+from lightning_fp.plugins import DynamicScaling, FP8Precision, precision_plugin
 
 __version__ = "0.1.0.dev0"
 
@@ -17,6 +18,8 @@ __all__ = [
     "precision_plugin",
     # objects
     "ConversionReport",
+    "DelayedScaling",
+    "DynamicScaling",
     "LinearFormat",
     "PrecisionMap",
     # functions

@@ -2,6 +2,7 @@
 
 from lightning_fp.kernels.base import Kernel
 from lightning_fp.kernels.high_precision import HighPrecisionKernel
+from lightning_fp.kernels.memory import OperandMemory
 from lightning_fp.kernels.native import NativeKernel
 from lightning_fp.kernels.simulated import SimulatedKernel
 from lightning_fp.kernels.torchao import TorchaoKernel
@@ -9,6 +10,7 @@ from lightning_fp.kernels.torchao import TorchaoKernel
 __all__ = [
     # protocol
     "Kernel",
+    "OperandMemory",
     # engines
     "HighPrecisionKernel",
     "NativeKernel",

@@ -61,40 +61,39 @@ def widen(cast: Tensor, wide: torch.dtype | None) -> Tensor:
 def multiply(
     a: Tensor,
     b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
+    unscale_a: Tensor,
+    unscale_b: Tensor,
     out_dtype: torch.dtype,
     *,
     fast_accumulation: bool = False,
 ) -> Tensor:
-    """`a @ b` without its scales.
+    """`a @ b`, its scales undone.
 
     Args:
         a: [M, K], FP8 or widened.
         b: [K, N], FP8 or widened.
-        scale_a: float32 scalar that `a` was multiplied with.
-        scale_b: float32 scalar that `b` was multiplied with.
+        unscale_a: float32 scalar, the reciprocal of the scale of `a`.
+        unscale_b: float32 scalar, the reciprocal of the scale of `b`.
         out_dtype: dtype of the result.
         fast_accumulation: let Hopper accumulate with fewer bits (FP8 hardware only).
 
     Returns:
         [M, N] in `out_dtype`.
     """
-    inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
     if a.dtype.itemsize == 1:
         return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
             a.contiguous(),
             b.t().contiguous().t(),  # cuBLAS wants the second operand column-major
-            scale_a=inverse_a,
-            scale_b=inverse_b,
+            scale_a=unscale_a,
+            scale_b=unscale_b,
             out_dtype=out_dtype,
             use_fast_accum=fast_accumulation,
         )
     product = (a @ b).float()
-    inverse = inverse_a * inverse_b
+    unscale = unscale_a * unscale_b
     if torch.compiler.is_compiling():
-        return (product * inverse).to(out_dtype)
-    return product.mul_(inverse).to(out_dtype)
+        return (product * unscale).to(out_dtype)
+    return product.mul_(unscale).to(out_dtype)
 
 
 def _as_float16(cast: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FP8 with one dynamic scale per tensor: our own functional autograd.Function.
+"""FP8 with one scale per tensor: our own functional autograd.Function.
 
 Keeps for backward the FP8 input (a quarter or half of what high precision keeps) and the
 parameter itself. The weight is cast again in backward: under FSDP a saved cast copy would keep
@@ -18,12 +18,19 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.gemm import cast_operand, multiply, operand_dtype, widen
 from lightning_fp.kernels.hardware import check_alignment
-from lightning_fp.numerics import FORMATS, FloatFormat, amax_to_scale, tensor_amax
+from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandMemory, in_slot
+from lightning_fp.numerics import (
+    FORMATS,
+    FloatFormat,
+    amax_to_scale,
+    nonfinite_count,
+    tensor_amax,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NativeKernel:
-    """Dynamic per-tensor scaling: every operand is scaled by its own largest magnitude."""
+    """Per-tensor scaling, by the tensor's own amax (dynamic) or by earlier ones (delayed)."""
 
     input: FloatFormat = FORMATS["e4m3"]
     """8-bit format of the input."""
@@ -36,6 +43,12 @@ class NativeKernel:
 
     high_grad_weight: bool = False
     """Whether the weight's gradient is computed in high precision (and the input kept in it)."""
+
+    delayed: bool = False
+    """Whether scales come from the layer's memory; without one they are dynamic all the same."""
+
+    cold: bool = False
+    """Whether the memory may still lack scales: those are then taken from the tensor itself."""
 
     cuda_fp8: bool = False
     """Whether CUDA tensors go to FP8 tensor cores; everything else is emulated."""
@@ -52,6 +65,31 @@ class NativeKernel:
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
+        return self.remembering(input, weight, bias, layer, None, record=False)
+
+    def remembering(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: OperandMemory | None,
+        *,
+        record: bool,
+    ) -> Tensor:
+        """The product with the scales of a memory.
+
+        Args:
+            input: as `Kernel.__call__`.
+            weight: as `Kernel.__call__`.
+            bias: as `Kernel.__call__`.
+            layer: as `Kernel.__call__`.
+            memory: the layer's memory; None scales dynamically.
+            record: whether the memory records the operands of this call.
+
+        Returns:
+            As `Kernel.__call__`.
+        """
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         input = input.to(compute_dtype(input))
@@ -63,58 +101,118 @@ class NativeKernel:
                 in_features=weight.shape[1],
                 out_features=weight.shape[0],
             )
+        scales = leaf = None
+        slot = 0
+        if memory is not None and self.delayed:
+            scales = memory.scales
+        if memory is not None and record and torch.is_grad_enabled():
+            # Without this condition a frozen backbone would keep its activations for the leaf.
+            if input.requires_grad or weight.requires_grad:
+                leaf, slot = memory.grad_leaf, memory.next_slot()
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
-            output = _NativeLinear.apply(rows, weight, self, emulate)
+            output, row_input, row_weight = _NativeLinear.apply(
+                rows, weight, scales, leaf, slot, self, emulate, record
+            )
             output = output.reshape(*input.shape[:-1], weight.shape[0])
+            if memory is not None and record:
+                memory.record(row_input, row_weight)
             return output if bias is None else output + bias.to(output.dtype)
 
-
-def _scale(x: Tensor, format: FloatFormat) -> Tensor:
-    return amax_to_scale(tensor_amax(x), format.max)
+    def scale(
+        self, amax: Tensor, scales: Tensor | None, operand: int, format: FloatFormat
+    ) -> Tensor:
+        """The scale an operand is cast with; float32 scalar."""
+        if scales is None:
+            return amax_to_scale(amax, format.max)
+        scale = scales[operand]
+        if self.cold:
+            scale = torch.where(scale > 0, scale, amax_to_scale(amax, format.max))
+        return scale
 
 
 class _NativeLinear(torch.autograd.Function):
-    """`input [M, K] @ weight [N, K].T -> [M, N]` with FP8 operands in all three products."""
+    """`input [M, K] @ weight [N, K].T -> [M, N]` with FP8 operands in all three products.
+
+    Besides the product, forward returns the records of input and weight, and backward returns
+    that of grad_output as the gradient of a leaf: purely functional.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, input: Tensor, weight: Tensor, kernel: NativeKernel, emulate: bool
-    ) -> Tensor:
+        ctx: FunctionCtx,
+        input: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        leaf: Tensor | None,
+        slot: int,
+        kernel: NativeKernel,
+        emulate: bool,
+        record: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = operand_dtype(input) if emulate else None
-        scale_x, scale_w = _scale(input, kernel.input), _scale(weight, kernel.weight)
+        amax_x, amax_w = tensor_amax(input), tensor_amax(weight)
+        scale_x = kernel.scale(amax_x, scales, INPUT, kernel.input)
+        scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
         x8, x = cast_operand(input, scale_x, kernel.input, wide)
         _, w = cast_operand(weight, scale_w, kernel.weight, wide)
+        unscale_x, unscale_w = _unscale(scale_x, amax_x), _unscale(scale_w, amax_w)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]  # pyright: ignore
         saved_input = input if kernel.high_grad_weight else x8
         ctx.save_for_backward(
             saved_input if needs_weight else None,
             weight if needs_input else None,
-            scale_x,
             scale_w,
+            unscale_x,
+            unscale_w,
+            scales,
         )
         ctx.kernel, ctx.wide = kernel, wide  # pyright: ignore
+        ctx.slot = None if leaf is None else slot  # pyright: ignore
         ctx.dtypes = input.dtype, weight.dtype  # pyright: ignore
-        return multiply(x, w.t(), scale_x, scale_w, input.dtype, fast_accumulation=True)
+        output = multiply(x, w.t(), unscale_x, unscale_w, input.dtype, fast_accumulation=True)
+        rows = _row(input, amax_x, record), _row(weight, amax_w, record)
+        ctx.mark_non_differentiable(*rows)
+        return output, *rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore
-        saved_input, weight, scale_x, scale_w = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        saved_input, weight, scale_w, unscale_x, unscale_w, scales = ctx.saved_tensors
         kernel, wide = ctx.kernel, ctx.wide
         input_dtype, weight_dtype = ctx.dtypes
-        grad_input = grad_weight = None
+        grad_input = grad_weight = grad_leaf = None
         with without_autocast(grad_output.device.type):
-            scale_g = _scale(grad_output, kernel.grad_output)
+            amax_g = tensor_amax(grad_output)
+            scale_g = kernel.scale(amax_g, scales, GRAD_OUTPUT, kernel.grad_output)
             _, g = cast_operand(grad_output, scale_g, kernel.grad_output, wide)
+            unscale_g = _unscale(scale_g, amax_g)
             if weight is not None:
                 _, w = cast_operand(weight, scale_w, kernel.weight, wide)
-                grad_input = multiply(g, w, scale_g, scale_w, input_dtype)
+                grad_input = multiply(g, w, unscale_g, unscale_w, input_dtype)
                 del w
             if saved_input is not None and kernel.high_grad_weight:
                 grad_weight = (grad_output.t() @ saved_input).to(weight_dtype)
             elif saved_input is not None:
                 x = widen(saved_input, wide)
-                grad_weight = multiply(g.t(), x, scale_g, scale_x, weight_dtype)
-        return grad_input, grad_weight, None, None
+                grad_weight = multiply(g.t(), x, unscale_g, unscale_x, weight_dtype)
+            if ctx.slot is not None:
+                grad_leaf = in_slot(_row(grad_output, amax_g, True), ctx.slot)
+        return grad_input, grad_weight, None, grad_leaf, None, None, None, None
+
+
+def _unscale(scale: Tensor, amax: Tensor) -> Tensor:
+    """The factor that undoes a scale; NaN for an operand with inf or NaN.
+
+    The cast itself saturates inf, since a delayed scale knows nothing of it. Here, after the cast
+    and off its critical path, the operand's amax is known: no product hides a non-finite operand.
+    """
+    return torch.where(torch.isfinite(amax), scale.reciprocal(), torch.nan)
+
+
+def _row(x: Tensor, amax: Tensor, record: bool) -> Tensor:
+    """float32 [amax, non-finite count], the count only where it is recorded."""
+    if not record:
+        return amax
+    return torch.stack([amax, nonfinite_count(x, amax)])

@@ -66,6 +66,11 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
             f"backend must be 'auto' or 'torchao' for a torchao config, got {backend!r}"
         )
     native_can = format.granularity == "tensor" and not format.power_of_two
+    if format.scaling == "delayed" and (backend == "torchao" or not native_can):
+        raise ValueError(
+            f"backend {backend!r} cannot run {format.name!r}: only our native kernel has delayed"
+            " scaling, with scales of any factor; take backend='auto'"
+        )
     if backend == "native" and not native_can:
         raise ValueError(
             f"backend 'native' cannot run {format.name!r}: it scales per tensor, by any factor;"
@@ -78,6 +83,8 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         weight=float_format(format.weight),
         grad_output=float_format(format.grad_output),
         high_grad_weight=format.grad_weight == "high",
+        delayed=format.scaling == "delayed",
+        cold=format.scaling == "delayed",
         cuda_fp8=cuda_fp8,
     )
 

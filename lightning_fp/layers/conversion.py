@@ -31,6 +31,7 @@ from lightning_fp.layers.rules import (
     layer_rules,
 )
 
+from lightning_fp.numerics import DelayedScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ def convert(
     *,
     backend: Backend = "auto",
     fp8_eval: bool = False,
+    delayed: DelayedScaling | None = None,
     example_input: Any = None,
 ) -> ConversionReport:
     """Convert the linear layers of a model in place, for plain loops and `configure_model`.
@@ -84,6 +86,7 @@ def convert(
         layers: `{pattern: format}`, first match wins; overrules the defaults.
         backend: "auto", "native" or "torchao".
         fp8_eval: whether evaluation runs in FP8 as well.
+        delayed: how delayed scales follow from their history.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
     Returns:
@@ -99,7 +102,9 @@ def convert(
         backend=backend,
         cuda_fp8=cuda_has_fp8(),
     )
-    table = PrecisionMap(backend=backend, cuda_fp8=conversion.cuda_fp8, fp8_eval=fp8_eval)
+    table = PrecisionMap(
+        backend=backend, cuda_fp8=conversion.cuda_fp8, fp8_eval=fp8_eval, delayed=delayed
+    )
     return convert_into(table, model, conversion, example_input=example_input)
 
 

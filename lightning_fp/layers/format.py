@@ -129,16 +129,20 @@ _ROWWISE = LinearFormat("dynamic", "row", grad_output="e4m3", power_of_two=True)
 NAMED_FORMATS: dict[str, LinearFormat] = {
     **{name: _simulated(name) for name in HIGH_PRECISION},
     "fp8-dynamic": LinearFormat("dynamic", "tensor"),
+    "fp8-delayed": LinearFormat("delayed", "tensor"),
     "fp8-rowwise": _ROWWISE,
     "fp8-rowwise-gw-hp": dataclasses.replace(_ROWWISE, grad_weight="high"),
 }
 """What each name stands for; every e{X}m{Y} is a name too."""
 
-_BASES = {("dynamic", "tensor"): "fp8-dynamic", ("dynamic", "row"): "fp8-rowwise"}
+_BASES = {
+    ("dynamic", "tensor"): "fp8-dynamic",
+    ("delayed", "tensor"): "fp8-delayed",
+    ("dynamic", "row"): "fp8-rowwise",
+}
 
 _NOT_HERE = {
-    "fp8-delayed": "delayed scaling is not part of this version; take 'fp8-dynamic'",
-    "fp8-auto": "it needs delayed scaling, which is not part of this version; take 'fp8-dynamic'",
+    "fp8-auto": "it is not part of this version; take 'fp8-dynamic' or 'fp8-delayed'",
     "fp8-block": "block scaling is not part of this version; take 'fp8-rowwise'",
     "mxfp8": "block scaling is not part of this version; take 'fp8-rowwise'",
     "nvfp4": "it needs Transformer Engine on sm100 or later; take 'fp8-dynamic'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TypeGuard
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_fp.kernels import HighPrecisionKernel, Kernel
+from lightning_fp.kernels import HighPrecisionKernel, Kernel, NativeKernel, OperandMemory
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.switchable import Phase
 
@@ -36,7 +37,10 @@ class FPLinear(nn.Linear):
     """Whether this step gathers the full statistics of the operands."""
 
     record: bool
-    """Whether every step records the operands' amax."""
+    """Whether every training step records the operands' amax in `memory`."""
+
+    memory: OperandMemory | None
+    """Scales and records under delayed scaling; kept by `ScaleHistory`."""
 
     def switch(self, format: LinearFormat, kernel: Kernel) -> None:
         """Multiply in `format` from the next forward on; nothing else about the layer changes."""
@@ -58,9 +62,23 @@ class FPLinear(nn.Linear):
         Returns:
             [..., out_features].
         """
-        if self.evaluating and not self.phase.fp8_eval:
+        evaluating = self.evaluating
+        if evaluating and not self.phase.fp8_eval:
             return F.linear(input, self.weight, self.bias)
-        return self.kernel(input, self.weight, self.bias, self.fqn)
+        kernel = self.kernel
+        if isinstance(kernel, NativeKernel) and self.memory is not None:
+            record = self.record and not evaluating
+            return kernel.remembering(
+                input, self.weight, self.bias, self.fqn, self.memory, record=record
+            )
+        return kernel(input, self.weight, self.bias, self.fqn)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:
+        """nn.Module's, and the memory follows the weight to its device."""
+        super()._apply(fn, recurse)
+        if self.memory is not None and self.memory.scales.device != self.weight.device:
+            self.memory = OperandMemory(self.memory.scales.to(self.weight.device))
+        return self
 
     def extra_repr(self) -> str:
         """nn.Linear's, with the format."""
@@ -90,13 +108,14 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
     linear.phase = phase
     linear.collect = False
     linear.record = False
+    linear.memory = None
     linear.switch(NAMED_FORMATS["high"], HighPrecisionKernel())
     return linear
 
 
 def make_plain(linear: FPLinear) -> nn.Linear:
     """Turn an FPLinear back into the nn.Linear it was, in place."""
-    for name in ("fqn", "phase", "collect", "record", "format", "kernel"):
+    for name in ("fqn", "phase", "collect", "record", "memory", "format", "kernel"):
         delattr(linear, name)
     linear.__class__ = _swap_base(type(linear), FPLinear, nn.Linear)
     return linear

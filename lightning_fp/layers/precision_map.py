@@ -12,9 +12,12 @@ from torch import nn
 from lightning_fp.kernels.hardware import ALIGNMENT
 from lightning_fp.layers.backends import Backend, kernel_for
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
+from lightning_fp.layers.scale_history import ScaleHistory
 from lightning_fp.layers.switchable import Phase, SwitchableLayer
+from lightning_fp.numerics import DelayedScaling
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +54,16 @@ class PrecisionMap:
         backend: which kernels to use.
         cuda_fp8: whether CUDA tensors can go to FP8 tensor cores.
         fp8_eval: whether evaluation runs in the layers' formats.
+        delayed: how delayed scales follow from their history.
     """
 
     def __init__(
-        self, *, backend: Backend = "auto", cuda_fp8: bool = False, fp8_eval: bool = False
+        self,
+        *,
+        backend: Backend = "auto",
+        cuda_fp8: bool = False,
+        fp8_eval: bool = False,
+        delayed: DelayedScaling | None = None,
     ) -> None:
         self.phase = Phase(fp8_eval=fp8_eval)
         self.changes: list[Change] = []
@@ -70,6 +79,7 @@ class PrecisionMap:
         self._pending: list[Write] = []
         self._loaded: dict[str, Any] | None = None
         self._budget = PatternBudget()
+        self._scales = ScaleHistory(delayed or DelayedScaling())
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -171,7 +181,26 @@ class PrecisionMap:
                 )
             )
         self.changes.extend(changes)
+        if changes:
+            self._scales.track(
+                {
+                    name: layer
+                    for name, layer in self._layers.items()
+                    if layer.format.scaling == "delayed" and isinstance(layer, FPLinear)
+                }
+            )
         return changes
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def after_backward(self) -> None:
+        """Take in what backward recorded. Needed only between the backwards of one step."""
+        self._scales.fold()
+
+    def step(self) -> list[Change]:
+        """The boundary after an optimizer step: update delayed scales, then `apply`."""
+        self._scales.step()
+        return self.apply()
 
     # -- filling --------------------------------------------------------------------------------
 
@@ -208,12 +237,13 @@ class PrecisionMap:
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The table as plain strings: current formats, configured formats, pending writes."""
+        """The table as plain strings and tensors: formats, pending writes, amax histories."""
         return {
             "version": STATE_VERSION,
             "formats": self.formats(),
             "configured": dict(self._configured),
             "pending": [asdict(write) for write in self._pending],
+            "scales": self._scales.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -254,6 +284,7 @@ class PrecisionMap:
                 len(self._layers),
             )
         self._write(formats, dict.fromkeys(formats, "restored from a checkpoint"))
+        self._scales.load_state_dict(state["scales"])
         self._pending = [Write(**write) for write in state["pending"]] + self._pending
 
     def _format(self, name: str) -> LinearFormat:

@@ -6,10 +6,12 @@ from lightning_fp.numerics.casting import (
     saturating_cast,
     scaled_cast,
 )
+from lightning_fp.numerics.delayed import DelayedScaling, advance_history, history_scale
 from lightning_fp.numerics.formats import FORMATS, FloatFormat, float_format, format_of_dtype
 from lightning_fp.numerics.scaling import (
     AMAX_LOWER_BOUND,
     amax_to_scale,
+    nonfinite_count,
     row_amax,
     tensor_amax,
 )
@@ -28,6 +30,11 @@ __all__ = [
     # scaling
     "AMAX_LOWER_BOUND",
     "amax_to_scale",
+    "nonfinite_count",
     "row_amax",
     "tensor_amax",
+    # delayed scaling
+    "DelayedScaling",
+    "advance_history",
+    "history_scale",
 ]

@@ -63,3 +63,19 @@ def amax_to_scale(amax: Tensor, limit: float, *, power_of_two: bool = False) -> 
         scale = torch.ldexp(torch.ones_like(scale), exponent - 1)
     scale = torch.where(amax == 0, 1.0, scale)
     return torch.where(torch.isfinite(amax), scale, torch.nan)
+
+
+def nonfinite_count(x: Tensor, amax: Tensor) -> Tensor:
+    """How many values are inf or NaN.
+
+    Args:
+        x: any shape.
+        amax: `tensor_amax(x)`; where it can be read without waiting for a device, a finite one
+            spares the pass over `x`.
+
+    Returns:
+        float32 scalar.
+    """
+    if not torch.compiler.is_compiling() and not x.is_cuda and torch.isfinite(amax):
+        return torch.zeros((), dtype=torch.float32, device=x.device)
+    return x.numel() - torch.isfinite(x).sum().float()

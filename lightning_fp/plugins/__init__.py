@@ -2,5 +2,6 @@
 
 from lightning_fp.plugins.fp8 import FP8Precision
 from lightning_fp.plugins.names import precision_plugin
+from lightning_fp.plugins.scaling import DynamicScaling
 
-__all__ = ["FP8Precision", "precision_plugin"]
+__all__ = ["DynamicScaling", "FP8Precision", "precision_plugin"]

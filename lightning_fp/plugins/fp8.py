@@ -30,6 +30,7 @@ from lightning_fp.layers import (
 )
 from lightning_fp.layers.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
+from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.scaling import ScalingLike, format_of_scaling
 from lightning_fp.plugins.strategies import refuse_strategy
 
@@ -48,8 +49,9 @@ class FP8Precision(Precision):
     {}
 
     Args:
-        scaling: "dynamic", "rowwise", "rowwise-gw-hp" (also with "fp8-" before it), any format
-            name, a `LinearFormat`, a `DynamicScaling`, or a torchao `Float8LinearConfig`.
+        scaling: "dynamic", "delayed", "rowwise", "rowwise-gw-hp" (also with "fp8-" before it),
+            any format name, a `LinearFormat`, a `DynamicScaling`, a `DelayedScaling`, or a
+            torchao `Float8LinearConfig`.
         backend: "auto" takes our kernel for per-tensor scales and torchao's for rows; "native"
             or "torchao" insist.
         base: the precision of everything else, as Lightning's own plugins define it.
@@ -81,7 +83,11 @@ class FP8Precision(Precision):
         self._backend: Backend = backend
         for format in (self._format, *(rule.format for rule in self._rules)):
             kernel_for(format, backend, cuda_fp8=False)  # refuses what the backend cannot run
-        self.precision_map = PrecisionMap(backend=backend, fp8_eval=fp8_eval)
+        self.precision_map = PrecisionMap(
+            backend=backend,
+            fp8_eval=fp8_eval,
+            delayed=scaling if isinstance(scaling, DelayedScaling) else None,
+        )
         """The table of formats: read it, write to it."""
         self.report: ConversionReport | None = None
         """What the conversion did; None before setup."""
@@ -188,6 +194,7 @@ class FP8Precision(Precision):
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # pyright: ignore
         """After backward `module.training` decides again, e.g. for sampling in a callback."""
         self._mid_accumulation = True
+        self.precision_map.after_backward()
         if not self._in_train_step:
             self.precision_map.phase.evaluating = None
         return super().post_backward(tensor, module)
@@ -203,7 +210,7 @@ class FP8Precision(Precision):
         """The optimizer's step, and after it the boundary at which formats may change."""
         output = super().optimizer_step(optimizer, model, closure, **kwargs)
         self._mid_accumulation = False
-        self.precision_map.apply()
+        self.precision_map.step()
         return output
 
     @override

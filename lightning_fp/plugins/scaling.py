@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.numerics import DelayedScaling
 
-ScalingLike: TypeAlias = FormatLike
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """Scales taken from the tensor that is cast."""
+
+    granularity: Literal["tensor", "row", "block"] = "tensor"
+    """What shares one scale."""
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("tensor", "row", "block"):
+            raise ValueError(
+                f"granularity must be 'tensor', 'row' or 'block', got {self.granularity!r}"
+            )
+
+
+ScalingLike: TypeAlias = "FormatLike | DynamicScaling | DelayedScaling"
+
+_BY_GRANULARITY = {"tensor": "fp8-dynamic", "row": "fp8-rowwise", "block": "fp8-block"}
 
 _SHORT = {
     "dynamic": "fp8-dynamic",
@@ -23,13 +42,18 @@ def format_of_scaling(scaling: ScalingLike) -> LinearFormat:
     """The format of the layers that no rule names.
 
     Args:
-        scaling: "dynamic", "rowwise", "rowwise-gw-hp", the same with "fp8-" before it, any other
-            format name, a `LinearFormat`, a `DynamicScaling`, or a torchao config.
+        scaling: "dynamic", "delayed", "rowwise", "rowwise-gw-hp", the same with "fp8-" before
+            it, any other format name, a `LinearFormat`, a `DynamicScaling`, a `DelayedScaling`,
+            or a torchao config.
 
     Raises:
         ValueError: if there is no such scaling.
     """
-    if isinstance(scaling, str):
+    if isinstance(scaling, DelayedScaling):
+        scaling = "fp8-delayed"
+    elif isinstance(scaling, DynamicScaling):
+        scaling = _BY_GRANULARITY[scaling.granularity]
+    elif isinstance(scaling, str):
         scaling = _SHORT.get(scaling, scaling)
     try:
         return linear_format(scaling)

@@ -1,0 +1,176 @@
+"""The amax histories and scales of all layers under delayed scaling, updated in one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fp.kernels import NativeKernel
+from lightning_fp.kernels.memory import AMAX, NONFINITE, OperandMemory, from_slots
+from lightning_fp.layers.linear import FPLinear
+from lightning_fp.numerics import DelayedScaling, advance_history, float_format, history_scale
+
+log = logging.getLogger(__name__)
+
+
+class ScaleHistory:
+    """Keeps `[layers, operands, history_len]` in one tensor, and one scale per layer and operand.
+
+    A layer's memory holds a view of its scales. Once per optimizer step all recorded amax are
+    gathered, reduced over ranks in one collective, put into the histories, and turned into the
+    next scales. Nothing waits for the device, except while a layer that has just entered delayed
+    scaling still looks for its first scales.
+
+    Args:
+        config: how scales follow from a history.
+    """
+
+    def __init__(self, config: DelayedScaling) -> None:
+        self.config = config
+        self._layers: dict[str, FPLinear] = {}
+        self._history = torch.zeros(0, 3, config.history_len)
+        self._scales = torch.zeros(0, 3)
+        self._limits = torch.zeros(0, 3)
+        self._grad_record = torch.zeros(0, 2)
+        self._cold_steps = 0
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    # -- which layers ---------------------------------------------------------------------------
+
+    def track(self, layers: Mapping[str, FPLinear]) -> None:
+        """Keep histories for exactly these layers; those already here keep theirs.
+
+        Args:
+            layers: the layers under delayed scaling now, by name.
+        """
+        left = set(self._layers.values()) - set(layers.values())
+        for layer in left:
+            layer.record, layer.memory = False, None
+        kept = {
+            name: index for index, name in enumerate(self._layers) if layers.get(name) is self._layers[name]
+        }
+        device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
+        history = torch.zeros(len(layers), 3, self.config.history_len, device=device)
+        for index, name in enumerate(layers):
+            if name in kept:
+                history[index] = self._history[kept[name]]
+        self._layers = dict(layers)
+        self._use(history)
+
+    def _use(self, history: Tensor) -> None:
+        """Take over a history: new scales, and memories that look at them."""
+        self._history = history
+        self._limits = torch.tensor(
+            [
+                [float_format(operand).max for operand in (f.input, f.weight, f.grad_output)]
+                for f in (layer.format for layer in self._layers.values())
+            ],
+            device=history.device,
+        ).reshape(-1, 3)
+        self._scales = history_scale(history, self._limits, self.config)
+        self._grad_record = torch.zeros(len(self._layers), 2, device=history.device)
+        for layer, scales in zip(self._layers.values(), self._scales.unbind(0), strict=True):
+            layer.record, layer.memory = True, OperandMemory(scales)
+        self._cold_steps = 0
+        self._warm_up()
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """After a backward: take in the records of grad_output."""
+        memories = self._memories()
+        ran = [i for i, memory in enumerate(memories) if memory.grad_leaf.grad is not None]
+        for memory in memories:
+            memory.calls = 0
+        if not ran:
+            return
+        gradients = [memories[i].grad_leaf.grad for i in ran]
+        rows = from_slots(torch.stack(gradients))  # pyright: ignore[reportArgumentType]
+        record = self._grad_record
+        if len(ran) < len(memories):
+            rows = torch.zeros_like(record).index_copy_(0, torch.tensor(ran, device=rows.device), rows)
+        torch.maximum(record[:, AMAX], rows[:, AMAX], out=record[:, AMAX])
+        record[:, NONFINITE] += rows[:, NONFINITE]
+        for i in ran:
+            memories[i].grad_leaf.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After an optimizer step: one reduction over ranks, one update for all layers."""
+        if not self._layers:
+            return
+        self.fold()
+        memories = self._memories()
+        recorded = [memory.recorded for memory in memories]
+        rows = torch.cat([torch.stack(recorded), self._grad_record.unsqueeze(1)], dim=1)
+        amax = torch.nan_to_num(rows[..., AMAX], nan=torch.inf, posinf=torch.inf)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+        self._history = advance_history(self._history, amax)
+        self._scales.copy_(history_scale(self._history, self._limits, self.config))
+        torch._foreach_zero_(recorded)
+        self._grad_record.zero_()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Give layers whose operands all have a scale the kernel that relies on it.
+
+        This reads flags from the device. It is done at steps 0, 1, 3, 7, 15, ... after layers
+        came in, and not at all once they are warm.
+        """
+        cold = [i for i, layer in enumerate(self._layers.values()) if _kernel(layer).cold]
+        if cold and (self._cold_steps & (self._cold_steps + 1)) == 0:
+            ready = (self._scales > 0).all(dim=1).tolist()
+            layers = list(self._layers.values())
+            for i in cold:
+                if ready[i]:
+                    kernel = dataclasses.replace(_kernel(layers[i]), cold=False)
+                    layers[i].switch(layers[i].format, kernel)
+        self._cold_steps += 1
+
+    def _memories(self) -> list[OperandMemory]:
+        """The layers' memories; made anew where a layer has moved to another device."""
+        layers = self._layers.values()
+        device = next((layer.weight.device for layer in layers), self._history.device)
+        if device != self._history.device:
+            self._use(self._history.to(device))
+        return [layer.memory for layer in layers if layer.memory is not None]
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Histories by layer; scales follow from them."""
+        return {"layers": list(self._layers), "history": self._history.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the histories of the layers that are here and were there."""
+        saved: Tensor = state["history"]
+        if saved.shape[-1] != self.config.history_len:
+            log.warning(
+                "history_len changed from %d to %d: scales start anew",
+                saved.shape[-1],
+                self.config.history_len,
+            )
+            return
+        rows = {name: row for name, row in zip(state["layers"], saved, strict=True)}
+        history = self._history.clone()
+        for index, name in enumerate(self._layers):
+            if name in rows:
+                history[index] = rows[name]
+        self._use(history)
+
+
+def _kernel(layer: FPLinear) -> NativeKernel:
+    kernel = layer.kernel
+    if not isinstance(kernel, NativeKernel):
+        raise TypeError(f"layer {layer.fqn!r}: delayed scaling needs the native kernel")
+    return kernel
