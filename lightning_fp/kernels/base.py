@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lightning_fp.numerics import FloatFormat
+
 
 @runtime_checkable
 class Kernel(Protocol):
@@ -41,6 +43,21 @@ class Kernel(Protocol):
         """
         ...
 
+    def cast_of(
+        self, operand: int, x: Tensor, scales: Tensor | None
+    ) -> tuple[Tensor, FloatFormat]:
+        """How an operand is cast, for the statistics.
+
+        Args:
+            operand: INPUT, WEIGHT or GRAD_OUTPUT, see `lightning_fp.kernels.memory`.
+            x: [rows, columns], the operand.
+            scales: the layer's delayed scales, if it has any.
+
+        Returns:
+            The scale (float32, scalar or [rows, 1]) and the format of the cast.
+        """
+        ...
+
 
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype nn.Linear would compute in here: autocast's if it is on, else the input's."""
@@ -51,7 +68,11 @@ def compute_dtype(input: Tensor) -> torch.dtype:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Turn autocast off where it is on: inside a kernel every dtype is chosen by hand."""
-    if torch.is_autocast_enabled(device_type):
+    """Turn autocast off where it is on: inside a kernel every dtype is chosen by hand.
+
+    While compiling it is turned off in any case: a backward is traced under the autocast of its
+    forward, which the state at this moment does not show.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.numerics import FloatFormat, format_of_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,3 +39,9 @@ class HighPrecisionKernel:
             bias = None if bias is None else bias.to(self.dtype)
             output = F.linear(input.to(self.dtype), weight.to(self.dtype), bias)
             return output.to(out_dtype)
+
+    def cast_of(
+        self, operand: int, x: Tensor, scales: Tensor | None
+    ) -> tuple[Tensor, FloatFormat]:
+        """See `Kernel.cast_of`."""
+        return torch.ones((), device=x.device), format_of_dtype(self.dtype or compute_dtype(x))

@@ -23,46 +23,64 @@ is exact after rounding to float32, that of a sum is the maximum within 3% for t
 safe side."""
 
 
-class OperandMemory:
-    """Recorded amax and non-finite counts of one layer, and the scales it casts with.
+class OperandRecord:
+    """What one layer records of its operands until it is taken.
 
     Safe under torch.compile, inside activation checkpointing too: forward writes one tensor in
     place, and grad_output's record arrives as the gradient of `grad_leaf`, so that backward
     writes nothing.
+
+    Args:
+        operands: rows that forward records.
+        width: statistics per row; the first is the amax, which combines by max, the others are
+            sums.
+        device: where the layer is.
     """
 
-    def __init__(self, scales: Tensor) -> None:
-        self.scales = scales
-        """float32 [3]; read-only during a step, 0 for "no scale yet"."""
-        device = scales.device
-        self.recorded = torch.zeros(2, 2, device=device)
-        """float32 [input or weight, amax or non-finite count] since the last step."""
+    def __init__(self, operands: int, width: int, device: torch.device) -> None:
+        self.recorded = torch.zeros(operands, width, dtype=torch.float64, device=device)
+        """float64 [operands, width]."""
         self.grad_leaf = torch.zeros(
-            SLOTS, 2, dtype=torch.float64, device=device, requires_grad=True
+            SLOTS, width, dtype=torch.float64, device=device, requires_grad=True
         )
-        """float64 [slot, amax**POWER or non-finite count]: the shape of what backward returns."""
+        """float64 [slot, width], the amax raised to POWER: the shape of what backward returns."""
         self.calls = 0
         """Eager forwards since the last fold."""
 
     def next_slot(self) -> int:
-        """The slot in which this call returns its record."""
+        """The slot in which this call returns its record of grad_output."""
         if torch.compiler.is_compiling():
             return _slot_of_call_site()
         self.calls += 1
         return (self.calls - 1) % SLOTS
 
     @torch.no_grad()
-    def record(self, row_input: Tensor, row_weight: Tensor) -> None:
-        """Add one forward's records: amax combines by max, counts by sum.
+    def record(self, *rows: Tensor) -> None:
+        """Add one forward's rows, each [width]."""
+        self.recorded.copy_(combine(self.recorded, torch.stack(rows).double()))
 
-        Args:
-            row_input: float32 [amax, non-finite count] of the input.
-            row_weight: the same of the weight.
-        """
-        rows = torch.stack([row_input, row_weight])
-        amax = torch.maximum(self.recorded[:, AMAX], rows[:, AMAX])
-        count = self.recorded[:, NONFINITE] + rows[:, NONFINITE]
-        self.recorded.copy_(torch.stack([amax, count], dim=1))
+
+class OperandMemory(OperandRecord):
+    """The record that delayed scaling keeps at every step, and the scales that follow from it.
+
+    Args:
+        scales: float32 [3]; read-only during a step, 0 for "no scale yet".
+    """
+
+    def __init__(self, scales: Tensor) -> None:
+        super().__init__(operands=2, width=2, device=scales.device)
+        self.scales = scales
+
+
+def combine(record: Tensor, other: Tensor) -> Tensor:
+    """Two records of the same operands as one.
+
+    Args:
+        record: [..., width], the amax first.
+        other: same shape.
+    """
+    amax = torch.maximum(record[..., :1], other[..., :1])
+    return torch.cat([amax, record[..., 1:] + other[..., 1:]], dim=-1)
 
 
 _call_sites = itertools.count()
@@ -75,9 +93,9 @@ def _slot_of_call_site() -> int:
 
 
 def in_slot(row: Tensor, slot: int) -> Tensor:
-    """A gradient for `grad_leaf`: a float32 record in its slot, zeros elsewhere."""
+    """A gradient for `grad_leaf`: a record in its slot, zeros elsewhere."""
     wide = row.double()
-    returned = torch.stack([wide[AMAX] ** POWER, wide[NONFINITE]])
+    returned = torch.cat([wide[:1] ** POWER, wide[1:]])
     return F.pad(returned.unsqueeze(0), (0, 0, slot, SLOTS - slot - 1))
 
 
@@ -85,10 +103,27 @@ def from_slots(gradient: Tensor) -> Tensor:
     """The record that the gradients of a leaf add up to.
 
     Args:
-        gradient: float64 [..., SLOTS, 2].
+        gradient: float64 [..., SLOTS, width].
 
     Returns:
-        float32 [..., 2]: amax and non-finite count.
+        float64 [..., width].
     """
-    amax = gradient[..., AMAX].amax(dim=-1) ** (1 / POWER)
-    return torch.stack([amax, gradient[..., NONFINITE].sum(dim=-1)], dim=-1).float()
+    amax = gradient[..., 0].amax(dim=-1, keepdim=True) ** (1 / POWER)
+    return torch.cat([amax.float().double(), gradient[..., 1:].sum(dim=-2)], dim=-1)
+
+
+def fold_gradients(records: list[OperandRecord], into: Tensor) -> None:
+    """Take the records of grad_output out of the leaves.
+
+    Args:
+        records: one per layer.
+        into: float64 [layers, width], combined in place.
+    """
+    ran = [(i, r.grad_leaf.grad) for i, r in enumerate(records) if r.grad_leaf.grad is not None]
+    if ran:
+        rows = from_slots(torch.stack([gradient for _, gradient in ran]))
+        index = torch.tensor([i for i, _ in ran], device=rows.device)
+        into.index_copy_(0, index, combine(into.index_select(0, index), rows))
+    for record in records:
+        record.grad_leaf.grad = None
+        record.calls = 0

@@ -119,6 +119,14 @@ class NativeKernel:
                 memory.record(row_input, row_weight)
             return output if bias is None else output + bias.to(output.dtype)
 
+    def cast_of(
+        self, operand: int, x: Tensor, scales: Tensor | None
+    ) -> tuple[Tensor, FloatFormat]:
+        """See `Kernel.cast_of`."""
+        format = (self.input, self.weight, self.grad_output)[operand]
+        given = scales if self.delayed else None
+        return self.scale(tensor_amax(x), given, operand, format), format
+
     def scale(
         self, amax: Tensor, scales: Tensor | None, operand: int, format: FloatFormat
     ) -> Tensor:

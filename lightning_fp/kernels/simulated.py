@@ -53,6 +53,13 @@ class SimulatedKernel:
             output = _Round.apply(output, None, self.grad_output, self.rounding).to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
+    def cast_of(
+        self, operand: int, x: Tensor, scales: Tensor | None
+    ) -> tuple[Tensor, FloatFormat]:
+        """See `Kernel.cast_of`."""
+        format = (self.input, self.weight, self.grad_output)[operand]
+        return torch.ones((), device=x.device), format
+
 
 class _Round(torch.autograd.Function):
     """Round on the way forward, on the way back, or both; straight-through otherwise."""

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.hardware import check_alignment
+from lightning_fp.numerics import (
+    FloatFormat,
+    amax_to_scale,
+    format_of_dtype,
+    row_amax,
+    tensor_amax,
+)
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
@@ -77,6 +84,18 @@ class TorchaoKernel:
         with without_autocast(input.device.type):
             output = self._function.apply(input, weight.t(), gemm_config, config)
             return output if bias is None else output + bias.to(output.dtype)
+
+    def cast_of(
+        self, operand: int, x: Tensor, scales: Tensor | None
+    ) -> tuple[Tensor, FloatFormat]:
+        """See `Kernel.cast_of`."""
+        config = self.config
+        casts = config.cast_config_input, config.cast_config_weight, config.cast_config_grad_output
+        format = format_of_dtype(casts[operand].target_dtype)
+        by_row = casts[operand].scaling_granularity.value == "axiswise"
+        amax = row_amax(x) if by_row else tensor_amax(x)
+        power_of_two = config.round_scales_to_power_of_2
+        return amax_to_scale(amax, format.max, power_of_two=power_of_two), format
 
 
 def import_float8() -> Any:

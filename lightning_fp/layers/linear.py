@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, NativeKernel, OperandMemory
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
+from lightning_fp.layers.observe import OperandStatistics, observe
 from lightning_fp.layers.switchable import Phase
 
 
@@ -42,6 +43,9 @@ class FPLinear(nn.Linear):
     memory: OperandMemory | None
     """Scales and records under delayed scaling; kept by `ScaleHistory`."""
 
+    statistics: OperandStatistics | None
+    """Where statistics go while they are collected; kept by `StatisticsTable`."""
+
     def switch(self, format: LinearFormat, kernel: Kernel) -> None:
         """Multiply in `format` from the next forward on; nothing else about the layer changes."""
         self.format = format
@@ -65,12 +69,17 @@ class FPLinear(nn.Linear):
         evaluating = self.evaluating
         if evaluating and not self.phase.fp8_eval:
             return F.linear(input, self.weight, self.bias)
-        kernel = self.kernel
-        if isinstance(kernel, NativeKernel) and self.memory is not None:
-            record = self.record and not evaluating
-            return kernel.remembering(
-                input, self.weight, self.bias, self.fqn, self.memory, record=record
-            )
+        output = self._multiply(input, record=self.record and not evaluating)
+        if self.collect and not evaluating and self.statistics is not None:
+            scales = None if self.memory is None else self.memory.scales
+            return observe(output, input, self.weight, self.kernel, scales, self.statistics)
+        return output
+
+    def _multiply(self, input: Tensor, *, record: bool) -> Tensor:
+        kernel, memory = self.kernel, self.memory
+        if isinstance(kernel, NativeKernel) and memory is not None:
+            weight, bias = self.weight, self.bias
+            return kernel.remembering(input, weight, bias, self.fqn, memory, record=record)
         return kernel(input, self.weight, self.bias, self.fqn)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:
@@ -83,6 +92,9 @@ class FPLinear(nn.Linear):
     def extra_repr(self) -> str:
         """nn.Linear's, with the format."""
         return f"{super().extra_repr()}, format={self.format.name}"
+
+
+_ATTRIBUTES = tuple(name for name in FPLinear.__annotations__)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -109,13 +121,14 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
     linear.collect = False
     linear.record = False
     linear.memory = None
+    linear.statistics = None
     linear.switch(NAMED_FORMATS["high"], HighPrecisionKernel())
     return linear
 
 
 def make_plain(linear: FPLinear) -> nn.Linear:
     """Turn an FPLinear back into the nn.Linear it was, in place."""
-    for name in ("fqn", "phase", "collect", "record", "memory", "format", "kernel"):
+    for name in _ATTRIBUTES:
         delattr(linear, name)
     linear.__class__ = _swap_base(type(linear), FPLinear, nn.Linear)
     return linear

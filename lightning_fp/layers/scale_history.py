@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels import NativeKernel
-from lightning_fp.kernels.memory import AMAX, NONFINITE, OperandMemory, from_slots
+from lightning_fp.kernels.memory import AMAX, OperandMemory, fold_gradients
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.numerics import DelayedScaling, advance_history, float_format, history_scale
 
@@ -37,7 +37,7 @@ class ScaleHistory:
         self._history = torch.zeros(0, 3, config.history_len)
         self._scales = torch.zeros(0, 3)
         self._limits = torch.zeros(0, 3)
-        self._grad_record = torch.zeros(0, 2)
+        self._grad_record = torch.zeros(0, 2, dtype=torch.float64)
         self._cold_steps = 0
 
     def __len__(self) -> int:
@@ -76,7 +76,9 @@ class ScaleHistory:
             device=history.device,
         ).reshape(-1, 3)
         self._scales = history_scale(history, self._limits, self.config)
-        self._grad_record = torch.zeros(len(self._layers), 2, device=history.device)
+        self._grad_record = torch.zeros(
+            len(self._layers), 2, dtype=torch.float64, device=history.device
+        )
         for layer, scales in zip(self._layers.values(), self._scales.unbind(0), strict=True):
             layer.record, layer.memory = True, OperandMemory(scales)
         self._cold_steps = 0
@@ -87,21 +89,7 @@ class ScaleHistory:
     @torch.no_grad()
     def fold(self) -> None:
         """After a backward: take in the records of grad_output."""
-        memories = self._memories()
-        ran = [i for i, memory in enumerate(memories) if memory.grad_leaf.grad is not None]
-        for memory in memories:
-            memory.calls = 0
-        if not ran:
-            return
-        gradients = [memories[i].grad_leaf.grad for i in ran]
-        rows = from_slots(torch.stack(gradients))  # pyright: ignore[reportArgumentType]
-        record = self._grad_record
-        if len(ran) < len(memories):
-            rows = torch.zeros_like(record).index_copy_(0, torch.tensor(ran, device=rows.device), rows)
-        torch.maximum(record[:, AMAX], rows[:, AMAX], out=record[:, AMAX])
-        record[:, NONFINITE] += rows[:, NONFINITE]
-        for i in ran:
-            memories[i].grad_leaf.grad = None
+        fold_gradients(self._memories(), self._grad_record)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -112,7 +100,7 @@ class ScaleHistory:
         memories = self._memories()
         recorded = [memory.recorded for memory in memories]
         rows = torch.cat([torch.stack(recorded), self._grad_record.unsqueeze(1)], dim=1)
-        amax = torch.nan_to_num(rows[..., AMAX], nan=torch.inf, posinf=torch.inf)
+        amax = torch.nan_to_num(rows[..., AMAX].float(), nan=torch.inf, posinf=torch.inf)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
         self._history = advance_history(self._history, amax)

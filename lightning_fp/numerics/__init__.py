@@ -2,6 +2,7 @@
 
 from lightning_fp.numerics.casting import (
     Rounding,
+    round_in_range,
     round_to_format,
     saturating_cast,
     scaled_cast,
@@ -15,6 +16,15 @@ from lightning_fp.numerics.scaling import (
     row_amax,
     tensor_amax,
 )
+from lightning_fp.numerics.statistics import (
+    COLUMN,
+    STATISTICS,
+    Statistic,
+    operand_statistics,
+    output_statistics,
+    sampled_rows,
+    shares,
+)
 
 __all__ = [
     # formats
@@ -24,6 +34,7 @@ __all__ = [
     "format_of_dtype",
     # casting
     "Rounding",
+    "round_in_range",
     "round_to_format",
     "saturating_cast",
     "scaled_cast",
@@ -37,4 +48,12 @@ __all__ = [
     "DelayedScaling",
     "advance_history",
     "history_scale",
+    # statistics
+    "COLUMN",
+    "STATISTICS",
+    "Statistic",
+    "operand_statistics",
+    "output_statistics",
+    "sampled_rows",
+    "shares",
 ]

@@ -1,0 +1,136 @@
+"""Statistics of a layer's operands, gathered inside the layer, whatever multiplies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lightning_fp.kernels import Kernel
+from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandRecord, in_slot
+from lightning_fp.numerics import (
+    STATISTICS,
+    FloatFormat,
+    operand_statistics,
+    output_statistics,
+    round_in_range,
+    sampled_rows,
+)
+
+ROWS = ("input", "weight", "output")
+"""What forward records, in order; grad_output's statistics come from backward."""
+
+
+@dataclass
+class Sampling:
+    """Which rows SQNR and the error split are computed on; shared by all layers."""
+
+    stride: int
+    """Distance between sampled rows."""
+
+    offset: Tensor
+    """int64 scalar: the first one. It rotates, since a fixed one reads a periodic outlier
+    `stride` times too high or not at all."""
+
+
+class OperandStatistics(OperandRecord):
+    """Full statistics of one layer's operands since they were last taken.
+
+    Args:
+        sampling: which rows to sample.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        super().__init__(len(ROWS), len(STATISTICS), sampling.offset.device)
+        self.sampling = sampling
+
+
+def observe(
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    kernel: Kernel,
+    scales: Tensor | None,
+    statistics: OperandStatistics,
+) -> Tensor:
+    """Record one call of a layer.
+
+    Args:
+        output: [..., out_features], what the kernel returned.
+        input: [..., in_features], what it was given.
+        weight: [out_features, in_features].
+        kernel: the kernel, which knows how it casts.
+        scales: the layer's delayed scales, if it has any.
+        statistics: where the rows go.
+
+    Returns:
+        `output`, through an identity whose backward records grad_output.
+    """
+    if input.numel() == 0:
+        return output
+    sampling = statistics.sampling
+    with torch.no_grad(), without_autocast(input.device.type):
+        x = input.to(compute_dtype(input)).reshape(-1, input.shape[-1])
+        rows = sampled_rows(x.shape[0], sampling.stride, sampling.offset)
+        scale_x, format_x = kernel.cast_of(INPUT, x, scales)
+        scale_w, format_w = kernel.cast_of(WEIGHT, weight, scales)
+        statistics.record(
+            operand_statistics(x, scale_x, format_x, rows),
+            operand_statistics(weight, scale_w, format_w),
+            _output_row(x.index_select(0, rows), weight, kernel, scales),
+        )
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        return output
+    leaf, slot = statistics.grad_leaf, statistics.next_slot()
+    return _ObserveGradient.apply(output, leaf, slot, kernel, scales, sampling)
+
+
+def _output_row(x: Tensor, weight: Tensor, kernel: Kernel, scales: Tensor | None) -> Tensor:
+    """The output's error on the sampled rows, from casts of these rows alone."""
+    scale_x, format_x = kernel.cast_of(INPUT, x, scales)
+    scale_w, format_w = kernel.cast_of(WEIGHT, weight, scales)
+    x, weight = x.float(), weight.float()
+    clamped_x, clamped_w = _clamped(x, scale_x, format_x), _clamped(weight, scale_w, format_w)
+    cast_x, cast_w = _cast(x, scale_x, format_x), _cast(weight, scale_w, format_w)
+    return output_statistics(x @ weight.t(), clamped_x @ clamped_w.t(), cast_x @ cast_w.t())
+
+
+def _clamped(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
+    return (x * scale).clamp(-format.max, format.max) / scale
+
+
+def _cast(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
+    return round_in_range((x * scale).clamp(-format.max, format.max), format) / scale
+
+
+class _ObserveGradient(torch.autograd.Function):
+    """Identity; backward returns grad_output's statistics as the gradient of a leaf."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        output: Tensor,
+        leaf: Tensor,
+        slot: int,
+        kernel: Kernel,
+        scales: Tensor | None,
+        sampling: Sampling,
+    ) -> Tensor:
+        ctx.save_for_backward(scales, sampling.offset)
+        ctx.slot, ctx.kernel, ctx.stride = slot, kernel, sampling.stride  # pyright: ignore
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        scales, offset = ctx.saved_tensors
+        with without_autocast(grad_output.device.type):
+            g = grad_output.reshape(-1, grad_output.shape[-1])
+            scale, format = ctx.kernel.cast_of(GRAD_OUTPUT, g, scales)
+            rows = sampled_rows(g.shape[0], ctx.stride, offset)
+            row = operand_statistics(g, scale, format, rows)
+        return grad_output, in_slot(row, ctx.slot), None, None, None, None

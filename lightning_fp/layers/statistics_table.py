@@ -1,0 +1,80 @@
+"""The statistics of all layers: switched on for a step, taken out in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fp.kernels.memory import fold_gradients
+from lightning_fp.layers.linear import FPLinear
+from lightning_fp.layers.observe import OperandStatistics, Sampling
+from lightning_fp.numerics import STATISTICS
+
+OPERANDS = ("input", "weight", "output", "grad_output")
+"""The rows of a layer's statistics, in order."""
+
+
+class StatisticsTable:
+    """Collects `[layers, operands, statistics]` on the device; the host reads it when it likes.
+
+    Args:
+        layers: the layers to observe, by name.
+        stride: SQNR and the error split look at every `stride`-th row; all else at all rows.
+    """
+
+    def __init__(self, layers: Mapping[str, FPLinear], *, stride: int = 8) -> None:
+        self._layers = dict(layers)
+        device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
+        self._sampling = Sampling(stride, torch.zeros((), dtype=torch.int64, device=device))
+        width = len(STATISTICS)
+        self._gradients = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
+        for layer in self._layers.values():
+            layer.statistics = OperandStatistics(self._sampling)
+
+    @property
+    def names(self) -> list[str]:
+        """The observed layers, in the order of `take`."""
+        return list(self._layers)
+
+    def collect(self, on: bool) -> None:
+        """Collect in the forwards from here on, or stop. Call between steps."""
+        for layer in self._layers.values():
+            layer.collect = on
+        if on:
+            self._sampling.offset.add_(1)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """After a backward: take in the statistics of grad_output."""
+        fold_gradients(self._records(), self._gradients)
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """All that was collected since the last time, over all ranks; then start anew.
+
+        Returns:
+            float64 [layers, operands, statistics], on the device.
+        """
+        self.fold()
+        recorded = [record.recorded for record in self._records()]
+        table = torch.cat([torch.stack(recorded), self._gradients.unsqueeze(1)], dim=1)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            amax = torch.nan_to_num(table[..., 0], nan=torch.inf, posinf=torch.inf)
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+            dist.all_reduce(table, op=dist.ReduceOp.SUM)
+            table[..., 0] = amax
+        torch._foreach_zero_(recorded)
+        self._gradients.zero_()
+        return table
+
+    def close(self) -> None:
+        """Stop observing."""
+        for layer in self._layers.values():
+            layer.collect, layer.statistics = False, None
+
+    def _records(self) -> list[OperandStatistics]:
+        layers = self._layers.values()
+        return [layer.statistics for layer in layers if layer.statistics is not None]

@@ -1,0 +1,168 @@
+"""What a cast does to an operand.
+
+Every statistic is a sum or a maximum, so that rows add up over calls, micro-batches, steps and
+ranks; shares are formed at the end, from sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_fp.numerics.casting import round_in_range
+from lightning_fp.numerics.formats import FloatFormat
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One column of a row of statistics."""
+
+    name: str
+    combine: Literal["max", "sum"]
+    meaning: str
+
+
+STATISTICS = (
+    Statistic("amax", "max", "largest magnitude"),
+    Statistic("nonfinite", "sum", "elements that are inf or NaN"),
+    Statistic("numel", "sum", "elements"),
+    Statistic("nonzero", "sum", "finite elements that are not zero"),
+    Statistic("clamped", "sum", "finite elements that the clamp changed more than rounding would"),
+    Statistic("excess", "sum", "sum of |scaled| beyond the format's max, over clamped elements"),
+    Statistic("magnitude", "sum", "sum of |scaled|, over finite elements"),
+    Statistic("underflow", "sum", "finite elements that are not zero and round to zero"),
+    Statistic("signal", "sum", "sum of squares, over finite elements of the sampled rows"),
+    Statistic("noise", "sum", "sum of squared cast errors, over the same elements"),
+    Statistic("clamp_noise", "sum", "the same for clamping alone, without rounding"),
+)
+"""The columns, in order. The first two are what is recorded at every step."""
+
+COLUMN = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
+"""Index of each column by name."""
+
+
+def operand_statistics(
+    x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor | None = None
+) -> Tensor:
+    """Statistics of one cast.
+
+    Args:
+        x: [rows, columns], high precision.
+        scale: float32, scalar or [rows, 1].
+        format: the format that `x * scale` is cast to.
+        rows: int64 indices of the rows that SQNR is computed on; None takes all.
+
+    Returns:
+        float64 [len(STATISTICS)].
+    """
+    x = x.detach().float()
+    finite = torch.isfinite(x)
+    scaled = torch.where(finite, x * torch.nan_to_num(scale, nan=1.0), 0.0)
+    size = scaled.abs()
+    point = format.clamp_point
+    clamped = size >= point if format.clamp_point_clamps else size > point
+    nonzero = size > 0
+    if rows is not None:
+        scaled = scaled.index_select(0, rows)
+        scale = scale.index_select(0, rows) if scale.numel() > 1 else scale
+    unscale = torch.nan_to_num(scale, nan=1.0).reciprocal()
+    inside = scaled.clamp(-format.max, format.max)
+    values = (
+        _amax(x),
+        (~finite).sum(),
+        torch.full((), x.numel(), device=x.device),
+        nonzero.sum(),
+        clamped.sum(),
+        torch.where(clamped, size - format.max, 0.0).sum(dtype=torch.float64),
+        size.sum(dtype=torch.float64),
+        (nonzero & (size <= format.underflow_point)).sum(),
+        _sum_of_squares(scaled * unscale),
+        _sum_of_squares((round_in_range(inside, format) - scaled) * unscale),
+        _sum_of_squares((inside - scaled) * unscale),
+    )
+    return torch.stack([value.double() for value in values])
+
+
+def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
+    """Error of a layer's output, split into what clamping and what rounding did.
+
+    Args:
+        exact: [rows, out_features], the product of the operands as they are.
+        clamped: the product of the operands clamped but not rounded.
+        cast: the product of the operands as cast.
+
+    Returns:
+        float64 [len(STATISTICS)]; only amax, nonfinite, numel and the last three are filled.
+    """
+    row = torch.zeros(len(STATISTICS), dtype=torch.float64, device=exact.device)
+    exact = exact.float()
+    finite = torch.isfinite(exact)
+    values = {
+        "amax": _amax(exact),
+        "nonfinite": (~finite).sum(),
+        "numel": torch.full((), exact.numel(), device=exact.device),
+        "signal": _sum_of_squares(torch.where(finite, exact, 0.0)),
+        "noise": _sum_of_squares(torch.where(finite, cast.float() - exact, 0.0)),
+        "clamp_noise": _sum_of_squares(torch.where(finite, clamped.float() - exact, 0.0)),
+    }
+    index = torch.tensor([COLUMN[name] for name in values], device=exact.device)
+    return row.index_copy(0, index, torch.stack([value.double() for value in values.values()]))
+
+
+def sampled_rows(count: int, stride: int, offset: Tensor) -> Tensor:
+    """Indices of every `stride`-th row.
+
+    Args:
+        count: number of rows.
+        stride: distance between sampled rows.
+        offset: int64 scalar, where to begin; a tensor, so that a rotating offset does not
+            recompile.
+
+    Returns:
+        int64 [ceil(count / stride)], all within `count`.
+    """
+    steps = torch.arange(0, count, stride, device=offset.device)
+    return (steps + offset % stride) % count
+
+
+def shares(row: Mapping[str, float]) -> dict[str, float]:
+    """The shares that users read, from a row of sums.
+
+    Args:
+        row: value of each of `STATISTICS` by name.
+
+    Returns:
+        clamped_fraction (of all elements), clamped_mass (of the finite magnitude),
+        underflow_fraction (of non-zero elements), sqnr_db and clamp_sqnr_db (inf where the cast
+        loses nothing, NaN where nothing was seen).
+    """
+    return {
+        "clamped_fraction": _ratio(row["clamped"], row["numel"]),
+        "clamped_mass": _ratio(row["excess"], row["magnitude"]),
+        "underflow_fraction": _ratio(row["underflow"], row["nonzero"]),
+        "sqnr_db": _decibel(row["signal"], row["noise"]),
+        "clamp_sqnr_db": _decibel(row["signal"], row["clamp_noise"]),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if signal <= 0:
+        return math.nan
+    return math.inf if noise <= 0 else 10 * math.log10(signal / noise)
+
+
+def _amax(x: Tensor) -> Tensor:
+    return x.abs().amax() if x.numel() else x.new_zeros(())
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return x.square().sum(dtype=torch.float64)
