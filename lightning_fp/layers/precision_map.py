@@ -202,6 +202,11 @@ class PrecisionMap:
         self._scales.step()
         return self.apply()
 
+    @property
+    def scale_history(self) -> ScaleHistory:
+        """Histories and scales of the layers under delayed scaling."""
+        return self._scales
+
     # -- filling --------------------------------------------------------------------------------
 
     def fill(

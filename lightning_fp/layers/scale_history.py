@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels import NativeKernel
-from lightning_fp.kernels.memory import AMAX, OperandMemory, fold_gradients
+from lightning_fp.kernels.memory import AMAX, NONFINITE, OperandMemory, fold_gradients
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.numerics import DelayedScaling, advance_history, float_format, history_scale
 
@@ -38,6 +38,7 @@ class ScaleHistory:
         self._scales = torch.zeros(0, 3)
         self._limits = torch.zeros(0, 3)
         self._grad_record = torch.zeros(0, 2, dtype=torch.float64)
+        self._watched = torch.zeros(0, 3, 3)
         self._cold_steps = 0
 
     def __len__(self) -> int:
@@ -81,6 +82,7 @@ class ScaleHistory:
         )
         for layer, scales in zip(self._layers.values(), self._scales.unbind(0), strict=True):
             layer.record, layer.memory = True, OperandMemory(scales)
+        self._watched = _nothing_watched(torch.zeros(len(self._layers), 3, 3, device=history.device))
         self._cold_steps = 0
         self._warm_up()
 
@@ -101,13 +103,46 @@ class ScaleHistory:
         recorded = [memory.recorded for memory in memories]
         rows = torch.cat([torch.stack(recorded), self._grad_record.unsqueeze(1)], dim=1)
         amax = torch.nan_to_num(rows[..., AMAX].float(), nan=torch.inf, posinf=torch.inf)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if _many_ranks():
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+        self._watch(amax, rows[..., NONFINITE])
         self._history = advance_history(self._history, amax)
         self._scales.copy_(history_scale(self._history, self._limits, self.config))
         torch._foreach_zero_(recorded)
         self._grad_record.zero_()
         self._warm_up()
+
+    def _watch(self, amax: Tensor, nonfinite: Tensor) -> None:
+        """Keep what must be exact at every step: a single huge value may not be missed."""
+        used = self._limits / (amax * self._scales)
+        known = torch.isfinite(used) & (amax > 0) & torch.isfinite(amax)
+        headroom = torch.where(known, torch.log2(used), torch.inf)
+        largest, least, count = self._watched.unbind(-1)
+        torch.maximum(largest, torch.where(torch.isfinite(amax), amax, 0.0), out=largest)
+        torch.minimum(least, headroom, out=least)
+        count += nonfinite
+
+    @torch.no_grad()
+    def take_watched(self) -> Tensor:
+        """Extremes of all steps since the last time, over all ranks; then start anew.
+
+        Returns:
+            float32 [layers, operands, 3], on the device: largest finite amax, least headroom in
+            bits (log2 of the format's max over the scaled amax: negative when clamping, inf
+            where nothing was seen), and the number of inf and NaN elements.
+        """
+        watched = self._watched.clone()
+        if watched.numel() and _many_ranks():
+            nonfinite = watched[..., 2].contiguous()
+            dist.all_reduce(nonfinite, op=dist.ReduceOp.SUM)
+            watched[..., 2] = nonfinite
+        self._watched.copy_(_nothing_watched(self._watched))
+        return watched
+
+    @property
+    def names(self) -> list[str]:
+        """The layers under delayed scaling, in the order of `take_watched`."""
+        return list(self._layers)
 
     def _warm_up(self) -> None:
         """Give layers whose operands all have a scale the kernel that relies on it.
@@ -155,6 +190,14 @@ class ScaleHistory:
             if name in rows:
                 history[index] = rows[name]
         self._use(history)
+
+
+def _many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _nothing_watched(like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_fill_(-1, torch.tensor([1], device=like.device), torch.inf)
 
 
 def _kernel(layer: FPLinear) -> NativeKernel:
