@@ -32,7 +32,7 @@ def register() -> None:
     if _original is not None:
         return
     parameters = inspect.signature(_AcceleratorConnector.__init__).parameters
-    if not _EXPECTED <= set(parameters):
+    if not _EXPECTED.issubset(parameters):
         raise RuntimeError(
             f"lightning_fp.register does not know lightning {lightning.__version__}: its"
             " accelerator connector takes other arguments; pass"

@@ -43,9 +43,7 @@ class Kernel(Protocol):
         """
         ...
 
-    def cast_of(
-        self, operand: int, x: Tensor, scales: Tensor | None
-    ) -> tuple[Tensor, FloatFormat]:
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """How an operand is cast, for the statistics.
 
         Args:

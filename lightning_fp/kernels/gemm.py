@@ -81,7 +81,7 @@ def multiply(
         [M, N] in `out_dtype`.
     """
     if a.dtype.itemsize == 1:
-        return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             a.contiguous(),
             b.t().contiguous().t(),  # cuBLAS wants the second operand column-major
             scale_a=unscale_a,

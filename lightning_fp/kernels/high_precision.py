@@ -40,8 +40,6 @@ class HighPrecisionKernel:
             output = F.linear(input.to(self.dtype), weight.to(self.dtype), bias)
             return output.to(out_dtype)
 
-    def cast_of(
-        self, operand: int, x: Tensor, scales: Tensor | None
-    ) -> tuple[Tensor, FloatFormat]:
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
         return torch.ones((), device=x.device), format_of_dtype(self.dtype or compute_dtype(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ def from_slots(gradient: Tensor) -> Tensor:
     return torch.cat([amax.float().double(), gradient[..., 1:].sum(dim=-2)], dim=-1)
 
 
-def fold_gradients(records: list[OperandRecord], into: Tensor) -> None:
+def fold_gradients(records: Sequence[OperandRecord], into: Tensor) -> None:
     """Take the records of grad_output out of the leaves.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.gemm import cast_operand, multiply, operand_dtype, widen
@@ -105,10 +105,10 @@ class NativeKernel:
         slot = 0
         if memory is not None and self.delayed:
             scales = memory.scales
-        if memory is not None and record and torch.is_grad_enabled():
-            # Without this condition a frozen backbone would keep its activations for the leaf.
-            if input.requires_grad or weight.requires_grad:
-                leaf, slot = memory.grad_leaf, memory.next_slot()
+        # Without a gradient of its own a frozen backbone would keep its activations for the leaf.
+        differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        if memory is not None and record and differentiable:
+            leaf, slot = memory.grad_leaf, memory.next_slot()
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
             output, row_input, row_weight = _NativeLinear.apply(
@@ -119,9 +119,7 @@ class NativeKernel:
                 memory.record(row_input, row_weight)
             return output if bias is None else output + bias.to(output.dtype)
 
-    def cast_of(
-        self, operand: int, x: Tensor, scales: Tensor | None
-    ) -> tuple[Tensor, FloatFormat]:
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
         format = (self.input, self.weight, self.grad_output)[operand]
         given = scales if self.delayed else None
@@ -148,7 +146,7 @@ class _NativeLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         input: Tensor,
         weight: Tensor,
         scales: Tensor | None,
@@ -166,7 +164,7 @@ class _NativeLinear(torch.autograd.Function):
         _, w = cast_operand(weight, scale_w, kernel.weight, wide)
         unscale_x, unscale_w = _unscale(scale_x, amax_x), _unscale(scale_w, amax_w)
 
-        needs_input, needs_weight = ctx.needs_input_grad[:2]  # pyright: ignore
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
         saved_input = input if kernel.high_grad_weight else x8
         ctx.save_for_backward(
             saved_input if needs_weight else None,
@@ -176,9 +174,9 @@ class _NativeLinear(torch.autograd.Function):
             unscale_w,
             scales,
         )
-        ctx.kernel, ctx.wide = kernel, wide  # pyright: ignore
-        ctx.slot = None if leaf is None else slot  # pyright: ignore
-        ctx.dtypes = input.dtype, weight.dtype  # pyright: ignore
+        ctx.kernel, ctx.wide = kernel, wide
+        ctx.slot = None if leaf is None else slot
+        ctx.dtypes = input.dtype, weight.dtype
         output = multiply(x, w.t(), unscale_x, unscale_w, input.dtype, fast_accumulation=True)
         rows = _row(input, amax_x, record), _row(weight, amax_w, record)
         ctx.mark_non_differentiable(*rows)
@@ -186,11 +184,13 @@ class _NativeLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor, *row_gradients: Any) -> tuple[Tensor | None, ...]:
         saved_input, weight, scale_w, unscale_x, unscale_w, scales = ctx.saved_tensors
         kernel, wide = ctx.kernel, ctx.wide
         input_dtype, weight_dtype = ctx.dtypes
-        grad_input = grad_weight = grad_leaf = None
+        grad_input: Tensor | None = None
+        grad_weight: Tensor | None = None
+        grad_leaf: Tensor | None = None
         with without_autocast(grad_output.device.type):
             amax_g = tensor_amax(grad_output)
             scale_g = kernel.scale(amax_g, scales, GRAD_OUTPUT, kernel.grad_output)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.numerics import FloatFormat, Rounding, round_to_format
@@ -53,9 +52,7 @@ class SimulatedKernel:
             output = _Round.apply(output, None, self.grad_output, self.rounding).to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
-    def cast_of(
-        self, operand: int, x: Tensor, scales: Tensor | None
-    ) -> tuple[Tensor, FloatFormat]:
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
         format = (self.input, self.weight, self.grad_output)[operand]
         return torch.ones((), device=x.device), format
@@ -66,15 +63,19 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, forward: FloatFormat | None, backward: FloatFormat | None, rounding: Rounding
+        ctx: Any,
+        x: Tensor,
+        forward: FloatFormat | None,
+        backward: FloatFormat | None,
+        rounding: Rounding,
     ) -> Tensor:
-        ctx.dtype, ctx.format, ctx.rounding = x.dtype, backward, rounding  # pyright: ignore
+        ctx.dtype, ctx.format, ctx.rounding = x.dtype, backward, rounding
         if forward is None:
             return x.view_as(x)
         return round_to_format(x, forward, rounding)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.format is not None:
             grad = round_to_format(grad, ctx.format, ctx.rounding)
         return grad.to(ctx.dtype), None, None, None

@@ -85,13 +85,14 @@ class TorchaoKernel:
             output = self._function.apply(input, weight.t(), gemm_config, config)
             return output if bias is None else output + bias.to(output.dtype)
 
-    def cast_of(
-        self, operand: int, x: Tensor, scales: Tensor | None
-    ) -> tuple[Tensor, FloatFormat]:
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
         config = self.config
         casts = config.cast_config_input, config.cast_config_weight, config.cast_config_grad_output
-        format = format_of_dtype(casts[operand].target_dtype)
+        dtype = casts[operand].target_dtype
+        if dtype is None:  # torchao fills it in; its annotation does not say so
+            raise TypeError("a torchao cast config without target_dtype")
+        format = format_of_dtype(dtype)
         by_row = casts[operand].scaling_granularity.value == "axiswise"
         amax = row_amax(x) if by_row else tensor_amax(x)
         power_of_two = config.round_scales_to_power_of_2
@@ -116,7 +117,11 @@ def _configs(config: Float8LinearConfig, emulate: bool) -> tuple[Float8LinearCon
     from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
 
     config = dataclasses.replace(config, emulate=emulate)
-    gemms = (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)
+    gemms = (
+        config.gemm_config_output,
+        config.gemm_config_grad_input,
+        config.gemm_config_grad_weight,
+    )
     return config, LinearMMConfig(
         *(
             ScaledMMConfig(config.emulate, gemm.use_fast_accum, False, config.pad_inner_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_fp.kernels import (
     HighPrecisionKernel,
@@ -15,6 +15,9 @@ from lightning_fp.kernels.torchao import import_float8
 from lightning_fp.layers.format import LinearFormat
 from lightning_fp.numerics import float_format
 
+if TYPE_CHECKING:
+    from torchao.float8 import Float8LinearConfig
+
 Backend = Literal["auto", "native", "torchao", "transformer-engine"]
 
 
@@ -25,9 +28,7 @@ def check_backend(backend: str) -> None:
         ValueError: naming the backends there are.
     """
     if backend not in get_args(Backend):
-        raise ValueError(
-            f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}"
-        )
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "transformer-engine":
         raise ValueError(
             "backend 'transformer-engine' is not part of this version; take 'auto', 'native' or"
@@ -89,7 +90,7 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
     )
 
 
-def _torchao_config(format: LinearFormat) -> object:
+def _torchao_config(format: LinearFormat) -> Float8LinearConfig:
     """The Float8LinearConfig that says `format`."""
     if format.torchao is not None:
         return format.torchao
@@ -99,7 +100,7 @@ def _torchao_config(format: LinearFormat) -> object:
         float8.ScalingGranularity.AXISWISE if by_row else float8.ScalingGranularity.TENSORWISE
     )
 
-    def cast(operand: str, **changes: object) -> object:
+    def cast(operand: str, **changes: Any) -> Any:
         # One CastConfig per operand: torchao fills in defaults by changing the object, so a
         # shared one would silently give the gradient the input's dtype.
         dtype = float_format(operand).dtype
@@ -107,7 +108,7 @@ def _torchao_config(format: LinearFormat) -> object:
             **{"scaling_granularity": granularity, "target_dtype": dtype, **changes}
         )
 
-    high: dict[str, object] = {}
+    high: dict[str, Any] = {}
     if format.grad_weight == "high":
         disabled = {
             "scaling_type": float8.ScalingType.DISABLED,

@@ -12,7 +12,12 @@ from torch import nn
 from lightning_fp.kernels.hardware import check_alignment, cuda_has_fp8
 from lightning_fp.layers.backends import Backend, check_backend, kernel_for
 from lightning_fp.layers.flops import CONVOLUTIONS, example_flops, flops_per_token
-from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.format import (
+    NAMED_FORMATS,
+    FormatLike,
+    LinearFormat,
+    linear_format,
+)
 from lightning_fp.layers.linear import (
     FPLinear,
     is_plain_linear,
@@ -30,7 +35,6 @@ from lightning_fp.layers.rules import (
     gains_nothing,
     layer_rules,
 )
-
 from lightning_fp.numerics import DelayedScaling
 
 
@@ -47,7 +51,7 @@ class Conversion:
     backend: Backend = "auto"
     """Which kernels to use."""
 
-    high_precision: LinearFormat = linear_format("high")
+    high_precision: LinearFormat = NAMED_FORMATS["high"]
     """The format of the layers that the defaults leave in high precision."""
 
     cuda_fp8: bool = False
@@ -193,9 +197,7 @@ def _decide_one(name: str, linear: nn.Linear, conversion: Conversion, *, tied: b
     return Decision(format=format, reason=None)
 
 
-def _check_runs(
-    name: str, linear: nn.Linear, format: LinearFormat, conversion: Conversion
-) -> None:
+def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: Conversion) -> None:
     """An explicit rule overrules the defaults, but not the hardware."""
     kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
     if kernel.runs_on_fp8_hardware:
@@ -242,7 +244,11 @@ def _report(
         elif isinstance(module, (nn.Linear, nn.MultiheadAttention)):
             format, kernel, reason = "high", type(module).__name__, _why_not_convertible(module)
         elif isinstance(module, CONVOLUTIONS):
-            format, kernel, reason = "not linear", type(module).__name__, _why_not_convertible(module)
+            format, kernel, reason = (
+                "not linear",
+                type(module).__name__,
+                _why_not_convertible(module),
+            )
         else:
             continue
         layer = LayerReport(

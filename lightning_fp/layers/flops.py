@@ -60,10 +60,15 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
 
         hooks.append(module.register_forward_pre_hook(before))
         hooks.append(module.register_forward_hook(after))
+    # In evaluation nn.MultiheadAttention and nn.TransformerEncoderLayer run one fused operator,
+    # which the counter does not know and which skips the linear layers inside.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with counter:
             yield flops
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for hook in hooks:
             hook.remove()
     flops[""] = counter.get_total_flops()

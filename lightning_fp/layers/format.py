@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning_fp.numerics import Rounding, float_format
 
@@ -197,11 +197,13 @@ def _changed(base: LinearFormat, changes: str, text: str) -> LinearFormat:
             raise ValueError(
                 f"format {text!r}: field must be one of {', '.join(sorted(known))}, got {field!r}"
             )
+        if field == "power_of_two":
+            _check_choice(field, value, ("true", "false"))
         values[field] = value == "true" if field == "power_of_two" else value
     return dataclasses.replace(base, **values)  # pyright: ignore[reportArgumentType]
 
 
-def _from_torchao(config: object) -> LinearFormat:
+def _from_torchao(config: Any) -> LinearFormat:
     """Read a `Float8LinearConfig`; the config itself is kept and used as it is."""
     from lightning_fp.kernels.torchao import import_float8
     from lightning_fp.numerics import format_of_dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lightning_fp.kernels import Kernel
 from lightning_fp.kernels.base import compute_dtype, without_autocast
@@ -112,7 +112,7 @@ class _ObserveGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         output: Tensor,
         leaf: Tensor,
         slot: int,
@@ -121,12 +121,12 @@ class _ObserveGradient(torch.autograd.Function):
         sampling: Sampling,
     ) -> Tensor:
         ctx.save_for_backward(scales, sampling.offset)
-        ctx.slot, ctx.kernel, ctx.stride = slot, kernel, sampling.stride  # pyright: ignore
+        ctx.slot, ctx.kernel, ctx.stride = slot, kernel, sampling.stride
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scales, offset = ctx.saved_tensors
         with without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])

@@ -176,9 +176,7 @@ class PrecisionMap:
             before = layer.format.name
             layer.switch(format, kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8))
             changes.append(
-                Change(
-                    layer=name, before=before, after=format.name, reason=reasons.get(name, "")
-                )
+                Change(layer=name, before=before, after=format.name, reason=reasons.get(name, ""))
             )
         self.changes.extend(changes)
         if changes:

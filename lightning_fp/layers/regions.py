@@ -58,7 +58,7 @@ def compiled_regions(model: nn.Module, layers: Mapping[str, object]) -> list[Reg
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)`, by `module.compile()`, or by Lightning's compiled Trainer path."""
+    """By `torch.compile(module)`, `module.compile()`, or a compiled LightningModule."""
     return (
         isinstance(module, OptimizedModule)
         or module._compiled_call_impl is not None
@@ -74,8 +74,11 @@ class PatternBudget:
 
     @property
     def limit(self) -> int:
-        """Mixed patterns per code object: half of dynamo's limit, since evaluation, another batch
-        shape or grad mode cost a graph each, and a widened write needs room too."""
+        """Mixed patterns per code object: half of dynamo's limit.
+
+        Evaluation, sampled statistics, another batch shape or grad mode cost a graph each, and a
+        widened write needs room too.
+        """
         return torch._dynamo.config.recompile_limit // 2
 
     def widen(

@@ -61,7 +61,9 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern.removeprefix("re:"))
     except re.error as error:
-        raise ValueError(f"layer pattern must be a regular expression, got {pattern!r}: {error}") from error
+        raise ValueError(
+            f"layer pattern must be a regular expression, got {pattern!r}: {error}"
+        ) from error
 
 
 def layer_rules(layers: Mapping[str, FormatLike] | None) -> tuple[Rule, ...]:
@@ -130,7 +132,9 @@ def no_match_message(
         inside = [name for name in names if name.startswith(f"{others[0]}.")]
         hint = f"; for the layers inside write {others[0] + '.*'!r}" if inside else ""
         return f"pattern {pattern!r} matches only modules that cannot be converted: {shown}{hint}"
-    near = difflib.get_close_matches(pattern.removeprefix("re:").strip("*."), names, n=3, cutoff=0.3)
+    near = difflib.get_close_matches(
+        pattern.removeprefix("re:").strip("*."), names, n=3, cutoff=0.3
+    )
     hint = ", ".join(near or names[:3]) or "none: the model has no linear layer"
     return (
         f"pattern {pattern!r} matches no linear layer; it must cover the whole name."
@@ -138,9 +142,7 @@ def no_match_message(
     )
 
 
-def default_exclusion(
-    name: str, linear: nn.Linear, *, tied: bool, too_small: bool
-) -> str | None:
+def default_exclusion(name: str, linear: nn.Linear, *, tied: bool, too_small: bool) -> str | None:
     """Why a layer that no rule names stays in high precision.
 
     Args:

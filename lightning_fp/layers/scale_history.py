@@ -56,7 +56,9 @@ class ScaleHistory:
         for layer in left:
             layer.record, layer.memory = False, None
         kept = {
-            name: index for index, name in enumerate(self._layers) if layers.get(name) is self._layers[name]
+            name: index
+            for index, name in enumerate(self._layers)
+            if layers.get(name) is self._layers[name]
         }
         device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
         history = torch.zeros(len(layers), 3, self.config.history_len, device=device)
@@ -82,7 +84,9 @@ class ScaleHistory:
         )
         for layer, scales in zip(self._layers.values(), self._scales.unbind(0), strict=True):
             layer.record, layer.memory = True, OperandMemory(scales)
-        self._watched = _nothing_watched(torch.zeros(len(self._layers), 3, 3, device=history.device))
+        self._watched = _nothing_watched(
+            torch.zeros(len(self._layers), 3, 3, device=history.device)
+        )
         self._cold_steps = 0
         self._warm_up()
 
@@ -108,7 +112,7 @@ class ScaleHistory:
         self._watch(amax, rows[..., NONFINITE])
         self._history = advance_history(self._history, amax)
         self._scales.copy_(history_scale(self._history, self._limits, self.config))
-        torch._foreach_zero_(recorded)
+        torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
         self._grad_record.zero_()
         self._warm_up()
 

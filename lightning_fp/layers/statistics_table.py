@@ -66,7 +66,7 @@ class StatisticsTable:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
             dist.all_reduce(table, op=dist.ReduceOp.SUM)
             table[..., 0] = amax
-        torch._foreach_zero_(recorded)
+        torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
         self._gradients.zero_()
         return table
 

@@ -115,9 +115,7 @@ _NAMED = (
         specials="nan",
         dtype=torch.float8_e4m3fn,
     ),
-    FloatFormat(
-        name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, dtype=torch.float8_e5m2
-    ),
+    FloatFormat(name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, dtype=torch.float8_e5m2),
     FloatFormat(
         name="e4m3fnuz",
         exponent_bits=4,

@@ -112,9 +112,7 @@ class FP8Precision(Precision):
                 self._base.device = strategy.root_device.type
         module = self._base.convert_module(module)
         if self.precision_map.model is not module:
-            cuda_fp8 = cuda_has_fp8() and (
-                strategy is None or strategy.root_device.type == "cuda"
-            )
+            cuda_fp8 = cuda_has_fp8() and (strategy is None or strategy.root_device.type == "cuda")
             self.precision_map.cuda_fp8 = cuda_fp8
             conversion = Conversion(
                 format=self._format,
@@ -242,7 +240,7 @@ class FP8Precision(Precision):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save under a key of our own: Lightning's is the class name, and would tie the state to it."""
+        """Save under a key of our own; Lightning's, the class name, would tie the state to it."""
         checkpoint[STATE_KEY] = self.precision_map.state_dict()
 
     @override

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceXLAStrategy, Strategy, XLAStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 _REFUSED: dict[type[Strategy], str] = {
     DeepSpeedStrategy: (
@@ -21,6 +23,4 @@ def refuse_strategy(strategy: Strategy, plugin: str) -> None:
     """
     for refused, why in _REFUSED.items():
         if isinstance(strategy, refused):
-            raise ValueError(
-                f"strategy must not be {type(strategy).__name__} with {plugin}: {why}"
-            )
+            raise ValueError(f"strategy must not be {type(strategy).__name__} with {plugin}: {why}")
