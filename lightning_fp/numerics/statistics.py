@@ -6,8 +6,6 @@ ranks; shares are formed at the end, from sums.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +26,7 @@ class Statistic:
 
 
 STATISTICS = (
-    Statistic("amax", "max", "largest magnitude"),
+    Statistic("amax", "max", "largest finite magnitude"),
     Statistic("nonfinite", "sum", "elements that are inf or NaN"),
     Statistic("numel", "sum", "elements"),
     Statistic("nonzero", "sum", "finite elements that are not zero"),
@@ -44,6 +42,8 @@ STATISTICS = (
 
 COLUMN = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
 """Index of each column by name."""
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def operand_statistics(
@@ -62,7 +62,9 @@ def operand_statistics(
     """
     x = x.detach().float()
     finite = torch.isfinite(x)
-    scaled = torch.where(finite, x * torch.nan_to_num(scale, nan=1.0), 0.0)
+    x = torch.where(finite, x, 0.0)
+    scale = torch.nan_to_num(scale, nan=1.0)
+    scaled = (x * scale).clamp(-_LARGEST, _LARGEST)
     size = scaled.abs()
     point = format.clamp_point
     clamped = size >= point if format.clamp_point_clamps else size > point
@@ -70,7 +72,8 @@ def operand_statistics(
     if rows is not None:
         scaled = scaled.index_select(0, rows)
         scale = scale.index_select(0, rows) if scale.numel() > 1 else scale
-    unscale = torch.nan_to_num(scale, nan=1.0).reciprocal()
+    # Squares are summed before the scale is undone: scaled values cannot under- or overflow.
+    unscale = scale.double().square().reciprocal()
     inside = scaled.clamp(-format.max, format.max)
     values = (
         _amax(x),
@@ -81,9 +84,9 @@ def operand_statistics(
         torch.where(clamped, size - format.max, 0.0).sum(dtype=torch.float64),
         size.sum(dtype=torch.float64),
         (nonzero & (size <= format.underflow_point)).sum(),
-        _sum_of_squares(scaled * unscale),
-        _sum_of_squares((round_in_range(inside, format) - scaled) * unscale),
-        _sum_of_squares((inside - scaled) * unscale),
+        (_sums_of_squares(scaled) * unscale).sum(),
+        (_sums_of_squares(round_in_range(inside, format) - scaled) * unscale).sum(),
+        (_sums_of_squares(inside - scaled) * unscale).sum(),
     )
     return torch.stack([value.double() for value in values])
 
@@ -102,13 +105,14 @@ def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
     row = torch.zeros(len(STATISTICS), dtype=torch.float64, device=exact.device)
     exact = exact.float()
     finite = torch.isfinite(exact)
+    exact = torch.where(finite, exact, 0.0)
     values = {
         "amax": _amax(exact),
         "nonfinite": (~finite).sum(),
         "numel": torch.full((), exact.numel(), device=exact.device),
-        "signal": _sum_of_squares(torch.where(finite, exact, 0.0)),
-        "noise": _sum_of_squares(torch.where(finite, cast.float() - exact, 0.0)),
-        "clamp_noise": _sum_of_squares(torch.where(finite, clamped.float() - exact, 0.0)),
+        "signal": _sums_of_squares(exact).sum(),
+        "noise": _sums_of_squares(torch.where(finite, cast.float() - exact, 0.0)).sum(),
+        "clamp_noise": _sums_of_squares(torch.where(finite, clamped.float() - exact, 0.0)).sum(),
     }
     index = torch.tensor([COLUMN[name] for name in values], device=exact.device)
     return row.index_copy(0, index, torch.stack([value.double() for value in values.values()]))
@@ -130,39 +134,39 @@ def sampled_rows(count: int, stride: int, offset: Tensor) -> Tensor:
     return (steps + offset % stride) % count
 
 
-def shares(row: Mapping[str, float]) -> dict[str, float]:
-    """The shares that users read, from a row of sums.
+def shares(sums: Tensor) -> dict[str, Tensor]:
+    """The shares that users read, from sums.
 
     Args:
-        row: value of each of `STATISTICS` by name.
+        sums: float64 [..., len(STATISTICS)].
 
     Returns:
-        clamped_fraction (of all elements), clamped_mass (of the finite magnitude),
-        underflow_fraction (of non-zero elements), sqnr_db and clamp_sqnr_db (inf where the cast
-        loses nothing, NaN where nothing was seen).
+        float64 [...] each: clamped_fraction (of all elements), clamped_mass (of the finite
+        magnitude) and underflow_fraction (of non-zero elements), 0 where there are none of
+        these; sqnr_db and clamp_sqnr_db, inf where nothing is lost, NaN where nothing was seen.
     """
+    column = dict(zip(COLUMN, sums.unbind(-1), strict=True))
     return {
-        "clamped_fraction": _ratio(row["clamped"], row["numel"]),
-        "clamped_mass": _ratio(row["excess"], row["magnitude"]),
-        "underflow_fraction": _ratio(row["underflow"], row["nonzero"]),
-        "sqnr_db": _decibel(row["signal"], row["noise"]),
-        "clamp_sqnr_db": _decibel(row["signal"], row["clamp_noise"]),
+        "clamped_fraction": _ratio(column["clamped"], column["numel"]),
+        "clamped_mass": _ratio(column["excess"], column["magnitude"]),
+        "underflow_fraction": _ratio(column["underflow"], column["nonzero"]),
+        "sqnr_db": _decibel(column["signal"], column["noise"]),
+        "clamp_sqnr_db": _decibel(column["signal"], column["clamp_noise"]),
     }
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole, 0.0)
 
 
-def _decibel(signal: float, noise: float) -> float:
-    if signal <= 0:
-        return math.nan
-    return math.inf if noise <= 0 else 10 * math.log10(signal / noise)
+def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
+    return torch.where(signal > 0, 10 * torch.log10(signal / noise), torch.nan)
 
 
 def _amax(x: Tensor) -> Tensor:
     return x.abs().amax() if x.numel() else x.new_zeros(())
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
-    return x.square().sum(dtype=torch.float64)
+def _sums_of_squares(x: Tensor) -> Tensor:
+    """By row: float64 [rows, 1]."""
+    return x.square().sum(dim=-1, keepdim=True, dtype=torch.float64)
