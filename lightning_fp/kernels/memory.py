@@ -120,11 +120,15 @@ def fold_gradients(records: Sequence[OperandRecord], into: Tensor) -> None:
         records: one per layer.
         into: float64 [layers, width], combined in place.
     """
-    ran = [(i, r.grad_leaf.grad) for i, r in enumerate(records) if r.grad_leaf.grad is not None]
-    if ran:
-        rows = from_slots(torch.stack([gradient for _, gradient in ran]))
-        index = torch.tensor([i for i, _ in ran], device=rows.device)
-        into.index_copy_(0, index, combine(into.index_select(0, index), rows))
+    gradients = [record.grad_leaf.grad for record in records]
+    there = [gradient for gradient in gradients if gradient is not None]
+    if there:
+        rows = from_slots(torch.stack(there))
+        if len(there) < len(records):
+            ran = [index for index, gradient in enumerate(gradients) if gradient is not None]
+            index = torch.tensor(ran, device=rows.device)
+            rows = torch.zeros_like(into).index_copy_(0, index, rows)
+        into.copy_(combine(into, rows))
     for record in records:
         record.grad_leaf.grad = None
         record.calls = 0

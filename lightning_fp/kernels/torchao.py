@@ -99,6 +99,7 @@ class TorchaoKernel:
         return amax_to_scale(amax, format.max, power_of_two=power_of_two), format
 
 
+@cache
 def import_float8() -> Any:
     """torchao.float8, imported late and without its notes about CUDA libraries it did not find."""
     root = logging.getLogger()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_fp.kernels import (
@@ -36,6 +37,7 @@ def check_backend(backend: str) -> None:
         )
 
 
+@cache
 def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Kernel:
     """The kernel that multiplies `format`.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_fp.layers.rules import clean_name
 
@@ -21,6 +21,14 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+
+
+def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+_NOT_IN_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+"""What torch's counter does not count by itself (2.11 to 2.13)."""
 
 
 def flops_per_token(module: nn.Module) -> int:
@@ -46,7 +54,7 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
         convolution module, those of everything together under "".
     """
     flops: dict[str, int] = defaultdict(int)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_NOT_IN_TORCH)
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     for fqn, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)):

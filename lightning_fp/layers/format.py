@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning_fp.numerics import Rounding, float_format
@@ -94,23 +95,12 @@ class LinearFormat:
 
     @property
     def name(self) -> str:
-        """The shortest text that `linear_format` reads back to this format."""
-        if self.torchao is not None:
-            return dataclasses.replace(self, torchao=None).name.replace("fp8-", "torchao-", 1)
-        for name, format in NAMED_FORMATS.items():
-            if format == self:
-                return name
-        if self.scaling == "none":
-            base, prefix = _simulated(self.input), self.input
-        else:
-            prefix = _BASES[self.scaling, self.granularity]
-            base = NAMED_FORMATS[prefix]
-        changes = [
-            f"{field.name}={_text(getattr(self, field.name))}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(base, field.name)
-        ]
-        return f"{prefix}[{','.join(changes)}]" if changes else prefix
+        """The shortest text that `linear_format` reads back to this format.
+
+        A format read from a torchao config is named after what it does; only a map that was given
+        the config reads its name back.
+        """
+        return _name_of(self)
 
     def __repr__(self) -> str:
         return f"LinearFormat({self.name!r})"
@@ -149,6 +139,27 @@ _NOT_HERE = {
 }
 
 _WITH_CHANGES = re.compile(r"(?P<base>[\w-]+)\[(?P<changes>[^\]]*)\]")
+
+
+@cache
+def _name_of(format: LinearFormat) -> str:
+    if format.torchao is not None:
+        return _name_of(dataclasses.replace(format, torchao=None)).replace("fp8-", "torchao-", 1)
+    for name, named in NAMED_FORMATS.items():
+        if named == format:
+            return name
+    if format.scaling == "none":
+        base, prefix = _simulated(format.input), format.input
+    else:
+        prefix = _BASES[format.scaling, format.granularity]
+        base = NAMED_FORMATS[prefix]
+    changes = [
+        f"{field.name}={_text(getattr(format, field.name))}"
+        for field in dataclasses.fields(format)
+        if getattr(format, field.name) != getattr(base, field.name)
+    ]
+    return f"{prefix}[{','.join(changes)}]" if changes else prefix
+
 
 FormatLike: TypeAlias = "str | LinearFormat | Float8LinearConfig"
 

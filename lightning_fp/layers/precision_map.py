@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +80,7 @@ class PrecisionMap:
         self._pending: list[Write] = []
         self._loaded: dict[str, Any] | None = None
         self._budget = PatternBudget()
+        self._frozen = False
         self._scales = ScaleHistory(delayed or DelayedScaling())
 
     # -- reading --------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class PrecisionMap:
         Returns:
             The changes, in the order of the model.
         """
-        if not self._pending or self._model is None:
+        if not self._pending or self._model is None or self._frozen:
             return []
         writes: dict[str, LinearFormat] = {}
         reasons: dict[str, str] = {}
@@ -189,14 +191,55 @@ class PrecisionMap:
             )
         return changes
 
+    @contextmanager
+    def overridden(self, formats: Mapping[str, FormatLike]) -> Generator[None, None, None]:
+        """Other formats for a while, as a replay needs them, and no trace of it afterwards.
+
+        Within, the table is frozen: writes wait, no change is logged, nothing is recorded or
+        collected, and no history advances. Run it eagerly: it counts no compiled patterns.
+
+        Args:
+            formats: the formats of some layers, by exact name; the others keep theirs.
+
+        Raises:
+            ValueError: if a layer cannot run its format here.
+        """
+        switches: dict[str, LinearFormat] = {}
+        for name, format in formats.items():
+            switches[name] = linear_format(format)
+            self._check_shapes([name], switches[name])
+        kept = [(layer, layer.format, layer.kernel) for layer in self._layers.values()]
+        linears = [layer for layer in self._layers.values() if isinstance(layer, FPLinear)]
+        flags = [(layer, layer.record, layer.collect) for layer in linears]
+        before = self._frozen, self.phase.evaluating
+        self._frozen = True
+        try:
+            for name, format in switches.items():
+                layer = self._layers[name]
+                if format != layer.format:  # equal ones keep their kernel, which may be warm
+                    kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+                    layer.switch(format, kernel)
+            for layer in linears:
+                layer.record = layer.collect = False
+            yield
+        finally:
+            for layer, format, kernel in kept:
+                layer.switch(format, kernel)
+            for layer, record, collect in flags:
+                layer.record, layer.collect = record, collect
+            self._frozen, self.phase.evaluating = before
+
     # -- steps ----------------------------------------------------------------------------------
 
     def after_backward(self) -> None:
         """Take in what backward recorded. Needed only between the backwards of one step."""
-        self._scales.fold()
+        if not self._frozen:
+            self._scales.fold()
 
     def step(self) -> list[Change]:
         """The boundary after an optimizer step: update delayed scales, then `apply`."""
+        if self._frozen:
+            return []
         self._scales.step()
         return self.apply()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,29 @@ from torch import Tensor
 
 from lightning_fp.kernels import NativeKernel
 from lightning_fp.kernels.memory import AMAX, NONFINITE, OperandMemory, fold_gradients
+from lightning_fp.layers.format import LinearFormat
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.numerics import DelayedScaling, advance_history, float_format, history_scale
 
 log = logging.getLogger(__name__)
+
+_MOST_KEPT = 64
+"""Changes of the tracked layers over which what was watched is kept, if nobody takes it."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen at every step of layers under delayed scaling."""
+
+    layers: list[str]
+    """A layer that left delayed scaling and came back is in here twice."""
+
+    formats: list[LinearFormat]
+
+    values: Tensor
+    """float32 [layers, operands, 4], on the device: largest finite amax, least headroom in bits
+    (log2 of the format's max over the scaled amax: negative when clamping, inf where nothing was
+    seen), number of inf and NaN elements, scale of the last step (0 where there was none)."""
 
 
 class ScaleHistory:
@@ -34,11 +54,15 @@ class ScaleHistory:
     def __init__(self, config: DelayedScaling) -> None:
         self.config = config
         self._layers: dict[str, FPLinear] = {}
+        self._formats: list[LinearFormat] = []
         self._history = torch.zeros(0, 3, config.history_len)
         self._scales = torch.zeros(0, 3)
         self._limits = torch.zeros(0, 3)
         self._grad_record = torch.zeros(0, 2, dtype=torch.float64)
-        self._watched = torch.zeros(0, 3, 3)
+        self._watched = torch.zeros(0, 3, 4)
+        self._watched_before: list[Watched] = []
+        self._memory: list[OperandMemory] = []
+        self._any_cold = False
         self._cold_steps = 0
 
     def __len__(self) -> int:
@@ -65,7 +89,10 @@ class ScaleHistory:
         for index, name in enumerate(layers):
             if name in kept:
                 history[index] = self._history[kept[name]]
+        if self._layers:  # a layer leaves because of what was seen of it: keep that
+            self._watched_before = [*self._watched_before[-_MOST_KEPT:], self._watched_now()]
         self._layers = dict(layers)
+        self._formats = [layer.format for layer in layers.values()]
         self._use(history)
 
     def _use(self, history: Tensor) -> None:
@@ -74,7 +101,7 @@ class ScaleHistory:
         self._limits = torch.tensor(
             [
                 [float_format(operand).max for operand in (f.input, f.weight, f.grad_output)]
-                for f in (layer.format for layer in self._layers.values())
+                for f in self._formats
             ],
             device=history.device,
         ).reshape(-1, 3)
@@ -82,11 +109,11 @@ class ScaleHistory:
         self._grad_record = torch.zeros(
             len(self._layers), 2, dtype=torch.float64, device=history.device
         )
-        for layer, scales in zip(self._layers.values(), self._scales.unbind(0), strict=True):
-            layer.record, layer.memory = True, OperandMemory(scales)
-        self._watched = _nothing_watched(
-            torch.zeros(len(self._layers), 3, 3, device=history.device)
-        )
+        self._memory = [OperandMemory(scales) for scales in self._scales.unbind(0)]
+        for layer, memory in zip(self._layers.values(), self._memory, strict=True):
+            layer.record, layer.memory = True, memory
+        self._watched = _nothing_watched(self._scales)
+        self._any_cold = any(_kernel(layer).cold for layer in self._layers.values())
         self._cold_steps = 0
         self._warm_up()
 
@@ -121,31 +148,35 @@ class ScaleHistory:
         used = self._limits / (amax * self._scales)
         known = torch.isfinite(used) & (amax > 0) & torch.isfinite(amax)
         headroom = torch.where(known, torch.log2(used), torch.inf)
-        largest, least, count = self._watched.unbind(-1)
+        largest, least, count, scale = self._watched.unbind(-1)
         torch.maximum(largest, torch.where(torch.isfinite(amax), amax, 0.0), out=largest)
         torch.minimum(least, headroom, out=least)
         count += nonfinite
+        scale.copy_(self._scales)
 
     @torch.no_grad()
-    def take_watched(self) -> Tensor:
-        """Extremes of all steps since the last time, over all ranks; then start anew.
-
-        Returns:
-            float32 [layers, operands, 3], on the device: largest finite amax, least headroom in
-            bits (log2 of the format's max over the scaled amax: negative when clamping, inf
-            where nothing was seen), and the number of inf and NaN elements.
-        """
-        watched = self._watched.clone()
-        if watched.numel() and _many_ranks():
-            nonfinite = watched[..., 2].contiguous()
+    def take_watched(self) -> Watched:
+        """All of it since the last time, over all ranks; then start anew. Call alike on all."""
+        parts = [*self._watched_before, self._watched_now()]
+        self._watched_before.clear()
+        self._watched = _nothing_watched(self._scales)
+        values = torch.cat([part.values.to(self._scales.device) for part in parts])
+        if values.numel() and _many_ranks():
+            nonfinite = values[..., 2].contiguous()
             dist.all_reduce(nonfinite, op=dist.ReduceOp.SUM)
-            watched[..., 2] = nonfinite
-        self._watched.copy_(_nothing_watched(self._watched))
-        return watched
+            values[..., 2] = nonfinite
+        return Watched(
+            layers=[layer for part in parts for layer in part.layers],
+            formats=[format for part in parts for format in part.formats],
+            values=values,
+        )
+
+    def _watched_now(self) -> Watched:
+        return Watched(list(self._layers), self._formats, self._watched)
 
     @property
     def names(self) -> list[str]:
-        """The layers under delayed scaling, in the order of `take_watched`."""
+        """The layers under delayed scaling."""
         return list(self._layers)
 
     def _warm_up(self) -> None:
@@ -154,23 +185,31 @@ class ScaleHistory:
         This reads flags from the device. It is done at steps 0, 1, 3, 7, 15, ... after layers
         came in, and not at all once they are warm.
         """
-        cold = [i for i, layer in enumerate(self._layers.values()) if _kernel(layer).cold]
-        if cold and (self._cold_steps & (self._cold_steps + 1)) == 0:
-            ready = (self._scales > 0).all(dim=1).tolist()
-            layers = list(self._layers.values())
-            for i in cold:
-                if ready[i]:
-                    kernel = dataclasses.replace(_kernel(layers[i]), cold=False)
-                    layers[i].switch(layers[i].format, kernel)
+        if not self._any_cold:
+            return
+        if (self._cold_steps & (self._cold_steps + 1)) == 0:
+            ready: list[bool] = (self._scales > 0).all(dim=1).tolist()
+            for layer, layer_ready in zip(self._layers.values(), ready, strict=True):
+                if layer_ready and _kernel(layer).cold:
+                    layer.switch(layer.format, dataclasses.replace(_kernel(layer), cold=False))
+            self._any_cold = not all(ready)
         self._cold_steps += 1
 
     def _memories(self) -> list[OperandMemory]:
-        """The layers' memories; made anew where a layer has moved to another device."""
-        layers = self._layers.values()
-        device = next((layer.weight.device for layer in layers), self._history.device)
-        if device != self._history.device:
-            self._use(self._history.to(device))
-        return [layer.memory for layer in layers if layer.memory is not None]
+        """The layers' memories; where the model has moved, everything here follows it."""
+        first = next(iter(self._layers.values()), None)
+        if first is not None and first.memory is not self._memory[0]:
+            self._follow(first.weight.device)
+        return self._memory
+
+    def _follow(self, device: torch.device) -> None:
+        """Move to the device where the layers' own memories already are."""
+        self._history, self._limits = self._history.to(device), self._limits.to(device)
+        self._grad_record, self._watched = self._grad_record.to(device), self._watched.to(device)
+        self._scales = self._scales.to(device)
+        self._memory = [layer.memory for layer in self._layers.values() if layer.memory is not None]
+        for memory, scales in zip(self._memory, self._scales.unbind(0), strict=True):
+            memory.scales = scales
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -200,8 +239,10 @@ def _many_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _nothing_watched(like: Tensor) -> Tensor:
-    return torch.zeros_like(like).index_fill_(-1, torch.tensor([1], device=like.device), torch.inf)
+def _nothing_watched(scales: Tensor) -> Tensor:
+    """[..., 4] for scales of shape [...]."""
+    nothing = torch.zeros_like(scales)
+    return torch.stack([nothing, torch.full_like(scales, torch.inf), nothing, nothing], dim=-1)
 
 
 def _kernel(layer: FPLinear) -> NativeKernel:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.memory import fold_gradients
+from lightning_fp.layers.format import LinearFormat
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.observe import OperandStatistics, Sampling
 from lightning_fp.numerics import STATISTICS
@@ -40,11 +41,18 @@ class StatisticsTable:
         return list(self._layers)
 
     def collect(self, on: bool) -> None:
-        """Collect in the forwards from here on, or stop. Call between steps."""
+        """Collect in the forwards from here on, or stop. Call between steps.
+
+        Layers that are in high precision at this moment are left out.
+        """
         for layer in self._layers.values():
-            layer.collect = on
+            layer.collect = on and not layer.format.is_high_precision
         if on:
             self._sampling.offset.add_(1)
+
+    def formats(self) -> list[LinearFormat]:
+        """Every layer's format now, in the order of `take`."""
+        return [layer.format for layer in self._layers.values()]
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -53,20 +61,17 @@ class StatisticsTable:
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """All that was collected since the last time, over all ranks; then start anew.
+        """All that was collected on this rank since the last time; then start anew.
 
         Returns:
             float64 [layers, operands, statistics], on the device.
         """
         self.fold()
         recorded = [record.recorded for record in self._records()]
+        if not recorded:
+            return self._gradients.new_zeros(0, len(OPERANDS), len(STATISTICS))
         table = torch.cat([torch.stack(recorded), self._gradients.unsqueeze(1)], dim=1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            amax = torch.nan_to_num(table[..., 0], nan=torch.inf, posinf=torch.inf)
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX)
-            dist.all_reduce(table, op=dist.ReduceOp.SUM)
-            table[..., 0] = amax
-        torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_zero_(recorded)
         self._gradients.zero_()
         return table
 
@@ -78,3 +83,22 @@ class StatisticsTable:
     def _records(self) -> list[OperandStatistics]:
         layers = self._layers.values()
         return [layer.statistics for layer in layers if layer.statistics is not None]
+
+
+@torch.no_grad()
+def over_ranks(table: Tensor) -> Tensor:
+    """Combine what `take` returned over all ranks; a collective, call it alike on all.
+
+    Args:
+        table: float64 [..., statistics].
+
+    Returns:
+        The same on every rank, same shape.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return table
+    amax, table = table[..., 0].contiguous(), table.contiguous()
+    dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+    dist.all_reduce(table, op=dist.ReduceOp.SUM)
+    table[..., 0] = amax
+    return table
