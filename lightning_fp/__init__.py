@@ -5,6 +5,7 @@ from lightning_fp.layers import (
     LinearFormat,
     PrecisionMap,
     convert,
+    recommend_scaling,
     revert,
 )
 from lightning_fp.numerics import DelayedScaling
@@ -24,5 +25,6 @@ __all__ = [
     "PrecisionMap",
     # functions
     "convert",
+    "recommend_scaling",
     "revert",
 ]

@@ -1,5 +1,7 @@
 """Linear layers whose format can change, and the table that changes it."""
 
+from lightning_fp.layers.advice import ScalingAdvice, recommend_scaling
+from lightning_fp.layers.auto_scaling import AutoScaling
 from lightning_fp.layers.backends import Backend, kernel_for
 from lightning_fp.layers.conversion import Conversion, convert, convert_into, revert
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
@@ -26,6 +28,10 @@ __all__ = [
     "convert_into",
     "kernel_for",
     "revert",
+    # the choice of scaling
+    "AutoScaling",
+    "ScalingAdvice",
+    "recommend_scaling",
     # the table
     "Change",
     "PrecisionMap",

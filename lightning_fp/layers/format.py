@@ -132,7 +132,7 @@ _BASES = {
 }
 
 _NOT_HERE = {
-    "fp8-auto": "it is not part of this version; take 'fp8-dynamic' or 'fp8-delayed'",
+    "fp8-auto": "a choice for a whole run, not a format; write FP8Precision('auto', tokens=...)",
     "fp8-block": "block scaling is not part of this version; take 'fp8-rowwise'",
     "mxfp8": "block scaling is not part of this version; take 'fp8-rowwise'",
     "nvfp4": "it needs Transformer Engine on sm100 or later; take 'fp8-dynamic'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from lightning_fp.kernels.hardware import ALIGNMENT
+from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState
 from lightning_fp.layers.backends import Backend, kernel_for
-from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
@@ -23,6 +25,9 @@ from lightning_fp.numerics import DelayedScaling
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+
+_AUTO_FORMATS = (NAMED_FORMATS["fp8-dynamic"], NAMED_FORMATS["fp8-delayed"])
+"""The formats between which `fp8-auto` moves a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class PrecisionMap:
         cuda_fp8: whether CUDA tensors can go to FP8 tensor cores.
         fp8_eval: whether evaluation runs in the layers' formats.
         delayed: how delayed scales follow from their history.
+        auto: when layers move between dynamic and delayed scaling by themselves; None: never.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class PrecisionMap:
         cuda_fp8: bool = False,
         fp8_eval: bool = False,
         delayed: DelayedScaling | None = None,
+        auto: AutoScaling | None = None,
     ) -> None:
         self.phase = Phase(fp8_eval=fp8_eval)
         self.changes: list[Change] = []
@@ -82,6 +89,7 @@ class PrecisionMap:
         self._budget = PatternBudget()
         self._frozen = False
         self._scales = ScaleHistory(delayed or DelayedScaling())
+        self._auto = None if auto is None else AutoScalingState(auto)
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -186,10 +194,15 @@ class PrecisionMap:
                 {
                     name: layer
                     for name, layer in self._layers.items()
-                    if layer.format.scaling == "delayed" and isinstance(layer, FPLinear)
+                    if isinstance(layer, FPLinear) and self._keeps_history(layer)
                 }
             )
         return changes
+
+    def _keeps_history(self, layer: FPLinear) -> bool:
+        if layer.format.scaling == "delayed":
+            return True
+        return self._auto is not None and layer.format in _AUTO_FORMATS
 
     @contextmanager
     def overridden(self, formats: Mapping[str, FormatLike]) -> Generator[None, None, None]:
@@ -241,7 +254,16 @@ class PrecisionMap:
         if self._frozen:
             return []
         self._scales.step()
+        if self._auto is not None and len(self._scales):
+            self._choose_scaling(self._auto)
         return self.apply()
+
+    def _choose_scaling(self, auto: AutoScalingState) -> None:
+        """Let `fp8-auto` write to the table, as anybody does."""
+        names = self._scales.names
+        delayed = [self._layers[name].format.scaling == "delayed" for name in names]
+        for move in auto.step(names, delayed, self._scales.headroom):
+            self.set(f"re:{re.escape(move.layer)}", move.format, reason=move.reason)
 
     @property
     def scale_history(self) -> ScaleHistory:
@@ -290,6 +312,7 @@ class PrecisionMap:
             "configured": dict(self._configured),
             "pending": [asdict(write) for write in self._pending],
             "scales": self._scales.state_dict(),
+            "auto": None if self._auto is None else self._auto.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -331,6 +354,8 @@ class PrecisionMap:
             )
         self._write(formats, dict.fromkeys(formats, "restored from a checkpoint"))
         self._scales.load_state_dict(state["scales"])
+        if self._auto is not None and state["auto"] is not None:
+            self._auto.load_state_dict(state["auto"])
         self._pending = [Write(**write) for write in state["pending"]] + self._pending
 
     def _format(self, name: str) -> LinearFormat:

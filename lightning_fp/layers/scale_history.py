@@ -26,7 +26,11 @@ _MOST_KEPT = 64
 
 @dataclass(frozen=True)
 class Watched:
-    """What was seen at every step of layers under delayed scaling."""
+    """What was seen at every step of layers whose amax history is kept.
+
+    For a layer under another scaling, which `fp8-auto` follows, headroom is what delayed scaling
+    would have left.
+    """
 
     layers: list[str]
     """A layer that left delayed scaling and came back is in here twice."""
@@ -63,6 +67,8 @@ class ScaleHistory:
         self._watched_before: list[Watched] = []
         self._memory: list[OperandMemory] = []
         self._any_cold = False
+        self.headroom = torch.zeros(0, 3)
+        """float32 [layers, operands]: bits left in the last step; see `Watched.values`."""
         self._cold_steps = 0
 
     def __len__(self) -> int:
@@ -74,7 +80,7 @@ class ScaleHistory:
         """Keep histories for exactly these layers; those already here keep theirs.
 
         Args:
-            layers: the layers under delayed scaling now, by name.
+            layers: the layers under delayed scaling now, and those that `fp8-auto` follows.
         """
         left = set(self._layers.values()) - set(layers.values())
         for layer in left:
@@ -145,14 +151,17 @@ class ScaleHistory:
 
     def _watch(self, amax: Tensor, nonfinite: Tensor) -> None:
         """Keep what must be exact at every step: a single huge value may not be missed."""
-        used = self._limits / (amax * self._scales)
-        known = torch.isfinite(used) & (amax > 0) & torch.isfinite(amax)
-        headroom = torch.where(known, torch.log2(used), torch.inf)
+        self.headroom = headroom = self._headroom(amax)
         largest, least, count, scale = self._watched.unbind(-1)
         torch.maximum(largest, torch.where(torch.isfinite(amax), amax, 0.0), out=largest)
         torch.minimum(least, headroom, out=least)
         count += nonfinite
         scale.copy_(self._scales)
+
+    def _headroom(self, amax: Tensor) -> Tensor:
+        left = self._limits / (amax * self._scales)
+        known = torch.isfinite(left) & (amax > 0) & torch.isfinite(amax)
+        return torch.where(known, torch.log2(left), torch.inf)
 
     @torch.no_grad()
     def take_watched(self) -> Watched:

@@ -50,6 +50,11 @@ class StatisticsTable:
         if on:
             self._sampling.offset.add_(1)
 
+    @property
+    def collecting(self) -> bool:
+        """Whether any layer collects now."""
+        return any(layer.collect for layer in self._layers.values())
+
     def formats(self) -> list[LinearFormat]:
         """Every layer's format now, in the order of `take`."""
         return [layer.format for layer in self._layers.values()]
@@ -71,7 +76,7 @@ class StatisticsTable:
         if not recorded:
             return self._gradients.new_zeros(0, len(OPERANDS), len(STATISTICS))
         table = torch.cat([torch.stack(recorded), self._gradients.unsqueeze(1)], dim=1)
-        torch._foreach_zero_(recorded)
+        torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
         self._gradients.zero_()
         return table
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.layers import (
+    AutoScaling,
     Backend,
     Conversion,
     ConversionReport,
@@ -49,7 +50,7 @@ class FP8Precision(Precision):
     {}
 
     Args:
-        scaling: "dynamic", "delayed", "rowwise", "rowwise-gw-hp" (also with "fp8-" before it),
+        scaling: "dynamic", "delayed", "auto", "rowwise", "rowwise-gw-hp" (or "fp8-" before it),
             any format name, a `LinearFormat`, a `DynamicScaling`, a `DelayedScaling`, or a
             torchao `Float8LinearConfig`.
         backend: "auto" takes our kernel for per-tensor scales and torchao's for rows; "native"
@@ -58,6 +59,8 @@ class FP8Precision(Precision):
         layers: `{pattern: format}`, first match wins. A pattern is a glob over the whole layer
             name as in `named_modules()`, or a regular expression after "re:".
         fp8_eval: whether validation, test and prediction run in FP8 as well.
+        tokens: with "auto", the tokens that the whole training will see: layers move to delayed
+            scaling only below the budget at which it is known to fail late (about 200B).
 
     Raises:
         ValueError: for an unknown or contradictory option; at setup for a rule that matches
@@ -74,6 +77,7 @@ class FP8Precision(Precision):
         base: Base = "bf16-mixed",
         layers: Mapping[str, FormatLike] | None = None,
         fp8_eval: bool = False,
+        tokens: float | None = None,
     ) -> None:
         if base not in get_args(Base):
             raise ValueError(f"base must be one of {', '.join(get_args(Base))}, got {base!r}")
@@ -83,10 +87,19 @@ class FP8Precision(Precision):
         self._backend: Backend = backend
         for format in (self._format, *(rule.format for rule in self._rules)):
             kernel_for(format, backend, cuda_fp8=False)  # refuses what the backend cannot run
+        automatic = scaling in ("auto", "fp8-auto")
+        if tokens is not None and not automatic:
+            raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
+        if automatic and backend == "torchao":
+            raise ValueError(
+                "backend must be 'auto' or 'native' with scaling 'auto', got 'torchao', which has"
+                " no delayed scaling"
+            )
         self.precision_map = PrecisionMap(
             backend=backend,
             fp8_eval=fp8_eval,
             delayed=scaling if isinstance(scaling, DelayedScaling) else None,
+            auto=AutoScaling(tokens=tokens) if automatic else None,
         )
         """The table of formats: read it, write to it."""
         self.report: ConversionReport | None = None

@@ -26,4 +26,4 @@ def precision_plugin(name: str, **options: Any) -> FP8Precision:
         options.setdefault("base", "32-true")
     if format.is_high_precision and format.input == "fp16":
         raise ValueError("precision 'fp16' needs loss scaling, which is not part of this version")
-    return FP8Precision(format, **options)
+    return FP8Precision(name, **options)

@@ -30,7 +30,8 @@ _BY_GRANULARITY = {"tensor": "fp8-dynamic", "row": "fp8-rowwise", "block": "fp8-
 _SHORT = {
     "dynamic": "fp8-dynamic",
     "delayed": "fp8-delayed",
-    "auto": "fp8-auto",
+    "auto": "fp8-dynamic",  # where it begins
+    "fp8-auto": "fp8-dynamic",
     "rowwise": "fp8-rowwise",
     "rowwise-gw-hp": "fp8-rowwise-gw-hp",
     "block": "fp8-block",
