@@ -19,6 +19,7 @@ from lightning_fp.numerics import (
     output_statistics,
     round_in_range,
     sampled_rows,
+    what_if_statistics,
 )
 
 ROWS = ("input", "weight", "output")
@@ -35,6 +36,9 @@ class Sampling:
     offset: Tensor
     """int64 scalar: the first one. It rotates, since a fixed one reads a periodic outlier
     `stride` times too high or not at all."""
+
+    what_if: bool = False
+    """Whether to compute what other scalings would have done."""
 
 
 class OperandStatistics(OperandRecord):
@@ -78,15 +82,24 @@ def observe(
         rows = sampled_rows(x.shape[0], sampling.stride, sampling.offset)
         scale_x, format_x = kernel.cast_of(INPUT, x, scales)
         scale_w, format_w = kernel.cast_of(WEIGHT, weight, scales)
+        if sampling.what_if:
+            what_if_x = what_if_statistics(x, format_x, _history_scale(scales, INPUT), rows)
+            what_if_w = what_if_statistics(weight, format_w, _history_scale(scales, WEIGHT))
+        else:
+            what_if_x = what_if_w = None
         statistics.record(
-            operand_statistics(x, scale_x, format_x, rows),
-            operand_statistics(weight, scale_w, format_w),
+            operand_statistics(x, scale_x, format_x, rows, what_if_x),
+            operand_statistics(weight, scale_w, format_w, None, what_if_w),
             _output_row(x.index_select(0, rows), weight, kernel, scales),
         )
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
     leaf, slot = statistics.grad_leaf, statistics.next_slot()
     return _ObserveGradient.apply(output, leaf, slot, kernel, scales, sampling)
+
+
+def _history_scale(scales: Tensor | None, operand: int) -> Tensor | None:
+    return None if scales is None else scales[operand]
 
 
 def _output_row(x: Tensor, weight: Tensor, kernel: Kernel, scales: Tensor | None) -> Tensor:
@@ -121,7 +134,8 @@ class _ObserveGradient(torch.autograd.Function):
         sampling: Sampling,
     ) -> Tensor:
         ctx.save_for_backward(scales, sampling.offset)
-        ctx.slot, ctx.kernel, ctx.stride = slot, kernel, sampling.stride
+        ctx.slot, ctx.kernel = slot, kernel
+        ctx.stride, ctx.what_if = sampling.stride, sampling.what_if
         return output.view_as(output)
 
     @staticmethod
@@ -132,5 +146,8 @@ class _ObserveGradient(torch.autograd.Function):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             scale, format = ctx.kernel.cast_of(GRAD_OUTPUT, g, scales)
             rows = sampled_rows(g.shape[0], ctx.stride, offset)
-            row = operand_statistics(g, scale, format, rows)
+            what_if = None
+            if ctx.what_if:
+                what_if = what_if_statistics(g, format, _history_scale(scales, GRAD_OUTPUT), rows)
+            row = operand_statistics(g, scale, format, rows, what_if)
         return grad_output, in_slot(row, ctx.slot), None, None, None, None

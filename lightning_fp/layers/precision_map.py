@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_fp.kernels import NativeKernel
 from lightning_fp.kernels.hardware import ALIGNMENT
 from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState
 from lightning_fp.layers.backends import Backend, kernel_for
@@ -89,6 +90,7 @@ class PrecisionMap:
         self._budget = PatternBudget()
         self._frozen = False
         self._scales = ScaleHistory(delayed or DelayedScaling())
+        self._follow = False
         self._auto = None if auto is None else AutoScalingState(auto)
 
     # -- reading --------------------------------------------------------------------------------
@@ -190,19 +192,33 @@ class PrecisionMap:
             )
         self.changes.extend(changes)
         if changes:
-            self._scales.track(
-                {
-                    name: layer
-                    for name, layer in self._layers.items()
-                    if isinstance(layer, FPLinear) and self._keeps_history(layer)
-                }
-            )
+            self._track()
         return changes
+
+    def _track(self) -> None:
+        self._scales.track(
+            {
+                name: layer
+                for name, layer in self._layers.items()
+                if isinstance(layer, FPLinear) and self._keeps_history(layer)
+            }
+        )
 
     def _keeps_history(self, layer: FPLinear) -> bool:
         if layer.format.scaling == "delayed":
             return True
-        return self._auto is not None and layer.format in _AUTO_FORMATS
+        if not isinstance(layer.kernel, NativeKernel):
+            return False
+        return self._follow or (self._auto is not None and layer.format in _AUTO_FORMATS)
+
+    def follow(self, on: bool) -> None:
+        """Keep an amax history of dynamic layers too, for what-if statistics of delayed scaling.
+
+        Only our own kernel records what it casts, so torchao's layers have no history.
+        """
+        if on != self._follow:
+            self._follow = on
+            self._track()
 
     @contextmanager
     def overridden(self, formats: Mapping[str, FormatLike]) -> Generator[None, None, None]:

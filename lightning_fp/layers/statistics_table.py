@@ -24,12 +24,17 @@ class StatisticsTable:
     Args:
         layers: the layers to observe, by name.
         stride: SQNR and the error split look at every `stride`-th row; all else at all rows.
+        what_if: whether to compute what other scalings would have done; for that of delayed
+            scaling the layers' histories must be kept, see `PrecisionMap.follow`.
     """
 
-    def __init__(self, layers: Mapping[str, FPLinear], *, stride: int = 8) -> None:
+    def __init__(
+        self, layers: Mapping[str, FPLinear], *, stride: int = 8, what_if: bool = False
+    ) -> None:
         self._layers = dict(layers)
         device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
-        self._sampling = Sampling(stride, torch.zeros((), dtype=torch.int64, device=device))
+        offset = torch.zeros((), dtype=torch.int64, device=device)
+        self._sampling = Sampling(stride, offset, what_if)
         width = len(STATISTICS)
         self._gradients = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
         for layer in self._layers.values():

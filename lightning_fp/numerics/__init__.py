@@ -19,11 +19,14 @@ from lightning_fp.numerics.scaling import (
 from lightning_fp.numerics.statistics import (
     COLUMN,
     STATISTICS,
+    WHAT_IF,
     Statistic,
     operand_statistics,
     output_statistics,
     sampled_rows,
     shares,
+    what_if_shares,
+    what_if_statistics,
 )
 
 __all__ = [
@@ -51,9 +54,12 @@ __all__ = [
     # statistics
     "COLUMN",
     "STATISTICS",
+    "WHAT_IF",
     "Statistic",
     "operand_statistics",
     "output_statistics",
     "sampled_rows",
     "shares",
+    "what_if_shares",
+    "what_if_statistics",
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_fp.numerics.casting import round_in_range
-from lightning_fp.numerics.formats import FloatFormat
+from lightning_fp.numerics.formats import FloatFormat, float_format
+from lightning_fp.numerics.scaling import amax_to_scale, row_amax
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,21 @@ STATISTICS = (
     Statistic("signal", "sum", "sum of squares, over finite elements of the sampled rows"),
     Statistic("noise", "sum", "sum of squared cast errors, over the same elements"),
     Statistic("clamp_noise", "sum", "the same for clamping alone, without rounding"),
+    Statistic("size", "sum", "what-if: sum of |x|, over finite elements"),
+    Statistic("delayed_numel", "sum", "what-if: elements for which there was a delayed scale"),
+    Statistic("delayed_clamped", "sum", "elements that delayed scaling would have clamped"),
+    Statistic("delayed_excess", "sum", "sum of |x| beyond what delayed scaling can hold"),
+    Statistic("sampled_nonzero", "sum", "what-if: finite non-zero elements of the sampled rows"),
+    Statistic("delayed_underflow", "sum", "of these, flushed to zero by delayed scaling"),
+    Statistic("dynamic_underflow", "sum", "of these, flushed to zero by dynamic scaling"),
+    Statistic("rowwise_underflow", "sum", "of these, flushed to zero by a scale per row"),
+    Statistic("other_underflow", "sum", "of these, flushed by e5m2 for e4m3 or the other way"),
 )
-"""The columns, in order. The first two are what is recorded at every step."""
+"""The columns, in order. The first two are what is recorded at every step; from "size" on they are
+what other scalings would have done to the same tensors, 0 where that was not asked for."""
+
+WHAT_IF = STATISTICS[[statistic.name for statistic in STATISTICS].index("size") :]
+"""The columns of `what_if_statistics`."""
 
 COLUMN = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
 """Index of each column by name."""
@@ -47,7 +61,11 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def operand_statistics(
-    x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    format: FloatFormat,
+    rows: Tensor | None = None,
+    what_if: Tensor | None = None,
 ) -> Tensor:
     """Statistics of one cast.
 
@@ -56,6 +74,7 @@ def operand_statistics(
         scale: float32, scalar or [rows, 1].
         format: the format that `x * scale` is cast to.
         rows: int64 indices of the rows that SQNR is computed on; None takes all.
+        what_if: what `what_if_statistics` returned for `x`, if it was asked.
 
     Returns:
         float64 [len(STATISTICS)].
@@ -88,6 +107,54 @@ def operand_statistics(
         (_sums_of_squares(round_in_range(inside, format) - scaled) * unscale).sum(),
         (_sums_of_squares(inside - scaled) * unscale).sum(),
     )
+    row = torch.stack([value.double() for value in values])
+    return torch.cat([row, row.new_zeros(len(WHAT_IF)) if what_if is None else what_if])
+
+
+_OTHER = {"e4m3": "e5m2", "e5m2": "e4m3", "e4m3fnuz": "e5m2fnuz", "e5m2fnuz": "e4m3fnuz"}
+
+
+def what_if_statistics(
+    x: Tensor, format: FloatFormat, delayed_scale: Tensor | None, rows: Tensor | None = None
+) -> Tensor:
+    """What other scalings would have done to an operand.
+
+    Dynamic and per-row scales cannot clamp, so only delayed scaling's clamping is counted.
+
+    Args:
+        x: [rows, columns], high precision.
+        format: the 8-bit format of the operand.
+        delayed_scale: float32 scalar from the layer's history; None or 0 if there is none.
+        rows: int64 indices of the rows that underflow is counted on; None takes all.
+
+    Returns:
+        float64 [len(WHAT_IF)].
+    """
+    x = x.detach().float()
+    size = torch.where(torch.isfinite(x), x, 0.0).abs()
+    amax = _amax(size)
+    sampled = size if rows is None else size.index_select(0, rows)
+    nonzero = sampled > 0
+    zero = torch.zeros((), device=x.device)
+    scale = zero if delayed_scale is None else delayed_scale
+    held = torch.where(scale > 0, format.max / scale, torch.inf)
+    clamped = size > torch.where(scale > 0, format.clamp_point / scale, torch.inf)
+    other = float_format(_OTHER.get(format.name, format.name))
+
+    def flushed(scale: Tensor, format: FloatFormat) -> Tensor:
+        return (nonzero & (sampled * scale <= format.underflow_point)).sum()
+
+    values = (
+        size.sum(dtype=torch.float64),
+        torch.where(scale > 0, size.numel(), 0),
+        clamped.sum(),
+        torch.where(clamped, size - held, 0.0).sum(dtype=torch.float64),
+        nonzero.sum(),
+        torch.where(scale > 0, flushed(scale, format), 0),
+        flushed(amax_to_scale(amax, format.max), format),
+        flushed(amax_to_scale(row_amax(sampled), format.max), format),
+        flushed(amax_to_scale(amax, other.max), other),
+    )
     return torch.stack([value.double() for value in values])
 
 
@@ -100,7 +167,8 @@ def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
         cast: the product of the operands as cast.
 
     Returns:
-        float64 [len(STATISTICS)]; only amax, nonfinite, numel and the last three are filled.
+        float64 [len(STATISTICS)]; only amax, nonfinite, numel, signal, noise and clamp_noise
+        are filled.
     """
     row = torch.zeros(len(STATISTICS), dtype=torch.float64, device=exact.device)
     exact = exact.float()
@@ -152,6 +220,32 @@ def shares(sums: Tensor) -> dict[str, Tensor]:
         "underflow_fraction": _ratio(column["underflow"], column["nonzero"]),
         "sqnr_db": _decibel(column["signal"], column["noise"]),
         "clamp_sqnr_db": _decibel(column["signal"], column["clamp_noise"]),
+    }
+
+
+def what_if_shares(sums: Tensor) -> dict[str, Tensor]:
+    """The same shares, had the operand been scaled otherwise.
+
+    Args:
+        sums: float64 [..., len(STATISTICS)].
+
+    Returns:
+        float64 [...] each, by "what_if_{scaling}_{share}"; NaN where nothing was measured.
+    """
+    column = dict(zip(COLUMN, sums.unbind(-1), strict=True))
+    shares = {
+        "delayed_clamped_fraction": _ratio(column["delayed_clamped"], column["delayed_numel"]),
+        "delayed_clamped_mass": _ratio(column["delayed_excess"], column["size"]),
+    }
+    for scaling in ("delayed", "dynamic", "rowwise", "other"):
+        flushed = column[f"{scaling}_underflow"]
+        shares[f"{scaling}_underflow_fraction"] = _ratio(flushed, column["sampled_nonzero"])
+    measured, has_history = column["size"] > 0, column["delayed_numel"] > 0
+    return {
+        f"what_if_{name}": torch.where(
+            has_history if name.startswith("delayed") else measured, share, torch.nan
+        )
+        for name, share in shares.items()
     }
 
 
