@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.base import compute_dtype, linear_without_autocast
 from lightning_fp.numerics import FloatFormat, format_of_dtype
 
 
@@ -35,10 +35,9 @@ class HighPrecisionKernel:
             return F.linear(input, weight, bias)
         device = input.device.type
         out_dtype = self.dtype if torch.is_autocast_enabled(device) else input.dtype
-        with without_autocast(device):
-            bias = None if bias is None else bias.to(self.dtype)
-            output = F.linear(input.to(self.dtype), weight.to(self.dtype), bias)
-            return output.to(out_dtype)
+        bias = None if bias is None else bias.to(self.dtype)
+        output = linear_without_autocast(input.to(self.dtype), weight.to(self.dtype), bias)
+        return output.to(out_dtype)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.base import compute_dtype, linear_without_autocast, without_autocast
 from lightning_fp.numerics import FloatFormat, Rounding, round_to_format
 
 
@@ -48,7 +47,7 @@ class SimulatedKernel:
         with without_autocast(input.device.type):
             x = _Round.apply(input, self.input, None, self.rounding)
             w = _Round.apply(weight, self.weight, None, self.rounding)
-            output = F.linear(x, w)
+            output = linear_without_autocast(x, w)
             output = _Round.apply(output, None, self.grad_output, self.rounding).to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
 

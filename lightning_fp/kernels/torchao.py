@@ -102,14 +102,13 @@ class TorchaoKernel:
 @cache
 def import_float8() -> Any:
     """torchao.float8, imported late and without its notes about CUDA libraries it did not find."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         import torchao.float8
         import torchao.float8.float8_linear
     finally:
-        root.setLevel(level)
+        logging.disable(before)
     return torchao.float8
 
 

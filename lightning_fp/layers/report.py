@@ -106,14 +106,17 @@ class ConversionReport:
         for layer in self.converted:
             by_kernel[layer.format, layer.kernel] += 1
         for (format, kernel), count in by_kernel.items():
-            lines.append(f"  {format}: {count} layers, kernel {kernel}")
+            layers = "layer" if count == 1 else "layers"
+            lines.append(f"  {format}: {count} {layers}, kernel {kernel}")
         by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
         for layer in self.layers:
             if layer.reason is not None:
                 by_reason[layer.format, layer.reason].append(layer.title)
         for (format, reason), names in by_reason.items():
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
-            where = f"left in {format}" if format in HIGH_PRECISION else "left alone"
+            where = "left alone"
+            if format in HIGH_PRECISION:
+                where = "left in high precision" if format == "high" else f"left in {format}"
             lines.append(f"  {where}: {shown} ({reason})")
         return "\n".join(lines)
 

@@ -1,0 +1,57 @@
+"""Train a small GPT in BF16 and FP8 side by side, flip a layer, save and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from lightning_fp.cli.output import console
+from lightning_fp.demo import DemoOptions, run_demo
+from lightning_fp.demo.summary import findings, summary_table
+
+_DEFAULTS = DemoOptions()
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's options; see `DemoOptions`."""
+    parser.add_argument(
+        "--output", type=Path, default=_DEFAULTS.output, help="directory to write to"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=_DEFAULTS.steps, help="optimizer steps of each run"
+    )
+    parser.add_argument(
+        "--scaling", type=str, default=_DEFAULTS.scaling, help="format of the FP8 runs"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=_DEFAULTS.batch_size, help="sequences per step"
+    )
+    parser.add_argument("--context", type=int, default=_DEFAULTS.context, help="bytes per sequence")
+    parser.add_argument(
+        "--seed", type=int, default=_DEFAULTS.seed, help="seed of weights and batches"
+    )
+
+
+def run(output: Path, steps: int, scaling: str, batch_size: int, context: int, seed: int) -> int:
+    """Run the demo and print what it found.
+
+    Returns:
+        0, or 1 if the resumed run did not end as the uninterrupted one.
+    """
+    options = DemoOptions(
+        output=output,
+        steps=steps,
+        scaling=scaling,
+        batch_size=batch_size,
+        context=context,
+        seed=seed,
+    )
+    screen = console()
+    result = run_demo(options, screen)
+    screen.print()
+    screen.print(summary_table(result))
+    for line in findings(result):
+        screen.print(f"• {line}")
+    screen.print(f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name}")
+    return 0 if result.resume_is_exact else 1

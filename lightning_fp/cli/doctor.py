@@ -1,0 +1,175 @@
+"""Show what this machine has, and which formats run on it natively, emulated or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json as json_module
+import platform
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from lightning_fp.cli.output import console, table
+from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
+from lightning_fp.layers import LinearFormat, convert, linear_format
+
+FORMATS = (
+    "fp32",
+    "bf16",
+    "fp16",
+    "fp8-dynamic",
+    "fp8-delayed",
+    "fp8-rowwise",
+    "fp8-rowwise-gw-hp",
+    "fp8-block",
+    "mxfp8",
+    "nvfp4",
+    "e8m3",
+)
+"""The formats of the table; e8m3 stands for every simulated e{X}m{Y}."""
+
+PACKAGES = ("torch", "lightning", "torchao", "torchmetrics", "transformer-engine")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Support:
+    """What becomes of one format here."""
+
+    format: str
+    status: Literal["native", "emulated", "not"]
+    kernel: str
+    reason: str
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(json: bool) -> int:
+    """Print hardware, versions and the table of formats."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = {"hardware": hardware(), "software": software()}
+    formats = [support(name, device) for name in FORMATS]
+    if json:
+        rows = [dataclasses.asdict(row) for row in formats]
+        print(json_module.dumps({**facts, "device": device, "formats": rows}, indent=2))
+        return 0
+
+    screen = console()
+    for title, section in facts.items():
+        grid = table(title.capitalize(), "", "")
+        grid.show_header = False
+        for key, value in section.items():
+            grid.add_row(key, value)
+        screen.print(grid)
+    grid = table(f"Formats on {device.upper()}", "format", "here", "kernel", "why")
+    colours = {"native": "green", "emulated": "yellow", "not": "red"}
+    for row in formats:
+        status = f"[{colours[row.status]}]{row.status}[/]"
+        grid.add_row(row.format, status, row.kernel, row.reason)
+    screen.print(grid)
+    screen.print(
+        "Emulated FP8: values are cast to FP8 and multiplied in bf16 or float32.", style="dim"
+    )
+    return 0
+
+
+def hardware() -> dict[str, str]:
+    """What multiplies here."""
+    facts = {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "CPU bf16": "in hardware" if CPU_HAS_BF16 else "in software: slower than float32",
+    }
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        facts[f"CUDA {index}"] = f"{device.name}, sm{device.major}{device.minor}, {memory:.0f} GiB"
+    facts["FP8 tensor cores"] = cuda_fp8_refusal() or "yes"
+    if torch.backends.mps.is_available():
+        facts["MPS"] = "has no float8 dtypes: train on the CPU, or with a simulated e{X}m{Y}"
+    return facts
+
+
+def software() -> dict[str, str]:
+    """Versions, and whether torch.compile finds a compiler."""
+    facts = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["C++ compiler"] = _compiler() or "none found: torch.compile cannot compile for the CPU"
+    return facts
+
+
+def support(name: str, device: str) -> Support:
+    """Convert one small layer, train it for a step, and say what happened.
+
+    Args:
+        name: a format's name.
+        device: "cpu" or "cuda".
+    """
+    model = nn.Sequential(nn.Linear(64, 64, device=device))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            format = linear_format(name)
+            # As a rule, because the defaults leave layers this small alone on FP8 hardware.
+            table_of_formats = convert(model, format, layers={"*": format}).precision_map
+            kernel = table_of_formats.layers["0"].kernel
+            model(torch.ones(64, 64, device=device)).sum().backward()
+    except Exception as error:  # whatever a kernel raises is the answer
+        return Support(format=name, status="not", kernel="", reason=_reason(error, name))
+    if kernel.runs_on_fp8_hardware and device == "cuda":
+        return Support(format=name, status="native", kernel=kernel.name, reason="FP8 tensor cores")
+    lacking = _lacking(format, device)
+    return Support(
+        format=name,
+        status="emulated" if lacking else "native",
+        kernel=kernel.name,
+        reason=lacking or "",
+    )
+
+
+def _lacking(format: LinearFormat, device: str) -> str | None:
+    """What the device would need to run a format natively; None if it has it."""
+    if format.is_fp8:
+        return cuda_fp8_refusal()
+    if not format.is_high_precision:
+        return "operands are rounded, products in float32"
+    if format.input == "bf16":
+        has = torch.cuda.is_bf16_supported(False) if device == "cuda" else CPU_HAS_BF16
+        return None if has else "no bf16 instructions: slower than float32"
+    if format.input == "fp16" and device == "cpu":
+        return None if _cpu_has_fp16() else "no fp16 instructions: slower than float32"
+    return None
+
+
+def _cpu_has_fp16() -> bool:
+    """Whether the CPU multiplies fp16 in hardware; False where torch cannot tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_fp16", "amx_fp16", "fp16"))
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that torch.compile would call."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return None
+
+
+def _reason(error: Exception, name: str) -> str:
+    """The first line of an error, less what the table says anyway."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].removeprefix(f"format {name!r} cannot be used: ")

@@ -1,0 +1,214 @@
+"""Show what conversion would do to a model, layer by layer, without training it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser
+from rich.table import Table
+from rich.text import Text
+
+from lightning_fp.cli.loading import load_model
+from lightning_fp.cli.output import console, table
+from lightning_fp.kernels.hardware import cuda_has_fp8
+from lightning_fp.layers import (
+    Backend,
+    Conversion,
+    LayerReport,
+    PrecisionMap,
+    convert_into,
+    linear_format,
+)
+from lightning_fp.layers.flops import example_flops
+from lightning_fp.layers.rules import layer_rules
+from lightning_fp.plugins.scaling import format_of_scaling
+
+_RULE = re.compile(r"(?P<pattern>.+)=(?P<format>[\w-]+(\[[^\]]*\])?)")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "factory",
+        type=str,
+        help="package.module:factory or path/to/file.py:factory; returns a module, or a module"
+        " and an example input with which FLOPs are counted",
+    )
+    parser.add_argument(
+        "--scaling", type=str, default="fp8-dynamic", help="format of layers that no rule names"
+    )
+    parser.add_argument(
+        "--layers",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help="a layer rule, may be repeated, the first match wins; or all of them as a JSON object",
+    )
+    parser.add_argument("--backend", type=str, default="auto", help="auto, native or torchao")
+    parser.add_argument(
+        "--cuda-fp8",
+        action="store_true",
+        help="plan for a GPU with FP8 tensor cores (sm89 or later), whatever is here",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="a row for every layer; else repeated blocks share rows"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(
+    factory: str,
+    scaling: str,
+    layers: Sequence[str],
+    backend: Backend,
+    cuda_fp8: bool,
+    all: bool,
+    json: bool,
+) -> int:
+    """Print the conversion report of a user's model.
+
+    Raises:
+        ValueError: if the model cannot be built or the conversion is refused.
+    """
+    user = load_model(factory)
+    cuda_fp8 = cuda_fp8 or cuda_has_fp8()
+    conversion = Conversion(
+        format=format_of_scaling(scaling),
+        rules=layer_rules(parse_rules(layers)),
+        backend=backend,
+        high_precision=linear_format("bf16"),
+        cuda_fp8=cuda_fp8,
+    )
+    precision_map = PrecisionMap(backend=backend, cuda_fp8=cuda_fp8)
+    report = convert_into(precision_map, user.model, conversion)
+    note = "FLOPs: of the linear layers, for lack of an example input"
+    if user.example_input is not None:
+        try:
+            report = report.with_flops(example_flops(user.model, user.example_input))
+            note = "FLOPs: of the whole model, counted in one forward of the example input"
+        except Exception as error:  # whatever a user's forward raises; shapes are known anyway
+            note = f"FLOPs: of the linear layers; the forward failed: {_first_line(error)}"
+    if json:
+        print(report.to_json())
+    else:
+        rows = [Row.of(layer) for layer in report.layers]
+        screen = console()
+        screen.print(_as_table(rows if all else fold(rows)))
+        screen.print(report.summary(), markup=False, soft_wrap=True)
+        screen.print(note, markup=False, soft_wrap=True, style="dim")
+    return 0
+
+
+def parse_rules(arguments: Sequence[str]) -> dict[str, str]:
+    """Layer rules from the command line, in order.
+
+    >>> parse_rules(["*head=bf16", '{"*.mlp.*": "fp8-rowwise"}'])
+    {'*head': 'bf16', '*.mlp.*': 'fp8-rowwise'}
+
+    Args:
+        arguments: each "PATTERN=FORMAT" or a JSON object.
+
+    Raises:
+        ValueError: naming the argument that is neither, or a pattern that is given twice.
+    """
+    rules: list[tuple[str, str]] = []
+    for argument in arguments:
+        if found := _RULE.fullmatch(argument.strip()):
+            rules.append((found["pattern"], found["format"]))
+            continue
+        try:
+            parsed = json_module.loads(argument)
+        except json_module.JSONDecodeError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ValueError(
+                f"--layers must be PATTERN=FORMAT or a JSON object, got {argument!r}; e.g."
+                " --layers '*head=bf16'"
+            )
+        rules.extend(parsed.items())
+    patterns = [pattern for pattern, _ in rules]
+    for pattern in patterns:
+        if patterns.count(pattern) > 1:
+            raise ValueError(f"--layers: pattern {pattern!r} is given twice")
+    return dict(rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table: a layer, or layers that differ in the numbers of their blocks only."""
+
+    name: str
+    """The layer's name, or a pattern that matches the layers and can serve in a rule."""
+
+    format: str
+    kernel: str
+    layers: int
+    parameters: int
+    flops_share: float
+    reason: str | None
+
+    @classmethod
+    def of(cls, layer: LayerReport) -> Row:
+        """The row of one layer."""
+        return cls(
+            name=layer.title,
+            format=layer.format,
+            kernel=layer.kernel,
+            layers=1,
+            parameters=layer.parameters,
+            flops_share=layer.flops_share,
+            reason=layer.reason,
+        )
+
+
+def fold(rows: Sequence[Row]) -> list[Row]:
+    """Add up the rows of layers that are alike, as in the blocks of a transformer.
+
+    Args:
+        rows: one for every layer.
+
+    Returns:
+        One row for all layers of equal size, format and reason whose names differ in numbers
+        only; "blocks.*.mlp.up" for "blocks.0.mlp.up", "blocks.1.mlp.up", ...
+    """
+    alike: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        pattern = ".".join("*" if part.isdecimal() else part for part in row.name.split("."))
+        key = (pattern, row.format, row.kernel, row.parameters, row.reason)
+        alike.setdefault(key, []).append(row)
+    return [
+        dataclasses.replace(
+            group[0],
+            name=group[0].name if len(group) == 1 else str(pattern),
+            layers=len(group),
+            parameters=sum(row.parameters for row in group),
+            flops_share=sum(row.flops_share for row in group),
+        )
+        for (pattern, *_), group in alike.items()
+    ]
+
+
+def _as_table(rows: Sequence[Row]) -> Table:
+    numbers = ("layers", "parameters", "FLOPs")
+    columns = ("layer", "format", "kernel", *numbers, "left alone because")
+    grid = table("", *columns, right=numbers)
+    for row in rows:
+        grid.add_row(
+            row.name,
+            Text(row.format),
+            row.kernel,
+            str(row.layers),
+            f"{row.parameters:,}",
+            f"{row.flops_share:.1%}",
+            Text(row.reason or ""),
+            style="" if row.reason is None else "dim",
+        )
+    return grid
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,219 @@
+"""Show which layers a run's formats hurt most, and any layer's course over the steps."""
+
+from __future__ import annotations
+
+import fnmatch
+import json as json_module
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as functions
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from lightning_fp.cli.output import console, table
+from lightning_fp.records import read_statistics
+
+_RANKINGS = {
+    "clamped_mass": ("clamped mass", "descending"),
+    "underflow_fraction": ("underflow", "descending"),
+    "sqnr_db": ("SQNR", "ascending"),
+}
+"""What the worst are ranked by: its title, and which end is bad."""
+
+# pyarrow makes its functions at import, out of sight of type checkers.
+pc: Any = functions
+
+_EXTREMES = {
+    "clamped_mass": "max",
+    "underflow_fraction": "max",
+    "sqnr_db": "min",
+    "headroom_bits": "min",
+    "nonfinite": "sum",
+}
+"""How each column is brought together over a run."""
+
+_COLUMNS = ["step", "layer", "operand", "format", "amax", *_EXTREMES]
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 40
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("run", type=str, help="directory that ClampMonitor wrote to")
+    parser.add_argument(
+        "--layer", type=str, default=None, help="show the course of the layers that match a glob"
+    )
+    parser.add_argument("--top", type=int, default=8, help="how many of the worst to show")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+# `layer` and `json` are the names of the options.
+def run(run: str, layer: str | None, top: int, json: bool) -> int:
+    """Print the worst operands of a run, or the course of the layers that match.
+
+    Raises:
+        ValueError: if there are no statistics, or no layer matches.
+    """
+    if top < 1:
+        raise ValueError(f"--top must be at least 1, got {top}")
+    try:
+        rows = read_statistics(run, columns=_COLUMNS)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    if not rows.num_rows:
+        raise ValueError(f"{run!r} has no rows yet; they come with the first log interval")
+    if layer is None:
+        found = {name: worst(rows, name, top) for name in _RANKINGS}
+        if json:
+            print(json_module.dumps(_plain({"run": run, "worst": found}), indent=2))
+        else:
+            _print_worst(run, rows, found, console())
+        return 0
+    curves = courses(rows, layer)
+    if json:
+        print(json_module.dumps(_plain({"run": run, "layers": curves}), indent=2))
+    else:
+        _print_courses(curves, console())
+    return 0
+
+
+def worst(rows: pa.Table, ranking: str, top: int) -> list[dict[str, Any]]:
+    """The worst operands of a run by one statistic.
+
+    Args:
+        rows: what `read_statistics` returned.
+        ranking: "clamped_mass", "underflow_fraction" or "sqnr_db".
+        top: how many.
+
+    Returns:
+        For each operand of a layer: the extremes over the run, the worst first; none that lost
+        nothing.
+    """
+    operands = rows.filter(pc.not_equal(rows["operand"].cast(pa.string()), "output"))
+    value = operands[ranking]
+    lossy = operands.filter(pc.is_finite(value) if ranking == "sqnr_db" else pc.greater(value, 0))
+    keys = ["layer", "operand", "format"]
+    names = [*keys, *_EXTREMES]
+    found = lossy.group_by(keys).aggregate(list(_EXTREMES.items()))
+    found = found.select([*keys, *(f"{name}_{how}" for name, how in _EXTREMES.items())])
+    plain = [found[name].cast(pa.string()) for name in keys]
+    found = pa.Table.from_arrays([*plain, *found.columns[len(keys) :]], names=names)
+    order = [(ranking, _RANKINGS[ranking][1]), ("layer", "ascending"), ("operand", "ascending")]
+    return found.sort_by(order).slice(0, top).to_pylist()
+
+
+def courses(rows: pa.Table, glob: str) -> dict[str, dict[str, dict[str, list[Any]]]]:
+    """The statistics over the steps, of the layers that match.
+
+    Args:
+        rows: what `read_statistics` returned.
+        glob: over the whole layer name.
+
+    Returns:
+        `{layer: {operand: {column: values}}}`, with "step" and "format" among the columns.
+
+    Raises:
+        ValueError: if no layer matches.
+    """
+    names = rows["layer"].unique().to_pylist()
+    matching = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+    if not matching:
+        raise ValueError(
+            f"--layer {glob!r} matches no layer of the run; it has {', '.join(names[:5])}"
+        )
+    chosen = rows.filter(pc.is_in(rows["layer"].cast(pa.string()), pa.array(matching)))
+    curves: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    for row in chosen.sort_by([("step", "ascending")]).to_pylist():
+        operand = curves.setdefault(row.pop("layer"), {}).setdefault(row.pop("operand"), {})
+        for name, value in row.items():
+            operand.setdefault(name, []).append(value)
+    return curves
+
+
+def sparkline(
+    values: Sequence[float | None], width: int = _WIDTH, *, of: Callable[..., float | None] = max
+) -> str:
+    """A curve in one line of text, from its least to its largest value.
+
+    >>> sparkline([0, 1, 2, None, 3])
+    '▁▃▆ █'
+
+    Args:
+        values: the curve; None and values that are not finite become gaps.
+        width: characters at most; of a longer curve each character stands for a stretch.
+        of: what is shown of a stretch: `max` or `min`, whichever is worse.
+    """
+    stretch = max(1, math.ceil(len(values) / width))
+    known = [v if v is not None and math.isfinite(v) else None for v in values]
+    parts = [known[i : i + stretch] for i in range(0, len(known), stretch)]
+    points = [of((v for v in part if v is not None), default=None) for part in parts]
+    finite = [v for v in points if v is not None]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if v is None else _BARS[round((v - low) * scale)] for v in points)
+
+
+def _print_worst(
+    run: str, rows: pa.Table, found: dict[str, list[dict[str, Any]]], screen: Console
+) -> None:
+    steps = pc.min_max(rows["step"]).as_py()
+    layers = len(rows["layer"].unique())
+    screen.print(f"{run}: {layers} layers in low precision, steps {steps['min']} to {steps['max']}")
+    for ranking, entries in found.items():
+        title = _RANKINGS[ranking][0]
+        if not entries:
+            screen.print(f"\nNo operand has any {title}.", style="dim")
+            continue
+        numbers = ("clamped mass", "underflow", "SQNR", "headroom", "non-finite")
+        grid = table(f"Worst by {title}", "layer", "operand", "format", *numbers, right=numbers)
+        for entry in entries:
+            grid.add_row(
+                entry["layer"],
+                entry["operand"],
+                entry["format"],
+                _text(entry["clamped_mass"], "{:.2%}"),
+                _text(entry["underflow_fraction"], "{:.2%}"),
+                _text(entry["sqnr_db"], "{:.1f} dB"),
+                _text(entry["headroom_bits"], "{:+.1f} bits"),
+                _text(entry["nonfinite"], "{}"),
+            )
+        screen.print(grid)
+
+
+def _print_courses(curves: dict[str, dict[str, dict[str, list[Any]]]], screen: Console) -> None:
+    for layer, operands in curves.items():
+        grid = table(
+            layer, "operand", "statistic", "first", "last", "course", right=("first", "last")
+        )
+        for operand, columns in operands.items():
+            formats = " -> ".join(dict.fromkeys(columns["format"]))
+            grid.add_row(operand, "format", "", "", formats)
+            for name, form in (
+                ("amax", "{:.3g}"),
+                ("headroom_bits", "{:+.2f}"),
+                ("clamped_mass", "{:.3%}"),
+                ("underflow_fraction", "{:.3%}"),
+                ("sqnr_db", "{:.1f}"),
+            ):
+                values = columns[name]
+                if any(value is not None for value in values):
+                    first, last = _text(values[0], form), _text(values[-1], form)
+                    worse = min if name in ("headroom_bits", "sqnr_db") else max
+                    grid.add_row("", name, first, last, sparkline(values, of=worse))
+        screen.print(grid)
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _plain(value: Any) -> Any:
+    """The same without inf and NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

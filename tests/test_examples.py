@@ -1,0 +1,35 @@
+"""Every example runs, and prints what it promises."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROMISES = {
+    "quickstart.py": ([], "formats: {'body.0': 'fp8-dynamic', 'body.2': 'fp8-dynamic'"),
+    "plain_loop.py": ([], "converted back: 2 layers, first one is Linear"),
+    "choose_layers.py": ([], "pattern 'block.*' matches no linear layer"),
+    "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
+}
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_example(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    args, promise = PROMISES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr("sys.argv", [name, *args])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert promise in capsys.readouterr().out
+
+
+def test_every_script_is_run():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*PROMISES, "models.py"}
