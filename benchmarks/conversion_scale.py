@@ -1,0 +1,50 @@
+"""Converting a model with 10,000 linears, and what a step's bookkeeping costs per layer."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from side_by_side import medians, report
+from torch import nn
+
+from lightning_fp import convert
+
+
+def layers(count: int, device: str = "meta") -> nn.ModuleList:
+    with torch.device(device):
+        return nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(count))
+
+
+def main() -> None:
+    start = time.perf_counter()
+    converted = convert(layers(10_000), layers={"*7": "bf16", "re:1.*": "fp8-rowwise"})
+    str(converted)
+    claims = [
+        ("seconds to convert and report 10,000 linears", time.perf_counter() - start, "<=", 2)
+    ]
+
+    few, many = (convert(layers(count), "fp8-dynamic").precision_map for count in (1_000, 11_000))
+    step = medians({"few": few.step, "many": many.step}, runs=50)
+    claims.append(
+        (
+            "microseconds of bookkeeping per layer and step",
+            (step["many"] - step["few"]) / 10_000 * 1e6,
+            "<=",
+            2,
+        )
+    )
+
+    with torch.device("cpu"):
+        small = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(1_000))
+    delayed = convert(small, "fp8-delayed").precision_map
+    for layer in small:
+        layer(torch.randn(16, 16)).sum().backward()
+    delayed.step()
+    update = medians({"update": delayed.step}, runs=50)["update"]
+    claims.append(("milliseconds to update the scales of 1,000 layers", update * 1e3, "<=", 2))
+    report(claims)
+
+
+if __name__ == "__main__":
+    main()
