@@ -1,4 +1,4 @@
-"""The command line: `lightning-fp doctor | plan | demo | stats`, one module each."""
+"""The command line: `lightning-fp doctor | plan | demo | stats | study`, one module each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lightning_fp.cli import demo, doctor, plan, stats
+from lightning_fp.cli import demo, doctor, plan, stats, study
 
 __all__ = ["main"]
 
-_COMMANDS = {"doctor": doctor, "plan": plan, "demo": demo, "stats": stats}
+_COMMANDS = {"doctor": doctor, "plan": plan, "demo": demo, "stats": stats, "study": study}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
     for name, module in _COMMANDS.items():
         summary, *_ = (module.__doc__ or "").partition("\n")
         command = ArgumentParser(description=module.__doc__)
+        commands.add_subcommand(name, command, help=summary)  # first: it may have its own
         module.add_arguments(command)
-        commands.add_subcommand(name, command, help=summary)
 
     parsed = parser.parse_args(None if args is None else list(args))
     options = vars(parsed[parsed.command])

@@ -40,7 +40,7 @@ def load_model(reference: str) -> UserModel:
     Raises:
         ValueError: if there is no such factory, it fails, or it returns something else.
     """
-    factory = _find(reference)
+    factory = find_factory(reference)
     try:
         try:
             with torch.device("meta"):
@@ -75,8 +75,12 @@ def _build(factory: Any) -> Any:
     return built
 
 
-def _find(reference: str) -> Any:
-    """The object that "module:name" or "file.py:name" refers to."""
+def find_factory(reference: str) -> Any:
+    """The callable that "module:name" or "file.py:name" refers to.
+
+    Raises:
+        ValueError: if there is none.
+    """
     source, colon, name = reference.rpartition(":")
     if not (source and colon and name):
         raise ValueError(

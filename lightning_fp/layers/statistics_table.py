@@ -45,20 +45,23 @@ class StatisticsTable:
         """The observed layers, in the order of `take`."""
         return list(self._layers)
 
-    def collect(self, on: bool) -> None:
+    def collect(self, on: bool, turn: int = 0) -> None:
         """Collect in the forwards from here on, or stop. Call between steps.
 
         Layers that are in high precision at this moment are left out.
+
+        Args:
+            on: whether to collect.
+            turn: which rows to sample: those of one turn are followed by those of the next.
         """
         for layer in self._layers.values():
             layer.collect = on and not layer.format.is_high_precision
         if on:
-            self._sampling.offset.add_(1)
+            self._sampling.offset.fill_(turn)
 
-    @property
-    def collecting(self) -> bool:
-        """Whether any layer collects now."""
-        return any(layer.collect for layer in self._layers.values())
+    def collecting(self) -> list[bool]:
+        """Which layers collect now, in the order of `take`."""
+        return [layer.collect for layer in self._layers.values()]
 
     def formats(self) -> list[LinearFormat]:
         """Every layer's format now, in the order of `take`."""

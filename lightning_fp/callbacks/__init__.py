@@ -1,0 +1,6 @@
+"""Callbacks for the Lightning Trainer."""
+
+from lightning_fp.callbacks.clamp_monitor import ClampMonitor
+from lightning_fp.callbacks.parity_probe import ParityProbe
+
+__all__ = ["ClampMonitor", "ParityProbe"]

@@ -1,0 +1,112 @@
+"""What to warn of, and what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lightning_fp.layers import LinearFormat
+from lightning_fp.records import StatisticsRows
+
+_SHOWN = 3
+"""Warnings per interval that are spelled out; the table has the others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """From where on a row is worth a warning; None turns one off."""
+
+    clamped_mass: float | None
+    underflow: float | None
+    nonfinite: int | None
+
+
+class Warnings:
+    """Says what is wrong with which layer: the first time, and then ever more rarely.
+
+    Args:
+        limits: from where on to warn.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._seen: dict[tuple[str, str, str], int] = {}
+
+    def of(self, rows: StatisticsRows) -> list[str]:
+        """The warnings of one interval, the worst first; a repeated one at its 2nd, 4th, 8th time.
+
+        Args:
+            rows: the interval's rows.
+        """
+        due: list[tuple[float, str]] = []
+        for kind, row, excess in self._over_limit(rows):
+            key = rows.layers[row], rows.operands[row], kind
+            self._seen[key] = times = self._seen.get(key, 0) + 1
+            if times & (times - 1) == 0:
+                due.append((excess, _sentence(rows, row, kind)))
+        due.sort(key=lambda entry: -entry[0])
+        shown = [sentence for _, sentence in due[:_SHOWN]]
+        if due[_SHOWN:]:
+            shown.append(
+                f"{len(due) - _SHOWN} more operands are over a limit; see `lightning-fp stats`"
+            )
+        return shown
+
+    def _over_limit(self, rows: StatisticsRows) -> Iterator[tuple[str, int, float]]:
+        """The kind of warning, the row, and how many times over the limit it is."""
+        limits = {
+            "nonfinite": self._limits.nonfinite,
+            "clamped_mass": self._limits.clamped_mass,
+            "underflow_fraction": self._limits.underflow,
+        }
+        for kind, limit in limits.items():
+            if limit is None:
+                continue
+            values = rows.values[kind]
+            over = ((values >= limit) & rows.low_precision).nonzero().flatten().tolist()
+            for row in over:
+                # Non-finite values come first, whatever their number.
+                yield kind, row, float("inf") if kind == "nonfinite" else float(values[row]) / limit
+
+
+def _sentence(rows: StatisticsRows, row: int, kind: str) -> str:
+    layer, operand, format = rows.layers[row], rows.operands[row], rows.formats[row]
+    value, steps = float(rows.values[kind][row]), int(rows.values["sampled_steps"][row])
+    over = f"over {steps} sampled step{'s' if steps != 1 else ''}"
+    what = {
+        "nonfinite": f"{operand} has {int(value)} inf or NaN elements",
+        "clamped_mass": f"{operand} clamped mass {value:.1%} {over}",
+        "underflow_fraction": f"{operand} underflow {value:.1%} {over}",
+    }[kind]
+    return f"layer {layer}: {what} under {format.name}; {remedy(kind, layer, operand, format)}"
+
+
+def remedy(kind: str, layer: str, operand: str, format: LinearFormat) -> str:
+    """What to do about a row that is over a limit.
+
+    Args:
+        kind: "clamped_mass", "underflow_fraction" or "nonfinite".
+        layer: the layer's name.
+        operand: which of its operands.
+        format: the format it ran in.
+    """
+    if kind == "nonfinite":
+        how = f"{_set(layer, 'bf16')} shows whether precision is to blame"
+        return f"look at the loss and the learning rate; {how}"
+    if format.scaling == "none":
+        return f"{_set(layer, 'bf16')}, or take a format with more exponent bits"
+    if kind == "clamped_mass":
+        return f"raise margin, or {_set(layer, 'fp8-dynamic')}"
+    if getattr(format, operand) == "e4m3" and format.torchao is None:
+        wider = dataclasses.replace(format, **{operand: "e5m2"})  # pyright: ignore[reportArgumentType]
+        if format.granularity == "tensor":
+            return f"{_set(layer, wider.name)}, or {_set(layer, 'fp8-rowwise')}"
+        return f"{_set(layer, wider.name)}, or {_set(layer, 'bf16')}"
+    if format.granularity == "tensor":
+        return _set(layer, "fp8-rowwise")
+    return _set(layer, "bf16")
+
+
+def _set(layer: str, format: str) -> str:
+    return f"set layers={{{layer!r}: {format!r}}}"

@@ -1,0 +1,81 @@
+"""A few scalars for loggers: the same names at every step, so that no curve breaks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fp.records import StatisticsRows
+from lightning_fp.records.rows import CAST
+
+LOSSLESS_DB = 150.0
+"""What loggers get for an SQNR of infinity: float32 cannot be told from exact above."""
+
+PER_LAYER = (
+    "amax",
+    "headroom_bits",
+    "nonfinite",
+    "clamped_fraction",
+    "clamped_mass",
+    "underflow_fraction",
+    "sqnr_db",
+)
+
+
+def summary(rows: StatisticsRows) -> dict[str, float]:
+    """Extremes and means over all operands in low precision; NaN where nothing was measured.
+
+    Args:
+        rows: one interval's rows.
+    """
+    column = {name: rows.values[name][rows.low_precision] for name in PER_LAYER}
+    return {
+        "fp8/clamped_mass/max": _reduce(column["clamped_mass"], torch.max),
+        "fp8/clamped_mass/mean": _reduce(column["clamped_mass"], torch.mean),
+        "fp8/underflow/max": _reduce(column["underflow_fraction"], torch.max),
+        "fp8/underflow/mean": _reduce(column["underflow_fraction"], torch.mean),
+        "fp8/sqnr_db/min": _reduce(column["sqnr_db"], torch.min),
+        "fp8/headroom_bits/min": _reduce(column["headroom_bits"], torch.min),
+    }
+
+
+def per_layer(rows: StatisticsRows, names: Sequence[str]) -> dict[str, float]:
+    """`fp8/<layer>/<operand>/<statistic>` for these layers, whether they were seen or not.
+
+    Args:
+        rows: one interval's rows.
+        names: the layers.
+    """
+    row = {key: i for i, key in enumerate(zip(rows.layers, rows.operands, strict=True))}
+    scalars: dict[str, float] = {}
+    for layer in names:
+        for operand in CAST:
+            index = row.get((layer, operand))
+            for name in PER_LAYER:
+                value = math.nan if index is None else float(rows.values[name][index])
+                scalars[f"fp8/{layer}/{operand}/{name}"] = (
+                    min(value, LOSSLESS_DB) if name == "sqnr_db" else value
+                )
+    return scalars
+
+
+def flops_share(plugin: Any) -> float:
+    """Share of the model's FLOPs that are in low precision now, 0 to 1.
+
+    Args:
+        plugin: a precision plugin with a table and a report.
+    """
+    layers = plugin.precision_map.layers
+    low = {name for name, layer in layers.items() if not layer.format.is_high_precision}
+    if plugin.report is None:
+        return math.nan
+    return sum(layer.flops_share for layer in plugin.report.layers if layer.name in low)
+
+
+def _reduce(column: Tensor, how: Any) -> float:
+    known = column[~torch.isnan(column)]
+    return float(how(known).clamp(max=LOSSLESS_DB)) if len(known) else math.nan

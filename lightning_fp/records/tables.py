@@ -1,0 +1,266 @@
+"""Per-layer statistics over time, as Parquet parts that survive a crash.
+
+A part is written under a temporary name and renamed, so that every part there is can be read.
+Small parts are merged geometrically: n flushes leave O(log n) parts, and each row is written
+O(log n) times.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "statistics"
+"""Name of the directory inside of a run's."""
+
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+
+SCHEMA = pa.schema(
+    {
+        "step": pa.int64(),
+        "layer": _TEXT,
+        "operand": _TEXT,
+        "format": _TEXT,
+        "sampled_steps": pa.int32(),
+        "amax": pa.float32(),
+        "scale": pa.float32(),
+        "headroom_bits": pa.float32(),
+        "nonfinite": pa.int64(),
+        "clamped_fraction": pa.float32(),
+        "clamped_mass": pa.float32(),
+        "underflow_fraction": pa.float32(),
+        "sqnr_db": pa.float32(),
+        "clamp_sqnr_db": pa.float32(),
+        "numel": pa.int64(),
+        "nonzero": pa.int64(),
+        "magnitude": pa.float32(),
+        "signal": pa.float32(),
+        "what_if_delayed_clamped_fraction": pa.float32(),
+        "what_if_delayed_clamped_mass": pa.float32(),
+        "what_if_delayed_underflow_fraction": pa.float32(),
+        "what_if_dynamic_underflow_fraction": pa.float32(),
+        "what_if_rowwise_underflow_fraction": pa.float32(),
+        "what_if_other_underflow_fraction": pa.float32(),
+    }
+)
+"""The columns; docs/reading-the-clamp-log.md says what each means and how it combines."""
+
+_MERGE = 8
+"""Parts of one size that become one part of the next."""
+
+_LARGEST = 2**17
+"""Rows of a part that is not merged any more; merging takes 0.2 s then, once in 131,072 rows."""
+
+
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file: what its name and its footer say."""
+
+    path: Path
+    number: int
+    last: int
+    """The last number merged into it; its own if none was."""
+    session: int
+    """Counts the times that a writer was opened in this directory."""
+    resumed_at: int
+    """The step at which that session began: later rows of earlier sessions are void."""
+    rows: int
+    columns: frozenset[str]
+
+
+class StatisticsWriter:
+    """Appends rows to `<run_dir>/statistics/`. One process writes, any number reads.
+
+    Args:
+        run_dir: the run's directory; made if it is not there.
+        step: the step the run begins or resumes at. Rows that an earlier, abandoned continuation
+            of the run has written for later steps stay on disk and are no longer read.
+        rows_per_part: rows that are held back before a part is written.
+        seconds: how long rows are held back at most: this much a killed run loses.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, step: int = 0, rows_per_part: int = 8192, seconds: float = 10.0
+    ) -> None:
+        self._directory = Path(run_dir) / DIRECTORY
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self._directory.glob(".part-*.tmp"):
+            leftover.unlink()
+        parts = _parts(self._directory)
+        taken = [_number(path) for path in self._directory.glob("part-*.parquet")]
+        self._number = 1 + max([*taken, *(part.last for part in parts)], default=-1)
+        self._session = max((part.session for part in parts), default=-1)
+        self._rows_per_part, self._seconds = rows_per_part, seconds
+        self._buffer: list[pa.Table] = []
+        self._oldest = time.monotonic()
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step: rows written so far for later ones are no longer read."""
+        self.flush()
+        self._session += 1
+        self._step = step
+        self._levels: dict[int, list[_Part]] = {}
+
+    def append(self, columns: Mapping[str, Any]) -> None:
+        """Add rows; they are on disk after the next flush.
+
+        Args:
+            columns: as many of `SCHEMA`'s as there are, all of one length; NaN stands for null.
+        """
+        fields = [field for field in SCHEMA if field.name in columns]
+        arrays = [_array(columns[field.name], field.type) for field in fields]
+        if not self._buffer:
+            self._oldest = time.monotonic()
+        self._buffer.append(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
+        many = sum(table.num_rows for table in self._buffer) >= self._rows_per_part
+        if many or time.monotonic() - self._oldest >= self._seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held back as a part, and merge parts where there are enough."""
+        if not self._buffer:
+            return
+        table = _concat(self._buffer)
+        self._buffer.clear()
+        part = self._write(table, self._number, self._number)
+        self._number += 1
+        level = 0
+        while True:
+            peers = self._levels.setdefault(level, [])
+            peers.append(part)
+            if len(peers) < _MERGE or part.rows * _MERGE > _LARGEST:
+                return
+            self._levels[level] = []
+            part = self._merge(peers)
+            level += 1
+
+    def _merge(self, parts: list[_Part]) -> _Part:
+        """One part for many; under the name of the first, which covers the others' numbers."""
+        table = _concat([pq.read_table(part.path) for part in parts])
+        merged = self._write(table, parts[0].number, parts[-1].last)
+        for part in parts[1:]:
+            part.path.unlink()
+        return merged
+
+    def _write(self, table: pa.Table, number: int, last: int) -> _Part:
+        path = self._directory / f"part-{number:06d}.parquet"
+        footer = {"last": last, "session": self._session, "resumed_at": self._step}
+        text = {f"lightning_fp.{key}": str(value) for key, value in footer.items()}
+        temporary = path.with_name(f".{path.name}.tmp")
+        pq.write_table(table.replace_schema_metadata(text), temporary, compression="zstd")
+        os.replace(temporary, path)
+        columns = frozenset(table.column_names)
+        return _Part(path=path, number=number, rows=table.num_rows, columns=columns, **footer)
+
+
+def read_statistics(
+    run_dir: str | Path,
+    *,
+    columns: Sequence[str] | None = None,
+    filters: pc.Expression | None = None,
+) -> pa.Table:
+    """The statistics of a run, also of one that is still being written or was killed.
+
+    Args:
+        run_dir: the directory that the run wrote to.
+        columns: which columns to read; all by default.
+        filters: which rows to read, e.g. `pc.field("layer") == "blocks.0.fc1"`: the way to look
+            at a run whose table would not fit into memory.
+
+    Returns:
+        One row per step of logging, layer, operand and format, in the order they were written.
+
+    Raises:
+        FileNotFoundError: if the run has written none.
+    """
+    directory = Path(run_dir) / DIRECTORY
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no statistics in {str(run_dir)!r}: run_dir must be a directory that ClampMonitor"
+            " wrote to (its dirpath, by default the trainer's log directory)"
+        )
+    for attempt in range(_ATTEMPTS):
+        parts = _parts(directory, warn=attempt == 0)
+        try:
+            table = _read(parts, columns, filters)
+        except FileNotFoundError:
+            continue
+        if _parts(directory)[: len(parts)] == parts:
+            return table
+        # The writer has merged parts in between, so that rows could be missing or here twice.
+    raise RuntimeError(f"{str(directory)!r} changes faster than it can be read; try again")
+
+
+def _read(
+    parts: Sequence[_Part], columns: Sequence[str] | None, filters: pc.Expression | None
+) -> pa.Table:
+    resumed = {part.session: part.resumed_at for part in parts}
+    tables = [SCHEMA.empty_table()]
+    for part in parts:
+        # Later sessions that resumed before this one's end have replaced what follows.
+        later = [step for session, step in resumed.items() if session > part.session]
+        wanted = filters
+        if later:
+            valid = pc.field("step") <= min(later)
+            wanted = valid if filters is None else filters & valid
+        names = part.columns if columns is None else part.columns & {"step", *columns}
+        tables.append(pq.read_table(part.path, columns=sorted(names), filters=wanted))
+    return _concat(tables).select(columns or SCHEMA.names)
+
+
+def _parts(directory: Path, *, warn: bool = False) -> list[_Part]:
+    """The parts in force, in order; a part that another has taken in is left out."""
+    parts: list[_Part] = []
+    for path in sorted(directory.glob("part-*.parquet")):
+        number = _number(path)
+        if parts and number <= parts[-1].last:
+            continue
+        try:
+            metadata = pq.read_metadata(path)
+            footer: dict[bytes, bytes] = metadata.metadata or {}
+            part = _Part(
+                path=path,
+                number=number,
+                last=int(footer[b"lightning_fp.last"]),
+                session=int(footer[b"lightning_fp.session"]),
+                resumed_at=int(footer[b"lightning_fp.resumed_at"]),
+                rows=metadata.num_rows,
+                columns=frozenset(metadata.schema.to_arrow_schema().names),
+            )
+        except (pa.ArrowInvalid, KeyError) as error:
+            if warn:
+                log.warning("%s cannot be read and is left out: %s", path, error)
+            continue
+        parts.append(part)
+    return parts
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("part-"))
+
+
+def _concat(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table with one chunk and one dictionary per column; missing columns are null."""
+    plain = [table.replace_schema_metadata(None) for table in tables]
+    return pa.concat_tables(plain, promote_options="default").unify_dictionaries().combine_chunks()
+
+
+def _array(values: Any, type: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(type):
+        return pa.array(values, pa.string()).dictionary_encode()
+    return pa.array(values, from_pandas=True).cast(type)

@@ -1,0 +1,241 @@
+"""One arm of an A/B of precision: a short run with everything recorded at every step."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, TypeAlias
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.compute as compute
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fp.callbacks import ClampMonitor
+from lightning_fp.layers import FormatLike
+from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins.scaling import ScalingLike
+from lightning_fp.records import read_statistics
+from lightning_fp.study.loss import Loss, write_loss
+from lightning_fp.study.spikes import SpikeRule, find_spikes
+
+Factory: TypeAlias = Callable[[], tuple[Any, ...]]
+"""Takes nothing, returns a LightningModule, its training dataloader and, if wanted, a mapping of
+further options of the Trainer, e.g. `{"gradient_clip_val": 1.0}`."""
+
+# pyarrow makes its functions at import, out of sight of type checkers.
+pc: Any = compute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What one run came to."""
+
+    format: str
+    """Of the suspected layers."""
+
+    final_loss: float
+    """Mean over the last fifth of the steps; NaN if one of them was not finite."""
+
+    spikes: int
+    """Loss spikes."""
+
+    nonfinite_steps: int
+    """Steps with a loss that is inf or NaN."""
+
+    clamped_mass: float
+    """Mean clamped mass of the suspected layers' operands over all sampled steps."""
+
+    clamped_mass_max: float
+    """The largest in any of them."""
+
+    overflow_bits: float
+    """How far their largest value was beyond the format's range at any step; 0 if it never was."""
+
+    grad_norm: float
+    """Median norm of the gradient of all parameters, before clipping."""
+
+    grad_norm_max: float
+
+    losses: tuple[float, ...]
+    """By step."""
+
+
+class _Curves(L.Callback):
+    """Keeps loss and gradient norm of every step on the device."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, Tensor] = {}
+        self.grad_norms: list[Tensor] = []
+        self._step = 0
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._step = trainer.global_step + 1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                f"training_step must return a loss for the A/B, got {type(loss).__name__}"
+            )
+        before = self.losses.get(self._step)  # micro-batches come divided by their number
+        loss = loss.detach().float()
+        self.losses[self._step] = loss if before is None else before + loss
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        self.grad_norms.append(norm.detach())
+
+
+class _Switch(L.Callback):
+    """Names the suspected layers, and writes their other format before the first step."""
+
+    def __init__(self, patterns: Sequence[str], format: FormatLike | None) -> None:
+        self.layers: list[str] = []
+        self.format = ""
+        self._patterns, self._to = patterns, format
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        plugin = trainer.precision_plugin
+        assert isinstance(plugin, FP8Precision)
+        table = plugin.precision_map
+        matched = {name for pattern in self._patterns for name in table.matching(pattern)}
+        self.layers = [name for name in table.layers if name in matched]
+        formats = {table.layers[name].format for name in self.layers}
+        if other := sorted(format.name for format in formats if format.scaling != "delayed"):
+            raise ValueError(
+                f"layers {', '.join(self._patterns)} must be under delayed scaling, which alone"
+                f" clamps; got {', '.join(other)}; narrow the pattern, or name a delayed format"
+            )
+        self.format = ", ".join(sorted(format.name for format in formats))
+        if self._to is not None:
+            for name in self.layers:
+                table.set(glob.escape(name), self._to, reason="arm B of the clamp study")
+            table.apply()
+            self.format = ", ".join(sorted({table.formats()[name] for name in self.layers}))
+
+
+def run_arm(
+    factory: Factory,
+    directory: Path,
+    *,
+    layers: Sequence[str],
+    switch_to: FormatLike | None,
+    steps: int,
+    seed: int,
+    scaling: ScalingLike,
+    rules: Mapping[str, FormatLike] | None,
+    every_n_steps: int,
+    spike_rule: SpikeRule,
+) -> tuple[Arm, list[str]]:
+    """Train once; statistics and loss go to `directory`.
+
+    Args:
+        factory: builds model and data anew.
+        directory: where the records go.
+        layers: patterns of the suspected layers.
+        switch_to: their other format, or None to leave them as they are.
+        steps: optimizer steps.
+        seed: of weights and data order.
+        scaling: of the plugin.
+        rules: of the plugin.
+        every_n_steps: one step in so many is sampled.
+        spike_rule: what counts as a loss spike.
+
+    Returns:
+        The arm, and the names of the suspected layers.
+
+    Raises:
+        ValueError: if the factory returns something else, a pattern matches nothing or a layer
+            that cannot clamp, or the run makes no step.
+    """
+    L.seed_everything(seed, verbose=False)
+    module, loader, options = _built(factory)
+    curves, switch = _Curves(), _Switch(layers, switch_to)
+    monitor = ClampMonitor(
+        every_n_steps,
+        dirpath=directory,
+        log_every_n_steps=every_n_steps,
+        warn_clamped_mass=None,
+        warn_underflow=None,
+        warn_nonfinite=None,
+        seed=seed,
+    )
+    quiet: dict[str, Any] = {
+        "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
+    callbacks: list[L.Callback] = [switch, curves, monitor, *options.pop("callbacks", ())]
+    trainer = L.Trainer(
+        **{**quiet, **options},
+        max_steps=steps,
+        plugins=FP8Precision(scaling, layers=rules),
+        callbacks=callbacks,
+    )
+    trainer.fit(module, loader)
+    if not curves.losses:
+        raise ValueError("the run made no step: the factory's dataloader must have batches")
+    losses = torch.stack(list(curves.losses.values())).double().cpu()
+    loss = Loss.of(list(curves.losses), losses)
+    write_loss(directory, loss)
+    norms = [float(norm) for norm in curves.grad_norms]
+    masses, overflow = _clamping(directory, switch.layers)
+    arm = Arm(
+        format=switch.format,
+        final_loss=float(losses[-tail(len(losses)) :].mean()),
+        spikes=len(find_spikes(loss, spike_rule)),
+        nonfinite_steps=int((~torch.isfinite(losses)).sum()),
+        clamped_mass=fmean(masses) if masses else 0.0,
+        clamped_mass_max=max(masses, default=0.0),
+        overflow_bits=overflow,
+        grad_norm=median(norms) if norms else math.nan,
+        grad_norm_max=max(norms, default=math.nan),
+        losses=tuple(losses.tolist()),
+    )
+    return arm, switch.layers
+
+
+def tail(steps: int) -> int:
+    """How many steps the final loss is averaged over."""
+    return max(1, steps // 5)
+
+
+def _built(factory: Factory) -> tuple[L.LightningModule, Iterable[Any], dict[str, Any]]:
+    built = factory()
+    parts = built if isinstance(built, tuple) else (built,)
+    module, loader, options = (*parts, None, None)[:3]
+    if not isinstance(module, L.LightningModule) or loader is None or len(parts) > 3:
+        raise ValueError(
+            "the factory must return a LightningModule, a dataloader and, if wanted, a mapping of"
+            f" Trainer options; got {', '.join(type(part).__name__ for part in parts)}"
+        )
+    return module, loader, dict(options or {})
+
+
+def _clamping(directory: Path, layers: Sequence[str]) -> tuple[list[float], float]:
+    """Some layers' clamped masses on all sampled steps, and their overflow in bits."""
+    rows = read_statistics(directory, columns=["layer", "clamped_mass", "headroom_bits"])
+    chosen = rows.filter(pc.is_in(rows["layer"].cast(pa.string()), pa.array(layers, pa.string())))
+    headroom: float | None = pc.min(chosen["headroom_bits"]).as_py()
+    return chosen["clamped_mass"].drop_null().to_pylist(), max(0.0, -(headroom or 0.0))

@@ -1,0 +1,87 @@
+"""Two ranks report what one rank does over the same global batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_fp.records import read_statistics
+from tests.callbacks.ranks import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ranks")
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",  # Lightning asks for one, nobody listens on it
+            "TORCHELASTIC_RUN_ID": "tests",  # so that Lightning starts no processes of its own
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        if Path("/sys/class/net/lo").exists():
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        with (directory / f"log{rank}").open("w") as log:
+            command = [sys.executable, "-m", "tests.callbacks.ranks", str(directory)]
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
+    try:
+        for process in processes:
+            process.wait(120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, (directory / f"log{rank}").read_text()[-4000:]
+    return directory
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["step"], row["layer"], row["operand"]
+
+
+def test_two_ranks_are_one(directory: Path, tmp_path: Path) -> None:
+    train(tmp_path, 1)
+    one, two = (
+        {key(row): row for row in read_statistics(path).to_pylist()}
+        for path in (tmp_path, directory / "two")
+    )
+    assert one.keys() == two.keys()
+    assert len(one) == 2 * 2 * 4
+    for name, row in one.items():
+        other = two[name]
+        if row["step"] == 4:
+            continue  # the first delayed scales are those of each rank's own tensors
+        if row["operand"] == "weight":  # every rank casts it
+            for column in ("numel", "nonzero", "magnitude", "signal"):
+                other[column] /= 2
+        for column, value in row.items():
+            same = value == other[column] or value == pytest.approx(other[column], rel=1e-4)
+            assert same, (name, column)
+    clamped = [row["clamped_mass"] for row in one.values() if row["operand"] == "input"]
+    assert max(clamped) > 0
+
+
+def test_a_rank_that_fails_takes_the_others_along(directory: Path) -> None:
+    ranks = [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    assert [rank["failed"] for rank in ranks] == [True, False]
+    assert all(rank["steps"] == 8 and not rank["collects"] for rank in ranks)

@@ -1,0 +1,19 @@
+"""Every test starts with one thread, fresh compile caches and dynamo's own limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+
+
+@pytest.fixture(autouse=True)
+def _isolated() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    limit = torch._dynamo.config.recompile_limit
+    yield
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.reset()

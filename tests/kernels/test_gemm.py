@@ -1,0 +1,76 @@
+"""The fast decode paths equal the plain ones, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_fp.kernels import gemm, hardware
+from lightning_fp.numerics import FORMATS, scaled_cast
+
+FP8 = ["e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"]
+
+
+def all_codes(name: str) -> torch.Tensor:
+    codes = torch.arange(256, dtype=torch.uint8).view(FORMATS[name].dtype)
+    return codes[~codes.float().isnan()]
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_decoding_by_bit_shifts_is_exact_for_every_code(name: str) -> None:
+    codes = all_codes(name)
+    assert len(codes) >= 250
+    fast = gemm._as_float16(codes)
+    assert fast.dtype is torch.float16
+    assert torch.equal(fast.float(), codes.float())
+    assert torch.equal(fast.float().signbit(), codes.float().signbit())
+
+
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", FP8)
+def test_widening_is_exact(name: str, wide: torch.dtype) -> None:
+    codes = all_codes(name)
+    assert torch.equal(gemm.widen(codes, wide), codes.to(wide))
+    assert gemm.widen(codes, None) is codes
+
+
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", FP8)
+def test_cast_operand_is_the_plain_cast(name: str, dtype: torch.dtype, wide: torch.dtype) -> None:
+    format = FORMATS[name]
+    x = torch.randn(48, 32).mul(3).to(dtype)
+    before, scale = x.clone(), torch.tensor(37.3)
+    cast, operand = gemm.cast_operand(x, scale, format, wide)
+    plain = scaled_cast(x, scale, format.dtype)
+    assert torch.equal(cast.view(torch.uint8), plain.view(torch.uint8))
+    assert operand.dtype is wide
+    assert torch.equal(operand, plain.to(wide))
+    assert torch.equal(x, before), "the input was changed in place"
+
+
+def test_hardware_operands_stay_fp8() -> None:
+    cast, operand = gemm.cast_operand(torch.ones(2, 2), torch.tensor(1.0), FORMATS["e4m3"], None)
+    assert operand is cast
+
+
+def test_a_nan_scale_reaches_every_result() -> None:
+    nan, one = torch.tensor(torch.nan), torch.tensor(1.0)
+    product = gemm.multiply(torch.ones(3, 4), torch.ones(4, 2), nan, one, torch.bfloat16)
+    assert product.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("fast", "dtype", "expected"),
+    [
+        (True, torch.bfloat16, torch.bfloat16),
+        (True, torch.float32, torch.float32),
+        (True, torch.float16, torch.float32),
+        (False, torch.bfloat16, torch.float32),
+    ],
+)
+def test_emulation_dtype(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: torch.dtype, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(hardware, "CPU_HAS_BF16", fast)
+    assert gemm.operand_dtype(torch.ones(1, dtype=dtype)) is expected

@@ -1,0 +1,55 @@
+"""The hardware's rules are refused in our words, before the GEMM says them in its own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from lightning_fp.kernels.hardware import check_alignment, cuda_fp8_refusal, cuda_has_fp8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dimension", "size"),
+    [
+        ((7, 32, 32), "tokens (the product of the input's leading dimensions)", 7),
+        ((16, 30, 32), "in_features", 30),
+        ((16, 32, 50257), "out_features", 50257),
+    ],
+)
+def test_odd_dimensions_are_named(sizes: tuple[int, int, int], dimension: str, size: int) -> None:
+    tokens, in_features, out_features = sizes
+    message = f"layer 'mlp.up': {dimension} must be a multiple of 16 for the FP8 GEMM, got {size};"
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        check_alignment("mlp.up", tokens=tokens, in_features=in_features, out_features=out_features)
+    assert "layers={'mlp.up': 'bf16'}" in str(error.value)
+
+
+def test_multiples_of_16_pass() -> None:
+    check_alignment("layer", tokens=0, in_features=16, out_features=4096)
+
+
+def test_refusal_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda_fp8_refusal() == "no CUDA device"
+    assert not cuda_has_fp8()
+
+
+@pytest.mark.parametrize(
+    ("devices", "refusal"),
+    [
+        ([(8, 9)], None),
+        ([(9, 0), (10, 0)], None),
+        ([(8, 0)], "FP8 tensor cores need sm89 or later, this device is sm80"),
+        ([(9, 0), (7, 5)], "FP8 tensor cores need sm89 or later, this device is sm75"),
+    ],
+)
+def test_the_oldest_device_decides(
+    monkeypatch: pytest.MonkeyPatch, devices: list[tuple[int, int]], refusal: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert cuda_fp8_refusal() == refusal

@@ -1,0 +1,166 @@
+"""Conversion in place: the layer stays itself, whatever it multiplies in."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_fp import convert, revert
+from lightning_fp.layers import FPLinear, SwitchableLayer
+from tests.helper import FORMATS, TinyGPT, next_byte_loss, text_rows
+
+
+def test_everything_but_the_class_stays() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, bias=False)).eval()
+    first, calls = model[0], []
+    first.weight.requires_grad_(False)
+    first.note = "kept"
+    first.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    first.register_forward_hook(lambda *_: calls.append("post"))
+    first.register_full_backward_hook(lambda *_: calls.append("backward"))
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+
+    convert(model, fp8_eval=True)
+    assert isinstance(first, FPLinear)
+    assert isinstance(first, nn.Linear)
+    assert isinstance(first, SwitchableLayer)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert list(model.state_dict()) == keys
+    assert not first.training
+    assert not first.weight.requires_grad
+    assert first.note == "kept"
+    model(torch.randn(4, 32, requires_grad=True)).sum().backward()
+    assert calls == ["pre", "post", "backward"]
+    assert "format=fp8-dynamic" in repr(first)
+
+    assert revert(model) == 2
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert repr(first) == "Linear(in_features=32, out_features=32, bias=True)"
+    plain, kept = vars(nn.Linear(1, 1)).keys(), vars(first).keys()
+    assert set(kept) - set(plain) == {"note"}
+    assert revert(model) == 0
+
+
+def test_conversion_is_idempotent_and_the_last_one_counts() -> None:
+    model = TinyGPT()
+    first = convert(model)
+    assert convert(model).precision_map.formats() == first.precision_map.formats()
+    again = convert(model, layers={"blocks.0.fc1": "bf16"})
+    assert again.precision_map.formats()["blocks.0.fc1"] == "bf16"
+    assert again.precision_map.layers["blocks.0.fc1"] is model.blocks[0].fc1
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_compute_the_same(how: str) -> None:
+    model = TinyGPT()
+    convert(model, layers={"blocks.0.fc1": "fp8-rowwise", "blocks.1.fc1": "e8m3"})
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    rows = text_rows(8)
+    losses = [next_byte_loss(each, rows) for each in (model, twin)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one is not other
+        assert torch.equal(one.grad, other.grad)
+    # they are independent of each other
+    twin.eval()
+    assert model.blocks[0].fc1.training
+    revert(twin)
+    assert isinstance(model.blocks[0].fc1, FPLinear)
+    assert type(twin.blocks[0].fc1) is nn.Linear
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = TinyGPT()
+    model.blocks[1].fc1 = model.blocks[0].fc1  # one module, two names
+    model.blocks[1].proj.weight = model.blocks[0].proj.weight  # two modules, one Parameter
+    convert(model)
+    assert model.blocks[1].fc1 is model.blocks[0].fc1
+    assert model.blocks[1].proj.weight is model.blocks[0].proj.weight
+    next_byte_loss(model, text_rows(4)).backward()
+    revert(model)
+    assert type(model.blocks[1].fc1) is nn.Linear
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_evaluation_is_high_precision_by_default(name: str) -> None:
+    linear = nn.Linear(32, 16)
+    model, x = nn.Sequential(linear), torch.randn(8, 32)
+    convert(model, name, {"0": name}, backend="auto")
+    model.eval()
+    assert torch.equal(model(x), F.linear(x, linear.weight, linear.bias))
+
+
+def test_fp8_eval_evaluates_in_the_layers_format() -> None:
+    linear = nn.Linear(32, 16)
+    model, x = nn.Sequential(linear), torch.randn(8, 32)
+    plain = linear(x)
+    convert(model, fp8_eval=True)
+    training = model(x)
+    model.eval()
+    assert torch.equal(model(x), training)
+    assert not torch.equal(training, plain)
+
+
+def test_evaluation_takes_any_batch_and_training_an_empty_one() -> None:
+    model = nn.Sequential(nn.Linear(32, 16))
+    convert(model)
+    for training in (True, False):
+        model.train(training)
+        for shape in ((0, 32), (1, 32), (32,), (2, 0, 32), (3, 2, 7, 32)):
+            assert model(torch.randn(shape)).shape == (*shape[:-1], 16)
+
+
+def test_a_frozen_eval_submodule_is_evaluated_in_a_plain_loop() -> None:
+    model = TinyGPT()
+    convert(model)
+    model.train()
+    model.blocks[0].eval()
+    x = torch.randn(2, 4, 32)
+    fc1 = model.blocks[0].fc1
+    assert torch.equal(fc1(x), F.linear(x, fc1.weight, fc1.bias))
+    fc1 = model.blocks[1].fc1
+    assert not torch.equal(fc1(x), F.linear(x, fc1.weight, fc1.bias))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_activation_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+        convert(model, name, {"*": name})
+        x = torch.randn(16, 32, requires_grad=True)
+        output = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+        output.square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_frozen_backbone_keeps_no_activations() -> None:
+    from tests.helper import saved_tensors
+
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).requires_grad_(False)
+    convert(model)
+    with saved_tensors() as kept:
+        output = model(torch.randn(8, 32))
+    assert not output.requires_grad
+    assert not kept
+
+
+def test_the_meta_device_converts() -> None:
+    with torch.device("meta"):
+        model = TinyGPT()
+    report = convert(model)
+    assert len(report.converted) == 8
+    assert model.blocks[0].fc1.weight.is_meta
