@@ -1,5 +1,6 @@
 """Low-precision training for PyTorch Lightning that is safe to turn on."""
 
+from lightning_fp.callbacks import ClampMonitor, ParityProbe
 from lightning_fp.layers import (
     ConversionReport,
     LinearFormat,
@@ -17,6 +18,9 @@ __all__ = [
     # plugins
     "FP8Precision",
     "precision_plugin",
+    # callbacks
+    "ClampMonitor",
+    "ParityProbe",
     # objects
     "ConversionReport",
     "DelayedScaling",

@@ -1,4 +1,4 @@
-"""Train a small GPT in BF16 and FP8 side by side, flip a layer, save and resume."""
+"""Train a small GPT in BF16 and FP8, flip a layer, compare scalings, save and resume."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_fp.cli.output import console
 from lightning_fp.demo import DemoOptions, run_demo
+from lightning_fp.demo.clamping import clamp_table
 from lightning_fp.demo.summary import findings, summary_table
 
 _DEFAULTS = DemoOptions()
@@ -51,7 +52,9 @@ def run(output: Path, steps: int, scaling: str, batch_size: int, context: int, s
     result = run_demo(options, screen)
     screen.print()
     screen.print(summary_table(result))
+    screen.print(clamp_table(result.clamping))
     for line in findings(result):
         screen.print(f"• {line}")
-    screen.print(f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name}")
+    screen.print(f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name};")
+    screen.print(f"  the clamp log: lightning-fp stats {options.clamp_log(options.other_scaling)}")
     return 0 if result.resume_is_exact else 1

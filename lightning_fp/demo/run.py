@@ -1,4 +1,4 @@
-"""The demo's flow: BF16, FP8 from the same seed with a flip and a checkpoint, FP8 resumed."""
+"""The demo's flow: BF16, FP8 with a flip and a checkpoint, another scaling, FP8 resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from lightning_fp.callbacks import ClampMonitor
 from lightning_fp.demo.callbacks import FlipLayer, Recorder, SaveCheckpoint
+from lightning_fp.demo.clamping import worst_of
 from lightning_fp.demo.data import ByteBatches, read_sources
 from lightning_fp.demo.model import ByteGPT
 from lightning_fp.demo.summary import DemoResult, RunResult, same, write
@@ -65,13 +67,22 @@ class DemoOptions:
         return {self.steps // 4: "bf16", self.steps * 3 // 4: self.scaling}
 
     @property
+    def other_scaling(self) -> str:
+        """What the FP8 run is compared with: delayed scaling, or dynamic if it is delayed."""
+        return "fp8-dynamic" if self.scaling == "fp8-delayed" else "fp8-delayed"
+
+    def clamp_log(self, scaling: str) -> Path:
+        """Where a run's statistics are."""
+        return self.output / scaling
+
+    @property
     def checkpoint(self) -> Path:
         """Where the checkpoint of the middle is."""
         return self.output / "middle.ckpt"
 
 
 def run_demo(options: DemoOptions, console: Console) -> DemoResult:
-    """Train three times, compare, and write everything to `options.output`.
+    """Train four times, compare, and write everything to `options.output`.
 
     Args:
         options: see there.
@@ -88,7 +99,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.cuda.get_device_name() if accelerator == "cuda" else "CPU"
     console.print(
-        f"A byte-level GPT learns the standard library's sources ({len(text) / 1e6:.1f} MB), three"
+        f"A byte-level GPT learns the standard library's sources ({len(text) / 1e6:.1f} MB), four"
         f" times from seed {options.seed}, on {device}."
     )
     if torch.backends.mps.is_available() and accelerator == "cpu":
@@ -104,21 +115,28 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     with quiet_lightning(), Progress(*columns, console=console) as progress:
         demo = _Demo(options, text, held_out, accelerator, progress)
         bf16 = demo.train("BF16", None)
-        fp8 = demo.train(f"{options.scaling}", demo.plugin())
+        fp8 = demo.train(options.scaling, demo.plugin(options.scaling))
+        other = demo.train(options.other_scaling, demo.plugin(options.other_scaling))
         resumed = demo.train(
-            f"{options.scaling}, resumed", demo.plugin(), resume=options.checkpoint
+            f"{options.scaling}, resumed", demo.plugin(options.scaling), resume=options.checkpoint
         )
     result = DemoResult(
         device=device,
         scaling=options.scaling,
+        other_scaling=options.other_scaling,
         flipped=FLIPPED_LAYER,
         flips=options.flips,
         checkpoint=str(options.checkpoint),
         checkpoint_step=options.steps // 2,
         bf16=bf16,
         fp8=fp8,
+        other=other,
         resumed=resumed,
         resume_is_exact=same(fp8, resumed),
+        clamping=tuple(
+            worst_of(scaling, options.clamp_log(scaling))
+            for scaling in (options.scaling, options.other_scaling)
+        ),
     )
     write(result, options.output)
     return result
@@ -126,7 +144,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
 
 @dataclass(frozen=True)
 class _Demo:
-    """What the three runs share."""
+    """What the runs share."""
 
     options: DemoOptions
     text: Tensor
@@ -134,26 +152,31 @@ class _Demo:
     accelerator: str
     progress: Progress
 
-    def plugin(self) -> FP8Precision:
+    def plugin(self, scaling: str) -> FP8Precision:
         """FP8 in every block.
 
         The blocks are named by a rule, because on FP8 hardware the defaults leave layers of this
         size in BF16: they are too small to gain.
         """
-        return FP8Precision(self.options.scaling, layers={"blocks.*": self.options.scaling})
+        return FP8Precision(scaling, layers={"blocks.*": scaling})
 
     def train(
         self, title: str, plugin: FP8Precision | None, *, resume: Path | None = None
     ) -> RunResult:
-        """One run; the first FP8 run leaves the checkpoint that the second one continues."""
+        """One run; the FP8 run leaves the checkpoint that the resumed one continues.
+
+        ClampMonitor watches all FP8 runs but the resumed one, which must end alike without it.
+        """
         options = self.options
         if not self.progress.console.is_terminal:  # no bars there until all is done
             self.progress.console.print(f"{title}: {options.steps} steps")
         recorder = Recorder(self.progress, title, options.steps)
         callbacks: list[L.Callback] = [recorder]
-        if plugin is not None:
-            callbacks.append(FlipLayer(plugin, FLIPPED_LAYER, options.flips))
         if plugin is not None and resume is None:
+            callbacks.append(ClampMonitor(dirpath=options.clamp_log(title), log_every_n_steps=16))
+        if plugin is not None and title != options.other_scaling:
+            callbacks.append(FlipLayer(plugin, FLIPPED_LAYER, options.flips))
+        if title == options.scaling:
             callbacks.append(SaveCheckpoint(options.steps // 2, options.checkpoint))
 
         L.seed_everything(options.seed)

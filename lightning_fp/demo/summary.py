@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from lightning_fp.demo.clamping import Worst
 from lightning_fp.layers import ConversionReport
 
 LAST_STEPS = 10
@@ -48,23 +49,26 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """All three runs, and what they show."""
+    """All runs, and what they show."""
 
     device: str
     scaling: str
+    other_scaling: str
     flipped: str
     flips: dict[int, str]
     checkpoint: str
     checkpoint_step: int
     bf16: RunResult
     fp8: RunResult
+    other: RunResult
     resumed: RunResult
     resume_is_exact: bool
+    clamping: tuple[Worst, ...]
+    """The worst operands of the FP8 runs."""
 
-    @property
-    def gap(self) -> float:
-        """How much higher the FP8 run's validation loss is, as a share of the BF16 run's."""
-        return self.fp8.validation_loss / self.bf16.validation_loss - 1
+    def gap(self, run: RunResult) -> float:
+        """How much higher a run's validation loss is, as a share of the BF16 run's."""
+        return run.validation_loss / self.bf16.validation_loss - 1
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -79,10 +83,11 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but weights and losses, as plain data."""
-        runs = {"bf16": self.bf16, "fp8": self.fp8, "resumed": self.resumed}
+        runs = {"bf16": self.bf16, "fp8": self.fp8, "other": self.other, "resumed": self.resumed}
         return {
             "device": self.device,
             "scaling": self.scaling,
+            "other_scaling": self.other_scaling,
             "steps": max(self.fp8.losses),
             "runs": {
                 name: {
@@ -92,7 +97,9 @@ class DemoResult:
                 }
                 for name, run in runs.items()
             },
-            "gap": self.gap,
+            "gap": self.gap(self.fp8),
+            "other_gap": self.gap(self.other),
+            "clamping": [asdict(run) for run in self.clamping],
             "flipped_layer": {"name": self.flipped, "formats_by_step": self.flips},
             "checkpoint": {"path": self.checkpoint, "step": self.checkpoint_step},
             "resume_is_exact": self.resume_is_exact,
@@ -129,31 +136,31 @@ def write(result: DemoResult, directory: Path) -> None:
     """Write `losses.csv` and `summary.json`."""
     with (directory / "losses.csv").open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["step", "bf16", "fp8", "fp8_resumed"])
+        rows.writerow(["step", "bf16", "fp8", "fp8_other", "fp8_resumed"])
         for step, loss in result.bf16.losses.items():
             resumed = result.resumed.losses.get(step, "")
-            rows.writerow([step, loss, result.fp8.losses[step], resumed])
+            rows.writerow([step, loss, result.fp8.losses[step], result.other.losses[step], resumed])
     (directory / "summary.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
 
 
 def summary_table(result: DemoResult) -> Table:
     """The runs side by side."""
     fp8 = result.fp8
-    title = f"BF16 and {result.scaling} from the same seed"
+    title = "BF16 and FP8 from the same seed"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("", "BF16", result.scaling, "resumed"):
+    for column in ("", "BF16", result.scaling, result.other_scaling, "resumed"):
         table.add_column(column, justify="left" if not column else "right")
-    runs = (result.bf16, fp8, result.resumed)
+    runs = (result.bf16, fp8, result.other, result.resumed)
     table.add_row(
         f"training loss, last {LAST_STEPS} steps", *(f"{run.training_loss:.4f}" for run in runs)
     )
     table.add_row("validation loss", *(f"{run.validation_loss:.4f}" for run in runs))
-    table.add_row("gap to BF16", "", f"{result.gap:+.2%}", "")
+    table.add_row("gap to BF16", "", *(f"{result.gap(run):+.2%}" for run in runs[1:3]), "")
     share = fp8.report.flops_share if fp8.report else 0.0
-    table.add_row("model FLOPs in FP8", "0.0%", *2 * (f"{share:.1%}",))
+    table.add_row("model FLOPs in FP8", "0.0%", *3 * (f"{share:.1%}",))
     converted = len(fp8.report.converted) if fp8.report else 0
-    table.add_row("linear layers in FP8", "0", *2 * (f"{converted}",))
-    table.add_row("kernel", "nn.Linear", *2 * (", ".join(result.kernels),))
+    table.add_row("linear layers in FP8", "0", *3 * (f"{converted}",))
+    table.add_row("kernel", "nn.Linear", *3 * (", ".join(result.kernels),))
     table.add_row("time per step", *(f"{run.seconds_per_step * 1000:.0f} ms" for run in runs))
     return table
 

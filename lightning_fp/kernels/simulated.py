@@ -70,7 +70,7 @@ class _Round(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype, ctx.format, ctx.rounding = x.dtype, backward, rounding
         if forward is None:
-            return x.view_as(x)
+            return x.clone()  # a view made in here could not be changed in place
         return round_to_format(x, forward, rounding)
 
     @staticmethod

@@ -71,6 +71,8 @@ class LinearFormat:
                 f"granularity must be 'tensor' with delayed scaling, got {self.granularity!r};"
                 " a history is kept per tensor"
             )
+        if self.granularity == "block":
+            raise ValueError("granularity 'block' is not part of this version; take 'row'")
         if self.input == "high":
             return
         for operand in ("input", "weight", "grad_output"):

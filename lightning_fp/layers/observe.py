@@ -136,7 +136,8 @@ class _ObserveGradient(torch.autograd.Function):
         ctx.save_for_backward(scales, sampling.offset)
         ctx.slot, ctx.kernel = slot, kernel
         ctx.stride, ctx.what_if = sampling.stride, sampling.what_if
-        return output.view_as(output)
+        # A view made in here could not be changed in place, as nn.ReLU(inplace=True) does.
+        return output.clone()
 
     @staticmethod
     @once_differentiable

@@ -42,7 +42,8 @@ class Net(L.LightningModule):
 
 def train(directory: Path, world: int) -> tuple[Net, ClampMonitor]:
     generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(8 * 16, 32, generator=generator))
+    rank = dist.get_rank() if world > 1 else 0
+    data = TensorDataset(torch.randn(8 * 16, 32, generator=generator)[rank::world])
     monitor = ClampMonitor(every_n_steps=1, sample=1, log_every_n_steps=4)
     trainer = make_trainer(
         FP8Precision("delayed", layers={"second": "e4m3"}),
@@ -51,6 +52,7 @@ def train(directory: Path, world: int) -> tuple[Net, ClampMonitor]:
         default_root_dir=directory,
         devices=world,
         strategy=DDPStrategy() if world > 1 else "auto",
+        use_distributed_sampler=False,
     )
     model = Net()
     trainer.fit(model, DataLoader(data, batch_size=16 // world))

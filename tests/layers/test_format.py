@@ -121,6 +121,7 @@ def test_a_torchao_config_that_does_not_scale_is_refused() -> None:
             {"scaling": "delayed", "granularity": "row"},
             "granularity must be 'tensor' with delayed scaling, got 'row'",
         ),
+        ({"granularity": "block"}, "granularity 'block' is not part of this version; take 'row'"),
         ({"input": "bf16"}, "input must be an 8-bit format (e4m3, e5m2, e4m3fnuz, e5m2fnuz)"),
         ({"grad_output": "e8m3"}, "grad_output must be an 8-bit format"),
         ({"weight": "int8"}, "number format must be one of fp32, bf16, fp16, e4m3"),

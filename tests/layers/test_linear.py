@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_fp import convert, revert
 from lightning_fp.layers import FPLinear, SwitchableLayer
+from lightning_fp.layers.statistics_table import StatisticsTable
 from tests.helper import FORMATS, TinyGPT, next_byte_loss, text_rows
 
 
@@ -164,3 +165,14 @@ def test_the_meta_device_converts() -> None:
     report = convert(model)
     assert len(report.converted) == 8
     assert model.blocks[0].fc1.weight.is_meta
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_may_be_changed_in_place(format: str, bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(32, 32, bias=bias), nn.ReLU(inplace=True), nn.Linear(32, 32))
+    table = convert(model, format).precision_map
+    statistics = StatisticsTable(table.layers)
+    statistics.collect(True)
+    model(torch.randn(16, 32)).sum().backward()
+    assert model[0].weight.grad is not None

@@ -1,0 +1,70 @@
+"""What the clamp log of a run says, in one line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from lightning_fp.records import read_statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """The worst value of each statistic over a run, with the operand it belongs to."""
+
+    scaling: str
+    clamped_mass: tuple[float, str]
+    headroom_bits: tuple[float, str]
+    underflow_fraction: tuple[float, str]
+    sqnr_db: tuple[float, str]
+
+
+def worst_of(scaling: str, directory: Path) -> Worst:
+    """Read a run's clamp log.
+
+    Args:
+        scaling: the run's format; rows of other formats are left out.
+        directory: where ClampMonitor wrote.
+    """
+    columns: dict[str, list[Any]] = read_statistics(directory).to_pydict()
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    rows = [row for row in rows if row["format"] == scaling and row["operand"] != "output"]
+
+    def worst(name: str, *, largest: bool) -> tuple[float, str]:
+        known = [
+            (float(row[name]), f"{row['layer']} {row['operand']}")
+            for row in rows
+            if row[name] is not None and math.isfinite(row[name])
+        ]
+        return (max if largest else min)(known, default=(math.nan, ""))
+
+    return Worst(
+        scaling=scaling,
+        clamped_mass=worst("clamped_mass", largest=True),
+        headroom_bits=worst("headroom_bits", largest=False),
+        underflow_fraction=worst("underflow_fraction", largest=True),
+        sqnr_db=worst("sqnr_db", largest=False),
+    )
+
+
+def clamp_table(runs: tuple[Worst, ...]) -> Table:
+    """The runs' worst operands, one below the other."""
+    title = "What the casts did: the worst operand of each run"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for column in ("clamped mass", "headroom", "underflow", "SQNR"):
+        table.add_column(column, justify="right")
+    for run in runs:
+        cells = (
+            (f"{run.clamped_mass[0]:.3%}", run.clamped_mass[1]),
+            (f"{run.headroom_bits[0]:+.2f} bits", run.headroom_bits[1]),
+            (f"{run.underflow_fraction[0]:.1%}", run.underflow_fraction[1]),
+            (f"{run.sqnr_db[0]:.1f} dB", run.sqnr_db[1]),
+        )
+        table.add_row(run.scaling, *(f"{value}\n[dim]{whose}[/dim]" for value, whose in cells))
+    return table
