@@ -10,7 +10,8 @@ import torch._dynamo
 
 
 @pytest.fixture(autouse=True)
-def _isolated() -> Iterator[None]:
+def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it, and tables get narrow
     torch.manual_seed(0)
     torch.set_num_threads(1)
     limit = torch._dynamo.config.recompile_limit

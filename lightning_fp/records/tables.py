@@ -90,7 +90,7 @@ class StatisticsWriter:
         step: the step the run begins or resumes at. Rows that an earlier, abandoned continuation
             of the run has written for later steps stay on disk and are no longer read.
         rows_per_part: rows that are held back before a part is written.
-        seconds: how long rows are held back at most: this much a killed run loses.
+        seconds: rows are held back only if they come within this time of the last part.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class StatisticsWriter:
         self._session = max((part.session for part in parts), default=-1)
         self._rows_per_part, self._seconds = rows_per_part, seconds
         self._buffer: list[pa.Table] = []
-        self._oldest = time.monotonic()
+        self._flushed = time.monotonic()
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
@@ -124,11 +124,9 @@ class StatisticsWriter:
         """
         fields = [field for field in SCHEMA if field.name in columns]
         arrays = [_array(columns[field.name], field.type) for field in fields]
-        if not self._buffer:
-            self._oldest = time.monotonic()
         self._buffer.append(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
         many = sum(table.num_rows for table in self._buffer) >= self._rows_per_part
-        if many or time.monotonic() - self._oldest >= self._seconds:
+        if many or time.monotonic() - self._flushed >= self._seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -137,6 +135,7 @@ class StatisticsWriter:
             return
         table = _concat(self._buffer)
         self._buffer.clear()
+        self._flushed = time.monotonic()
         part = self._write(table, self._number, self._number)
         self._number += 1
         level = 0
@@ -195,14 +194,15 @@ def read_statistics(
             " wrote to (its dirpath, by default the trainer's log directory)"
         )
     for attempt in range(_ATTEMPTS):
-        parts = _parts(directory, warn=attempt == 0)
         try:
+            parts = _parts(directory, warn=attempt == 0)
             table = _read(parts, columns, filters)
+            if _parts(directory)[: len(parts)] == parts:
+                return table
         except FileNotFoundError:
-            continue
-        if _parts(directory)[: len(parts)] == parts:
-            return table
+            pass
         # The writer has merged parts in between, so that rows could be missing or here twice.
+        time.sleep(0.01 * attempt)
     raise RuntimeError(f"{str(directory)!r} changes faster than it can be read; try again")
 
 

@@ -209,11 +209,13 @@ def test_readable_after_kill(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE
     )
     assert process.stdout is not None
-    process.stdout.readline()
-    while_running = steps(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    try:
+        process.stdout.readline()
+        while_running = steps(tmp_path)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
     after = steps(tmp_path)
     assert after == list(range(1, len(after) + 1))
     assert 100 <= len(while_running) <= len(after)
