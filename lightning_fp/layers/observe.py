@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from lightning_fp.numerics import (
     sampled_rows,
     what_if_statistics,
 )
+
+_Casts: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 ROWS = ("input", "weight", "output")
 """What forward records, in order; grad_output's statistics come from backward."""
@@ -80,17 +82,22 @@ def observe(
     with torch.no_grad(), without_autocast(input.device.type):
         x = input.to(compute_dtype(input)).reshape(-1, input.shape[-1])
         rows = sampled_rows(x.shape[0], sampling.stride, sampling.offset)
+        features = sampled_rows(weight.shape[0], sampling.stride, sampling.offset)
         scale_x, format_x = kernel.cast_of(INPUT, x, scales)
         scale_w, format_w = kernel.cast_of(WEIGHT, weight, scales)
         if sampling.what_if:
             what_if_x = what_if_statistics(x, format_x, _history_scale(scales, INPUT), rows)
-            what_if_w = what_if_statistics(weight, format_w, _history_scale(scales, WEIGHT))
+            what_if_w = what_if_statistics(
+                weight, format_w, _history_scale(scales, WEIGHT), features
+            )
         else:
             what_if_x = what_if_w = None
         statistics.record(
             operand_statistics(x, scale_x, format_x, rows, what_if_x),
-            operand_statistics(weight, scale_w, format_w, None, what_if_w),
-            _output_row(x.index_select(0, rows), weight, kernel, scales),
+            operand_statistics(weight, scale_w, format_w, features, what_if_w),
+            _output_row(
+                _casts(x, scale_x, format_x, rows), _casts(weight, scale_w, format_w, features)
+            ),
         )
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
@@ -102,22 +109,18 @@ def _history_scale(scales: Tensor | None, operand: int) -> Tensor | None:
     return None if scales is None else scales[operand]
 
 
-def _output_row(x: Tensor, weight: Tensor, kernel: Kernel, scales: Tensor | None) -> Tensor:
-    """The output's error on the sampled rows, from casts of these rows alone."""
-    scale_x, format_x = kernel.cast_of(INPUT, x, scales)
-    scale_w, format_w = kernel.cast_of(WEIGHT, weight, scales)
-    x, weight = x.float(), weight.float()
-    clamped_x, clamped_w = _clamped(x, scale_x, format_x), _clamped(weight, scale_w, format_w)
-    cast_x, cast_w = _cast(x, scale_x, format_x), _cast(weight, scale_w, format_w)
-    return output_statistics(x @ weight.t(), clamped_x @ clamped_w.t(), cast_x @ cast_w.t())
+def _casts(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor) -> _Casts:
+    """Some rows of an operand: as they are, clamped, and clamped and rounded."""
+    x = x.index_select(0, rows).float()
+    scale = torch.nan_to_num(scale.index_select(0, rows) if scale.numel() > 1 else scale, nan=1.0)
+    inside = (x * scale).clamp(-format.max, format.max)
+    return x, inside / scale, round_in_range(inside, format) / scale
 
 
-def _clamped(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
-    return (x * scale).clamp(-format.max, format.max) / scale
-
-
-def _cast(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
-    return round_in_range((x * scale).clamp(-format.max, format.max), format) / scale
+def _output_row(inputs: _Casts, weights: _Casts) -> Tensor:
+    """The output's error, on the sampled rows of the input and the sampled features."""
+    exact, clamped, cast = (x @ weight.t() for x, weight in zip(inputs, weights, strict=True))
+    return output_statistics(exact, clamped, cast)
 
 
 class _ObserveGradient(torch.autograd.Function):

@@ -58,9 +58,7 @@ def brute_force(
             row["amax"] = max(row["amax"], abs(value))
             with np.errstate(over="ignore"):
                 scaled = float(np.float32(value) * np.float32(factor))
-            scaled = max(
-                min(scaled, float(np.finfo(np.float32).max)), -float(np.finfo(np.float32).max)
-            )
+            scaled = max(min(scaled, 1e16), -1e16)
             inside = max(min(scaled, format.max), -format.max)
             cast = float(np.array(inside, np.float32).astype(NUMPY[format.name]))
             # Without the limit, rounding to nearest even would go beyond it.
@@ -85,14 +83,12 @@ def assert_same(row: Tensor, expected: dict[str, float], factor: float = 1.0) ->
     for statistic in STATISTICS:
         name = statistic.name
         if name in ("signal", "noise", "clamp_noise"):
-            # Squares are float32: those of scaled values below 1e-19 or above 1e19 are lost.
-            if expected[name] * factor**2 > 1e37:
-                continue
+            # Squares are float32: those of scaled values below 1e-19 are lost.
             tolerance = 1e-36 / factor**2 + 1e-5 * expected[name]
             if name == "noise":  # a difference of float32 numbers
                 tolerance += 1e-12 * expected["signal"]
         elif statistic.name in ("excess", "magnitude", "amax"):
-            tolerance = 1e-6 * abs(expected[name])
+            tolerance = 3e-6 * abs(expected[name])
         else:
             tolerance = 0
         assert found[name] == pytest.approx(expected[name], rel=0, abs=tolerance), name
