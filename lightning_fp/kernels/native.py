@@ -122,6 +122,8 @@ class NativeKernel:
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
         format = (self.input, self.weight, self.grad_output)[operand]
+        if scales is not None and self.delayed and not self.cold:
+            return scales[operand], format
         given = scales if self.delayed else None
         return self.scale(tensor_amax(x), given, operand, format), format
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -133,6 +134,8 @@ def _configs(config: Float8LinearConfig, emulate: bool) -> tuple[Float8LinearCon
 @cache
 def _patch_inductor() -> None:
     """Work around Triton's FP8 store bug (triton#11111), as convert_to_float8_training does."""
+    if not torch.cuda.is_available():
+        return  # no Triton, and importing Inductor takes longer than converting a model
     import_float8()
     try:
         from torchao.float8._inductor_patch import _patch_inductor_min_max_codegen

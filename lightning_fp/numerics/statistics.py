@@ -80,18 +80,16 @@ def operand_statistics(
     Returns:
         float64 [len(STATISTICS)].
     """
-    x = x.detach().float()
-    scale = torch.nan_to_num(scale, nan=1.0)
     amax, nonfinite = tensor_amax(x), torch.zeros((), device=x.device)
+    x, scale = x.detach().float(), torch.nan_to_num(scale, nan=1.0)
     if not _surely(torch.isfinite(amax)):
         finite = torch.isfinite(x)
         x = torch.where(finite, x, 0.0)
         amax, nonfinite = tensor_amax(x), x.numel() - torch.count_nonzero(finite)
-    scaled = x * scale
     fits = x.numel() == 0 or _surely(amax * scale.amax() <= format.max)
+    size = x.abs().mul_(scale)
     if not fits:
-        scaled = scaled.clamp(-_LARGEST, _LARGEST)
-    size = scaled.abs()
+        size = size.clamp_(max=_LARGEST)
     nonzero = torch.count_nonzero(size)
     clamped = excess = torch.zeros((), device=x.device)
     if not fits:
@@ -107,13 +105,15 @@ def operand_statistics(
         clamped,
         excess,
         _sums(size).sum(),
-        nonzero - torch.count_nonzero(size > format.underflow_point),
+        # A mask of floats: on the CPU twice as fast as one of bools.
+        nonzero - _sums(size.clone().gt_(format.underflow_point)).sum(),
     ]
     if rows is not None:
-        scaled = scaled.index_select(0, rows)
+        x = x.index_select(0, rows)
         scale = scale.index_select(0, rows) if scale.numel() > 1 else scale
     # Squares are summed before the scale is undone: scaled values cannot under- or overflow.
     unscale = scale.double().square().reciprocal()
+    scaled = (x * scale).clamp(-_LARGEST, _LARGEST)
     inside = scaled if fits else scaled.clamp(-format.max, format.max)
     errors = (scaled, round_in_range(inside, format) - scaled, inside - scaled)
     row += [(_sums(error.square()) * unscale).sum() for error in errors]
