@@ -24,10 +24,6 @@ from lightning_fp.numerics import (
 
 _Casts: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-OUTPUT_STRIDE = 8
-"""The output's error is computed on every 8th row and feature at most: it takes three more matrix
-products in float32, of which 1/64 is enough."""
-
 ROWS = ("input", "weight", "output")
 """What forward records, in order; grad_output's statistics come from backward."""
 
@@ -100,8 +96,7 @@ def observe(
             operand_statistics(x, scale_x, format_x, rows, what_if_x),
             operand_statistics(weight, scale_w, format_w, features, what_if_w),
             _output_row(
-                _casts(x, scale_x, format_x, _thinned(rows, sampling)),
-                _casts(weight, scale_w, format_w, _thinned(features, sampling)),
+                _casts(x, scale_x, format_x, rows), _casts(weight, scale_w, format_w, features)
             ),
         )
     if not (torch.is_grad_enabled() and output.requires_grad):
@@ -112,12 +107,6 @@ def observe(
 
 def _history_scale(scales: Tensor | None, operand: int) -> Tensor | None:
     return None if scales is None else scales[operand]
-
-
-def _thinned(rows: Tensor, sampling: Sampling) -> Tensor:
-    """Every OUTPUT_STRIDE-th row, of rows that may be sampled already."""
-    stride = max(1, OUTPUT_STRIDE // sampling.stride)
-    return rows[sampled_rows(len(rows), stride, sampling.offset)]
 
 
 def _casts(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor) -> _Casts:
