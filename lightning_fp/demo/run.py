@@ -36,7 +36,7 @@ class DemoOptions:
     """Directory for the losses, the summary and the checkpoint; files of an earlier demo in it
     are overwritten."""
 
-    steps: int = 160
+    steps: int = 96
     """Optimizer steps of each run; at least 4."""
 
     scaling: str = "fp8-dynamic"
