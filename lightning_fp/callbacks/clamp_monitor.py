@@ -11,7 +11,7 @@ import lightning as L
 from typing_extensions import override
 
 from lightning_fp.callbacks.remedies import Limits, Warnings
-from lightning_fp.callbacks.sampling import SampledSteps, StepSampler
+from lightning_fp.callbacks.sampling import Listener, SampledSteps, StepSampler
 from lightning_fp.callbacks.summary import flops_share, per_layer, summary
 from lightning_fp.layers import FPLinear, PrecisionMap
 from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
@@ -85,6 +85,8 @@ class ClampMonitor(L.Callback):
         self.log_every_n_steps = log_every_n_steps
         self.latest: StatisticsRows | None = None
         """The rows of the last interval."""
+        self.listeners: list[Listener] = []
+        """Called with every sampled step as it ends; see `sampling.Listener`."""
         self._steps = SampledSteps(every_n_steps, seed)
         self._warnings = Warnings(
             Limits(
@@ -126,7 +128,9 @@ class ClampMonitor(L.Callback):
     def _open(self, trainer: L.Trainer, directory: Path, step: int) -> None:
         table = _precision_map(trainer)
         linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
-        self._sampler = StepSampler(linears, self.sample, self._steps, what_if=self.what_if)
+        self._sampler = StepSampler(
+            linears, self.sample, self._steps, what_if=self.what_if, listeners=self.listeners
+        )
         if self.what_if:
             table.follow(True)
         table.scale_history.take_watched()  # what was before this fit
@@ -143,6 +147,10 @@ class ClampMonitor(L.Callback):
         if self._sampler is not None:
             self._safely(self._rewind_to, trainer.global_step)
             self._safely(self._sampler.before_batch, trainer.global_step)
+
+    def sample_next(self) -> None:
+        """Sample the next step to begin as well, out of turn. Call alike on all ranks."""
+        self._steps.asked = True
 
     def _rewind_to(self, step: int) -> None:
         """Where the run was rolled back, so are its records."""
@@ -270,12 +278,13 @@ class ClampMonitor(L.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The step sampled last: a resumed run samples the steps that the whole run would have."""
-        return {"version": 1, "sampled_at": self._steps.last}
+        return {"version": 1, "sampled_at": self._steps.last, "sample_next": self._steps.asked}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._steps.last = int(state_dict["sampled_at"])
+        self._steps.asked = bool(state_dict.get("sample_next", False))
 
 
 def _plugin(trainer: L.Trainer) -> Any:

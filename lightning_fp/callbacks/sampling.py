@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from lightning_fp.kernels.memory import combine
 from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.layers.statistics_table import StatisticsTable, over_ranks
 from lightning_fp.records import Sampled
+
+Listener: TypeAlias = Callable[[int, Tensor, list[str], list[LinearFormat]], None]
+"""Called with a sampled step: optimizer steps done at its end, float64 [layers, operands,
+statistics] of this rank alone, the layers' names, and the formats they ran in."""
 
 
 class SampledSteps:
@@ -28,14 +34,21 @@ class SampledSteps:
         self.every_n_steps = every_n_steps
         self.seed = seed
         self.last = -1
-        """The step sampled last."""
+        """The step sampled last, of those at their windows' places."""
+        self.asked = False
+        """Whether the next step to begin is sampled wherever it stands."""
+        self._step = -1
 
     def take(self, step: int) -> bool:
         """Whether to sample this step; a window whose place was jumped over is sampled late.
 
         Args:
-            step: the step about to begin; a smaller one than last time begins anew.
+            step: the step that the micro-batch at hand belongs to; a smaller one than last time
+                begins anew.
         """
+        begins, self._step = step != self._step, step
+        asked = self.asked and begins  # asked for in mid-step, it is the step after
+        self.asked &= not begins
         if self.last >= step:
             self.last = -1
         window, place = divmod(step, self.every_n_steps)
@@ -43,7 +56,7 @@ class SampledSteps:
         due = place >= chosen and (self.last < 0 or self.last // self.every_n_steps < window)
         if due:
             self.last = step
-        return due
+        return due or asked
 
 
 class StepSampler:
@@ -54,6 +67,7 @@ class StepSampler:
         stride: SQNR and the error of the output look at every `stride`-th row.
         steps: which steps to sample.
         what_if: whether to compute what other scalings would have done.
+        listeners: called at the end of every sampled step, before it is combined with others.
     """
 
     def __init__(
@@ -63,7 +77,10 @@ class StepSampler:
         steps: SampledSteps,
         *,
         what_if: bool = False,
+        listeners: list[Listener] | None = None,
     ) -> None:
+        self.listeners: list[Listener] = [] if listeners is None else listeners
+        """Who else reads the samples: one table alone can observe a layer."""
         self._table = StatisticsTable(layers, stride=stride, what_if=what_if)
         self._steps = steps
         self._formats: list[LinearFormat] = []
@@ -101,6 +118,8 @@ class StepSampler:
         self._began = None
         self._table.collect(False)
         values, steps = self._table.take(), self._collected
+        for listener in self.listeners:
+            listener(step, values, self._table.names, self._formats)
         if self._sampled and self._sampled[-1].formats == self._formats:
             before = self._sampled.pop()
             values, steps = combine(before.values, values), before.steps + steps

@@ -110,7 +110,7 @@ def over_ranks(table: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return table
-    amax, table = table[..., 0].contiguous(), table.contiguous()
+    amax, table = table[..., 0].contiguous(), table.clone()
     dist.all_reduce(amax, op=dist.ReduceOp.MAX)
     dist.all_reduce(table, op=dist.ReduceOp.SUM)
     table[..., 0] = amax

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fp import DelayedScaling, FP8Precision
 from lightning_fp.callbacks import ClampMonitor
 from lightning_fp.cli import main
-from lightning_fp.layers import FPLinear
+from lightning_fp.layers import FPLinear, LinearFormat
+from lightning_fp.numerics import COLUMN
 from lightning_fp.records import StatisticsWriter, read_statistics
 from tests.helper import make_trainer, same_weights
 
@@ -225,6 +226,42 @@ class TestTraining:
     def test_fast_dev_run_writes_nothing(self, tmp_path: Path) -> None:
         run(tmp_path, fast_dev_run=True)
         assert not list(tmp_path.iterdir())
+
+
+class TestListeners:
+    def test_each_sampled_step_by_itself(self, tmp_path: Path) -> None:
+        monitor = ClampMonitor(every_n_steps=4, log_every_n_steps=8)
+        heard: list[tuple[int, Tensor, list[str], list[LinearFormat]]] = []
+
+        def listen(*sample: Any) -> None:
+            heard.append(sample)
+            if len(heard) == 2:
+                monitor.sample_next()
+
+        monitor.listeners.append(listen)
+        run(tmp_path, monitor=monitor, accumulate_grad_batches=2, max_steps=16)
+        steps = [step for step, *_ in heard]
+        assert len(steps) == 5
+        assert steps[2] == steps[1] + 1  # out of turn
+        for _, values, names, formats in heard:
+            assert names == ["a", "b", "c"]
+            assert {format.name for format in formats} == {"fp8-delayed"}
+            assert (values[:, 0, COLUMN["numel"]] == 2 * 8 * 32).all()
+        table = read_statistics(tmp_path)
+        # What listeners heard is what the rows were made of.
+        for interval in (8, 16):
+            sampled = [values for step, values, *_ in heard if interval - 8 < step <= interval]
+            row = rows(table, step=interval, layer="b", operand="weight")[0]
+            assert row["sampled_steps"] == len(sampled)
+            assert row["numel"] == sum(values[1, 1, COLUMN["numel"]] for values in sampled)
+
+    def test_are_kept_over_fits(self, tmp_path: Path) -> None:
+        monitor = ClampMonitor(every_n_steps=4)
+        steps: list[int] = []
+        monitor.listeners.append(lambda step, *_: steps.append(step))
+        for _ in range(2):
+            run(tmp_path, monitor=monitor, max_steps=4)
+        assert len(steps) == 2
 
 
 class TestLoggers:

@@ -44,3 +44,14 @@ def test_a_smaller_step_begins_anew() -> None:
     steps = SampledSteps(4, 0)
     whole = taken(steps, *range(40))
     assert taken(steps, *range(40)) == whole
+
+
+def test_one_out_of_turn_moves_none_of_the_others() -> None:
+    whole = taken(SampledSteps(16, 0), *range(160))
+    steps, found = SampledSteps(16, 0), []
+    for step in range(160):
+        found += taken(steps, step)  # the first micro-batch of the step
+        steps.asked |= step in (3, 70, 71)
+        if step not in found:
+            assert not steps.take(step)  # the second is not the next step
+    assert found == sorted({*whole, 4, 71, 72})
