@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+import torch
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
@@ -32,6 +33,7 @@ from lightning_fp.layers import (
 from lightning_fp.layers.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.numerics import DelayedScaling
+from lightning_fp.plugins.guard import StepGuard, gradient_norm
 from lightning_fp.plugins.scaling import ScalingLike, format_of_scaling
 from lightning_fp.plugins.strategies import refuse_strategy
 
@@ -104,6 +106,8 @@ class FP8Precision(Precision):
         """The table of formats: read it, write to it."""
         self.report: ConversionReport | None = None
         """What the conversion did; None before setup."""
+        self.guard: StepGuard | None = None
+        """Looks at the gradients before each optimizer step; PrecisionFallback sets it."""
         self._base = _base_plugin(base)
         self._mid_accumulation = False
         self._in_train_step = False
@@ -189,6 +193,9 @@ class FP8Precision(Precision):
         """A training forward runs in the layers' formats, frozen submodules in eval mode too."""
         if not self._mid_accumulation:
             self.precision_map.apply()
+        trainer = getattr(self.precision_map.model, "_trainer", None)
+        if self.guard is not None and trainer is not None:
+            self.guard.begin(trainer)
         phase = self.precision_map.phase
         phase.evaluating, self._in_train_step = False, True
         try:
@@ -196,6 +203,8 @@ class FP8Precision(Precision):
                 yield
         finally:
             self._in_train_step = False
+            if self.guard is not None and trainer is not None:
+                self.guard.end_training_step(trainer)
             if not getattr(self.precision_map.model, "automatic_optimization", True):
                 phase.evaluating = None
             # In automatic optimization backward follows, and checkpointing runs forward again in
@@ -219,10 +228,27 @@ class FP8Precision(Precision):
         **kwargs: Any,
     ) -> Any:
         """The optimizer's step, and after it the boundary at which formats may change."""
-        output = super().optimizer_step(optimizer, model, closure, **kwargs)
+        if self.guard is None:
+            output = super().optimizer_step(optimizer, model, closure, **kwargs)
+        else:
+            output = self.guard.step(self, cast(Optimizer, optimizer), model, closure, **kwargs)
         self._mid_accumulation = False
         self.precision_map.step()
         return output
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        """As Lightning's; the guard hears of the norm, so that it is computed once."""
+        norm = torch.nn.utils.clip_grad_norm_(list(self.main_params(optimizer)), clip_val)
+        if self.guard is not None:
+            self.guard.clipped(norm)
+
+    @override
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        """As Lightning's; the guard looks before, since inf is not to be seen afterwards."""
+        if self.guard is not None:
+            self.guard.clipped(gradient_norm(optimizer))
+        super().clip_grad_by_value(optimizer, clip_val)
 
     @override
     def val_step_context(self) -> AbstractContextManager[None]:

@@ -1,0 +1,255 @@
+"""StepGuard: looks at the gradients before an optimizer's step, and skips it where it must."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+log = logging.getLogger(__name__)
+
+NEVER = 2**62
+"""Frequency of a scheduler that waits: larger than any count of batches."""
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class LossScaler(Protocol):
+    """What scales the loss before backward, as FP16 needs it."""
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Take the scale out of the optimizer's gradients."""
+        ...
+
+    def update(self, finite: Tensor) -> None:
+        """Hear whether the gradients were finite: bool scalar, on their device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardedStep:
+    """What the guard saw of one optimizer's step."""
+
+    grad_norm: Tensor
+    """Norm of all its gradients before clipping; scalar on their device. inf or NaN if any is."""
+
+    skipped: Tensor
+    """Whether the step was left out; bool scalar, on the host unless the optimizer is fused."""
+
+    hyperparameters: list[dict[str, Any]]
+    """The plain numbers of each parameter group: lr, betas, weight_decay, ..."""
+
+
+class StepGuard:
+    """Runs the closure, looks at the gradients, and steps or skips.
+
+    A fused optimizer on CUDA takes the finding as a device flag; for others one scalar is waited
+    for. An optimizer that has to call its closure itself, such as LBFGS, steps unguarded.
+
+    Args:
+        skip_nonfinite: whether a step with an inf or NaN gradient is left out.
+        scaler: scales the loss, if anything does.
+    """
+
+    def __init__(self, *, skip_nonfinite: bool = True, scaler: LossScaler | None = None) -> None:
+        self.skip_nonfinite = skip_nonfinite
+        self.scaler = scaler
+        self.steps: list[GuardedStep] = []
+        """The steps since somebody took them out, one for each optimizer that stepped."""
+        self.replaying = False
+        """Whether steps belong to a replay: they are guarded, and neither kept nor held."""
+        self._norm: Tensor | None = None
+        self._hold = SchedulerHold()
+        self._late: Tensor | None = None
+        self._warned = False
+
+    def step(
+        self,
+        plugin: Precision,
+        optimizer: Optimizer,
+        model: LightningModule,
+        closure: Callable[[], Any],
+        **kwargs: Any,
+    ) -> Any:
+        """One optimizer's step.
+
+        Args:
+            plugin: clips the gradients.
+            optimizer: what steps.
+            model: whose hooks are called between backward and step.
+            closure: runs forward and backward; does nothing in manual optimization.
+            kwargs: go to the optimizer.
+
+        Returns:
+            What the optimizer returned; what the closure returned if the step was skipped.
+        """
+        if _calls_closure_itself(optimizer):
+            self._warn(optimizer)
+            return Precision.optimizer_step(plugin, optimizer, model, closure, **kwargs)  # pyright: ignore[reportArgumentType]
+        result = closure()
+        if self.scaler is not None:
+            self.scaler.unscale(optimizer)
+        norm = self._around_clipping(plugin, optimizer, model)
+        finite = torch.isfinite(norm)
+        hyperparameters = _hyperparameters(optimizer)
+        if norm.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            output, skipped = self._fused(optimizer, finite, result, kwargs), ~finite
+        else:
+            skip = self.skip_nonfinite and not bool(finite)
+            output = result if skip else optimizer.step(closure=lambda: result, **kwargs)
+            skipped = torch.tensor(skip)
+            if skip and not self.replaying:
+                self._hold.hold(model.trainer)
+        if self.scaler is not None and not self.replaying:
+            self.scaler.update(finite)
+        if not self.replaying:
+            seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=hyperparameters)
+            self.steps.append(seen)
+        return output
+
+    def _fused(self, optimizer: Any, finite: Tensor, result: Any, kwargs: dict[str, Any]) -> Any:
+        """The optimizer's own kernel leaves the step out; the host hears of it a step later."""
+        if self.skip_nonfinite:
+            optimizer.found_inf = (~finite).float()
+        try:
+            return optimizer.step(closure=lambda: result, **kwargs)
+        finally:
+            if self.skip_nonfinite:
+                del optimizer.found_inf
+                self._late = None if self.replaying else ~finite
+
+    def _around_clipping(
+        self, plugin: Precision, optimizer: Optimizer, model: LightningModule
+    ) -> Tensor:
+        """The norm before clipping; clipping by norm computes it anyway, see `clipped`."""
+        self._norm = None
+        if is_overridden("configure_gradient_clipping", model):
+            self._norm = gradient_norm(optimizer)
+        if self.replaying:  # hooks have heard of this step once
+            trainer = model.trainer
+            plugin._clip_gradients(
+                model,
+                optimizer,
+                trainer.gradient_clip_val,
+                gradient_clip_algorithm=trainer.gradient_clip_algorithm,  # pyright: ignore
+            )
+        else:
+            plugin._after_closure(model, optimizer)  # pyright: ignore[reportArgumentType]
+        return gradient_norm(optimizer) if self._norm is None else self._norm
+
+    def clipped(self, norm: Tensor) -> None:
+        """Hear the norm that clipping has computed."""
+        if self._norm is None:
+            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
+
+    # -- schedulers -----------------------------------------------------------------------------
+
+    def begin(self, trainer: Trainer) -> None:
+        """At the begin of a batch: schedulers go on, or wait for a step that a kernel skipped."""
+        self._hold.release()
+        late, self._late = self._late, None
+        if late is not None and bool(late):
+            self._hold.hold(trainer)
+
+    def end_training_step(self, trainer: Trainer) -> None:
+        """In manual optimization schedulers wait no longer than to the end of the step."""
+        if not trainer.lightning_module.automatic_optimization:
+            self._hold.release()
+
+    def _warn(self, optimizer: Optimizer) -> None:
+        if not self._warned:
+            log.warning(
+                "%s calls its closure itself and steps unguarded: steps with inf or NaN gradients"
+                " are not skipped",
+                type(optimizer).__name__,
+            )
+        self._warned = True
+
+
+class SchedulerHold:
+    """Lets the schedulers that step with the optimizer wait for one step, exactly."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def hold(self, trainer: Trainer) -> None:
+        """From now until `release`."""
+        if self._undo:
+            return
+        automatic = trainer.lightning_module.automatic_optimization
+        for config in trainer.lr_scheduler_configs:
+            if not automatic:
+                self._undo.append(_silence(config.scheduler))
+            elif config.interval == "step":
+                # A scheduler's own `step` would leak into its state_dict if replaced over a save.
+                before, config.frequency = config.frequency, NEVER
+                self._undo.append(lambda config=config, f=before: setattr(config, "frequency", f))
+
+    def release(self) -> None:
+        """Let them go on."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+
+def _silence(scheduler: Any) -> Callable[[], object]:
+    """Replace `step` by nothing; returns what takes that back."""
+    own = vars(scheduler)
+    before = own.get("step")
+    own["step"] = lambda *_, **__: None
+    return (lambda: own.pop("step", None)) if before is None else (lambda: own.update(step=before))
+
+
+def gradient_norm(optimizer: Optimizer) -> Tensor:
+    """Norm of all gradients of an optimizer, over all shards.
+
+    Args:
+        optimizer: its parameters' `.grad` are read.
+
+    Returns:
+        Scalar on the gradients' device; 0 where there are none.
+    """
+    gradients = [
+        parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
+
+
+def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [
+        {name: _plain(value) for name, value in group.items() if _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(isinstance(item, _PLAIN) for item in value)  # pyright: ignore
+    return isinstance(value, _PLAIN) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _plain(value: Any) -> Any:
+    """A learning rate may be a tensor, which its scheduler changes in place."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _calls_closure_itself(optimizer: Optimizer) -> bool:
+    if isinstance(optimizer, LBFGS):
+        return True
+    step = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return step is not None and step.default is inspect.Parameter.empty
