@@ -1,12 +1,51 @@
-"""What a run leaves behind: tables that are readable while it runs and after it was killed."""
+"""What a run leaves behind: tables and events, readable while it runs and after it was killed."""
 
+from lightning_fp.records.events import (
+    Demotion,
+    Event,
+    EventWriter,
+    FormatChange,
+    LayerClimb,
+    Note,
+    OtherEvent,
+    Promotion,
+    Replayed,
+    Resumed,
+    Rollback,
+    SkippedStep,
+    StageChange,
+    Started,
+    StateChange,
+    Suspicion,
+    Verdict,
+    read_events,
+)
 from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
 from lightning_fp.records.tables import StatisticsWriter, read_statistics
 
 __all__ = [
     # reading
+    "read_events",
     "read_statistics",
+    # events
+    "Demotion",
+    "Event",
+    "FormatChange",
+    "LayerClimb",
+    "Note",
+    "OtherEvent",
+    "Promotion",
+    "Replayed",
+    "Resumed",
+    "Rollback",
+    "SkippedStep",
+    "StageChange",
+    "Started",
+    "StateChange",
+    "Suspicion",
+    "Verdict",
     # writing
+    "EventWriter",
     "Sampled",
     "StatisticsRows",
     "StatisticsWriter",
