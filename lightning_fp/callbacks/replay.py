@@ -100,10 +100,10 @@ class StepReplay:
     def _forward_backward(self) -> Tensor | None:
         trainer = self._trainer
         module, plugin = trainer.lightning_module, trainer.precision_plugin
-        arguments = [tree_map(_copied, self._batch)]
+        arguments = [tree_map(copied, self._batch)]
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             arguments.append(self._batch_idx)
-        with _mute(trainer), _without_sync(trainer), _manual_steps(trainer) as losses:
+        with muted(trainer), _without_sync(trainer), _manual_steps(trainer) as losses:
             output = trainer.strategy.training_step(*arguments)
             if not module.automatic_optimization:
                 return torch.stack(losses).sum() if losses else None
@@ -126,7 +126,7 @@ def check_replayable(module: LightningModule) -> None:
         )
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A leaf of a batch that the training step may write into."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
@@ -136,15 +136,15 @@ def _copied(value: Any) -> Any:
     return clone() if callable(clone) else value
 
 
-def _mute(trainer: Trainer) -> AbstractContextManager[object]:
+def muted(trainer: Trainer) -> AbstractContextManager[object]:
     """No logging: not by `self.log`, not through the loggers, not to the console."""
     stack = ExitStack()
     loggers = [DummyLogger() for _ in trainer.loggers]
-    stack.enter_context(_replaced(trainer, _loggers=loggers))
+    stack.enter_context(replaced(trainer, _loggers=loggers))
     for module in trainer.lightning_module.modules():
         if isinstance(module, LightningModule):
             silent = {"log": _nothing, "log_dict": _nothing, "print": _nothing}
-            stack.enter_context(_replaced(module, **silent))
+            stack.enter_context(replaced(module, **silent))
     return stack
 
 
@@ -154,7 +154,7 @@ def _without_sync(trainer: Trainer) -> Generator[None, None, None]:
     strategy, model = trainer.strategy, trainer.strategy.model
     blocked = isinstance(strategy, ParallelStrategy)
     ddp = isinstance(model, DistributedDataParallel)
-    buffers = _replaced(model, require_forward_param_sync=False) if ddp else nullcontext()
+    buffers = replaced(model, require_forward_param_sync=False) if ddp else nullcontext()
     with strategy.block_backward_sync() if blocked else nullcontext(), buffers:
         yield
 
@@ -177,7 +177,7 @@ def _manual_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
 
     with ExitStack() as stack:
         if not trainer.lightning_module.automatic_optimization:
-            stack.enter_context(_replaced(trainer.strategy, backward=backward))
+            stack.enter_context(replaced(trainer.strategy, backward=backward))
             wrapped = trainer.strategy._lightning_optimizers
             for optimizer, wrapper in zip(trainer.optimizers, wrapped, strict=True):
                 for handle in (optimizer, wrapper):
@@ -185,9 +185,9 @@ def _manual_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
                         _take_gradients(optimizer, stepped),
                         _drop_gradients(optimizer),
                     )
-                    stack.enter_context(_replaced(handle, step=step, zero_grad=zero_grad))
+                    stack.enter_context(replaced(handle, step=step, zero_grad=zero_grad))
             for config in trainer.lr_scheduler_configs:
-                stack.enter_context(_replaced(config.scheduler, step=_nothing))
+                stack.enter_context(replaced(config.scheduler, step=_nothing))
         yield losses
         for parameter, gradient in stepped.items():
             parameter.grad = gradient
@@ -229,7 +229,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def _replaced(target: object, **attributes: Any) -> Generator[None, None, None]:
+def replaced(target: object, **attributes: Any) -> Generator[None, None, None]:
     """Attributes of an instance for a while; those it did not have are gone afterwards."""
     own = vars(target)
     before = {name: own[name] for name in attributes if name in own}

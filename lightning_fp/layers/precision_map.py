@@ -195,6 +195,18 @@ class PrecisionMap:
             self._track()
         return changes
 
+    @property
+    def share_weight_casts(self) -> bool:
+        """Whether the micro-batches of a step share the cast of a weight under delayed scaling.
+
+        On where gradients accumulate; it keeps one FP8 copy of these weights within a step.
+        """
+        return self._scales.share_weight_casts
+
+    @share_weight_casts.setter
+    def share_weight_casts(self, on: bool) -> None:
+        self._scales.share_weight_casts = on
+
     def _track(self) -> None:
         self._scales.track(
             {
@@ -378,14 +390,21 @@ class PrecisionMap:
         """The format of a name, also of one that only this run's configuration knows."""
         return self._known.get(name) or linear_format(name)
 
+    def can_run(self, layer: SwitchableLayer, format: LinearFormat) -> bool:
+        """Whether a layer can run a format with this backend, on this hardware, in its shape."""
+        try:
+            kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+        except ValueError:
+            return False
+        aligned = not (layer.in_features % ALIGNMENT or layer.out_features % ALIGNMENT)
+        return aligned or not kernel.runs_on_fp8_hardware
+
     def _check_shapes(self, names: list[str], format: LinearFormat) -> None:
         """FP8 hardware multiplies multiples of 16 only: refuse here, not in the next step."""
-        kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
-        if not kernel.runs_on_fp8_hardware:
-            return
+        kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
         for name in names:
             layer = self._layers[name]
-            if layer.in_features % ALIGNMENT or layer.out_features % ALIGNMENT:
+            if not self.can_run(layer, format):
                 raise ValueError(
                     f"layer {name!r} cannot run {format.name!r}: in_features and out_features must"
                     f" be multiples of {ALIGNMENT}, got {layer.in_features} and"

@@ -275,6 +275,10 @@ class FP8Precision(Precision):
         finally:
             phase.evaluating = before
 
+    def after_replay(self) -> None:
+        """Steps were replayed between two of the run: the next batch begins a step."""
+        self._mid_accumulation = self._in_train_step = False
+
     # -- state ----------------------------------------------------------------------------------
 
     @override

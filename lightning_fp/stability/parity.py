@@ -114,7 +114,7 @@ def measure_parity(
     noise = compare(_done(run({})), current, model, table).all.error
     reference = _done(run(dict.fromkeys(low, high)))
     gap = compare(current, reference, model, table)
-    errors = _cast_errors(current)
+    errors = cast_errors(current)
     del current
     loss, reference_loss = gap.losses
     removed: dict[str, tuple[float, float]] = {}
@@ -162,7 +162,7 @@ def _removed(error: float, without: float) -> float:
     return 1 - without / error
 
 
-def _cast_errors(observed: Replay) -> dict[str, float]:
+def cast_errors(observed: Replay) -> dict[str, float]:
     """The largest relative error of each layer's casts, over all ranks."""
     if not observed.casts:
         return {}

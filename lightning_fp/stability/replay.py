@@ -101,7 +101,7 @@ def replay(
                 casts=None if casts is None else dict(zip(casts.names, casts.take(), strict=True)),
             )
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     # Outside of the handler, which kept the frames of the step and with them its tensors.
     if torch.cuda.is_initialized():
@@ -117,7 +117,8 @@ def _observe(table: PrecisionMap) -> StatisticsTable:
     return casts
 
 
-def _out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory did not suffice."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         "can't allocate memory" in str(error)  # the CPU's allocator has no class of its own
     )

@@ -1,0 +1,183 @@
+"""Attribution: which layers' formats cause the error of a gradient, and how safe they must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_fp.layers import LinearFormat, PrecisionMap
+from lightning_fp.stability.ladder import rungs_above
+from lightning_fp.stability.parity import Run, cast_errors
+from lightning_fp.stability.replay import Replay, compare
+
+SHARE = 0.2
+"""Share of the squared error from which on a group of layers is looked into. Independent errors
+add up to 1 over all layers, so at most five layers can have as much."""
+
+CURED = 0.25
+"""Share of the squared error that may be left when the culprits are in high precision; where more
+is left, they are not all."""
+
+AS_GOOD = 2.0
+"""A rung is safe enough if its squared error is at most so many times that of high precision."""
+
+HEALTHY_ERROR = 0.1
+"""Relative error of a gradient below which there is nothing to attribute: casts to e4m3 and e5m2
+alone make 3% to 10%, growing with depth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """Who is to blame for one batch's gradient error."""
+
+    error: float
+    """Norm of the gradients' difference, current formats against high precision, over the norm in
+    high precision; inf where the current formats give inf or NaN."""
+
+    culprits: Mapping[str, float]
+    """By layer, worst first: the same error with this layer alone in low precision. Empty where
+    no few layers explain the error."""
+
+    rest: float
+    """The error that is left with the culprits in high precision."""
+
+    formats: Mapping[str, LinearFormat]
+    """The least safe formats in which the culprits no longer matter."""
+
+    cast_errors: Mapping[str, float]
+    """By layer, its casts' and its product's largest relative error: what statistics say."""
+
+    replays: int
+    """How many times the batch was run."""
+
+
+class Attributor:
+    """Runs one batch in many patterns of formats.
+
+    A group of layers is tried alone in low precision, all others in high; groups that make much of
+    the error are halved. One culprit among n layers takes 2 log2 n replays.
+
+    Args:
+        run: replays the batch, alike on all ranks.
+        model: what it calls.
+        table: the current formats.
+        high: the high precision of this run.
+        budget: most replays.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        table: PrecisionMap,
+        high: LinearFormat,
+        *,
+        budget: int = 48,
+    ) -> None:
+        self._run, self._model, self._table, self._high = run, model, table, high
+        self._low = [n for n, layer in table.layers.items() if not layer.format.is_high_precision]
+        self._left = budget
+        self._budget = budget
+        self._reference: Replay | None = None
+
+    def attribute(self, healthy: float = HEALTHY_ERROR) -> Attribution | None:
+        """Find the culprits, and the lowest rung on which they do no harm.
+
+        Args:
+            healthy: the error that these formats make in a healthy run.
+
+        Returns:
+            None if the batch cannot be run, or gives inf or NaN in high precision too.
+        """
+        reference = self._replay(dict.fromkeys(self._low, self._high))
+        if reference is None:
+            return None
+        self._reference = reference
+        if not math.isfinite(self._error_of(reference)):
+            return None
+        current = self._replay({}, observe=True)
+        if current is None:
+            return None
+        error = self._error_of(current)
+        casts = cast_errors(current)
+        del current
+        culprits: dict[str, float] = {}
+        if error > healthy:
+            found = self._search(self._low, error)
+            culprits = dict(sorted(found.items(), key=lambda item: -item[1]))
+        rest = self._error(dict.fromkeys(culprits, self._high)) if culprits else error
+        if rest is None or rest**2 > max(CURED * error**2, AS_GOOD * healthy**2):
+            culprits = {}
+        formats = self._rungs(list(culprits), max(rest or 0.0, healthy)) if culprits else {}
+        return Attribution(
+            error=error,
+            culprits=culprits,
+            rest=error if rest is None else rest,
+            formats=formats,
+            cast_errors=casts,
+            replays=self._budget - self._left,
+        )
+
+    def _search(self, group: Sequence[str], error: float) -> dict[str, float]:
+        """The layers in a group that make much of the error by themselves."""
+        if len(group) == 1:
+            alone = self._alone(group)
+            return {group[0]: alone} if _much(alone, error) else {}
+        found: dict[str, float] = {}
+        middle = len(group) // 2
+        for half in (group[:middle], group[middle:]):
+            if len(half) == 1 or _much(self._alone(half), error):
+                found.update(self._search(half, error))
+        return found
+
+    def _alone(self, group: Sequence[str]) -> float:
+        """The error with a group in its formats and all others in high precision."""
+        others = [name for name in self._low if name not in set(group)]
+        error = self._error(dict.fromkeys(others, self._high))
+        return 0.0 if error is None else error
+
+    def _rungs(self, culprits: Sequence[str], least: float) -> dict[str, LinearFormat]:
+        """The first rung at which the error is about as small as in high precision."""
+        layers = self._table.layers
+        ladders = {
+            name: rungs_above(layers[name].format, self._high, self._table, layers[name])
+            for name in culprits
+        }
+        longest = max(len(ladder) for ladder in ladders.values())
+        for rung in range(longest - 1):
+            formats = {n: ladder[min(rung, len(ladder) - 1)] for n, ladder in ladders.items()}
+            error = self._error(formats)
+            if error is not None and error**2 <= AS_GOOD * least**2:
+                return formats
+        return dict.fromkeys(culprits, self._high)
+
+    def _error(self, formats: Mapping[str, LinearFormat]) -> float | None:
+        replay = self._replay(formats)
+        return None if replay is None else self._error_of(replay)
+
+    def _error_of(self, replay: Replay) -> float:
+        if self._reference is None:
+            raise RuntimeError("the reference comes first")
+        gap = compare(replay, self._reference, self._model, self._table)
+        finite = math.isfinite(gap.losses[0]) and math.isfinite(gap.all.error)
+        return gap.all.error if finite else math.inf
+
+    def _replay(
+        self, formats: Mapping[str, LinearFormat], *, observe: bool = False
+    ) -> Replay | None:
+        """None if it could not be done, or the budget is spent; alike on all ranks."""
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        replay = self._run(formats, observe=observe)
+        return replay if replay.outcome == "done" else None
+
+
+def _much(part: float, error: float) -> bool:
+    if not math.isfinite(error):
+        return not math.isfinite(part)
+    return part**2 >= SHARE * error**2
+

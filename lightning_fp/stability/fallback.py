@@ -1,0 +1,220 @@
+"""The states of the fallback, and what each signal does to them. Pure: no training, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Phase = Literal["warmup", "healthy", "suspect", "attribute", "demote", "probation", "permanent"]
+
+Action = Literal["none", "investigate", "promote"]
+
+Scope = Literal["layers", "group", "all"]
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FallbackPolicy:
+    """How long the fallback waits, and how often it tries.
+
+    The waits and counts are starting values: 50 steps of grace and 500 of probation, at most
+    three demotions, are what the practice of large runs suggests.
+    """
+
+    grace: int = 50
+    """Steps after an unclear verdict, or one against precision, before the next investigation;
+    doubled each time that precision was not to blame."""
+
+    hold: int = 500
+    """Steps that demoted layers stay demoted before they are tried again; doubled each time."""
+
+    max_demotions: int = 3
+    """Incidents that precision caused before all layers go to high precision for good."""
+
+    max_skips: int = 3
+    """Steps in a row that may be left out as not finite before that is a suspicion."""
+
+    def __post_init__(self) -> None:
+        for name in ("grace", "hold", "max_demotions", "max_skips"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FallbackState:
+    """Where the fallback stands."""
+
+    phase: Phase = "warmup"
+
+    since: int = 0
+    """Step at which the phase began."""
+
+    onset: int | None = None
+    """Step of the first anomalous signal of the incident that is open."""
+
+    demoted: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The demoted layers, and the format each of them had before."""
+
+    demotions: int = 0
+    """Incidents that precision caused so far."""
+
+    escalation: int = 0
+    """Incidents since everything was last in its own format; decides the scope of the next."""
+
+    quiet_until: int = 0
+    """Step up to which suspicions are not investigated."""
+
+    acquittals: int = 0
+    """Verdicts against precision in a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What one step showed."""
+
+    step: int
+    armed: bool
+    """Whether the detector has seen enough."""
+
+    suspicious: bool
+    """Whether the detector, or a probe, suspects something."""
+
+    onset: int | None = None
+    """The step at which what it suspects began."""
+
+    skips: int = 0
+    """Steps left out in a row, up to this one."""
+
+
+class Fallback:
+    """Turns signals into actions.
+
+    Args:
+        policy: waits and counts.
+    """
+
+    def __init__(self, policy: FallbackPolicy | None = None) -> None:
+        self.policy = FallbackPolicy() if policy is None else policy
+
+    def init(self, step: int = 0) -> FallbackState:
+        """Warming up."""
+        return FallbackState(since=step)
+
+    def step(self, state: FallbackState, signals: Signals) -> tuple[FallbackState, Action]:
+        """Take in one step's signals.
+
+        Args:
+            state: where the fallback stands.
+            signals: what the step showed.
+
+        Returns:
+            The new state, and what is to be done before the next step.
+        """
+        step = signals.step
+        stuck = signals.skips > self.policy.max_skips
+        if state.phase == "warmup":
+            if signals.armed:
+                state = _enter(state, "healthy", step)
+            elif not stuck:  # a run that cannot make a step is an incident at any time
+                return state, "none"
+        if state.phase == "permanent":
+            return state, "none"
+        if signals.suspicious or stuck:
+            if step < state.quiet_until:
+                return state, "none"
+            onset = step - signals.skips if signals.onset is None else signals.onset
+            if state.onset is not None:  # an open incident keeps its beginning
+                onset = min(onset, state.onset)
+            state = replace(_enter(state, "suspect", step), onset=onset)
+            return state, "investigate"
+        if state.phase == "suspect" and step >= state.quiet_until:
+            back: Phase = "probation" if state.demoted else "healthy"
+            return replace(_enter(state, back, step), onset=None), "none"
+        if state.phase == "probation" and step - state.since >= self.hold(state):
+            return state, "promote"
+        return state, "none"
+
+    # -- what an investigation says -------------------------------------------------------------
+
+    def scope(self, state: FallbackState) -> Scope:
+        """What the next demotion takes in: the culprits, their group, everything."""
+        scopes: tuple[Scope, ...] = ("layers", "group", "all")
+        return scopes[min(state.escalation, len(scopes) - 1)]
+
+    def gives_up(self, state: FallbackState) -> bool:
+        """Whether the next demotion is the last: everything to high precision, for good."""
+        return state.demotions + 1 >= self.policy.max_demotions
+
+    def convicted(
+        self, state: FallbackState, step: int, before: Mapping[str, str]
+    ) -> FallbackState:
+        """Precision was to blame, and layers were demoted.
+
+        Args:
+            state: where the fallback stands.
+            step: the step at whose boundary it happens.
+            before: the formats that the demoted layers had.
+        """
+        final = self.gives_up(state)
+        return replace(
+            _enter(state, "permanent" if final else "probation", step),
+            onset=None,
+            demoted={**before, **state.demoted},
+            demotions=state.demotions + 1,
+            escalation=state.escalation + 1,
+            acquittals=0,
+            quiet_until=step,
+        )
+
+    def acquitted(self, state: FallbackState, step: int) -> FallbackState:
+        """Precision was not to blame: leave it alone, and do not ask again too soon."""
+        back: Phase = "probation" if state.demoted else "healthy"
+        wait = self.policy.grace * 2 ** min(state.acquittals, 10)
+        return replace(
+            state,
+            phase=back,
+            since=step,
+            onset=None,
+            acquittals=state.acquittals + 1,
+            quiet_until=step + wait,
+        )
+
+    def unclear(self, state: FallbackState, step: int) -> FallbackState:
+        """Neither convicted nor acquitted: look again if it lasts."""
+        return replace(state, quiet_until=step + self.policy.grace)
+
+    def promoted(self, state: FallbackState, step: int) -> FallbackState:
+        """The demoted layers are back in their formats."""
+        return replace(_enter(state, "healthy", step), demoted={}, escalation=0)
+
+    def hold(self, state: FallbackState) -> int:
+        """Steps of probation: longer after every incident."""
+        return self.policy.hold * 2 ** max(0, min(state.demotions - 1, 10))
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self, state: FallbackState) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return {"version": STATE_VERSION, **asdict(state)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> FallbackState:
+        """See `state_dict`.
+
+        Raises:
+            ValueError: if the state is of another version.
+        """
+        values = dict(saved)
+        version = values.pop("version", None)
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"fallback state must have version {STATE_VERSION}, got {version!r}; resume with"
+                " the lightning_fp version that wrote the checkpoint"
+            )
+        return FallbackState(**values)
+
+
+def _enter(state: FallbackState, phase: Phase, step: int) -> FallbackState:
+    return state if state.phase == phase else replace(state, phase=phase, since=step)

@@ -1,0 +1,52 @@
+"""The safety ladder: from a format to the next safer one.
+
+`fp8-delayed` -> `fp8-dynamic` -> `fp8-rowwise` -> `fp8-rowwise-gw-hp` -> high precision. Each rung
+takes away one cause of error: old scales, one scale for many rows, the cast of grad_weight's
+operands, all casts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lightning_fp.layers import LinearFormat, PrecisionMap, SwitchableLayer
+from lightning_fp.layers.format import NAMED_FORMATS
+
+LADDER = ("fp8-delayed", "fp8-dynamic", "fp8-rowwise", "fp8-rowwise-gw-hp")
+"""The rungs below high precision, the most daring first."""
+
+
+def rungs_above(
+    format: LinearFormat, high: LinearFormat, table: PrecisionMap, layer: SwitchableLayer
+) -> list[LinearFormat]:
+    """The safer formats that a layer can run here, the nearest first; high precision is the last.
+
+    Args:
+        format: the layer's format; one that is not on the ladder has only high precision above.
+        high: the high precision of this run.
+        table: knows what runs here.
+        layer: the layer, whose shape decides too.
+
+    Returns:
+        At least `high`; empty for a layer in high precision.
+    """
+    if format.is_high_precision:
+        return []
+    above = [_like(format, NAMED_FORMATS[name]) for name in LADDER[_rung(format) + 1 :]]
+    return [rung for rung in above if table.can_run(layer, rung)] + [high]
+
+
+def _rung(format: LinearFormat) -> int:
+    """Where a format stands, also one that the user has changed in details."""
+    if not format.is_fp8 or format.torchao is not None:
+        return len(LADDER) - 1
+    if format.granularity == "tensor":
+        return 0 if format.scaling == "delayed" else 1
+    return 2 if format.grad_weight == "fp8" else 3
+
+
+def _like(format: LinearFormat, rung: LinearFormat) -> LinearFormat:
+    """Within per-tensor scaling the operands' formats are kept; they were chosen on evidence."""
+    if rung.granularity != format.granularity:
+        return rung
+    return dataclasses.replace(format, scaling=rung.scaling, grad_weight=rung.grad_weight)
