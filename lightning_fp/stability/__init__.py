@@ -3,6 +3,8 @@
 from lightning_fp.stability.parity import LayerParity, Parity, ReplayFailedError, measure_parity
 from lightning_fp.stability.random_state import RandomState
 from lightning_fp.stability.replay import Comparison, GradientGap, Replay, compare, replay
+from lightning_fp.stability.snapshot import Snapshot, restore, stated_bytes, take
+from lightning_fp.stability.snapshots import Snapshots
 from lightning_fp.stability.untouched import untouched
 
 __all__ = [
@@ -11,6 +13,12 @@ __all__ = [
     "Replay",
     "replay",
     "untouched",
+    # snapshots
+    "Snapshot",
+    "Snapshots",
+    "restore",
+    "stated_bytes",
+    "take",
     # comparison
     "Comparison",
     "GradientGap",

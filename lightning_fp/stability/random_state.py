@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,59 @@ class RandomState:
     def restore(self) -> None:
         """Go back to it."""
         random.setstate(self.python)
-        if self.numpy is not None:
+        if self.numpy is not None and "numpy" in sys.modules:
             sys.modules["numpy"].random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to keep, about; Python's words lie in a tuple of objects."""
+        words = 624 * (40 if self.numpy is None else 44)
+        return words + sum(state.numel() for state in (self.torch, *self.cuda))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors, numbers and strings, which load with `weights_only=True`."""
+        version, words, gauss = self.python
+        return {
+            "python": [version, torch.tensor(words), gauss],
+            "numpy": _without_arrays(self.numpy),
+            "torch": self.torch,
+            "cuda": list(self.cuda),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> RandomState:
+        """The state that `state_dict` was called on."""
+        version, words, gauss = state["python"]
+        return cls(
+            python=(version, tuple(words.tolist()), gauss),
+            numpy=_with_arrays(state["numpy"]),
+            torch=state["torch"].cpu(),
+            cuda=[each.cpu() for each in state["cuda"]],
+        )
+
+
+def _without_arrays(numpy_state: Any) -> Any:
+    """The Mersenne twister's is a tuple, those of other generators are dicts of dicts."""
+    if isinstance(numpy_state, (tuple, list)):
+        return [_without_arrays(item) for item in numpy_state]
+    if isinstance(numpy_state, Mapping):
+        return {key: _without_arrays(item) for key, item in numpy_state.items()}
+    if hasattr(numpy_state, "dtype"):
+        values: Any = numpy_state.tolist()
+        narrow = numpy_state.dtype.itemsize < 8  # torch has no arithmetic for uint64
+        return torch.tensor(values) if isinstance(values, list) and narrow else values
+    return numpy_state
+
+
+def _with_arrays(plain: Any) -> Any:
+    if isinstance(plain, list):
+        items = [_with_arrays(item) for item in plain]
+        return tuple(items) if items and isinstance(items[0], str) else items
+    if isinstance(plain, Mapping):
+        return {key: _with_arrays(item) for key, item in plain.items()}
+    if isinstance(plain, Tensor):
+        return sys.modules["numpy"].asarray(plain.tolist(), dtype="uint32")
+    return plain
