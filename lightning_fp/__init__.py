@@ -11,6 +11,7 @@ from lightning_fp.layers import (
 )
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins import DynamicScaling, FP8Precision, precision_plugin
+from lightning_fp.stability import DivergenceDetector
 
 __version__ = "0.1.0.dev0"
 
@@ -24,6 +25,7 @@ __all__ = [
     # objects
     "ConversionReport",
     "DelayedScaling",
+    "DivergenceDetector",
     "DynamicScaling",
     "LinearFormat",
     "PrecisionMap",

@@ -1,5 +1,8 @@
 """What a run can be asked about itself. Without Lightning: usable from any training loop."""
 
+from lightning_fp.stability.decision import Cause, Decision
+from lightning_fp.stability.detector import DivergenceDetector
+from lightning_fp.stability.detector_state import DetectorState
 from lightning_fp.stability.parity import LayerParity, Parity, ReplayFailedError, measure_parity
 from lightning_fp.stability.random_state import RandomState
 from lightning_fp.stability.replay import Comparison, GradientGap, Replay, compare, replay
@@ -8,6 +11,11 @@ from lightning_fp.stability.snapshots import Snapshots
 from lightning_fp.stability.untouched import untouched
 
 __all__ = [
+    # divergence
+    "Cause",
+    "Decision",
+    "DetectorState",
+    "DivergenceDetector",
     # replay
     "RandomState",
     "Replay",

@@ -6,104 +6,131 @@ import math
 from dataclasses import dataclass, replace
 
 SPANS = (8, 32, 128)
-"""Steps that the averages look back. The level is the lowest of them: on a falling loss the short
-ones are close, on a flat one the long one is exact, and a rise moves it only slowly."""
+"""Steps that the averages look back: on a falling loss the short ones are close, on a flat one the
+long one is exact."""
+
+RISE_SPAN = 128
+"""Steps in which the level gives way to higher averages. It follows lower ones at once, so that
+neither a steep descent nor the anomaly itself hides an anomaly."""
+
+FLOOR_SPAN = 1024
+"""The same of the floor that drifts are measured from: what climbs more slowly than this is not
+taken for an anomaly."""
 
 NOISE_SPAN = 256
-"""Steps that the noise looks back; twice that of level 128, for what is divided by must be steady."""
+"""Steps that the noise looks back. Everything is divided by it, so it must be steady."""
 
 RECENT_SPAN = 32
 """The same of the noise of late, which takes over where noise grows."""
 
 BLOCK = 16
-"""Steps whose sum tells how far noise adds up, so that neighbours that are alike raise no alarm."""
+"""Steps whose sum tells how noise adds up, see `Baseline.spread`."""
 
 BLOCKS_SPAN = 64
 """Blocks looked back: 1024 steps."""
 
-FLOOR_SPAN = 1024
-"""Steps over which the floor gives way to a higher level; downwards it follows at once."""
+START = 16
+"""Values taken as they are, until noise is known well enough to tell an outlier."""
+
+SETTLED = 64
+"""Values after which the longest average says something about the floor."""
+
+_GAINS = tuple(1 / span for span in SPANS)
+
+_MARGINS = tuple(
+    errors * math.sqrt(1 / (2 * span - 1))
+    for errors, span in zip((2.5, 1.5, 0.5), SPANS, strict=True)
+)
+"""Added to each average, so many of its standard errors in units of the noise. The lowest of three
+noisy averages, remembered, is below the mean: with these, scores of healthy noise (normal, skewed,
+heavy-tailed, on flat and on falling curves) have a mean of 0.0 to -0.1."""
 
 _CLIP = 2.5
-"""Differences count for at most so many standard deviations: Huber's proposal 2 (Robust Statistics,
-1981, 6.4), as robust as the MAD here and twice as exact over the same steps."""
+"""Differences count for at most so many standard deviations (Huber's proposal 2, Robust Statistics,
+1981, 6.4): about as robust as the MAD, more exact, and without a window to sort."""
 
 _CLIPPED = 0.9776
 """Mean square of a standard normal variable clipped at `_CLIP`."""
 
+_RECENT_SHARE = 0.72
+"""Of the variance of late, which is itself noisy and would else be the larger one too often."""
+
 _UP, _DOWN = 3.0, 8.0
-"""A value moves the averages as if at most so many standard deviations off the level."""
-
-_START = 16
-"""Values taken as they are, before noise is known well enough to clip by it."""
-
-_SETTLED = 64
-"""Values after which the longest average says something about the floor."""
-
-_MARGINS = tuple(math.sqrt(1 / (2 * span - 1)) for span in SPANS)
-"""Standard error of each average in units of the noise: what keeps the lowest from being biased."""
+"""A value moves the averages as if at most so many standard deviations off the level. Further down
+than up, because healthy losses fall fast and do not rise fast."""
 
 _MOST_SPREAD = 4.0
+_SPREAD_STEP = 9.0
+"""One block counts for at most so many times the spread so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baseline:
-    """The usual level and noise of one signal. Empty to begin with."""
+    """The usual level and noise of one signal: a few numbers, whatever the length of the run."""
 
     seen: int = 0
     """Values since learning (again) began."""
 
     last: float = 0.0
-    """The value before; differences know nothing of the trend."""
+    """The value before. Noise is measured between neighbours, where trends do not count."""
 
     averages: tuple[float, ...] = ()
     """One for each of `SPANS`."""
 
+    level: float = 0.0
+    """What a value usually is."""
+
     floor: float = math.inf
-    """The lowest level, slowly forgotten: what a drift is measured from."""
+    """The lowest level, slowly forgotten."""
 
     known: int = 0
-    """Differences that the variances are made of."""
+    """Differences that the variances are made of; they outlive `forget_level`."""
 
     variance: float = 0.0
-    """Of a single value, from differences of neighbours."""
+    """Of a single value."""
 
     recent: float = 0.0
-    """The same over the last steps only."""
+    """The same of late."""
 
     spread: float = 1.0
-    """Variance of sums over `BLOCK` steps, over that of independent values; of upward ones."""
+    """Variance of sums of `BLOCK` scores over `BLOCK`, of the upward ones: 1 for independent noise,
+    more where neighbours are alike or the tails are heavy. False alarms come from sums, so
+    thresholds grow with it."""
 
     block: float = 0.0
-    """Sum so far."""
+    """Sum of scores so far."""
 
     blocked: int = 0
-    """Values in it."""
+    """Scores in it."""
 
     def noise(self, least: float) -> float:
         """Robust standard deviation of a single value.
 
         Args:
-            least: never smaller than this, in the units of the signal.
+            least: it is never smaller, in the units of the signal.
         """
-        return max(math.sqrt(max(self.variance, 0.72 * self.recent)), least)
-
-    def level(self, noise: float) -> float:
-        """What the next value would usually be at most."""
-        error = noise * math.sqrt(self.sums)
-        return min(
-            average + margin * error
-            for average, margin in zip(self.averages, _MARGINS, strict=True)
-        )
+        return max(math.sqrt(max(self.variance, _RECENT_SHARE * self.recent)), least)
 
     @property
-    def sums(self) -> float:
-        """How much more the variance of a sum is than that of independent noise; at least 1."""
+    def patience(self) -> float:
+        """What thresholds of sums of scores are multiplied with; 1 to 4."""
         return min(max(self.spread, 1.0), _MOST_SPREAD)
+
+    def drift(self, noise: float) -> float:
+        """How far the level of late is above the floor, in standard deviations; 0 if unknown.
+
+        Args:
+            noise: of a single value.
+        """
+        if self.floor == math.inf:
+            return 0.0
+        return (self.averages[1] - self.floor) / (noise * math.sqrt(self.patience))
 
     def forget_level(self) -> Baseline:
         """Learn the level again, keep the noise."""
-        return replace(self, seen=0, averages=(), floor=math.inf, block=0.0, blocked=0)
+        return Baseline(
+            known=self.known, variance=self.variance, recent=self.recent, spread=self.spread
+        )
 
     def learn(self, value: float, least: float) -> Baseline:
         """With one more value.
@@ -113,34 +140,32 @@ class Baseline:
             least: smallest noise, see `noise`.
         """
         if not self.seen:
-            return replace(self, seen=1, last=value, averages=(value,) * len(SPANS))
+            return replace(self, seen=1, last=value, averages=(value,) * len(SPANS), level=value)
         seen = self.seen + 1
         noise = self.noise(least)
-        known, variance, recent = self._noise_with(value - self.last, least)
-        taken = value
+        known, variance, recent = self._variances(value - self.last, least)
         spread, block, blocked = self.spread, self.block, self.blocked
-        if seen > _START:
-            level = self.level(noise)
-            taken = min(max(value, level - _DOWN * noise), level + _UP * noise)
-            block += min(max((value - level) / noise, -_UP), _UP)
-            blocked += 1
-            if blocked == BLOCK:
-                sums = 2 * max(block, 0.0) ** 2 / BLOCK
-                sums = min(sums, 9 * self.sums)
-                spread += (sums - spread) / BLOCKS_SPAN
-                block, blocked = 0.0, 0
-        averages = tuple(
-            average + (taken - average) / min(span, 1 + seen / 2)
-            for average, span in zip(self.averages, SPANS, strict=True)
+        taken = value
+        if seen > START:
+            taken = min(max(value, self.level - _DOWN * noise), self.level + _UP * noise)
+            spread, block, blocked = self._spread((taken - self.level) / noise)
+        gain = 2 / (2 + seen)  # the last half: a curve flattens with its age
+        short, middle, long = self.averages
+        short += (taken - short) * max(_GAINS[0], gain)
+        middle += (taken - middle) * max(_GAINS[1], gain)
+        long += (taken - long) * max(_GAINS[2], gain)
+        error = noise * math.sqrt(self.patience)
+        lowest = min(
+            short + _MARGINS[0] * error, middle + _MARGINS[1] * error, long + _MARGINS[2] * error
         )
-        slow = averages[-1]
         floor = self.floor
-        if seen >= _SETTLED:
-            floor = slow if slow < floor else floor + (slow - floor) / FLOOR_SPAN
+        if seen >= SETTLED:
+            floor = _follow(floor, long, 1 / FLOOR_SPAN)
         return Baseline(
             seen=seen,
             last=value,
-            averages=averages,
+            averages=(short, middle, long),
+            level=_follow(self.level, lowest, max(1 / RISE_SPAN, gain)),
             floor=floor,
             known=known,
             variance=variance,
@@ -150,17 +175,30 @@ class Baseline:
             blocked=blocked,
         )
 
-    def _noise_with(self, difference: float, least: float) -> tuple[int, float, float]:
+    def _variances(self, difference: float, least: float) -> tuple[int, float, float]:
         square = difference * difference / 2
         known = self.known + 1
-        if known <= _START:  # nothing to clip by yet
+        if known <= START:
             mean = self.variance + (square - self.variance) / known
             return known, mean, mean
-        most = _CLIP * _CLIP
-        variance = min(square, most * max(self.variance, least * least)) / _CLIPPED
-        recent = min(square, most * max(self.recent, least * least)) / _CLIPPED
+        most, floor = _CLIP * _CLIP, least * least
+        slow = min(square, most * max(self.variance, floor)) / _CLIPPED
+        fast = min(square, most * max(self.recent, floor)) / _CLIPPED
         return (
             known,
-            self.variance + (variance - self.variance) / min(NOISE_SPAN, 1 + known / 4),
-            self.recent + (recent - self.recent) / RECENT_SPAN,
+            self.variance + (slow - self.variance) * max(1 / NOISE_SPAN, 4 / (4 + known)),
+            self.recent + (fast - self.recent) / RECENT_SPAN,
         )
+
+    def _spread(self, score: float) -> tuple[float, float, int]:
+        block = self.block + max(score, -_UP)
+        blocked = self.blocked + 1
+        if blocked < BLOCK:
+            return self.spread, block, blocked
+        sums = min(2 * max(block, 0.0) ** 2 / BLOCK, _SPREAD_STEP * self.patience)
+        return self.spread + (sums - self.spread) / BLOCKS_SPAN, 0.0, 0
+
+
+def _follow(level: float, value: float, gain: float) -> float:
+    """Down at once, up slowly."""
+    return value if value < level else level + (value - level) * gain

@@ -3,142 +3,127 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
-from enum import Enum
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from lightning_fp.stability.baseline import Baseline
+from lightning_fp.stability.baseline import START, Baseline
+from lightning_fp.stability.decision import Cause, Decision
+from lightning_fp.stability.detector_state import DetectorState, from_plain, to_plain
+from lightning_fp.stability.incident import (
+    CUSUM_CLIP,
+    FARTHEST,
+    NEAR,
+    VOTES,
+    WINDOW,
+    Evidence,
+    Incident,
+    first_vote,
+    votes,
+    with_score,
+)
 
-Kind = Literal["ok", "skip", "suspect", "diverged"]
+_UNSETTLED = 2.0
+"""While the level is learned again, outliers must be so many times farther off."""
 
-VERSION = 1
-"""Of the state dict."""
-
-
-class Cause(Enum):
-    """Why a step is not simply ok; the values are the sentences that users read."""
-
-    NONE = "nothing unusual"
-    LEARNING = "the run's usual level and noise are still being learned"
-    NOT_FINITE = "the loss or the gradient is not finite: leave this step out"
-    OFTEN_NOT_FINITE = "the loss or the gradient is not finite, several steps in a row"
-    STAYS_NOT_FINITE = "the loss or the gradient stays not finite: go back to an earlier state"
-    RAISED = "the loss is persistently above its usual level"
-    DRIFT = "the loss drifts upwards, by more than its noise explains"
-    OUTLIERS = "most of the last losses are far above the usual level"
-    GRADIENT = "most of the last gradient norms are far above the usual level"
-    UPDATE = "most of the last updates are far larger than usual, for the size of the parameters"
-    LASTING = "the loss rose and does not come back: go back to an earlier state"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decision:
-    """What the detector says about one step."""
-
-    kind: Kind
-    """"ok"; "skip": this step's update should not be applied; "suspect": something is wrong and may
-    yet heal, look into it; "diverged": it has not healed by itself. The last two are said at every
-    step while they hold."""
-
-    cause: Cause
-
-    skip: bool = False
-    """This step's update should not be applied, whatever else is the matter."""
-
-    onset: int | None = None
-    """Steps ago that the anomaly began, 0 for this step; None if there is none."""
-
-    baseline: float | None = None
-    """The usual loss, frozen during an anomaly; None until it is known."""
-
-    noise: float | None = None
-    """Robust standard deviation of the loss from step to step; None until it is known."""
-
-    score: float | None = None
-    """This step's loss above the baseline in units of the noise."""
-
-    @property
-    def reason(self) -> str:
-        """A sentence for people, with the figures."""
-        sentence = self.cause.value
-        if self.onset:
-            sentence += f"; since {self.onset} steps"
-        if self.score is not None and self.kind != "ok":
-            sentence += f"; loss at {self.score:+.1f} standard deviations from {self.baseline:.4g}"
-        return sentence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DetectorState:
-    """All that the detector remembers. Never changed: each step makes a new one."""
-
-    loss: Baseline = field(default_factory=Baseline)
-    grad_norm: Baseline = field(default_factory=Baseline)
-    """Of its logarithm."""
-    update_ratio: Baseline = field(default_factory=Baseline)
-    """Of its logarithm."""
-
-    lr: float | None = None
-    """The smallest since the level was learned."""
-
-    cusum: float = 0.0
-    """Sum of what scores exceed the slack by, never below zero."""
-
-    climbing: int = 0
-    """Steps since that sum was zero."""
-
-    rising: int = 0
-    """Steps since the level was near its floor."""
-
-    scores: tuple[float, ...] = ()
-    """Of the last losses, oldest first."""
-
-    grad_scores: tuple[float, ...] = ()
-    update_scores: tuple[float, ...] = ()
-
-    nonfinite: int = 0
-    """Steps in a row."""
-
-    grace: int = 0
-    """Steps left in which only far outliers count and baselines are kept."""
-
-    cause: Cause = Cause.NONE
-    """Of the open incident."""
-
-    age: int = 0
-    """Steps since the incident was opened."""
-
-    onset: int = 0
-    """Steps since it began."""
-
-    reference: float = 0.0
-    """The level of the loss before it."""
-
-    verdict: bool = False
-    """It is a divergence."""
+_GRADIENT_OUTLIER = 8.0
+"""Of the logarithm of gradient norm and update ratio: healthy runs have large ones now and then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceDetector:
-    """A pure state machine: a suspicion at once, a verdict when it does not heal.
+    """A pure state machine: suspicion within steps, a verdict only on what does not heal.
+
+    >>> detector = DivergenceDetector()
+    >>> state = detector.init()
+    >>> for step in range(300):
+    ...     loss = 3.0 + 0.05 * (-1) ** step + (0.4 if step >= 200 else 0.0)
+    ...     state, decision = detector.step(state, loss=loss)
+    ...     if decision.kind == "suspect" and decision.onset < 5:
+    ...         print(step, decision.cause.name, decision.onset)
+    202 OUTLIERS 2
+    203 OUTLIERS 3
+    204 OUTLIERS 4
+    >>> decision.kind
+    'diverged'
+
+    Defaults were chosen on one recorded run and on synthetic ones; see docs/detector.md.
     """
 
+    cusum: float = 9.0
+    """Suspicion when the sum of what scores (losses above the usual one, in standard deviations of
+    the noise) exceed `slack` by is above this. Multiplied with `Baseline.patience`."""
+
     slack: float = 0.75
-    threshold: float = 9.0
-    drift: float = 1.0
+    """Standard deviations that add nothing to the sum; half of the smallest lasting step that is to
+    be found fast (Page 1954)."""
+
+    drift: float = 0.85
+    """Suspicion when the average loss is so many standard deviations above the lowest one.
+    Multiplied with the root of `Baseline.patience`."""
+
     outlier: float = 6.0
-    armed: int = 64
-    lasting: int = 56
-    height: float = 1.25
-    healed: float = 0.75
-    undecided: int = 256
+    """Suspicion when 3 of the last 5 losses are more than so many standard deviations above the
+    usual one."""
+
     nonfinite: int = 3
+    """Suspicion when more than so many steps in a row are not finite."""
+
+    armed: int = 64
+    """Losses to learn from before anything but the non-finite counts."""
+
+    heals: int = 40
+    """An anomaly that is over within so many steps is never a divergence."""
+
+    lasting: float = 1.0
+    """Divergence when the loss is still so many standard deviations above what it was, as the mean
+    of 16 steps, all of them later than `heals`."""
+
+    healed: float = 0.6
+    """An anomaly is over when that mean is below this."""
+
+    undecided: int = 256
+    """Steps after which an anomaly that is neither over nor lasting is taken for the new level."""
+
     lr_rise: float = 1.5
+    """The level is learned again when the learning rate has risen by this factor, at once or
+    slowly: a higher loss is what one expects then."""
+
     grace: int = 16
+    """Steps after a rollback or a change of precision in which baselines are kept as they were and
+    only outliers and the non-finite count."""
+
     least_noise: float = 0.005
+    """The noise of the loss is taken for at least this."""
+
     least_log_noise: float = 0.05
+    """The same of the logarithms of gradient norm and update ratio."""
+
+    def __post_init__(self) -> None:
+        for name in ("cusum", "drift", "outlier", "lasting", "least_noise", "least_log_noise"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name, least in (
+            ("slack", 0),
+            ("nonfinite", 0),
+            ("armed", START),
+            ("heals", 0),
+            ("grace", 0),
+        ):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.healed < self.lasting:
+            raise ValueError(f"healed must be below lasting, {self.lasting}, got {self.healed}")
+        if not self.undecided > self.heals + WINDOW:
+            raise ValueError(
+                f"undecided must be above heals + {WINDOW}, {self.heals + WINDOW}, got"
+                f" {self.undecided}"
+            )
+        if not self.lr_rise > 1:
+            raise ValueError(f"lr_rise must be greater than 1, got {self.lr_rise}")
 
     def init(self) -> DetectorState:
+        """The state before the first step."""
         return DetectorState()
 
     def step(
@@ -151,150 +136,254 @@ class DivergenceDetector:
         update_ratio: float | None = None,
         skipped: bool = False,
     ) -> tuple[DetectorState, Decision]:
-        if lr is not None and math.isfinite(lr):
-            state = self._lr(state, lr)
-        broken = skipped or not all(
-            x is None or math.isfinite(x) for x in (loss, grad_norm, update_ratio)
-        )
-        new: dict[str, Any] = {"nonfinite": state.nonfinite + 1 if broken else 0}
-        open_ = state.cause is not Cause.NONE
-        # --- the loss
-        ready = state.loss.seen >= self.armed
-        score = noise = level = None
-        if state.loss.seen >= 16:
-            noise = state.loss.noise(self.least_noise)
-            level = state.reference if open_ else state.loss.level(noise)
-        if loss is not None and math.isfinite(loss):
-            if level is not None:
-                score = (loss - level) / noise
-            if not open_ and not state.grace:
-                new["loss"] = state.loss.learn(loss, self.least_noise)
-        if score is not None:
-            new["scores"] = (*state.scores[-15:], min(max(score, -8.0), 15.0))
-        elif broken and level is not None:
-            new["scores"] = (*state.scores[-15:], 15.0) if open_ else state.scores
-        for name, value in (("grad_norm", grad_norm), ("update_ratio", update_ratio)):
-            if value is None or not math.isfinite(value) or value <= 0:
-                continue
-            base = getattr(state, name)
-            x = math.log(value)
-            if base.seen >= self.armed:
-                n = base.noise(self.least_log_noise)
-                z = (x - base.level(n)) / n
-                key = "grad_scores" if name == "grad_norm" else "update_scores"
-                new[key] = (*getattr(state, key)[-4:], min(z, 15.0))
-            if not open_ and not state.grace:
-                new[name] = base.learn(x, self.least_log_noise)
-        new["grace"] = max(0, state.grace - 1)
+        """Judge one step.
 
-        if open_:
-            new["age"] = state.age + 1
-            new["onset"] = state.onset + 1
-            nxt = replace(state, **new)
-            nxt = self._judge(nxt)
+        Args:
+            state: of the step before; it stays as it is.
+            loss: mean of the step's batch over all ranks; not finite if it was not.
+            grad_norm: of all parameters, before clipping.
+            lr: the learning rate in force; a rise of it explains a rise of the loss.
+            update_ratio: RMS of the step's update over RMS of the parameters.
+            skipped: a guard or a loss scaler has left this step out.
+
+        Returns:
+            The state for the next step, and the decision.
+        """
+        broken = (
+            skipped
+            or (loss is not None and not math.isfinite(loss))
+            or (grad_norm is not None and not math.isfinite(grad_norm))
+            or (update_ratio is not None and not math.isfinite(update_ratio))
+        )
+        nonfinite = state.nonfinite + 1 if broken else 0
+        state, lowest_lr = self._learning_rate(state, lr)
+        noise, level = self._usual(state)
+        incident = state.incident
+        if incident is None:
+            finite = loss if loss is not None and math.isfinite(loss) else None
+            score = None
+            if finite is not None and noise is not None and level is not None:
+                score = (finite - level) / noise
+            evidence, grad_after, update_after = self._weigh(
+                state, score, noise, grad_norm, update_ratio
+            )
+            incident = self._suspect(state, evidence, noise, nonfinite)
+            keep = state.grace > 0 or incident is not None  # the baselines as they were before
+            usual = state.loss
+            if finite is not None and not keep:
+                usual = usual.learn(finite, self.least_noise)
+            state = DetectorState(
+                loss=usual,
+                grad_norm=state.grad_norm if keep else grad_after,
+                update_ratio=state.update_ratio if keep else update_after,
+                lr=lowest_lr,
+                nonfinite=nonfinite,
+                grace=max(0, state.grace - 1),
+                evidence=evidence if incident is None else Evidence(),
+                incident=incident,
+            )
         else:
-            if ready and not state.grace and score is not None:
-                cusum = max(0.0, state.cusum + min(max(score, -4.0), 4.0) - self.slack)
-                new["cusum"] = cusum
-                new["climbing"] = state.climbing + 1 if cusum else 0
-                base = state.loss
-                rise = base.averages[1] - base.floor
-                near = rise < 0.25 * self.drift * noise * math.sqrt(base.sums)
-                new["rising"] = 0 if near else state.rising + 1
-            nxt = replace(state, **new)
-            nxt = self._suspect(nxt, state, noise, level, ready)
-        kind: Kind
-        cause = nxt.cause
-        if nxt.cause is not Cause.NONE:
-            kind = "diverged" if nxt.verdict else "suspect"
-            if nxt.verdict and cause is not Cause.STAYS_NOT_FINITE:
-                cause = Cause.LASTING
+            level = incident.level
+            state = replace(state, lr=lowest_lr, nonfinite=nonfinite)
+            state = self._judge(state, incident, loss, noise, broken)
+        return state, self._decide(state, loss, level, noise, broken)
+
+    def rolled_back(self, state: DetectorState) -> DetectorState:
+        """After the run went back to a state before the anomaly.
+
+        What was usual before it stays in force, and is not learned from during the grace.
+        """
+        return replace(state, evidence=Evidence(), incident=None, nonfinite=0, grace=self.grace)
+
+    def precision_changed(self, state: DetectorState) -> DetectorState:
+        """After formats have changed: as `rolled_back`, so that a rise due to them is seen."""
+        return self.rolled_back(state)
+
+    def cleared(self, state: DetectorState) -> DetectorState:
+        """After someone looked and found nothing to be done: what is now is the usual level."""
+        return replace(self._learn_again(state), nonfinite=0)
+
+    def state_dict(self, state: DetectorState) -> dict[str, Any]:
+        """As plain numbers, strings, lists and dicts, for a checkpoint."""
+        return to_plain(state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> DetectorState:
+        """The state that `state_dict` was made of; continues bit for bit.
+
+        Raises:
+            ValueError: if it is of another version, or no detector's.
+        """
+        return from_plain(state_dict)
+
+    def _learning_rate(
+        self, state: DetectorState, lr: float | None
+    ) -> tuple[DetectorState, float | None]:
+        """The state, its level forgotten if the learning rate has risen, and the lowest rate."""
+        if lr is None or not math.isfinite(lr):
+            return state, state.lr
+        if state.lr is None or lr < state.lr:
+            return state, lr
+        if lr <= self.lr_rise * state.lr:
+            return state, state.lr
+        if state.incident is None and state.loss.seen >= START:
+            state = self._learn_again(state)
+        return state, lr
+
+    def _learn_again(self, state: DetectorState) -> DetectorState:
+        return replace(
+            state,
+            loss=state.loss.forget_level(),
+            grad_norm=state.grad_norm.forget_level(),
+            update_ratio=state.update_ratio.forget_level(),
+            evidence=Evidence(),
+            incident=None,
+            grace=0,
+        )
+
+    def _usual(self, state: DetectorState) -> tuple[float | None, float | None]:
+        """Noise and level of the loss, None until they are known."""
+        if state.loss.seen < START:
+            return None, None
+        return state.loss.noise(self.least_noise), state.loss.level
+
+    def _weigh(
+        self,
+        state: DetectorState,
+        score: float | None,
+        noise: float | None,
+        grad_norm: float | None,
+        update_ratio: float | None,
+    ) -> tuple[Evidence, Baseline, Baseline]:
+        """The evidence with this step's, and the baselines of the logarithms if they may learn."""
+        before = state.evidence
+        scores, cusum = before.scores, before.cusum
+        climbing, drifting = before.climbing, before.drifting
+        if score is not None and noise is not None:
+            scores = with_score(scores, score, VOTES)
+            if not state.grace and state.loss.seen >= self.armed:
+                excess = min(max(score, -CUSUM_CLIP), CUSUM_CLIP) - self.slack
+                cusum = max(0.0, cusum + excess)
+                climbing = climbing + 1 if cusum else 0
+                near = state.loss.drift(noise) < NEAR * self.drift
+                drifting = 0 if near else drifting + 1
+        grad_after, grad_scores = self._logarithm(state.grad_norm, grad_norm, before.grad_scores)
+        update_after, update_scores = self._logarithm(
+            state.update_ratio, update_ratio, before.update_scores
+        )
+        evidence = Evidence(
+            cusum=cusum,
+            climbing=climbing,
+            drifting=drifting,
+            scores=scores,
+            grad_scores=grad_scores,
+            update_scores=update_scores,
+        )
+        return evidence, grad_after, update_after
+
+    def _logarithm(
+        self, baseline: Baseline, value: float | None, scores: tuple[float, ...]
+    ) -> tuple[Baseline, tuple[float, ...]]:
+        """Baseline and scores of a positive signal, with one more value of it."""
+        if value is None or not math.isfinite(value) or value <= 0:
+            return baseline, scores
+        logarithm = math.log(value)
+        if baseline.seen >= self.armed:
+            score = (logarithm - baseline.level) / baseline.noise(self.least_log_noise)
+            scores = with_score(scores, score, VOTES)
+        return baseline.learn(logarithm, self.least_log_noise), scores
+
+    def _suspect(
+        self, state: DetectorState, evidence: Evidence, noise: float | None, nonfinite: int
+    ) -> Incident | None:
+        """An incident if there is reason for one."""
+        usual, level = state.loss, state.loss.level
+        if noise is None:
+            if nonfinite <= self.heals:  # a loss scaler may be looking for its scale
+                return None
+            return Incident(cause=Cause.OFTEN_NOT_FINITE, onset=nonfinite - 1, level=None)
+        armed = usual.seen >= self.armed
+        outlier = self.outlier if armed else _UNSETTLED * self.outlier
+        cause, onset = None, 0
+        if nonfinite > (self.nonfinite if armed else self.heals):
+            cause, onset = Cause.OFTEN_NOT_FINITE, nonfinite - 1
+        elif usual.known >= self.armed and 2 * votes(evidence.scores, outlier) > VOTES:
+            cause, onset = Cause.OUTLIERS, first_vote(evidence.scores, outlier)
+        elif evidence.cusum > self.cusum * usual.patience:
+            cause, onset = Cause.RAISED, evidence.climbing - 1
+        elif armed and not state.grace and usual.drift(noise) > self.drift:
+            cause, onset = Cause.DRIFT, evidence.drifting
+            level = min(level, usual.floor)
+        elif votes(evidence.grad_scores, _GRADIENT_OUTLIER) > VOTES - 2:
+            cause, onset = Cause.GRADIENT, first_vote(evidence.grad_scores, _GRADIENT_OUTLIER)
+        elif votes(evidence.update_scores, _GRADIENT_OUTLIER) > VOTES - 2:
+            cause, onset = Cause.UPDATE, first_vote(evidence.update_scores, _GRADIENT_OUTLIER)
+        return None if cause is None else Incident(cause=cause, onset=onset, level=level)
+
+    def _judge(
+        self,
+        state: DetectorState,
+        incident: Incident,
+        loss: float | None,
+        noise: float | None,
+        broken: bool,
+    ) -> DetectorState:
+        """What has become of an incident."""
+        score = 0.0
+        if broken:
+            score = FARTHEST
+        elif loss is not None and incident.level is not None and noise is not None:
+            score = (loss - incident.level) / noise
+        incident = replace(
+            incident,
+            age=incident.age + 1,
+            onset=incident.onset + 1,
+            scores=with_score(incident.scores, score, WINDOW),
+        )
+        mean = sum(incident.scores) / len(incident.scores)
+        if state.nonfinite > self.heals:
+            incident = replace(incident, cause=Cause.STAYS_NOT_FINITE, diverged=True)
+        elif len(incident.scores) >= WINDOW // 2 and mean < self.healed:
+            return self._over(state, incident)
+        elif incident.age >= self.heals + WINDOW and mean > self.lasting and not state.nonfinite:
+            incident = replace(incident, cause=Cause.LASTING, diverged=True)
+        elif incident.age >= self.undecided and not incident.diverged:
+            return self._learn_again(state)
+        return replace(state, incident=incident)
+
+    def _over(self, state: DetectorState, incident: Incident) -> DetectorState:
+        state = replace(state, incident=None, evidence=Evidence())
+        if incident.cause is Cause.GRADIENT:
+            return replace(state, grad_norm=state.grad_norm.forget_level())
+        if incident.cause is Cause.UPDATE:
+            return replace(state, update_ratio=state.update_ratio.forget_level())
+        if incident.cause is Cause.DRIFT:  # up, but less than it seemed: learn how much
+            return replace(state, loss=state.loss.forget_level())
+        return state
+
+    def _decide(
+        self,
+        state: DetectorState,
+        loss: float | None,
+        level: float | None,
+        noise: float | None,
+        broken: bool,
+    ) -> Decision:
+        incident = state.incident
+        onset = None
+        if incident is not None:
+            kind = "diverged" if incident.diverged else "suspect"
+            cause, onset, level = incident.cause, incident.onset, incident.level
         elif broken:
             kind, cause = "skip", Cause.NOT_FINITE
         else:
             kind = "ok"
-            if not ready:
-                cause = Cause.LEARNING
-        return nxt, Decision(
+            cause = Cause.HEALTHY if state.loss.seen >= self.armed else Cause.LEARNING
+        return Decision(
             kind=kind,
             cause=cause,
             skip=broken,
-            onset=None if nxt.cause is Cause.NONE else nxt.onset,
+            onset=onset,
+            loss=loss,
             baseline=level,
             noise=noise,
-            score=score,
         )
-
-    def _lr(self, state, lr):
-        if state.lr is None or lr < state.lr:
-            return replace(state, lr=lr)
-        if lr > self.lr_rise * state.lr:
-            if state.cause is not Cause.NONE or state.loss.seen < 16:
-                return replace(state, lr=lr)
-            return replace(self._relearn(state), lr=lr)
-        return state
-
-    def _relearn(self, state):
-        return replace(
-            state,
-            loss=state.loss.forget_level(),
-            cusum=0.0, climbing=0, rising=0, scores=(), grad_scores=(), update_scores=(),
-            grad_norm=state.grad_norm.forget_level(),
-            update_ratio=state.update_ratio.forget_level(),
-            cause=Cause.NONE, age=0, onset=0, verdict=False,
-        )
-
-    def _suspect(self, s, old, noise, level, ready):
-        cause, onset = Cause.NONE, 0
-        base = old.loss
-        last = s.scores[-5:]
-        if s.nonfinite > self.nonfinite and (ready or s.nonfinite >= 40):
-            cause, onset = Cause.OFTEN_NOT_FINITE, s.nonfinite - 1
-            level = level if level is not None else math.nan
-        elif level is None:
-            pass
-        else:
-            gross = self.outlier if ready else 2 * self.outlier
-            known = ready or base.known > self.armed
-            if known and sum(z > gross for z in last) >= 3:
-                cause = Cause.OUTLIERS
-                onset = max(i for i, z in enumerate(reversed(last)) if z > gross)
-            elif ready and s.cusum > self.threshold * base.sums:
-                cause, onset = Cause.RAISED, s.climbing - 1
-            elif ready and (base.averages[1] - base.floor) > self.drift * noise * math.sqrt(base.sums):
-                cause, onset = Cause.DRIFT, s.rising
-                level = min(level, base.floor)
-            elif sum(z > 8 for z in s.grad_scores) >= 4:
-                cause, onset = Cause.GRADIENT, 4
-            elif sum(z > 8 for z in s.update_scores) >= 4:
-                cause, onset = Cause.UPDATE, 4
-        if cause is Cause.NONE:
-            return s
-        return replace(s, cause=cause, onset=onset, age=0, reference=level, loss=old.loss,
-            scores=s.scores[-16:], verdict=False)
-
-    def _judge(self, s):
-        if s.nonfinite:
-            if s.nonfinite >= self.lasting:
-                return replace(s, verdict=True, cause=Cause.STAYS_NOT_FINITE)
-            return s
-        recent = s.scores
-        mean = sum(recent) / len(recent) if recent else 0.0
-        if math.isnan(s.reference):
-            return self._relearn(s)
-        if s.age >= 8 and len(recent) and mean < self.healed:
-            return self._close(s)
-        if s.age >= self.lasting and mean > self.height:
-            return replace(s, verdict=True)
-        if s.age >= self.undecided and not s.verdict:
-            return self._relearn(s)
-        return s
-
-    def _close(self, s):
-        new = dict(cause=Cause.NONE, age=0, onset=0, verdict=False, cusum=0.0, climbing=0, rising=0,
-            scores=())
-        if s.cause is Cause.GRADIENT:
-            new.update(grad_norm=s.grad_norm.forget_level(), grad_scores=())
-        if s.cause is Cause.UPDATE:
-            new.update(update_ratio=s.update_ratio.forget_level(), update_scores=())
-        return replace(s, **new)
