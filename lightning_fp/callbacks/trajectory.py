@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_fp.callbacks.replay import copied, muted, replaced
+from lightning_fp.callbacks.run_state import set_hyperparameters
 from lightning_fp.layers import LinearFormat
 from lightning_fp.plugins import FP8Precision
 from lightning_fp.stability import untouched
@@ -129,7 +130,8 @@ class TrajectoryReplay:
     def _step(self, step: RecordedStep) -> float:
         """One optimizer step, of all its micro-batches; the mean of their losses."""
         trainer = self._trainer
-        self._set_hyperparameters(step)
+        for optimizer, groups in zip(trainer.optimizers, step.hyperparameters, strict=True):
+            set_hyperparameters(optimizer, groups)
         automatic = trainer.lightning_module.automatic_optimization
         losses: list[Tensor] = []
         if automatic:
@@ -168,22 +170,13 @@ class TrajectoryReplay:
             raise RuntimeError("a trajectory needs the guard")
         guard.step(self._plugin, optimizer, module, lambda: None)
 
-    def _set_hyperparameters(self, step: RecordedStep) -> None:
-        for optimizer, groups in zip(self._trainer.optimizers, step.hyperparameters, strict=True):
-            for group, values in zip(optimizer.param_groups, groups, strict=True):
-                for name, value in values.items():
-                    if isinstance(group[name], Tensor):
-                        group[name].fill_(value)
-                    else:
-                        group[name] = value
-
     def _average(self, step: int) -> None:
         """Averages of the weights go along."""
         callbacks: list[Any] = list(self._trainer.callbacks)  # pyright: ignore
         for callback in callbacks:
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                if callback.should_update(step_idx=step):
-                    callback._average_model.update_parameters(self._trainer.lightning_module)
+            if isinstance(callback, WeightAveraging) and callback.should_update(step_idx=step):
+                average: Any = callback._average_model
+                average.update_parameters(self._trainer.lightning_module)
 
     def _mean(self, loss: float) -> float:
         if self._trainer.world_size == 1:

@@ -166,7 +166,7 @@ class PrecisionMap:
         reasons: dict[str, str] = {}
         for write in self._pending:
             for name in self.matching(write.pattern):
-                writes[name] = self._format(write.format)
+                writes[name] = self.known_format(write.format)
                 reasons[name] = write.reason
         self._pending.clear()
 
@@ -323,7 +323,7 @@ class PrecisionMap:
         if self._loaded is not None:
             self._restore(self._loaded)
         for write in self._pending:
-            self._check_shapes(self.matching(write.pattern), self._format(write.format))
+            self._check_shapes(self.matching(write.pattern), self.known_format(write.format))
 
     def clear(self) -> None:
         """Forget the model, as after `revert`."""
@@ -372,7 +372,7 @@ class PrecisionMap:
             if name not in saved or configured.get(name) != self._configured.get(name):
                 changed += 1
                 continue
-            formats[name] = self._format(saved[name])
+            formats[name] = self.known_format(saved[name])
         if changed:
             log.warning(
                 "%d of %d layers keep their configured format: the checkpoint does not have them or"
@@ -386,7 +386,7 @@ class PrecisionMap:
             self._auto.load_state_dict(state["auto"])
         self._pending = [Write(**write) for write in state["pending"]] + self._pending
 
-    def _format(self, name: str) -> LinearFormat:
+    def known_format(self, name: str) -> LinearFormat:
         """The format of a name, also of one that only this run's configuration knows."""
         return self._known.get(name) or linear_format(name)
 

@@ -100,7 +100,7 @@ class StepGuard:
             self.scaler.unscale(optimizer)
         norm = self._around_clipping(plugin, optimizer, model)
         finite = torch.isfinite(norm)
-        hyperparameters = _hyperparameters(optimizer)
+        groups = hyperparameters(optimizer)
         if norm.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
             output, skipped = self._fused(optimizer, finite, result, kwargs), ~finite
         else:
@@ -112,7 +112,7 @@ class StepGuard:
         if self.scaler is not None and not self.replaying:
             self.scaler.update(finite)
         if not self.replaying:
-            seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=hyperparameters)
+            seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
         return output
 
@@ -230,7 +230,8 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
 
 
-def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The plain numbers of each parameter group: lr, betas, weight_decay, ..."""
     return [
         {name: _plain(value) for name, value in group.items() if _is_plain(value)}
         for group in optimizer.param_groups

@@ -1,0 +1,38 @@
+"""What became of a run's steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class Accounting:
+    """Counts of optimizer steps; `global_step` counts attempts and never goes back."""
+
+    attempted: int = 0
+    """Steps that were begun."""
+
+    skipped: int = 0
+    """Of these, left out because a gradient was not finite."""
+
+    rolled_back: int = 0
+    """Of these, undone by going back to a snapshot."""
+
+    made_good: int = 0
+    """Of those rolled back, trained again on the same batches: they count as useful."""
+
+    replayed: int = 0
+    """Training steps run besides: probes, verdicts, attribution, trajectories."""
+
+    @property
+    def useful(self) -> int:
+        """Steps that the model has learned from."""
+        return self.attempted - self.skipped - self.rolled_back + self.made_good
+
+    def sentence(self) -> str:
+        """E.g. "300 steps: 297 useful, 3 skipped, 12 rolled back (12 made good), 40 replayed"."""
+        return (
+            f"{self.attempted} steps: {self.useful} useful, {self.skipped} skipped,"
+            f" {self.rolled_back} rolled back ({self.made_good} made good),"
+            f" {self.replayed} replayed"
+        )

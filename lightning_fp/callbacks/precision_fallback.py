@@ -1,0 +1,478 @@
+"""PrecisionFallback: notices that a run diverges, finds out whether precision did it, saves it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fp.callbacks.accounting import Accounting
+from lightning_fp.callbacks.incident_log import IncidentLog
+from lightning_fp.callbacks.investigation import Case
+from lightning_fp.callbacks.layer_watch import LayerWatch
+from lightning_fp.callbacks.replay import StepReplay, check_replayable
+from lightning_fp.callbacks.rescue import Rescue
+from lightning_fp.callbacks.run_state import RunState
+from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins.guard import GuardedStep, StepGuard, hyperparameters
+from lightning_fp.stability import RandomState
+from lightning_fp.stability.batch_ring import BatchRing
+from lightning_fp.stability.decision import Cause
+from lightning_fp.stability.detector import DivergenceDetector
+from lightning_fp.stability.fallback import Fallback, FallbackPolicy, Signals
+from lightning_fp.stability.limits import LayerLimit
+from lightning_fp.stability.probe import Probe, ProbeState
+from lightning_fp.stability.signals import SignalQueue, StepSignals
+from lightning_fp.stability.snapshots import Snapshots
+from lightning_fp.stability.verdict import Anomaly
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+CLAMPING_BITS = -1.0
+"""Headroom below which a step under delayed scaling asks for statistics of the next: its largest
+value was twice what the scale holds."""
+
+
+class PrecisionFallback(L.Callback):
+    """Watches a run, and takes FP8 back where it does harm.
+
+    Steps with inf or NaN gradients are left out. A layer that loses too much in its casts climbs
+    one rung of the safety ladder. A suspicion is investigated before the next step: if the same
+    batches in high precision show that precision is to blame, the culprits are demoted, and the
+    run goes on from where high precision would have brought it. docs/when-a-run-diverges.md
+    explains every state and option.
+
+    >>> from lightning_fp import FP8Precision, PrecisionFallback
+    >>> trainer = L.Trainer(
+    ...     accelerator="cpu", plugins=FP8Precision("delayed"), callbacks=[PrecisionFallback()]
+    ... )
+
+    Args:
+        detector: what is suspicious in loss and gradient norm.
+        policy: how long to wait, and how often to try.
+        limit: how much a layer's casts may lose; None sets no limits.
+        every_n_steps: one in so many steps is looked at for the limits.
+        probe_every_n_steps: now and then one step's gradients are compared with high precision
+            without a suspicion, in the long run once in so many steps; None never does.
+        snapshot_every_n_steps: steps from one snapshot to the next.
+        snapshots: how many to keep, at growing age.
+        snapshot_bytes: most host memory for them; None sets no bound.
+        ring_bytes: most host memory for recorded batches.
+        checkpoint_bytes: snapshots and batches go into checkpoints if they are together no larger.
+        dirpath: where `events.jsonl` goes; by default the trainer's log directory.
+        preflight: whether to try at the start that a step in high precision fits into memory.
+        dry_run: whether only to log what would be done; then nothing is skipped either.
+        seed: of the steps that are looked at.
+
+    Raises:
+        ValueError: for an option out of range; at setup without a plugin of this package, or for
+            a training step that cannot be replayed.
+    """
+
+    def __init__(
+        self,
+        detector: DivergenceDetector | None = None,
+        *,
+        policy: FallbackPolicy | None = None,
+        limit: LayerLimit | None = LayerLimit(),  # noqa: B008 - frozen
+        every_n_steps: int = 32,
+        probe_every_n_steps: int | None = 1024,
+        snapshot_every_n_steps: int = 16,
+        snapshots: int = 3,
+        snapshot_bytes: int | None = None,
+        ring_bytes: int = 2**30,
+        checkpoint_bytes: int = 2**30,
+        dirpath: str | Path | None = None,
+        preflight: bool = False,
+        dry_run: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("probe_every_n_steps", 1 if probe_every_n_steps is None else probe_every_n_steps, 1),
+            ("ring_bytes", ring_bytes, 1),
+            ("checkpoint_bytes", checkpoint_bytes, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.detector = DivergenceDetector() if detector is None else detector
+        self.dry_run, self.preflight, self.dirpath = dry_run, preflight, dirpath
+        self.steps = Accounting()
+        """What became of the steps so far."""
+        self._fallback = Fallback(policy)
+        self._state = self._fallback.init()
+        self._detected = self.detector.init()
+        self._probe = Probe(every_n_steps=probe_every_n_steps or 1)
+        self._probes = probe_every_n_steps is not None
+        self._probed = ProbeState()
+        self._layers = None if limit is None else LayerWatch(limit, every_n_steps, seed)
+        self._snapshots = Snapshots(
+            depth=snapshots, every_n_steps=snapshot_every_n_steps, limit_bytes=snapshot_bytes
+        )
+        self._ring = BatchRing(max_bytes=ring_bytes)
+        self._checkpoint_bytes = checkpoint_bytes
+        self._queue = SignalQueue()
+        self._waiting: list[StepSignals] = []
+        self._skips = 0
+        self._calm = True
+        self._anomaly = Anomaly()
+        self._log = IncidentLog(None)
+        self._rescue: Rescue | None = None
+        self._open: int | None = None
+        self._losses: list[Tensor] = []
+        self._changes_seen = 0
+        self._loaded: dict[str, Any] | None = None
+        self._failed = False
+
+    @property
+    def phase(self) -> str:
+        """Where the fallback stands: "warmup", "healthy", "suspect", "probation", "permanent"."""
+        return self._state.phase
+
+    # -- set-up ---------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a Trainer without a table of formats; stand before the optimizer's step."""
+        if stage != "fit":
+            return
+        plugin = _plugin(trainer)
+        check_replayable(pl_module)
+        if plugin.guard is None:
+            plugin.guard = StepGuard()
+        plugin.guard.skip_nonfinite = not self.dry_run
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """State what memory the watch takes, and begin."""
+        step, plugin = trainer.global_step, _plugin(trainer)
+        run = RunState(trainer)
+        self._snapshots.stated_bytes(run.parts())  # refuses a bound that holds not even one
+        self._snapshots.clear()
+        self._ring.clear()
+        self._queue, self._open, self._failed = SignalQueue(), None, False
+        self._losses.clear()
+        self._changes_seen = len(plugin.precision_map.changes)
+        if self._layers is not None:
+            self._layers.start(trainer, plugin.precision_map)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._restore(loaded)
+        directory = self.dirpath or trainer.log_dir or trainer.default_root_dir  # on all ranks
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # pyright: ignore
+        self._log = IncidentLog(
+            Path(directory) if writes else None,
+            loggers=trainer.loggers if trainer.is_global_zero else [],
+            step=step,
+            position=None if loaded is None else loaded["position"],
+            console=trainer.is_global_zero,
+        )
+        self._rescue = Rescue(
+            trainer=trainer,
+            plugin=plugin,
+            fallback=self._fallback,
+            run=run,
+            snapshots=self._snapshots,
+            ring=self._ring,
+            log=self._log,
+            steps=self.steps,
+            dry_run=self.dry_run,
+        )
+        memory = {
+            "snapshot_bytes": run.stated_bytes(),
+            "all_snapshots_bytes": self._snapshots.stated_bytes(run.parts()),
+            "ring_bytes_at_most": self._ring.max_bytes,
+            "high_precision_bytes_per_token": run.high_precision_bytes_per_token(),
+        }
+        self._log.started(step, memory, dry_run=self.dry_run)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two steps: judge, act, take a snapshot. At each micro-batch: record it."""
+        if self._rescue is None:
+            return
+        step = trainer.global_step
+        if self._open is None:
+            self._safely(self._boundary, step)
+            self._open = step
+            self.steps.attempted += 1
+            groups = [hyperparameters(optimizer) for optimizer in trainer.optimizers]
+            self._ring.begin(step, groups)
+        if self._layers is not None:
+            self._safely(self._layers.before_batch, step)
+        self._safely(self._ring.add, batch, batch_idx, RandomState.capture())
+        if self.preflight:
+            self.preflight = False
+            self._safely(self._try_high_precision, trainer, batch, batch_idx)
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take in what backward recorded."""
+        if self._layers is not None:
+            self._safely(self._layers.after_backward)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """At the end of a step: send its signals on their way."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+        if self._rescue is not None and trainer.global_step != self._open:
+            self._safely(self._end_step, trainer, pl_module.automatic_optimization)
+            self._open = None
+
+    def _end_step(self, trainer: L.Trainer, automatic: bool) -> None:
+        plugin = _plugin(trainer)
+        guarded: list[GuardedStep] = []
+        if plugin.guard is not None:
+            guarded, plugin.guard.steps = plugin.guard.steps, []
+        if self._layers is not None:
+            self._layers.after_step(trainer.global_step)
+        losses = [loss.float() for loss in self._losses]
+        self._losses.clear()
+        # In automatic optimization they come divided by the number of micro-batches.
+        reduce = torch.sum if automatic else torch.mean
+        if guarded and automatic:
+            self._ring.set_hyperparameters([guarded[-1].hyperparameters])
+        self._ring.end()
+        lr = guarded[0].hyperparameters[0].get("lr") if guarded else None
+        self._queue.put(
+            self._open or 0,
+            loss=reduce(torch.stack(losses)) if losses else None,
+            grad_norms=[step.grad_norm for step in guarded],
+            skipped=[step.skipped for step in guarded],
+            headroom=plugin.precision_map.scale_history.headroom,
+            lr=None if lr is None else float(lr),
+            device=trainer.strategy.root_device,
+        )
+
+    # -- between two steps ----------------------------------------------------------------------
+
+    def _boundary(self, step: int) -> None:
+        """Judge the steps whose signals have arrived, and do what follows, alike on all ranks."""
+        rescue = self._rescue
+        if rescue is None:
+            return
+        table = rescue.plugin.precision_map
+        new, self._changes_seen = table.changes[self._changes_seen :], len(table.changes)
+        self._log.others(step, new)
+        if new:
+            self._detected = self.detector.precision_changed(self._detected)
+        seen, self._waiting = [*self._waiting, *self._queue.take()], []
+        for signals in seen:
+            self._judge(rescue, signals, step)
+        if self._layers is not None:
+            sound = not any(signals.skipped for signals in seen)
+            armed = self._state.phase not in ("warmup", "permanent")
+            if rescue.climb(step, self._layers.judge(sound=sound, armed=armed)):
+                self._detected = self.detector.precision_changed(self._detected)
+        self._probe_if_due(rescue, step)
+        table.apply()
+        self._changes_seen = len(table.changes)
+        if self._calm and self._state.phase != "suspect" and self._snapshots.due(step):
+            self._snapshots.take(step, rescue.run.parts())
+            self._ring.drop_before(self._snapshots.oldest_step or 0)
+
+    def _judge(self, rescue: Rescue, seen: StepSignals, step: int) -> None:
+        """One step's signals, and the investigation that they may call for."""
+        self._ring.set_results(
+            seen.step, loss=seen.loss, grad_norm=seen.grad_norm, skipped=seen.skipped
+        )
+        self._skips = self._skips + 1 if seen.skipped else 0
+        if seen.skipped:
+            self.steps.skipped += 1
+            self._log.skipped(seen, self._skips)
+        self._detected, decision = self.detector.step(
+            self._detected,
+            loss=seen.loss,
+            grad_norm=seen.grad_norm,
+            lr=seen.lr,
+            skipped=seen.skipped,
+        )
+        self._calm = decision.kind == "ok"
+        self._anomaly = Anomaly(baseline=decision.baseline, noise=decision.noise)
+        clamping = seen.headroom is not None and seen.headroom < CLAMPING_BITS
+        if clamping and self._layers is not None:
+            self._layers.look_again()
+        suspicious = decision.kind in ("suspect", "diverged")
+        onset = None if decision.onset is None else seen.step - decision.onset
+        armed = decision.cause is not Cause.LEARNING
+        signals = Signals(
+            step=step, armed=armed, suspicious=suspicious, onset=onset, skips=self._skips
+        )
+        before = self._state
+        self._state, action = self._fallback.step(before, signals)
+        self._log.state(step, before.phase, self._state.phase, decision.reason)
+        if action == "promote":
+            self._state = rescue.promote(self._state, step)
+            self._detected = self.detector.precision_changed(self._detected)
+        elif action == "investigate":
+            self._log.suspicion(step, decision, skips=self._skips)
+            self._investigate(rescue, step, probed=False)
+        elif before.phase == "permanent" and suspicious:
+            self._log.still_misbehaves(step, decision)
+
+    def _investigate(self, rescue: Rescue, step: int, *, probed: bool) -> None:
+        case = Case(
+            step=step,
+            onset=step if self._state.onset is None else self._state.onset,
+            anomaly=self._anomaly,
+            healthy_error=self._probe.usual(self._probed),
+            rates=self._ring.rates(),
+            risen=not probed,
+        )
+        self._state, finding, went_back = rescue.investigate(self._state, case)
+        if finding == "not precision":
+            self._detected = self.detector.cleared(self._detected)
+        if finding == "precision" and not self.dry_run:
+            self._detected = self.detector.precision_changed(self._detected)
+            self._skips = 0
+        if went_back:
+            self._detected = self.detector.rolled_back(self._detected)
+            self._calm = True
+
+    def _probe_if_due(self, rescue: Rescue, step: int) -> None:
+        """Compare one step's gradients with high precision, if it is time."""
+        state, probe = self._state, self._probe
+        ready = state.phase in ("healthy", "probation") and step >= state.quiet_until
+        if not (self._probes and ready and self._calm and probe.due(self._probed, step)):
+            return
+        error = rescue.probe(step)
+        before, self._probed = self._probed, probe.seen(self._probed, step, error)
+        if error is None or not probe.suspicious(before, error):
+            return
+        self._log.probe_suspicion(step, error, probe.usual(before))
+        onset = step if before.healthy is None else before.healthy
+        signals = Signals(step=step, armed=True, suspicious=True, onset=onset)
+        self._state, _ = self._fallback.step(state, signals)
+        self._log.state(step, state.phase, self._state.phase, "a probe is out of the usual")
+        self._investigate(rescue, step, probed=True)
+
+    def _try_high_precision(self, trainer: L.Trainer, batch: Any, batch_idx: int) -> None:
+        """One step in high precision, to see that memory suffices for it."""
+        plugin = _plugin(trainer)
+        table = plugin.precision_map
+        run = StepReplay(trainer, table, batch, batch_idx)
+        replay = run(dict.fromkeys(table.layers, plugin.high_precision))
+        self.steps.replayed += 1
+        self._log.preflight(trainer.global_step, replay.outcome)
+
+    def _safely(self, function: Callable[..., object], *args: Any) -> None:
+        """What fails in here is logged, and the training goes on without the watch."""
+        if self._failed:
+            return
+        try:
+            function(*args)
+        except Exception as error:
+            self._failed = True
+            log.exception("PrecisionFallback failed; the training goes on, unwatched from here")
+            self._log.note(self._open or 0, f"the watch has failed, the run goes on: {error}")
+
+    # -- the end --------------------------------------------------------------------------------
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what became of the steps."""
+        if self._rescue is None:
+            return
+        for seen in [*self._waiting, *self._queue.take(all=True)]:
+            if seen.skipped:
+                self._skips += 1
+                self.steps.skipped += 1
+                self._log.skipped(seen, self._skips)
+        self._log.finished(trainer.global_step, self.steps)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the plugin and the layers as they were."""
+        if stage != "fit":
+            return
+        if self._layers is not None:
+            self._layers.close()
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, FP8Precision):
+            plugin.guard = None
+        self._rescue = None
+        self._snapshots.clear()
+        self._ring.clear()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """States, counters and signals; snapshots and batches too where they are small."""
+        self._waiting += self._queue.take(all=True)
+        state: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "fallback": self._fallback.state_dict(self._state),
+            "detector": self.detector.state_dict(self._detected),
+            "probe": self._probe.state_dict(self._probed),
+            "layers": None if self._layers is None else self._layers.state_dict(),
+            "steps": asdict(self.steps),
+            "waiting": [asdict(signals) for signals in self._waiting],
+            "skips": self._skips,
+            "calm": self._calm,
+            "anomaly": asdict(self._anomaly),
+            "position": self._log.position,
+        }
+        small = self._snapshots.nbytes + self._ring.nbytes <= self._checkpoint_bytes
+        if self._rescue is not None and self._rescue.run.single and small:
+            state["snapshots"] = self._snapshots.state_dict()
+            state["ring"] = self._ring.state_dict()
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning calls this before the model is set up: it takes effect at the start."""
+        version = state_dict.get("version")
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"PrecisionFallback state must have version {STATE_VERSION}, got {version!r};"
+                " resume with the lightning_fp version that wrote the checkpoint"
+            )
+        self._loaded = state_dict
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._state = self._fallback.load_state_dict(state["fallback"])
+        self._detected = self.detector.load_state_dict(state["detector"])
+        self._probed = self._probe.load_state_dict(state["probe"])
+        if self._layers is not None and state["layers"] is not None:
+            self._layers.load_state_dict(state["layers"])
+        self.steps = Accounting(**state["steps"])
+        self._waiting = [StepSignals(**signals) for signals in state["waiting"]]
+        self._skips, self._calm = state["skips"], state["calm"]
+        self._anomaly = Anomaly(**state["anomaly"])
+        if "snapshots" in state:
+            self._snapshots.load_state_dict(state["snapshots"])
+            self._ring.load_state_dict(state["ring"])
+
+
+def _plugin(trainer: L.Trainer) -> FP8Precision:
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, FP8Precision):
+        raise ValueError(
+            "PrecisionFallback needs a precision plugin of lightning_fp, got"
+            f" {type(plugin).__name__}; use Trainer(plugins=FP8Precision(...),"
+            " callbacks=[PrecisionFallback()])"
+        )
+    return plugin
