@@ -1,5 +1,6 @@
 """What a run can be asked about itself. Without Lightning: usable from any training loop."""
 
+from lightning_fp.stability.batch_ring import BatchRing, MicroBatch, RecordedStep
 from lightning_fp.stability.decision import Cause, Decision
 from lightning_fp.stability.detector import DivergenceDetector
 from lightning_fp.stability.detector_state import DetectorState
@@ -21,7 +22,10 @@ __all__ = [
     "Replay",
     "replay",
     "untouched",
-    # snapshots
+    # snapshots and recorded steps
+    "BatchRing",
+    "MicroBatch",
+    "RecordedStep",
     "Snapshot",
     "Snapshots",
     "restore",
