@@ -94,7 +94,8 @@ class StepGuard:
         """
         if _calls_closure_itself(optimizer):
             self._warn(optimizer)
-            return Precision.optimizer_step(plugin, optimizer, model, closure, **kwargs)  # pyright: ignore[reportArgumentType]
+            unguarded: Any = Precision.optimizer_step
+            return unguarded(plugin, optimizer, model, closure, **kwargs)
         result = closure()
         if self.scaler is not None:
             self.scaler.unscale(optimizer)
@@ -102,7 +103,8 @@ class StepGuard:
         finite = torch.isfinite(norm)
         groups = hyperparameters(optimizer)
         if norm.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
-            output, skipped = self._fused(optimizer, finite, result, kwargs), ~finite
+            output = self._fused(optimizer, finite, result, kwargs)
+            skipped = ~finite if self.skip_nonfinite else torch.zeros_like(finite)
         else:
             skip = self.skip_nonfinite and not bool(finite)
             output = result if skip else optimizer.step(closure=lambda: result, **kwargs)
@@ -125,7 +127,8 @@ class StepGuard:
         finally:
             if self.skip_nonfinite:
                 del optimizer.found_inf
-                self._late = None if self.replaying else ~finite
+                if not self.replaying:
+                    self._late = ~finite if self._late is None else self._late | ~finite
 
     def _around_clipping(
         self, plugin: Precision, optimizer: Optimizer, model: LightningModule
@@ -149,13 +152,13 @@ class StepGuard:
     def clipped(self, norm: Tensor) -> None:
         """Hear the norm that clipping has computed."""
         if self._norm is None:
-            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
+            self._norm = _whole(norm)
 
     # -- schedulers -----------------------------------------------------------------------------
 
     def begin(self, trainer: Trainer) -> None:
         """At the begin of a batch: schedulers go on, or wait for a step that a kernel skipped."""
-        self._hold.release()
+        self._hold.release(trainer)
         late, self._late = self._late, None
         if late is not None and bool(late):
             self._hold.hold(trainer)
@@ -163,7 +166,7 @@ class StepGuard:
     def end_training_step(self, trainer: Trainer) -> None:
         """In manual optimization schedulers wait no longer than to the end of the step."""
         if not trainer.lightning_module.automatic_optimization:
-            self._hold.release()
+            self._hold.release(None)
 
     def _warn(self, optimizer: Optimizer) -> None:
         if not self._warned:
@@ -180,11 +183,13 @@ class SchedulerHold:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self._step = -1
 
     def hold(self, trainer: Trainer) -> None:
         """From now until `release`."""
         if self._undo:
             return
+        self._step = trainer.global_step
         automatic = trainer.lightning_module.automatic_optimization
         for config in trainer.lr_scheduler_configs:
             if not automatic:
@@ -194,8 +199,14 @@ class SchedulerHold:
                 before, config.frequency = config.frequency, NEVER
                 self._undo.append(lambda config=config, f=before: setattr(config, "frequency", f))
 
-    def release(self) -> None:
-        """Let them go on."""
+    def release(self, trainer: Trainer | None) -> None:
+        """Let them go on, though not before the step is over that they wait for.
+
+        Args:
+            trainer: at the begin of a micro-batch, or of a replay; None ends it in any case.
+        """
+        if trainer is not None and trainer.global_step == self._step:
+            return
         for undo in self._undo:
             undo()
         self._undo.clear()
@@ -226,8 +237,12 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
     ]
     if not gradients:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
+    return _whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def _whole(norm: Any) -> Tensor:
+    """A norm over shards is a sharded tensor itself."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

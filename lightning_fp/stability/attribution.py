@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,6 +23,9 @@ is left, they are not all."""
 
 AS_GOOD = 2.0
 """A rung is safe enough if its squared error is at most so many times that of high precision."""
+
+RESERVE = 8
+"""Replays of the budget that the search leaves over, to check what it found and to find a rung."""
 
 HEALTHY_ERROR = 0.1
 """Relative error of a gradient below which there is nothing to attribute: casts to e4m3 and e5m2
@@ -105,11 +108,19 @@ class Attributor:
         casts = cast_errors(current)
         del current
         culprits: dict[str, float] = {}
+        rest: float | None = error
         if error > healthy:
             found = self._search(self._low, error)
+            rest = self._without(found) if found else error
+            if found and rest is not None and not math.isfinite(error) and rest > healthy:
+                # inf and NaN hide whatever else is wrong
+                others = [name for name in self._low if name not in found]
+                found |= self._search(others, rest)
+                rest = self._without(found)
             culprits = dict(sorted(found.items(), key=lambda item: -item[1]))
-        rest = self._error(dict.fromkeys(culprits, self._high)) if culprits else error
-        if rest is None or rest**2 > max(CURED * error**2, AS_GOOD * healthy**2):
+        least = AS_GOOD * healthy**2
+        enough = max(CURED * error**2, least) if math.isfinite(error) else least
+        if rest is None or rest**2 > enough:
             culprits = {}
         formats = self._rungs(list(culprits), max(rest or 0.0, healthy)) if culprits else {}
         return Attribution(
@@ -135,9 +146,14 @@ class Attributor:
 
     def _alone(self, group: Sequence[str]) -> float:
         """The error with a group in its formats and all others in high precision."""
-        others = [name for name in self._low if name not in set(group)]
-        error = self._error(dict.fromkeys(others, self._high))
+        if self._left <= RESERVE:
+            return 0.0
+        error = self._without([name for name in self._low if name not in set(group)])
         return 0.0 if error is None else error
+
+    def _without(self, layers: Iterable[str]) -> float | None:
+        """The error with these layers in high precision."""
+        return self._error(dict.fromkeys(layers, self._high))
 
     def _rungs(self, culprits: Sequence[str], least: float) -> dict[str, LinearFormat]:
         """The first rung at which the error is about as small as in high precision."""
@@ -180,4 +196,3 @@ def _much(part: float, error: float) -> bool:
     if not math.isfinite(error):
         return not math.isfinite(part)
     return part**2 >= SHARE * error**2
-

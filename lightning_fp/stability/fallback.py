@@ -14,6 +14,9 @@ Scope = Literal["layers", "group", "all"]
 
 STATE_VERSION = 1
 
+MOST_DOUBLINGS = 6
+"""Of the grace: a run is never left unwatched for longer than 64 times that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FallbackPolicy:
@@ -24,8 +27,10 @@ class FallbackPolicy:
     """
 
     grace: int = 50
-    """Steps after an unclear verdict, or one against precision, before the next investigation;
-    doubled each time that precision was not to blame."""
+    """Steps after a verdict before the next investigation. After one against precision they are
+    doubled each time, up to 64-fold, until a run is quiet for as long; after an unclear one an
+    eighth of them, then a quarter, a half, all: a fault that has just begun is soon clear, and
+    every step counts."""
 
     hold: int = 500
     """Steps that demoted layers stay demoted before they are tried again; doubled each time."""
@@ -69,6 +74,9 @@ class FallbackState:
 
     acquittals: int = 0
     """Verdicts against precision in a row."""
+
+    doubts: int = 0
+    """Unclear verdicts in a row, in the incident that is open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +140,7 @@ class Fallback:
             return state, "investigate"
         if state.phase == "suspect" and step >= state.quiet_until:
             back: Phase = "probation" if state.demoted else "healthy"
-            return replace(_enter(state, back, step), onset=None), "none"
+            return replace(_enter(state, back, step), onset=None, doubts=0), "none"
         if state.phase == "probation" and step - state.since >= self.hold(state):
             return state, "promote"
         return state, "none"
@@ -166,25 +174,31 @@ class Fallback:
             demotions=state.demotions + 1,
             escalation=state.escalation + 1,
             acquittals=0,
+            doubts=0,
             quiet_until=step,
         )
 
     def acquitted(self, state: FallbackState, step: int) -> FallbackState:
         """Precision was not to blame: leave it alone, and do not ask again too soon."""
         back: Phase = "probation" if state.demoted else "healthy"
-        wait = self.policy.grace * 2 ** min(state.acquittals, 10)
+        wait = self.policy.grace * 2 ** min(state.acquittals, MOST_DOUBLINGS)
+        before = state.acquittals
+        if step >= state.quiet_until + wait:  # quiet for so long: another matter
+            before, wait = 0, self.policy.grace
         return replace(
             state,
             phase=back,
             since=step,
             onset=None,
-            acquittals=state.acquittals + 1,
+            acquittals=before + 1,
+            doubts=0,
             quiet_until=step + wait,
         )
 
     def unclear(self, state: FallbackState, step: int) -> FallbackState:
-        """Neither convicted nor acquitted: look again if it lasts."""
-        return replace(state, quiet_until=step + self.policy.grace)
+        """Neither convicted nor acquitted: look again soon, if it lasts."""
+        wait = max(1, self.policy.grace * 2 ** min(state.doubts, 3) // 8)
+        return replace(state, quiet_until=step + wait, doubts=state.doubts + 1)
 
     def promoted(self, state: FallbackState, step: int) -> FallbackState:
         """The demoted layers are back in their formats."""

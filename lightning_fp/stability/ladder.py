@@ -33,7 +33,8 @@ def rungs_above(
     if format.is_high_precision:
         return []
     above = [_like(format, NAMED_FORMATS[name]) for name in LADDER[_rung(format) + 1 :]]
-    return [rung for rung in above if table.can_run(layer, rung)] + [high]
+    distinct = dict.fromkeys(rung for rung in above if rung != format)
+    return [rung for rung in distinct if table.can_run(layer, rung)] + [high]
 
 
 def _rung(format: LinearFormat) -> int:
@@ -46,7 +47,10 @@ def _rung(format: LinearFormat) -> int:
 
 
 def _like(format: LinearFormat, rung: LinearFormat) -> LinearFormat:
-    """Within per-tensor scaling the operands' formats are kept; they were chosen on evidence."""
-    if rung.granularity != format.granularity:
-        return rung
-    return dataclasses.replace(format, scaling=rung.scaling, grad_weight=rung.grad_weight)
+    """While the granularity stays, so do the operands' formats: they were chosen on evidence.
+
+    What is in high precision already stays there: no rung takes back another one's gain.
+    """
+    high = "high" in (format.grad_weight, rung.grad_weight)
+    base = format if rung.granularity == format.granularity else rung
+    return dataclasses.replace(base, scaling=rung.scaling, grad_weight="high" if high else "fp8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.layers.statistics_table import OPERANDS
-from lightning_fp.numerics.statistics import COLUMN
+from lightning_fp.numerics.statistics import COLUMN, shares
 
 _CASTS = [OPERANDS.index(operand) for operand in ("input", "weight", "grad_output")]
 
@@ -48,7 +48,9 @@ class LayerLimit:
         for field, least in (("clamped_mass", 0), ("nonfinite", 0), ("budget", 0)):
             value = getattr(self, field)
             if value is not None and not value >= least:
-                raise ValueError(f"{field} must be at least {least}, got {value!r}")
+                raise ValueError(f"{field} must be None or at least {least}, got {value!r}")
+        if self.sqnr_db is not None and math.isnan(self.sqnr_db):
+            raise ValueError("sqnr_db must be None or a number, got nan")
         for field in ("patience", "cooldown"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
@@ -114,18 +116,29 @@ class LimitWatch:
         Returns:
             The new state, and the layers that climb now, in the order given.
         """
-        over = {n: c for n, c in state.over.items() if n not in looked}
+        seen = set(looked)
+        over = {n: c for n, c in state.over.items() if n not in seen}
         resting = {n: c - 1 for n, c in state.resting.items() if c > 1}
         climbing: list[Excess] = []
         for name, excess in excesses.items():
             over[name] = state.over.get(name, 0) + 1
-            allowed = state.climbs + len(climbing) < self.budget and name not in resting
+            left = self.budget - state.climbs - len(climbing)
+            allowed = left > 0 and name not in state.resting
             if over[name] >= self.limit.patience and allowed:
                 climbing.append(excess)
                 resting[name] = self.limit.cooldown
                 del over[name]
         climbs = state.climbs + len(climbing)
         return replace(state, over=over, resting=resting, climbs=climbs), climbing
+
+    def forget(self, state: LimitState, layers: Collection[str]) -> LimitState:
+        """Layers whose formats somebody else has changed begin anew.
+
+        Args:
+            state: what was seen before.
+            layers: these layers.
+        """
+        return replace(state, over={n: c for n, c in state.over.items() if n not in layers})
 
     def watching(self, state: LimitState) -> bool:
         """Whether the next step should be looked at too."""
@@ -140,29 +153,37 @@ class LimitWatch:
             names: the layers.
 
         Returns:
-            By layer, the statistic that is furthest over its limit; nothing else.
+            By layer, the first of nonfinite, clamped_mass and sqnr_db that is over its limit, of
+            the operand that is furthest over it; nothing for the others. What is not finite in
+            more than half of the layers is left to the incident: it spreads, and no layer can be
+            blamed for what it was given.
         """
         values = table[:, _CASTS].cpu()
+        nonfinite, lost = values[..., COLUMN["nonfinite"]], shares(values)
         found: dict[str, Excess] = {}
-        over = {
-            "nonfinite": _over_nonfinite(values, self.limit.nonfinite),
-            "clamped_mass": _over_mass(values, self.limit.clamped_mass),
-            "sqnr_db": _under_sqnr(values, self.limit.sqnr_db),
-        }
-        for statistic, (value, limit, flags) in over.items():
-            where: list[list[int]] = flags.nonzero().tolist()
-            for layer, operand in where:
-                name = str(names[layer])
-                found.setdefault(
-                    name,
-                    Excess(
-                        layer=name,
-                        operand=OPERANDS[_CASTS[operand]],
-                        statistic=statistic,
-                        value=float(value[layer, operand]),
-                        limit=limit,
-                    ),
+        for statistic, value, limit, sign in (
+            ("nonfinite", nonfinite, self.limit.nonfinite, 1),
+            ("clamped_mass", lost["clamped_mass"], self.limit.clamped_mass, 1),
+            ("sqnr_db", lost["sqnr_db"], self.limit.sqnr_db, -1),
+        ):
+            if limit is None or not len(names):
+                continue
+            excess = sign * (value - limit)
+            excess = torch.where(excess > 0, excess, 0.0)  # NaN where nothing was seen
+            most, operand = excess.max(dim=-1)
+            over: list[int] = most.nonzero().flatten().tolist()
+            if statistic == "nonfinite" and len(over) > len(names) / 2:
+                continue
+            for layer in over:
+                worst = int(operand[layer])
+                seen = Excess(
+                    layer=names[layer],
+                    operand=OPERANDS[_CASTS[worst]],
+                    statistic=statistic,
+                    value=float(value[layer, worst]),
+                    limit=limit,
                 )
+                found.setdefault(seen.layer, seen)
         return found
 
     def state_dict(self, state: LimitState) -> dict[str, Any]:
@@ -174,25 +195,3 @@ class LimitWatch:
         return LimitState(
             over=dict(saved["over"]), resting=dict(saved["resting"]), climbs=int(saved["climbs"])
         )
-
-
-def _over_nonfinite(values: Tensor, limit: int | None) -> tuple[Tensor, float, Tensor]:
-    count = values[..., COLUMN["nonfinite"]]
-    if limit is None:
-        return count, math.inf, torch.zeros_like(count, dtype=torch.bool)
-    return count, limit, count > limit
-
-
-def _over_mass(values: Tensor, limit: float | None) -> tuple[Tensor, float, Tensor]:
-    mass = values[..., COLUMN["excess"]] / values[..., COLUMN["magnitude"]]
-    if limit is None:
-        return mass, math.inf, torch.zeros_like(mass, dtype=torch.bool)
-    return mass, limit, mass > limit
-
-
-def _under_sqnr(values: Tensor, limit: float | None) -> tuple[Tensor, float, Tensor]:
-    signal, noise = values[..., COLUMN["signal"]], values[..., COLUMN["noise"]]
-    sqnr = 10 * torch.log10(signal / noise)
-    if limit is None:
-        return sqnr, -math.inf, torch.zeros_like(sqnr, dtype=torch.bool)
-    return sqnr, limit, (sqnr < limit) & (signal > 0)

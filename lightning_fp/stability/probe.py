@@ -82,4 +82,6 @@ class Probe:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> ProbeState:
         """See `state_dict`."""
-        return ProbeState(**{**saved, "errors": tuple(saved["errors"])})
+        values = dict(saved)
+        values["errors"] = tuple(values["errors"])
+        return ProbeState(**values)
