@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,19 @@ from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandRecord, in_slot
 from lightning_fp.numerics import (
     STATISTICS,
-    FloatFormat,
+    Casts,
+    casts_of,
     operand_statistics,
     output_statistics,
-    round_in_range,
     sampled_rows,
     what_if_statistics,
 )
 
-_Casts: TypeAlias = tuple[Tensor, Tensor, Tensor]
+OUTPUT_FEATURES = 16
+"""The output's error is computed on as many of its features at most, evenly spaced, which rotate as
+the rows do. That takes three more products in float32: of all features they would cost as much as
+forward and backward of the layer. The features do not depend on the batch, so that micro-batches
+and ranks add up to the whole."""
 
 ROWS = ("input", "weight", "output")
 """What forward records, in order; grad_output's statistics come from backward."""
@@ -41,6 +45,14 @@ class Sampling:
 
     what_if: bool = False
     """Whether to compute what other scalings would have done."""
+
+    def rows(self, x: Tensor) -> Tensor | None:
+        """Indices of the rows of an operand to sample; None for all."""
+        return None if self.stride == 1 else sampled_rows(x.shape[0], self.stride, self.offset)
+
+    def output_features(self, weight: Tensor) -> Tensor:
+        """Indices of the rows of the weight, which are features of the output, to sample."""
+        return sampled_rows(weight.shape[0], -(-weight.shape[0] // OUTPUT_FEATURES), self.offset)
 
 
 class OperandStatistics(OperandRecord):
@@ -81,23 +93,21 @@ def observe(
     sampling = statistics.sampling
     with torch.no_grad(), without_autocast(input.device.type):
         x = input.to(compute_dtype(input)).reshape(-1, input.shape[-1])
-        rows = sampled_rows(x.shape[0], sampling.stride, sampling.offset)
-        features = sampled_rows(weight.shape[0], sampling.stride, sampling.offset)
+        rows, features = sampling.rows(x), sampling.rows(weight)
         scale_x, format_x = kernel.cast_of(INPUT, x, scales)
         scale_w, format_w = kernel.cast_of(WEIGHT, weight, scales)
+        casts_x = casts_of(x, scale_x, format_x, rows)
+        casts_w = casts_of(weight, scale_w, format_w, features)
+        what_if_x = what_if_w = None
         if sampling.what_if:
-            what_if_x = what_if_statistics(x, format_x, _history_scale(scales, INPUT), rows)
-            what_if_w = what_if_statistics(
-                weight, format_w, _history_scale(scales, WEIGHT), features
-            )
-        else:
-            what_if_x = what_if_w = None
+            scale_h = (None, None) if scales is None else (scales[INPUT], scales[WEIGHT])
+            what_if_x = what_if_statistics(x, format_x, scale_h[0], rows)
+            what_if_w = what_if_statistics(weight, format_w, scale_h[1], features)
+        some_w = casts_of(weight, scale_w, format_w, sampling.output_features(weight))
         statistics.record(
-            operand_statistics(x, scale_x, format_x, rows, what_if_x),
-            operand_statistics(weight, scale_w, format_w, features, what_if_w),
-            _output_row(
-                _casts(x, scale_x, format_x, rows), _casts(weight, scale_w, format_w, features)
-            ),
+            operand_statistics(x, scale_x, format_x, casts_x, what_if_x),
+            operand_statistics(weight, scale_w, format_w, casts_w, what_if_w),
+            _output_row(casts_x, some_w),
         )
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
@@ -105,22 +115,14 @@ def observe(
     return _ObserveGradient.apply(output, leaf, slot, kernel, scales, sampling)
 
 
-def _history_scale(scales: Tensor | None, operand: int) -> Tensor | None:
-    return None if scales is None else scales[operand]
-
-
-def _casts(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor) -> _Casts:
-    """Some rows of an operand: as they are, clamped, and clamped and rounded."""
-    x = x.index_select(0, rows).float()
-    scale = torch.nan_to_num(scale.index_select(0, rows) if scale.numel() > 1 else scale, nan=1.0)
-    inside = (x * scale).clamp(-format.max, format.max)
-    return x, inside / scale, round_in_range(inside, format) / scale
-
-
-def _output_row(inputs: _Casts, weights: _Casts) -> Tensor:
-    """The output's error, on the sampled rows of the input and the sampled features."""
-    exact, clamped, cast = (x @ weight.t() for x, weight in zip(inputs, weights, strict=True))
-    return output_statistics(exact, clamped, cast)
+def _output_row(x: Casts, weight: Casts) -> Tensor:
+    """The output's error, on the sampled rows of the input and some features."""
+    scale = x.scale * weight.scale.reshape(-1)
+    return output_statistics(
+        x.values @ weight.values.t(),
+        x.clamped @ weight.clamped.t() / scale,
+        x.cast @ weight.cast.t() / scale,
+    )
 
 
 class _ObserveGradient(torch.autograd.Function):
@@ -149,9 +151,11 @@ class _ObserveGradient(torch.autograd.Function):
         with without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             scale, format = ctx.kernel.cast_of(GRAD_OUTPUT, g, scales)
-            rows = sampled_rows(g.shape[0], ctx.stride, offset)
-            what_if = None
-            if ctx.what_if:
-                what_if = what_if_statistics(g, format, _history_scale(scales, GRAD_OUTPUT), rows)
-            row = operand_statistics(g, scale, format, rows, what_if)
+            sampling = Sampling(ctx.stride, offset, ctx.what_if)
+            rows, what_if = sampling.rows(g), None
+            if sampling.what_if:
+                scale_h = None if scales is None else scales[GRAD_OUTPUT]
+                what_if = what_if_statistics(g, format, scale_h, rows)
+            casts = casts_of(g, scale, format, rows)
+            row = operand_statistics(g, scale, format, casts, what_if)
         return grad_output, in_slot(row, ctx.slot), None, None, None, None

@@ -2,13 +2,13 @@
 
 from lightning_fp.numerics.casting import (
     Rounding,
-    round_in_range,
     round_to_format,
     saturating_cast,
     scaled_cast,
 )
 from lightning_fp.numerics.delayed import DelayedScaling, advance_history, history_scale
 from lightning_fp.numerics.formats import FORMATS, FloatFormat, float_format, format_of_dtype
+from lightning_fp.numerics.rounding import as_float16, round_in_range
 from lightning_fp.numerics.scaling import (
     AMAX_LOWER_BOUND,
     amax_to_scale,
@@ -20,14 +20,15 @@ from lightning_fp.numerics.statistics import (
     COLUMN,
     STATISTICS,
     WHAT_IF,
+    Casts,
     Statistic,
+    casts_of,
     operand_statistics,
     output_statistics,
     sampled_rows,
     shares,
-    what_if_shares,
-    what_if_statistics,
 )
+from lightning_fp.numerics.what_if import what_if_shares, what_if_statistics
 
 __all__ = [
     # formats
@@ -37,6 +38,7 @@ __all__ = [
     "format_of_dtype",
     # casting
     "Rounding",
+    "as_float16",
     "round_in_range",
     "round_to_format",
     "saturating_cast",
@@ -55,7 +57,9 @@ __all__ = [
     "COLUMN",
     "STATISTICS",
     "WHAT_IF",
+    "Casts",
     "Statistic",
+    "casts_of",
     "operand_statistics",
     "output_statistics",
     "sampled_rows",

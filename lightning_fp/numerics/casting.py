@@ -91,18 +91,3 @@ def round_to_format(x: Tensor, format: FloatFormat, rounding: Rounding = "neares
     rounded = torch.ldexp(torch.ldexp(steps, half), exponent - half)
     rounded = rounded.clamp(-format.max, format.max)
     return torch.where(torch.isfinite(x), rounded, x)
-
-
-def round_in_range(x: Tensor, format: FloatFormat) -> Tensor:
-    """Round float32 values that are already within ±`format.max`; by a cast where there is one.
-
-    Args:
-        x: float32.
-        format: the format to round to.
-
-    Returns:
-        float32, same shape.
-    """
-    if format.dtype is None:
-        return round_to_format(x, format)
-    return x.to(format.dtype).float()

@@ -6,15 +6,17 @@ ranks; shares are formed at the end, from sums.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.numerics.casting import round_in_range
-from lightning_fp.numerics.formats import FloatFormat, float_format
-from lightning_fp.numerics.scaling import amax_to_scale, row_amax, tensor_amax
+from lightning_fp.numerics.formats import FloatFormat
+from lightning_fp.numerics.rounding import round_in_range
+from lightning_fp.numerics.scaling import tensor_amax
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,50 @@ _LARGEST = 1e16
 """Scaled magnitudes count as this at most, so that sums of squares stay within float32."""
 
 
+@dataclass(frozen=True)
+class Casts:
+    """Rows of an operand, and what a cast makes of them."""
+
+    values: Tensor
+    """float32 [rows, columns], as they are."""
+
+    scale: Tensor
+    """float32, scalar or [rows, 1], never NaN: what all that follows is multiplied by."""
+
+    scaled: Tensor
+    """Same shape as `values`; at most 1e16, so that sums of squares stay within float32."""
+
+    clamped: Tensor
+    """To the range of the format."""
+
+    cast: Tensor
+    """Clamped and rounded; any value where `values` has NaN."""
+
+
+def casts_of(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor | None = None) -> Casts:
+    """What a cast makes of some rows.
+
+    Args:
+        x: [rows, columns], high precision.
+        scale: float32, scalar or [rows, 1]; NaN counts as 1.
+        format: the format that `x * scale` is cast to.
+        rows: int64 indices of the rows; None takes all.
+    """
+    scale = torch.nan_to_num(scale, nan=1.0)
+    if rows is not None:
+        x = x.index_select(0, rows)
+        scale = scale.index_select(0, rows) if scale.numel() > 1 else scale
+    values = x.detach().float()
+    scaled = (values * scale).clamp_(-_LARGEST, _LARGEST)
+    clamped = scaled.clamp(-format.max, format.max)
+    return Casts(values, scale, scaled, clamped, round_in_range(clamped, format))
+
+
 def operand_statistics(
     x: Tensor,
     scale: Tensor,
     format: FloatFormat,
-    rows: Tensor | None = None,
+    casts: Casts | None = None,
     what_if: Tensor | None = None,
 ) -> Tensor:
     """Statistics of one cast.
@@ -74,98 +115,97 @@ def operand_statistics(
         x: [rows, columns], high precision.
         scale: float32, scalar or [rows, 1].
         format: the format that `x * scale` is cast to.
-        rows: int64 indices of the rows that SQNR is computed on; None takes all.
+        casts: of the rows that SQNR is computed on; None takes all.
         what_if: what `what_if_statistics` returned for `x`, if it was asked.
 
     Returns:
         float64 [len(STATISTICS)].
     """
-    amax, nonfinite = tensor_amax(x), torch.zeros((), device=x.device)
-    x, scale = x.detach().float(), torch.nan_to_num(scale, nan=1.0)
-    if not _surely(torch.isfinite(amax)):
-        finite = torch.isfinite(x)
-        x = torch.where(finite, x, 0.0)
-        amax, nonfinite = tensor_amax(x), x.numel() - torch.count_nonzero(finite)
-    fits = x.numel() == 0 or _surely(amax * scale.amax() <= format.max)
-    size = x.abs().mul_(scale)
-    if not fits:
-        size = size.clamp_(max=_LARGEST)
-    nonzero = torch.count_nonzero(size)
-    clamped = excess = torch.zeros((), device=x.device)
-    if not fits:
-        point = format.clamp_point
-        over = size >= point if format.clamp_point_clamps else size > point
-        clamped = torch.count_nonzero(over)
-        excess = _sums(torch.where(over, size - format.max, 0.0)).sum()
-    row = [
-        amax,
-        nonfinite,
-        torch.full((), x.numel(), device=x.device),
-        nonzero,
-        clamped,
-        excess,
-        _sums(size).sum(),
-        # A mask of floats: on the CPU twice as fast as one of bools.
-        nonzero - _sums(size.clone().gt_(format.underflow_point)).sum(),
-    ]
-    if rows is not None:
-        x = x.index_select(0, rows)
-        scale = scale.index_select(0, rows) if scale.numel() > 1 else scale
-    # Squares are summed before the scale is undone: scaled values cannot under- or overflow.
-    unscale = scale.double().square().reciprocal()
-    scaled = (x * scale).clamp(-_LARGEST, _LARGEST)
-    inside = scaled if fits else scaled.clamp(-format.max, format.max)
-    errors = (scaled, round_in_range(inside, format) - scaled, inside - scaled)
-    row += [(_sums(error.square()) * unscale).sum() for error in errors]
-    sums = torch.stack([value.double() for value in row])
+    if x.numel() == 0:
+        return torch.zeros(len(STATISTICS), dtype=torch.float64, device=x.device)
+    casts = casts_of(x, scale, format) if casts is None else casts
+    x, scale = x.detach(), torch.nan_to_num(scale, nan=1.0)
+    # Reading a flag is free on the CPU alone, and what does not wait can be one pass if compiled.
+    by_passes = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    sums = (_by_passes if by_passes else _at_once)(x, scale, format)
+    sums = torch.cat([sums, _squares(casts, format, by_passes)])
     return torch.cat([sums, sums.new_zeros(len(WHAT_IF)) if what_if is None else what_if])
 
 
-_OTHER = {"e4m3": "e5m2", "e5m2": "e4m3", "e4m3fnuz": "e5m2fnuz", "e5m2fnuz": "e4m3fnuz"}
-
-
-def what_if_statistics(
-    x: Tensor, format: FloatFormat, delayed_scale: Tensor | None, rows: Tensor | None = None
-) -> Tensor:
-    """What other scalings would have done to an operand.
-
-    Dynamic and per-row scales cannot clamp, so only delayed scaling's clamping is counted.
+def _at_once(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
+    """The columns from "amax" to "underflow": sums by row alone, which a compiler makes one pass.
 
     Args:
-        x: [rows, columns], high precision.
-        format: the 8-bit format of the operand.
-        delayed_scale: float32 scalar from the layer's history; None or 0 if there is none.
-        rows: int64 indices of the rows that underflow is counted on; None takes all.
+        x: [rows, columns], not empty.
+        scale: float32, scalar or [rows, 1], finite.
+        format: as `operand_statistics`.
 
     Returns:
-        float64 [len(WHAT_IF)].
+        float64 [8].
     """
-    x = x.detach().float()
-    size = torch.where(torch.isfinite(x), x, 0.0).abs()
-    amax = _amax(size)
-    sampled = size if rows is None else size.index_select(0, rows)
-    nonzero = sampled > 0
-    zero = torch.zeros((), device=x.device)
-    scale = zero if delayed_scale is None else delayed_scale
-    held = torch.where(scale > 0, format.max / scale, torch.inf)
-    clamped = size > torch.where(scale > 0, format.clamp_point / scale, torch.inf)
-    other = float_format(_OTHER.get(format.name, format.name))
-
-    def flushed(scale: Tensor, format: FloatFormat) -> Tensor:
-        return (nonzero & (sampled * scale <= format.underflow_point)).sum()
-
-    values = (
-        size.sum(dtype=torch.float64),
-        torch.where(scale > 0, size.numel(), 0),
-        clamped.sum(),
-        torch.where(clamped, size - held, 0.0).sum(dtype=torch.float64),
-        nonzero.sum(),
-        torch.where(scale > 0, flushed(scale, format), 0),
-        flushed(amax_to_scale(amax, format.max), format),
-        flushed(amax_to_scale(row_amax(sampled), format.max), format),
-        flushed(amax_to_scale(amax, other.max), other),
+    size = x.abs()
+    finite = size <= torch.finfo(x.dtype).max
+    size = torch.where(finite, size.float(), 0.0)
+    scaled = (size * scale).clamp(max=_LARGEST)
+    over = _over(scaled, format)
+    rows = (
+        _count(~finite),
+        _count(scaled > 0),
+        _count(over),
+        _sums(torch.where(over, scaled - format.max, 0.0)),
+        _sums(scaled),
+        _count(scaled <= format.underflow_point),
     )
-    return torch.stack([value.double() for value in values])
+    nonfinite, nonzero, clamped, excess, magnitude, small = torch.cat(rows, dim=-1).sum(0).unbind()
+    amax = size.amax(dim=-1).amax().double()
+    numel = torch.full_like(amax, x.numel())
+    underflow = small - (numel - nonzero)
+    return torch.stack([amax, nonfinite, numel, nonzero, clamped, excess, magnitude, underflow])
+
+
+def _by_passes(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
+    """The same where each operation is a pass over memory: few of them, and in place.
+
+    Most tensors have nothing to clamp and nothing that is not finite, which their amax tells.
+    """
+    amax = tensor_amax(x).item()
+    size = x.abs() if x.dtype is torch.float32 else x.float().abs_()
+    nonfinite = 0
+    if not math.isfinite(amax):
+        finite = torch.isfinite(size)
+        nonfinite = x.numel() - int(torch.count_nonzero(finite))
+        size = torch.where(finite, size, 0.0)
+        amax = size.amax().item()
+    fits = amax * scale.amax().item() <= format.max
+    size.mul_(scale)
+    clamped = excess = 0.0
+    if not fits:
+        over = _over(size.clamp_(max=_LARGEST), format)
+        clamped = torch.count_nonzero(over).item()
+        excess = _sums(torch.where(over, size - format.max, 0.0)).sum().item()
+    magnitude = _sums(size).sum().item()
+    # Masks of floats: twice as fast as those of bools.
+    left = torch.gt(size, format.underflow_point, out=torch.empty_like(size))
+    left, nonzero = _sums(left).sum().item(), _sums(size.gt_(0)).sum().item()
+    return torch.tensor(
+        [amax, nonfinite, x.numel(), nonzero, clamped, excess, magnitude, nonzero - left],
+        dtype=torch.float64,
+    )
+
+
+def _squares(casts: Casts, format: FloatFormat, by_passes: bool) -> Tensor:
+    """The columns "signal", "noise" and "clamp_noise"; float64 [3]."""
+    errors = [casts.scaled, casts.cast - casts.scaled]
+    amax = tensor_amax(casts.scaled).item() if by_passes else math.nan
+    if not amax <= format.max:
+        errors.append(casts.clamped - casts.scaled)
+    if not amax < _LARGEST:  # only then can there have been inf or NaN
+        finite = torch.isfinite(casts.values)
+        errors = [torch.where(finite, error, 0.0) for error in errors]
+    norms = [torch.linalg.vector_norm(error, dim=-1, keepdim=True) for error in errors]
+    # Squares are summed before the scale is undone: scaled values cannot under- or overflow.
+    sums = ((torch.cat(norms, dim=-1).double() / casts.scale.double()) ** 2).sum(0)
+    return F.pad(sums, (0, 3 - len(errors)))
 
 
 def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
@@ -185,7 +225,7 @@ def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
     finite = torch.isfinite(exact)
     exact = torch.where(finite, exact, 0.0)
     values = {
-        "amax": _amax(exact),
+        "amax": tensor_amax(exact),
         "nonfinite": (~finite).sum(),
         "numel": torch.full((), exact.numel(), device=exact.device),
         "signal": _sums(exact.square()).sum(),
@@ -225,41 +265,16 @@ def shares(sums: Tensor) -> dict[str, Tensor]:
     """
     column = dict(zip(COLUMN, sums.unbind(-1), strict=True))
     return {
-        "clamped_fraction": _ratio(column["clamped"], column["numel"]),
-        "clamped_mass": _ratio(column["excess"], column["magnitude"]),
-        "underflow_fraction": _ratio(column["underflow"], column["nonzero"]),
+        "clamped_fraction": ratio(column["clamped"], column["numel"]),
+        "clamped_mass": ratio(column["excess"], column["magnitude"]),
+        "underflow_fraction": ratio(column["underflow"], column["nonzero"]),
         "sqnr_db": _decibel(column["signal"], column["noise"]),
         "clamp_sqnr_db": _decibel(column["signal"], column["clamp_noise"]),
     }
 
 
-def what_if_shares(sums: Tensor) -> dict[str, Tensor]:
-    """The same shares, had the operand been scaled otherwise.
-
-    Args:
-        sums: float64 [..., len(STATISTICS)].
-
-    Returns:
-        float64 [...] each, by "what_if_{scaling}_{share}"; NaN where nothing was measured.
-    """
-    column = dict(zip(COLUMN, sums.unbind(-1), strict=True))
-    shares = {
-        "delayed_clamped_fraction": _ratio(column["delayed_clamped"], column["delayed_numel"]),
-        "delayed_clamped_mass": _ratio(column["delayed_excess"], column["size"]),
-    }
-    for scaling in ("delayed", "dynamic", "rowwise", "other"):
-        flushed = column[f"{scaling}_underflow"]
-        shares[f"{scaling}_underflow_fraction"] = _ratio(flushed, column["sampled_nonzero"])
-    measured, has_history = column["size"] > 0, column["delayed_numel"] > 0
-    return {
-        f"what_if_{name}": torch.where(
-            has_history if name.startswith("delayed") else measured, share, torch.nan
-        )
-        for name, share in shares.items()
-    }
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """A share; 0 where there is no whole."""
     return torch.where(whole > 0, part / whole, 0.0)
 
 
@@ -267,8 +282,10 @@ def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
     return torch.where(signal > 0, 10 * torch.log10(signal / noise), torch.nan)
 
 
-def _amax(x: Tensor) -> Tensor:
-    return x.abs().amax() if x.numel() else x.new_zeros(())
+def _over(scaled: Tensor, format: FloatFormat) -> Tensor:
+    """bool, which magnitudes the clamp changes more than rounding would."""
+    point = format.clamp_point
+    return scaled >= point if format.clamp_point_clamps else scaled > point
 
 
 def _sums(x: Tensor) -> Tensor:
@@ -276,10 +293,8 @@ def _sums(x: Tensor) -> Tensor:
     return x.sum(dim=-1, keepdim=True).double()
 
 
-def _surely(condition: Tensor) -> bool:
-    """Whether it holds, where that can be read without waiting for a device; else False.
-
-    Most tensors have nothing to clamp and nothing that is not finite: on the CPU that saves more
-    than half of the passes.
-    """
-    return not torch.compiler.is_compiling() and condition.device.type == "cpu" and bool(condition)
+def _count(mask: Tensor) -> Tensor:
+    """By row: float64 [rows, 1]. Sums of floats are vectorised, those of bools are not."""
+    if mask.shape[-1] >= 2**24:  # float32 counts no further
+        return _sums(mask)
+    return _sums(torch.where(mask, 1.0, 0.0))

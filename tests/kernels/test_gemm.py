@@ -16,16 +16,6 @@ def all_codes(name: str) -> torch.Tensor:
     return codes[~codes.float().isnan()]
 
 
-@pytest.mark.parametrize("name", FP8)
-def test_decoding_by_bit_shifts_is_exact_for_every_code(name: str) -> None:
-    codes = all_codes(name)
-    assert len(codes) >= 250
-    fast = gemm._as_float16(codes)
-    assert fast.dtype is torch.float16
-    assert torch.equal(fast.float(), codes.float())
-    assert torch.equal(fast.float().signbit(), codes.float().signbit())
-
-
 @pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", FP8)
 def test_widening_is_exact(name: str, wide: torch.dtype) -> None:

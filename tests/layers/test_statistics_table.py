@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fp import PrecisionMap, convert
+from lightning_fp.layers.observe import OUTPUT_FEATURES
 from lightning_fp.layers.statistics_table import OPERANDS, StatisticsTable
 from lightning_fp.numerics import COLUMN, float_format, operand_statistics, shares
 from tests.helper import saved_tensors
@@ -91,6 +92,29 @@ def test_four_micro_batches_are_one_batch_of_four(format: str) -> None:
     parts = table.take()
     parts[:, OPERANDS.index("weight"), 1:] /= 4  # the weight is cast by every micro-batch
     assert_equal(parts, whole)
+
+
+@pytest.mark.parametrize("features", [64, 100])
+def test_the_output_is_seen_through_some_features(features: int) -> None:
+    """Which do not depend on the batch, and rotate: a bad one is found, and counted once."""
+    layer = nn.Linear(32, features, bias=False)
+    nn.init.normal_(layer.weight, std=0.1)
+    with torch.no_grad():
+        layer.weight[7] = 1000.0  # clamped
+    table, _ = observed(layer)
+    x = torch.randn(8, 32)
+    stride = -(-features // OUTPUT_FEATURES)
+    found = []
+    for turn in range(stride):
+        table.collect(True, turn)
+        layer(x)
+        whole = table.take()[0, OPERANDS.index("output")]
+        assert whole[COLUMN["numel"]] == 8 * -(-features // stride)
+        for part in x.chunk(4):
+            layer(part)
+        assert_equal(table.take()[0, OPERANDS.index("output")], whole)
+        found.append(whole[COLUMN["clamp_noise"]].item() > 0)
+    assert found.count(True) == 1
 
 
 def test_a_layer_called_twice_before_one_backward() -> None:

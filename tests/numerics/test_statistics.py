@@ -17,12 +17,14 @@ from lightning_fp.numerics import (
     COLUMN,
     STATISTICS,
     FloatFormat,
+    casts_of,
     float_format,
     operand_statistics,
     output_statistics,
     sampled_rows,
     shares,
 )
+from lightning_fp.numerics.statistics import _at_once, _squares
 
 E4M3, E5M2 = float_format("e4m3"), float_format("e5m2")
 NUMPY = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
@@ -104,8 +106,13 @@ def assert_same(row: Tensor, expected: dict[str, float], factor: float = 1.0) ->
 @example([math.nan, math.inf], 1.0, E5M2)
 @example([*[0.01] * 20, 3000.0], 1.0, E4M3)
 def test_one_scale(x: list[float], scale: float, format: FloatFormat) -> None:
-    row = operand_statistics(torch.tensor(x).view(1, -1), torch.tensor(scale), format)
+    operand, factor = torch.tensor(x).view(1, -1), torch.tensor(scale)
+    row = operand_statistics(operand, factor, format)
     assert_same(row, brute_force([x], [scale], format), scale)
+    if x:  # what compilers and devices get is the same
+        torch.testing.assert_close(_at_once(operand, factor, format), row[:8])
+        squares = _squares(casts_of(operand, factor, format), format, by_passes=False)
+        torch.testing.assert_close(squares, row[8:11])
 
 
 @settings(max_examples=60, deadline=None)
@@ -118,7 +125,9 @@ def test_one_scale(x: list[float], scale: float, format: FloatFormat) -> None:
 )
 def test_one_scale_per_row(case: tuple[list[tuple[float, ...]], list[float]]) -> None:
     rows, scale = case
-    row = operand_statistics(torch.tensor(rows), torch.tensor(scale).view(-1, 1), E4M3)
+    operand, factor = torch.tensor(rows), torch.tensor(scale).view(-1, 1)
+    row = operand_statistics(operand, factor, E4M3)
+    torch.testing.assert_close(_at_once(operand, factor, E4M3), row[:8])
     assert_same(row, brute_force(rows, scale, E4M3), min(scale))
 
 
@@ -131,8 +140,8 @@ def test_every_dtype(dtype: torch.dtype) -> None:
 
 def test_sampled_rows_are_the_only_ones_in_the_squares() -> None:
     x = torch.randn(8, 16) * 300
-    index = torch.tensor([1, 5])
-    row = columns(operand_statistics(x, torch.tensor(1.0), E4M3, index))
+    index, scale = torch.tensor([1, 5]), torch.tensor(1.0)
+    row = columns(operand_statistics(x, scale, E4M3, casts_of(x, scale, E4M3, index)))
     whole = brute_force(x.tolist(), [1.0] * 8, E4M3)
     sampled = brute_force(x[index].tolist(), [1.0] * 2, E4M3)
     assert row["clamped"] == whole["clamped"] > sampled["clamped"]
