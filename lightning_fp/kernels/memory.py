@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,26 @@ class OperandRecord:
         self.recorded.copy_(combine(self.recorded, torch.stack(rows).double()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightCast:
+    """The cast of a weight, shared by the micro-batches of one step and by their backwards."""
+
+    key: tuple[object, ...]
+    """What it was made from; another key, another cast."""
+
+    cast: Tensor
+    """FP8 [out_features, in_features]."""
+
+    scale: Tensor
+    """float32 scalar."""
+
+    amax: Tensor
+    """float32 scalar; not finite if the weight is not."""
+
+    row: Tensor
+    """What each micro-batch records of the weight."""
+
+
 class OperandMemory(OperandRecord):
     """The record that delayed scaling keeps at every step, and the scales that follow from it.
 
@@ -71,6 +92,23 @@ class OperandMemory(OperandRecord):
     def __init__(self, scales: Tensor) -> None:
         super().__init__(operands=2, width=2, device=scales.device)
         self.scales = scales
+        self.shares_weight_cast = False
+        """Whether calls of one step share the cast of the weight, in eager mode."""
+        self.weight_cast: WeightCast | None = None
+
+    def weight_key(self, weight: Tensor, *how: object) -> tuple[object, ...]:
+        """What the cast of a weight depends on; tensors tell by their version that they changed.
+
+        Args:
+            weight: the weight.
+            how: what else the cast depends on.
+        """
+        return weight._version, weight.data_ptr(), self.scales._version, *how
+
+    def weight_cast_of(self, key: tuple[object, ...]) -> WeightCast | None:
+        """The cast kept, if it is the one of this key."""
+        kept = self.weight_cast
+        return kept if kept is not None and kept.key == key else None
 
 
 def combine(record: Tensor, other: Tensor) -> Tensor:

@@ -3,6 +3,11 @@
 Keeps for backward the FP8 input (a quarter or half of what high precision keeps) and the
 parameter itself. The weight is cast again in backward: under FSDP a saved cast copy would keep
 the unsharded weight alive between forward and backward (pytorch/ao#1629).
+
+Where a step has several micro-batches, delayed scaling can cast the weight once for all of them and
+their backwards: the layer's memory keeps the cast until the step ends, a byte per element. That is
+for eager mode alone (compiled code may write no attributes inside of activation checkpointing), and
+for weights that are whole, for the reason above.
 """
 
 from __future__ import annotations
@@ -18,7 +23,14 @@ from torch.autograd.function import once_differentiable
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.gemm import cast_operand, multiply, operand_dtype, widen
 from lightning_fp.kernels.hardware import check_alignment
-from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandMemory, in_slot
+from lightning_fp.kernels.memory import (
+    GRAD_OUTPUT,
+    INPUT,
+    WEIGHT,
+    OperandMemory,
+    WeightCast,
+    in_slot,
+)
 from lightning_fp.numerics import (
     FORMATS,
     FloatFormat,
@@ -101,10 +113,12 @@ class NativeKernel:
                 in_features=weight.shape[1],
                 out_features=weight.shape[0],
             )
-        scales = leaf = None
+        scales = leaf = share = None
         slot = 0
         if memory is not None and self.delayed:
             scales = memory.scales
+            if memory.shares_weight_cast and record and not torch.compiler.is_compiling():
+                share = memory
         # Without a gradient of its own a frozen backbone would keep its activations for the leaf.
         differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         if memory is not None and record and differentiable:
@@ -112,7 +126,7 @@ class NativeKernel:
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
             output, row_input, row_weight = _NativeLinear.apply(
-                rows, weight, scales, leaf, slot, self, emulate, record
+                rows, weight, scales, leaf, slot, self, emulate, record, share
             )
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             if memory is not None and record:
@@ -157,13 +171,26 @@ class _NativeLinear(torch.autograd.Function):
         kernel: NativeKernel,
         emulate: bool,
         record: bool,
+        share: OperandMemory | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = operand_dtype(input) if emulate else None
-        amax_x, amax_w = tensor_amax(input), tensor_amax(weight)
+        amax_x = tensor_amax(input)
         scale_x = kernel.scale(amax_x, scales, INPUT, kernel.input)
-        scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
         x8, x = cast_operand(input, scale_x, kernel.input, wide)
-        _, w = cast_operand(weight, scale_w, kernel.weight, wide)
+        key = None if share is None else share.weight_key(weight, kernel)
+        kept = None if share is None or key is None else share.weight_cast_of(key)
+        if kept is None:
+            amax_w = tensor_amax(weight)
+            scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
+            w8, w = cast_operand(weight, scale_w, kernel.weight, wide)
+            row_w = _row(weight, amax_w, record)
+            if share is not None and key is not None:
+                share.weight_cast = WeightCast(
+                    key=key, cast=w8, scale=scale_w, amax=amax_w, row=row_w
+                )
+        else:
+            amax_w, scale_w, row_w = kept.amax, kept.scale, kept.row
+            w = widen(kept.cast, wide)
         unscale_x, unscale_w = _unscale(scale_x, amax_x), _unscale(scale_w, amax_w)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]
@@ -176,11 +203,11 @@ class _NativeLinear(torch.autograd.Function):
             unscale_w,
             scales,
         )
-        ctx.kernel, ctx.wide = kernel, wide
+        ctx.kernel, ctx.wide, ctx.share, ctx.key = kernel, wide, share, key
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
         output = multiply(x, w.t(), unscale_x, unscale_w, input.dtype, fast_accumulation=True)
-        rows = _row(input, amax_x, record), _row(weight, amax_w, record)
+        rows = _row(input, amax_x, record), row_w if share is None else row_w.clone()
         ctx.mark_non_differentiable(*rows)
         return output, *rows
 
@@ -199,7 +226,11 @@ class _NativeLinear(torch.autograd.Function):
             _, g = cast_operand(grad_output, scale_g, kernel.grad_output, wide)
             unscale_g = _unscale(scale_g, amax_g)
             if weight is not None:
-                _, w = cast_operand(weight, scale_w, kernel.weight, wide)
+                kept = None if ctx.share is None else ctx.share.weight_cast_of(ctx.key)
+                if kept is None:
+                    _, w = cast_operand(weight, scale_w, kernel.weight, wide)
+                else:
+                    w = widen(kept.cast, wide)
                 grad_input = multiply(g, w, unscale_g, unscale_w, input_dtype)
                 del w
             if saved_input is not None and kernel.high_grad_weight:
@@ -209,7 +240,7 @@ class _NativeLinear(torch.autograd.Function):
                 grad_weight = multiply(g.t(), x, unscale_g, unscale_x, weight_dtype)
             if ctx.slot is not None:
                 grad_leaf = in_slot(_row(grad_output, amax_g, True), ctx.slot)
-        return grad_input, grad_weight, None, grad_leaf, None, None, None, None
+        return grad_input, grad_weight, None, grad_leaf, None, None, None, None, None
 
 
 def _unscale(scale: Tensor, amax: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_fp.kernels import NativeKernel
 from lightning_fp.kernels.memory import AMAX, NONFINITE, OperandMemory, fold_gradients
@@ -70,6 +71,10 @@ class ScaleHistory:
         self.headroom = torch.zeros(0, 3)
         """float32 [layers, operands]: bits left in the last step; see `Watched.values`."""
         self._cold_steps = 0
+        self._sharing = False
+        self.share_weight_casts = False
+        """Whether the calls of one step share the cast of their layer's weight, as gradient
+        accumulation wants it; from the next step on. It takes a byte per element of the weights."""
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -118,6 +123,7 @@ class ScaleHistory:
         self._memory = [OperandMemory(scales) for scales in self._scales.unbind(0)]
         for layer, memory in zip(self._layers.values(), self._memory, strict=True):
             layer.record, layer.memory = True, memory
+        self._share(self._memory)
         self._watched = _nothing_watched(self._scales)
         self._any_cold = any(_kernel(layer).cold for layer in self._layers.values())
         self._cold_steps = 0
@@ -147,7 +153,17 @@ class ScaleHistory:
         self._scales.copy_(history_scale(self._history, self._limits, self.config))
         torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
         self._grad_record.zero_()
+        self._share(memories)
         self._warm_up()
+
+    def _share(self, memories: Iterable[OperandMemory]) -> None:
+        """Drop the casts of the step's weights, and say whether the next step keeps its own."""
+        if not (self.share_weight_casts or self._sharing):
+            return
+        self._sharing = self.share_weight_casts
+        for layer, memory in zip(self._layers.values(), memories, strict=True):
+            memory.weight_cast = None
+            memory.shares_weight_cast = self._sharing and _is_whole(layer)
 
     def _watch(self, amax: Tensor, nonfinite: Tensor) -> None:
         """Keep what must be exact at every step: a single huge value may not be missed."""
@@ -252,6 +268,16 @@ def _nothing_watched(scales: Tensor) -> Tensor:
     """[..., 4] for scales of shape [...]."""
     nothing = torch.zeros_like(scales)
     return torch.stack([nothing, torch.full_like(scales, torch.inf), nothing, nothing], dim=-1)
+
+
+def _is_whole(layer: FPLinear) -> bool:
+    """Whether the weight is not sharded, as it shows between steps.
+
+    Under FSDP a kept cast would hold as much memory as sharding is there to save.
+    """
+    weight = layer.weight
+    whole = (layer.out_features, layer.in_features)
+    return not isinstance(weight, DTensor) and tuple(weight.shape) == whole
 
 
 def _kernel(layer: FPLinear) -> NativeKernel:
