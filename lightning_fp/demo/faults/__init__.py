@@ -8,7 +8,7 @@ from lightning_fp.demo.faults.base import Fault
 from lightning_fp.demo.faults.cases import CASES, FaultCase
 from lightning_fp.demo.faults.corruption import BackwardCorruption, ForwardCorruption
 from lightning_fp.demo.faults.innocent import DataFault, LearningRateJump, NaNData, ShuffledLabels
-from lightning_fp.demo.faults.run import FaultRun, fault_run
+from lightning_fp.demo.faults.run import FaultRun, fault_plugin, fault_run
 from lightning_fp.demo.faults.scaling import ActivationOutliers, GradientBursts, StuckScale
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "CASES",
     "FaultCase",
     "FaultRun",
+    "fault_plugin",
     "fault_run",
 ]

@@ -151,6 +151,7 @@ def fault_run(
 @torch.no_grad()
 def _held_out_loss(model: TinyByteGPT, text: Tensor) -> float:
     model.eval()
-    losses = [model._loss(batch) for batch in TinyBatches(text, batches=HELD_OUT_BATCHES, seed=7)]
+    batches = TinyBatches(text, batches=HELD_OUT_BATCHES, seed=0)
+    losses = [model._loss(batches._batch(number)) for number in range(1, HELD_OUT_BATCHES + 1)]
     model.train()
     return float(torch.stack(losses).mean())
