@@ -206,8 +206,6 @@ class BatchRing:
         """Forget earlier steps: no snapshot needs them."""
         while self._steps and self._steps[0].step < step:
             self._drop_oldest()
-        if self._since is not None:
-            self._since = max(self._since, step)
 
     def drop_from(self, step: int) -> None:
         """Forget this and later steps, as after a rollback to before it."""
