@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, TypeAlias
 
 Finding = Literal["precision", "not precision", "unclear"]
+
+_Pairs: TypeAlias = "Sequence[tuple[float, float]]"
+"""By step, the loss of the run and that of the replay."""
 
 LEAST_GAIN = 0.01
 """Share of the loss that high precision must gain over a trajectory to be worth a demotion where
@@ -50,10 +53,11 @@ class Anomaly:
     """Standard deviation of a healthy step's loss around that level."""
 
     @property
-    def known(self) -> bool:
-        """Whether there is a level to go by."""
-        values = (self.baseline, self.noise)
-        return all(value is not None and math.isfinite(value) for value in values)
+    def level(self) -> tuple[float, float] | None:
+        """Baseline and noise, if there are both."""
+        if self.baseline is None or self.noise is None:
+            return None
+        return (self.baseline, self.noise) if math.isfinite(self.baseline + self.noise) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +104,10 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly) -> Verdict:
     if not seen.finite and not seen.high_finite:
         reason = "the batch gives inf or NaN in high precision too"
         return Verdict(finding="not precision", reason=reason, numbers=numbers)
-    gap = seen.loss - seen.high_loss
-    if anomaly.known and anomaly.baseline is not None and anomaly.noise is not None:
-        height = seen.loss - anomaly.baseline
-        if height > LARGE * anomaly.noise and gap > (1 - RECOVERED) * height:
+    if anomaly.level is not None:
+        baseline, noise = anomaly.level
+        height, gap = seen.loss - baseline, seen.loss - seen.high_loss
+        if height > LARGE * noise and gap > (1 - RECOVERED) * height:
             reason = f"high precision takes {gap / height:.0%} of the loss's rise away at once"
             return Verdict(finding="precision", reason=reason, numbers=numbers)
     reason = "one step in high precision does not tell"
@@ -130,47 +134,75 @@ def judge_trajectory(
     """
     both = zip(losses, high_losses)  # noqa: B905 - a replay may end early
     pairs = [(a, b) for a, b in both if a is not None and b is not None]
-    count, tail = len(pairs), max(4, len(pairs) // 4)
-    if count < 4:
-        reason = f"a trajectory of {count} steps is too short to tell"
-        return Verdict(finding="unclear", reason=reason, numbers={"steps": count})
-    if not anomaly.known:
-        anomaly = _beginning(pairs)
-    live, high = (list(run) for run in zip(*pairs[-tail:], strict=True))
-    level = fmean(high)
-    numbers = {"steps": count, "loss": fmean(live), "high_loss": level}
-    if anomaly.baseline is not None:
-        numbers["baseline"] = anomaly.baseline
-    bad, high_bad = (sum(not math.isfinite(value) for value in run) for run in (live, high))
+    if len(pairs) < 4:
+        reason = f"a trajectory of {len(pairs)} steps is too short to tell"
+        return Verdict(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
+    tail = pairs[-_tail(len(pairs)) :]
+    bad, high_bad = (sum(not math.isfinite(value) for value in run) for run in _runs(tail))
     if high_bad:
         alike = 0 < bad <= 2 * high_bad
-        reason = f"high precision meets inf or NaN as well, in {high_bad} of {tail} steps"
+        reason = f"high precision meets inf or NaN as well, in {high_bad} of {len(tail)} steps"
+        numbers: dict[str, float] = {"steps": len(pairs), "bad": bad, "high_bad": high_bad}
         return Verdict(
             finding="not precision" if alike else "unclear", reason=reason, numbers=numbers
         )
+    if anomaly.level is None:
+        return _judge_by_beginning(pairs)
+    return _judge_by_level(pairs, *anomaly.level)
+
+
+def _judge_by_beginning(pairs: _Pairs) -> Verdict:
+    """Take level and noise from the first four steps: of the run, or the replay if that blew up.
+
+    They are little to go by, so the replay must not have risen by half of what it gains.
+    """
+    begun = [run for run in _runs(pairs[:4]) if all(map(math.isfinite, run))]
+    if len(pairs) < 8 or not begun:
+        reason = "nothing is known of the loss before, and too few steps were replayed to tell"
+        return Verdict(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
+    baseline = fmean(begun[0])
+    verdict = _judge_by_level(pairs, baseline, max(map(stdev, begun)))
+    risen = verdict.numbers["high_loss"] - baseline
+    if verdict.finding != "precision" or risen <= verdict.numbers["gain"] / 2:
+        return verdict
+    reason = f"{verdict.reason}, but there the loss rises too"
+    return Verdict(finding="unclear", reason=reason, numbers=verdict.numbers)
+
+
+def _judge_by_level(pairs: _Pairs, baseline: float, noise: float) -> Verdict:
+    """The replay is finite in the last quarter, and the level before is known."""
+    tail = _tail(len(pairs))
+    live, high = _runs(pairs[-tail:])
+    level = fmean(high)
+    numbers = {"steps": len(pairs), "loss": fmean(live), "high_loss": level, "baseline": baseline}
+    bad = sum(not math.isfinite(value) for value in live)
     if bad:
+        numbers["gain"] = math.inf
         reason = f"inf or NaN in {bad} of {tail} steps, none in high precision"
-        return _if_recovered(reason, pairs, anomaly, numbers, math.inf)
+        return _if_recovered(reason, pairs, baseline, noise, numbers, math.inf)
     gains = [a - b for a, b in zip(live, high, strict=True)]
     gain = fmean(gains)
-    error = stdev(gains) / math.sqrt(tail) * (1 + 3 / (tail - 1))
-    worth = gain > max(3 * error, LEAST_GAIN * abs(level))
+    error = stdev(gains) / math.sqrt(tail) * (1 + 3 / (tail - 1))  # more for few, as Student's t
+    least = LEAST_GAIN * abs(level)
+    worth = gain > max(3 * error, least + 2 * error)
     numbers.update(gain=gain, gain_error=error)
-    height = _height(fmean(live), anomaly, tail)
-    if height is None:  # no rise to explain: does low precision cost anything worth it?
+    risen = max(noise, 3 * noise / math.sqrt(tail))
+    height = numbers["loss"] - baseline
+    if height <= risen:  # nothing to explain: does low precision cost anything worth it?
         if worth:
             reason = f"high precision learns the same batches to a loss {gain:.3g} lower"
             return Verdict(finding="precision", reason=reason, numbers=numbers)
-        if gain + 3 * error < LEAST_GAIN * abs(level):
+        if gain + 3 * error < least:
             reason = f"high precision learns the same batches no better (loss lower by {gain:.3g})"
             return Verdict(finding="not precision", reason=reason, numbers=numbers)
         reason = f"high precision lowers the loss by {gain:.3g}, within the noise"
         return Verdict(finding="unclear", reason=reason, numbers=numbers)
     numbers["rise"] = height
-    large = height > LARGE * (anomaly.noise or 0.0)
-    if gain > (1 - RECOVERED) * height and (large or gain > 3 * error):
+    large, calm = height > LARGE * noise, level - baseline <= risen
+    most = gain > (0.5 if calm else 1 - RECOVERED) * height
+    if most and (large or worth):
         reason = f"the same batches in high precision take {gain / height:.0%} of the rise away"
-        return _if_recovered(reason, pairs, anomaly, numbers, height)
+        return _if_recovered(reason, pairs, baseline, noise, numbers, height)
     if gain < SAME * height and (large or not worth):
         reason = f"the loss rises in high precision as well ({1 - gain / height:.0%} of the rise)"
         return Verdict(finding="not precision", reason=reason, numbers=numbers)
@@ -178,27 +210,11 @@ def judge_trajectory(
     return Verdict(finding="unclear", reason=reason, numbers=numbers)
 
 
-def _beginning(pairs: Sequence[tuple[float, float]]) -> Anomaly:
-    """Level and noise of the first quarter, in the run or, if that blew up at once, the replay."""
-    first = max(4, len(pairs) // 4)
-    for run in zip(*pairs[:first], strict=True):
-        if len(pairs) >= 2 * first and all(map(math.isfinite, run)):
-            return Anomaly(baseline=fmean(run), noise=stdev(run))
-    return Anomaly()
-
-
-def _height(level: float, anomaly: Anomaly, count: int) -> float | None:
-    """How far the loss has risen; None if that is within the noise of a mean over `count`."""
-    if anomaly.baseline is None or anomaly.noise is None:
-        return None
-    rise = level - anomaly.baseline
-    return rise if rise > max(anomaly.noise, 3 * anomaly.noise / math.sqrt(count)) else None
-
-
 def _if_recovered(
     reason: str,
-    pairs: Sequence[tuple[float, float]],
-    anomaly: Anomaly,
+    pairs: _Pairs,
+    baseline: float,
+    noise: float,
     numbers: dict[str, float],
     height: float,
 ) -> Verdict:
@@ -206,25 +222,29 @@ def _if_recovered(
 
     Two runs gone wild part by chance, and one of them may come by the baseline.
     """
-    if anomaly.baseline is None or anomaly.noise is None:
-        return Verdict(finding="precision", reason=reason, numbers=numbers)
-    left = numbers["high_loss"] - anomaly.baseline
-    if left > max(3 * anomaly.noise, RECOVERED * min(height, 10 * anomaly.noise)):
+    left = numbers["high_loss"] - baseline
+    if left > max(3 * noise, RECOVERED * min(height, 10 * noise)):
         reason = f"{reason}, but the loss does not come back to its baseline"
         return Verdict(finding="unclear", reason=reason, numbers=numbers)
-    peak, high_peak = (_peak(run, anomaly.baseline) for run in _apart_from_bad_batches(pairs))
-    if height > LARGE * anomaly.noise and high_peak > min(peak / 2, 10 * anomaly.noise):
+    # Where neither was finite, it was the data.
+    apart = [pair for pair in pairs if any(map(math.isfinite, pair))]
+    peak, high_peak = (_peak(run, baseline) for run in _runs(apart))
+    large = LARGE * noise
+    if height > large and high_peak > max(large, min(peak / 4, 10 * noise)):
         reason = f"{reason}, but there the loss rose as well before it came back"
         return Verdict(finding="unclear", reason=reason, numbers=numbers)
     return Verdict(finding="precision", reason=reason, numbers=numbers)
 
 
-def _apart_from_bad_batches(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, ...]]:
-    """Both runs, without the steps at which neither was finite: those were the data."""
-    return list(zip(*(pair for pair in pairs if any(map(math.isfinite, pair))), strict=True))
+def _tail(count: int) -> int:
+    return max(4, count // 4)
+
+
+def _runs(pairs: _Pairs) -> tuple[list[float], list[float]]:
+    """The run and the replay."""
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def _peak(run: Sequence[float], baseline: float) -> float:
-    """How far four steps in a row were above the baseline, at worst."""
-    above = [value - baseline if math.isfinite(value) else math.inf for value in run]
-    return max(fmean(above[i : i + 4]) for i in range(max(1, len(above) - 3)))
+    """How far the loss was above the baseline, at worst."""
+    return max(value - baseline if math.isfinite(value) else math.inf for value in run)
