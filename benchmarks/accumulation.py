@@ -1,4 +1,4 @@
-"""What sharing the weights' casts between micro-batches gains: a d=256 GPT, 4 micro-batches, eager."""
+"""What it gains to cast a weight once for 4 micro-batches: a d=256 GPT on the CPU, eager."""
 
 from __future__ import annotations
 

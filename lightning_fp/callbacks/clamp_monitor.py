@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_fp.callbacks.remedies import Limits, Warnings
 from lightning_fp.callbacks.sampling import Listener, SampledSteps, StepSampler
+from lightning_fp.callbacks.step_losses import StepLosses
 from lightning_fp.callbacks.summary import flops_share, per_layer, summary
 from lightning_fp.layers import FPLinear, PrecisionMap
-from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
+from lightning_fp.records import LossWriter, StatisticsRows, StatisticsWriter, statistics_rows
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +26,10 @@ class ClampMonitor(L.Callback):
 
     Sampled steps, one in every window of `every_n_steps`, gather statistics inside the layers;
     under delayed scaling amax, headroom and non-finite values are exact at every step besides.
-    Nothing waits for the device but the log interval, at which all layers' rows go to Parquet
-    parts in `<dirpath>/statistics/`, a few fixed names to every logger, and what is over a limit
-    to the log, with a remedy. Failures in here are logged, and the training goes on without it.
+    Nothing waits for the device but the log interval. Then all layers' rows go to Parquet parts in
+    `<dirpath>/statistics/`, the loss of every step to `<dirpath>/loss.csv`, a few fixed names to
+    every logger, and what is over a limit to the log, with a remedy. Failures in here are logged,
+    and the training goes on without it.
 
     >>> from lightning_fp import FP8Precision
     >>> from lightning_fp.callbacks import ClampMonitor
@@ -95,6 +98,9 @@ class ClampMonitor(L.Callback):
         )
         self._sampler: StepSampler | None = None
         self._writer: StatisticsWriter | None = None
+        self._losses = StepLosses()
+        self._loss_writer: LossWriter | None = None
+        self._begun = 0
         self._named: list[str] = []
         self._logged_at = 0
         self._interval = 1
@@ -128,6 +134,7 @@ class ClampMonitor(L.Callback):
     def _open(self, trainer: L.Trainer, directory: Path, step: int) -> None:
         table = _precision_map(trainer)
         linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
+        self._losses = StepLosses()
         self._sampler = StepSampler(
             linears, self.sample, self._steps, what_if=self.what_if, listeners=self.listeners
         )
@@ -136,6 +143,7 @@ class ClampMonitor(L.Callback):
         table.scale_history.take_watched()  # what was before this fit
         if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             self._writer = StatisticsWriter(directory, step=step)
+            self._loss_writer = LossWriter(directory)
 
     # -- sampled steps --------------------------------------------------------------------------
 
@@ -144,6 +152,7 @@ class ClampMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to collect, if this is the first micro-batch of a sampled step."""
+        self._begun = trainer.global_step
         if self._sampler is not None:
             self._safely(self._rewind_to, trainer.global_step)
             self._safely(self._sampler.before_batch, trainer.global_step)
@@ -151,6 +160,14 @@ class ClampMonitor(L.Callback):
     def sample_next(self) -> None:
         """Sample the next step to begin as well, out of turn. Call alike on all ranks."""
         self._steps.asked = True
+
+    def note_grad_norm(self, norm: Tensor) -> None:
+        """Have `loss.csv` tell the norm of this step's gradient; it is not computed for that.
+
+        Args:
+            norm: floating-point scalar, on any device; call before the batch ends.
+        """
+        self._losses.note_grad_norm(norm)
 
     def _rewind_to(self, step: int) -> None:
         """Where the run was rolled back, so are its records."""
@@ -178,6 +195,10 @@ class ClampMonitor(L.Callback):
         step = trainer.global_step
         if self._sampler is not None:
             self._safely(self._sampler.after_batch, step)
+            # In manual optimization nobody has divided the loss.
+            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            device = trainer.strategy.root_device
+            self._safely(self._losses.add, self._begun + 1, outputs, divided_by, device)
         if step // self._interval > self._logged_at // self._interval:
             self._log(trainer, pl_module)
 
@@ -196,6 +217,9 @@ class ClampMonitor(L.Callback):
     def _log_interval(self, trainer: L.Trainer, pl_module: L.LightningModule | None) -> None:
         sampled = [] if self._sampler is None else self._sampler.over_ranks()
         watched = _precision_map(trainer).scale_history.take_watched()
+        losses = self._losses.take(lambda x: trainer.strategy.reduce(x, reduce_op="mean"))
+        if self._loss_writer is not None:
+            self._loss_writer.append(losses)
         self._report(trainer, pl_module, statistics_rows(sampled, watched))
 
     def _report(
@@ -247,6 +271,7 @@ class ClampMonitor(L.Callback):
     def _close(self) -> None:
         self._running = False
         writer, self._writer = self._writer, None
+        self._loss_writer = None
         sampler, self._sampler = self._sampler, None
         if sampler is not None:
             sampler.close()

@@ -18,12 +18,10 @@ from typing_extensions import override
 from lightning_fp.callbacks.replay import StepReplay, check_replayable
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.plugins import FP8Precision
+from lightning_fp.records.parity import FILE
 from lightning_fp.stability import LayerParity, Parity, measure_parity
 
 log = logging.getLogger(__name__)
-
-FILE = "parity.jsonl"
-"""Name of the file inside of a run's directory: one line per probe."""
 
 _MOST_KEPT = 100
 

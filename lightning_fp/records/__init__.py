@@ -20,12 +20,17 @@ from lightning_fp.records.events import (
     Verdict,
     read_events,
 )
+from lightning_fp.records.loss import Loss, LossRow, LossWriter, read_loss, write_loss
+from lightning_fp.records.parity import read_parity
 from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
 from lightning_fp.records.tables import StatisticsWriter, read_statistics
 
 __all__ = [
     # reading
+    "Loss",
     "read_events",
+    "read_loss",
+    "read_parity",
     "read_statistics",
     # events
     "Demotion",
@@ -46,8 +51,11 @@ __all__ = [
     "Verdict",
     # writing
     "EventWriter",
+    "LossRow",
+    "LossWriter",
     "Sampled",
     "StatisticsRows",
     "StatisticsWriter",
     "statistics_rows",
+    "write_loss",
 ]

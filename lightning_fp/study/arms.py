@@ -22,7 +22,7 @@ from lightning_fp.layers import FormatLike
 from lightning_fp.plugins import FP8Precision
 from lightning_fp.plugins.scaling import ScalingLike
 from lightning_fp.records import read_statistics
-from lightning_fp.study.loss import Loss, write_loss
+from lightning_fp.records.loss import Loss
 from lightning_fp.study.spikes import SpikeRule, find_spikes
 
 Factory: TypeAlias = Callable[[], tuple[Any, ...]]
@@ -143,7 +143,7 @@ def run_arm(
     every_n_steps: int,
     spike_rule: SpikeRule,
 ) -> tuple[Arm, list[str]]:
-    """Train once; statistics and loss go to `directory`.
+    """Train once; the monitor's statistics and loss go to `directory`.
 
     Args:
         factory: builds model and data anew.
@@ -198,7 +198,6 @@ def run_arm(
         raise ValueError("the run made no step: the factory's dataloader must have batches")
     losses = torch.stack(list(curves.losses.values())).double().cpu()
     loss = Loss.of(list(curves.losses), losses)
-    write_loss(directory, loss)
     norms = [float(norm) for norm in curves.grad_norms]
     masses, overflow = _clamping(directory, switch.layers)
     arm = Arm(

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_fp.records.loss import Loss
 from lightning_fp.study.alignment import (
     Correction,
     corrected,
@@ -17,7 +18,6 @@ from lightning_fp.study.alignment import (
     shift_p_value,
     shifted_scores,
 )
-from lightning_fp.study.loss import Loss
 from lightning_fp.study.series import ClampSeries, Statistic, clamp_series
 from lightning_fp.study.spikes import Spike, SpikeRule, armed_step, find_spikes
 

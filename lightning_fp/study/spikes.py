@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_fp.study.loss import Loss
+from lightning_fp.records.loss import Loss
 
 MAD_TO_SIGMA = 1.4826
 """The standard deviation of a normal distribution is so many median absolute deviations."""

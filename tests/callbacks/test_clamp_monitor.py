@@ -22,7 +22,13 @@ from lightning_fp.callbacks import ClampMonitor
 from lightning_fp.cli import main
 from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.numerics import COLUMN
-from lightning_fp.records import StatisticsWriter, read_statistics
+from lightning_fp.records import (
+    LossRow,
+    LossWriter,
+    StatisticsWriter,
+    read_loss,
+    read_statistics,
+)
 from tests.helper import make_trainer, same_weights
 
 NAMES = {
@@ -262,6 +268,66 @@ class TestListeners:
         for _ in range(2):
             run(tmp_path, monitor=monitor, max_steps=4)
         assert len(steps) == 2
+
+
+class TestLoss:
+    def test_mean_over_the_micro_batches(self, tmp_path: Path) -> None:
+        """Of 26 batches four make a step, and the last two."""
+        model = Net()
+        options = {"accumulate_grad_batches": 4, "max_steps": -1, "max_epochs": 2}
+        run(tmp_path, model=model, batch_size=10, **options)
+        loss = read_loss(tmp_path)
+        assert loss.steps.tolist() == list(range(1, 15))
+        expected: list[float] = []
+        for epoch in (model.losses[:26], model.losses[26:]):
+            windows = [epoch[at : at + 4] for at in range(0, 26, 4)]
+            expected += [sum(window) / len(window) for window in windows]
+        assert loss.values.tolist() == pytest.approx(expected, rel=1e-6)
+
+    def test_of_manual_optimization_and_dicts(self, tmp_path: Path) -> None:
+        class Manual(Net):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+
+            def training_step(self, batch: list[Tensor], index: int) -> dict[str, Tensor]:
+                loss = self.loss(batch[0])
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+                self.losses.append(loss.item())
+                return {"loss": loss}
+
+        model = Manual()
+        run(tmp_path, model=model, max_steps=5)
+        assert read_loss(tmp_path).values.tolist() == pytest.approx(model.losses, rel=1e-6)
+
+    def test_a_run_that_resumes_goes_on(self, tmp_path: Path) -> None:
+        run(tmp_path / "whole", max_steps=12)
+        first = Net()
+        _, trainer = run(tmp_path / "parts", model=first, max_steps=8)
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        LossWriter(tmp_path / "parts").append([LossRow(step=9, loss=9.0)])  # to be replaced
+        run(tmp_path / "parts", max_steps=12, ckpt_path=tmp_path / "half.ckpt")
+        loss = read_loss(tmp_path / "parts")
+        assert loss.steps.tolist() == list(range(1, 13))
+        assert loss.values[:8].tolist() == pytest.approx(first.losses, rel=1e-6)
+        assert 9.0 not in loss.values
+
+    def test_with_the_norm_of_the_gradient_if_somebody_tells(self, tmp_path: Path) -> None:
+        monitor = ClampMonitor(every_n_steps=4)
+
+        class Norm(L.Callback):
+            def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.global_step % 2:
+                    monitor.note_grad_norm(torch.tensor(float(trainer.global_step)))
+
+        run(tmp_path, monitor=monitor, callbacks=(Norm(),), max_steps=4)
+        with (tmp_path / "loss.csv").open() as file:
+            told = list(csv.DictReader(file))
+        assert [row["grad_norm"] for row in told] == ["", "1.0", "", "3.0"]
+        assert all(float(row["seconds"]) > 0 for row in told)
 
 
 class TestLoggers:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lightning_fp import FP8Precision
 from lightning_fp.callbacks import ClampMonitor, ParityProbe
-from lightning_fp.callbacks.parity_probe import FILE
 from lightning_fp.records import read_statistics
+from lightning_fp.records.parity import FILE
 from lightning_fp.stability import Parity
 from tests.helper import (
     LanguageModel,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_fp.records import read_statistics
+from lightning_fp.records import read_loss, read_statistics
 from tests.callbacks.ranks import train
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +79,10 @@ def test_two_ranks_are_one(directory: Path, tmp_path: Path) -> None:
             assert same, (name, column)
     clamped = [row["clamped_mass"] for row in one.values() if row["operand"] == "input"]
     assert max(clamped) > 0
+    one, two = read_loss(tmp_path), read_loss(directory / "two")
+    assert one.steps.tolist() == two.steps.tolist() == list(range(1, 9))
+    # The model sums its loss, in bf16: the mean over two ranks is half of the whole batch's.
+    assert (two.values * 2).tolist() == pytest.approx(one.values.tolist(), rel=2e-2)
 
 
 def test_a_rank_that_fails_takes_the_others_along(directory: Path) -> None:

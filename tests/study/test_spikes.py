@@ -133,7 +133,7 @@ def test_two_columns_of_any_name(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no loss in .* it has neither loss.parquet nor metrics.csv"),
+        (None, "no loss in .* it has neither loss.csv nor metrics.csv"),
         (
             "epoch,step,val_loss\n0,0,5.0\n",
             "no column 'train_loss' .* it has epoch, step, val_loss",

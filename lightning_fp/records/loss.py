@@ -1,8 +1,9 @@
-"""A run's loss over its steps, from wherever the run has left it."""
+"""A run's loss over its steps: a line per step that outlives a crash, and who reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-FILE = "loss.parquet"
-"""Name of the loss record in a run's directory: columns "step" and "loss"."""
+FILE = "loss.csv"
+"""Name of the loss record in a run's directory."""
+
+COLUMNS = ("step", "loss", "grad_norm", "seconds")
+"""Its columns: the number of optimizer steps done, 1 after the first; mean loss of the step over
+micro-batches and ranks; norm of its gradient, empty where nobody told it; seconds it took."""
 
 LIGHTNING_FILE = "metrics.csv"
 """What Lightning's CSVLogger writes there."""
@@ -54,10 +59,55 @@ class Loss:
         return cls(unique, mean)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossRow:
+    """One step."""
+
+    step: int
+    """Optimizer steps done, 1 after the first."""
+
+    loss: float
+
+    grad_norm: float | None = None
+    seconds: float | None = None
+
+
+class LossWriter:
+    """Appends rows to `<run_dir>/loss.csv`. One process writes, any number reads.
+
+    Whole lines are appended, so that a crash leaves at most a torn last one, which is not read.
+    Where steps go back, as after a resume or a rollback, what follows replaces what was there.
+
+    Args:
+        run_dir: the run's directory; made if it is not there.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path = Path(run_dir) / FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._path.read_bytes() if self._path.is_file() else b""
+        whole = lines.rfind(b"\n") + 1
+        if whole < len(lines):
+            os.truncate(self._path, whole)
+        self._header = "" if whole else ",".join(COLUMNS) + "\n"
+
+    def append(self, rows: Iterable[LossRow]) -> None:
+        """Add rows; they are in the file when this returns. Without a row there is no file."""
+        lines = [
+            f"{row.step},{row.loss!r},{_field(row.grad_norm)},{_field(row.seconds)}\n"
+            for row in rows
+        ]
+        if lines:
+            with self._path.open("a", encoding="ascii") as file:
+                file.write("".join([self._header, *lines]))
+            self._header = ""
+
+
 def write_loss(run_dir: str | Path, loss: Loss) -> None:
-    """Leave the loss in a run's directory, where `read_loss` looks first."""
-    columns = {"step": loss.steps.numpy(), "loss": loss.values.numpy()}
-    pq.write_table(pa.table(columns), Path(run_dir) / FILE)
+    """Leave a loss in a run's directory, where `read_loss` looks first."""
+    steps, values = loss.steps.tolist(), loss.values.tolist()
+    rows = [LossRow(step=step, loss=value) for step, value in zip(steps, values, strict=True)]
+    LossWriter(run_dir).append(rows)
 
 
 def read_loss(
@@ -66,7 +116,8 @@ def read_loss(
     """The loss of a run.
 
     Args:
-        run_dir: the run's directory; its `loss.parquet` is read, or else its `metrics.csv`.
+        run_dir: the run's directory; its `loss.csv`, which ClampMonitor writes, is read, or else
+            its `metrics.csv`.
         file: another file to read: Parquet or CSV with exactly two columns, step and loss, where
             step is the number of optimizer steps done; or a CSVLogger's, which counts from 0.
         column: name of the loss in a CSVLogger's file.
@@ -86,11 +137,14 @@ def read_loss(
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
     try:
-        table = pq.read_table(path) if path.suffix == ".parquet" else pyarrow.csv.read_csv(path)
+        table = pq.read_table(path) if path.suffix == ".parquet" else _read_csv(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     names = table.column_names
-    if len(names) == 2:
+    if tuple(names) == COLUMNS:
+        step, column, first = "step", "loss", 0
+        table = _in_force(table)
+    elif len(names) == 2:
         step, column = names
         first = 0
     elif "step" in names and column in names:
@@ -105,6 +159,25 @@ def read_loss(
         return Loss.of(steps.long() + first, values)
     except (pa.ArrowInvalid, ValueError) as error:
         raise ValueError(f"{column!r} of {str(path)!r}: {error}") from error
+
+
+def _read_csv(path: Path) -> pa.Table:
+    """All whole lines."""
+    lines = path.read_bytes()
+    whole = lines[: lines.rfind(b"\n") + 1] or lines
+    return pyarrow.csv.read_csv(pa.BufferReader(whole))
+
+
+def _in_force(table: pa.Table) -> pa.Table:
+    """Without the rows that a later one replaces: those from its step on."""
+    steps = _numbers(table["step"])
+    later = torch.full_like(steps, torch.inf)
+    later[:-1] = steps.flip(0).cummin(0).values.flip(0)[1:]
+    return table.filter(pa.array((steps < later).tolist(), pa.bool_()))
+
+
+def _field(value: float | None) -> str:
+    return "" if value is None else repr(value)
 
 
 def _numbers(column: pa.ChunkedArray) -> Tensor:
