@@ -35,7 +35,8 @@ START = 16
 SETTLED = 64
 """Values after which the longest average says something about the floor."""
 
-_GAINS = tuple(1 / span for span in SPANS)
+_CAUTION = 0.75
+"""Share of the descent, as old and as recent averages both see it, that is expected to go on."""
 
 _MARGINS = tuple(
     errors * math.sqrt(1 / (2 * span - 1))
@@ -59,7 +60,7 @@ _UP, _DOWN = 3.0, 8.0
 """A value moves the averages as if at most so many standard deviations off the level. Further down
 than up, because healthy losses fall fast and do not rise fast."""
 
-_MOST_SPREAD = 4.0
+_MOST_PATIENCE = 8.0
 _SPREAD_STEP = 9.0
 """One block counts for at most so many times the spread so far."""
 
@@ -80,6 +81,9 @@ class Baseline:
     level: float = 0.0
     """What a value usually is."""
 
+    descent: float = 0.0
+    """What the level falls by per step, at least 0 and rather too little than too much."""
+
     floor: float = math.inf
     """The lowest level, slowly forgotten."""
 
@@ -93,15 +97,18 @@ class Baseline:
     """The same of late."""
 
     spread: float = 1.0
-    """Variance of sums of `BLOCK` scores over `BLOCK`, of the upward ones: 1 for independent noise,
-    more where neighbours are alike or the tails are heavy. False alarms come from sums, so
-    thresholds grow with it."""
+    """Variance of sums of `BLOCK` scores, over `BLOCK`: 1 for independent noise, more where
+    neighbours are alike or the tails are heavy. From one sum to the next, where trends do not
+    count. False alarms come from sums, so thresholds grow with it."""
 
     block: float = 0.0
     """Sum of scores so far."""
 
     blocked: int = 0
     """Scores in it."""
+
+    block_before: float | None = None
+    """The sum before that."""
 
     def noise(self, least: float) -> float:
         """Robust standard deviation of a single value.
@@ -113,8 +120,8 @@ class Baseline:
 
     @property
     def patience(self) -> float:
-        """What thresholds of sums of scores are multiplied with; 1 to 4."""
-        return min(max(self.spread, 1.0), _MOST_SPREAD)
+        """What thresholds of sums of scores are multiplied with; 1 to 8."""
+        return min(max(self.spread, 1.0), _MOST_PATIENCE)
 
     def drift(self, noise: float) -> float:
         """How far the level of late is above the floor, in standard deviations; 0 if unknown.
@@ -124,7 +131,7 @@ class Baseline:
         """
         if self.floor == math.inf:
             return 0.0
-        return (self.averages[1] - self.floor) / (noise * math.sqrt(self.patience))
+        return (self.averages[1] - self.floor) / noise
 
     def forget_level(self) -> Baseline:
         """Learn the level again, keep the noise."""
@@ -145,18 +152,28 @@ class Baseline:
         noise = self.noise(least)
         known, variance, recent = self._variances(value - self.last, least)
         spread, block, blocked = self.spread, self.block, self.blocked
+        before = self.block_before
         taken = value
         if seen > START:
             taken = min(max(value, self.level - _DOWN * noise), self.level + _UP * noise)
-            spread, block, blocked = self._spread((taken - self.level) / noise)
-        gain = 2 / (2 + seen)  # the last half: a curve flattens with its age
+            spread, block, blocked, before = self._spread((taken - self.level) / noise)
+        near, mid, far = SPANS
+        half = 1 + seen / 2  # a curve flattens with its age
+        if half < far:
+            near, mid, far = min(near, half), min(mid, half), half
         short, middle, long = self.averages
-        short += (taken - short) * max(_GAINS[0], gain)
-        middle += (taken - middle) * max(_GAINS[1], gain)
-        long += (taken - long) * max(_GAINS[2], gain)
+        short += (taken - short) / near
+        middle += (taken - middle) / mid
+        long += (taken - long) / far
+        descent = 0.0
+        if short < middle < long and mid < far:
+            slope = min((middle - short) / (mid - near), (long - middle) / (far - mid))
+            descent = _CAUTION * slope
         error = noise * math.sqrt(self.patience)
         lowest = min(
-            short + _MARGINS[0] * error, middle + _MARGINS[1] * error, long + _MARGINS[2] * error
+            short + _MARGINS[0] * error,
+            middle + _MARGINS[1] * error - descent * mid,
+            long + _MARGINS[2] * error,
         )
         floor = self.floor
         if seen >= SETTLED:
@@ -165,7 +182,8 @@ class Baseline:
             seen=seen,
             last=value,
             averages=(short, middle, long),
-            level=_follow(self.level, lowest, max(1 / RISE_SPAN, gain)),
+            level=_follow(self.level, lowest, 1 / min(RISE_SPAN, half)),
+            descent=descent,
             floor=floor,
             known=known,
             variance=variance,
@@ -173,30 +191,35 @@ class Baseline:
             spread=spread,
             block=block,
             blocked=blocked,
+            block_before=before,
         )
 
     def _variances(self, difference: float, least: float) -> tuple[int, float, float]:
         square = difference * difference / 2
         known = self.known + 1
+        variance, recent = self.variance, self.recent
         if known <= START:
-            mean = self.variance + (square - self.variance) / known
-            return known, mean, mean
-        most, floor = _CLIP * _CLIP, least * least
-        slow = min(square, most * max(self.variance, floor)) / _CLIPPED
-        fast = min(square, most * max(self.recent, floor)) / _CLIPPED
-        return (
-            known,
-            self.variance + (slow - self.variance) * max(1 / NOISE_SPAN, 4 / (4 + known)),
-            self.recent + (fast - self.recent) / RECENT_SPAN,
-        )
+            variance += (square - variance) / known
+            return known, variance, variance
+        least *= least
+        slow = min(square, _CLIP * _CLIP * max(variance, least)) / _CLIPPED
+        fast = min(square, _CLIP * _CLIP * max(recent, least)) / _CLIPPED
+        variance += (slow - variance) / min(NOISE_SPAN, 1 + known / 4)
+        recent += (fast - recent) / RECENT_SPAN
+        return known, variance, recent
 
-    def _spread(self, score: float) -> tuple[float, float, int]:
+    def _spread(self, score: float) -> tuple[float, float, int, float | None]:
         block = self.block + max(score, -_UP)
         blocked = self.blocked + 1
         if blocked < BLOCK:
-            return self.spread, block, blocked
-        sums = min(2 * max(block, 0.0) ** 2 / BLOCK, _SPREAD_STEP * self.patience)
-        return self.spread + (sums - self.spread) / BLOCKS_SPAN, 0.0, 0
+            return self.spread, block, blocked, self.block_before
+        spread = self.spread
+        if self.block_before is not None:
+            squares = (block - self.block_before) ** 2 / (2 * BLOCK)
+            squares = min(squares, _SPREAD_STEP * self.patience)
+            gain = max(1 / BLOCKS_SPAN, 1 / (BLOCKS_SPAN / 4 + self.known / BLOCK))
+            spread += (squares - spread) * gain
+        return spread, 0.0, 0, block
 
 
 def _follow(level: float, value: float, gain: float) -> float:

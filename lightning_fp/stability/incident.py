@@ -60,7 +60,10 @@ class Incident:
     """Steps since it was noticed."""
 
     level: float | None
-    """The loss before it; None if that was not known."""
+    """What the loss would be without it; None if that was not known."""
+
+    descent: float = 0.0
+    """What that falls by at each step, so that a rise on a falling loss does not seem to heal."""
 
     scores: tuple[float, ...] = ()
     """Of the losses since, against that level, at most `WINDOW`."""
