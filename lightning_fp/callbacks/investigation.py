@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +46,9 @@ class Findings:
     end: Snapshot | None = None
     """The state that the trajectory in high precision ended in."""
 
+    losses: Sequence[float] = ()
+    """Of the trajectory, by step since `start`."""
+
     attribution: Attribution | None = None
     """Who is to blame, if precision is."""
 
@@ -75,8 +78,6 @@ class Case:
 
     risen: bool = True
     """Whether the loss has risen; if not, the question is whether it could be lower."""
-
-    rates: Sequence[float] = field(default_factory=list[float])
 
 
 class Investigation:
@@ -139,13 +140,14 @@ class Investigation:
         if finding == "precision":
             attribution = self._attribute(case, start)
         else:
-            likeness = looks_like(self._evidence(case, seen))
+            likeness = looks_like(self._evidence(case, seen, steps))
         return Findings(
             finding=finding,
             one_step=one_step,
             trajectory=second,
             start=start,
             end=trajectory.end,
+            losses=trajectory.losses,
             attribution=attribution,
             likeness=likeness,
             replayed=self._replayed,
@@ -245,10 +247,15 @@ class Investigation:
         if trajectory.outcome != "done":
             reason = "memory does not suffice for a replay in high precision"
             return Verdict(finding="unclear", reason=reason, numbers={}), trajectory
-        losses = [math.nan if step.loss is None else step.loss for step in steps]
-        count = len(trajectory.losses)
+        # The last step's loss may still be on its way from the device.
+        known = [
+            (step.loss, high)
+            for step, high in zip(steps, trajectory.losses, strict=False)
+            if step.loss is not None
+        ]
         anomaly = case.anomaly if case.risen else Anomaly()
-        return judge_trajectory(losses[:count], trajectory.losses, anomaly), trajectory
+        losses, high_losses = [pair[0] for pair in known], [pair[1] for pair in known]
+        return judge_trajectory(losses, high_losses, anomaly), trajectory
 
     # -- who, and what else ---------------------------------------------------------------------
 
@@ -274,7 +281,9 @@ class Investigation:
         self._replayed += 0 if found is None else found.replays
         return found
 
-    def _evidence(self, case: Case, seen: OneStep | None) -> Evidence:
+    def _evidence(
+        self, case: Case, seen: OneStep | None, steps: Sequence[RecordedStep]
+    ) -> Evidence:
         oldest = self._ring.first
         older = self._older(oldest)
         return Evidence(
@@ -284,7 +293,7 @@ class Investigation:
             older_loss=older,
             older_loss_then=None if oldest is None else oldest.loss,
             noise=case.anomaly.noise,
-            rates=case.rates,
+            rates=[_rate(step) for step in steps],
         )
 
     def _older(self, step: RecordedStep | None) -> float | None:
@@ -319,3 +328,9 @@ def _together(one_step: Verdict | None, trajectory: Verdict | None) -> Finding:
 def _hopeless(losses: Sequence[float]) -> bool:
     """Whether high precision has met nothing but inf or NaN for a while."""
     return len(losses) >= LEAST_STEPS and not any(map(math.isfinite, losses[-LEAST_STEPS:]))
+
+
+def _rate(step: RecordedStep) -> float:
+    """The learning rate of the first parameter group."""
+    groups = step.hyperparameters[0] if step.hyperparameters else []
+    return float(groups[0].get("lr", 0.0)) if groups else 0.0

@@ -129,7 +129,6 @@ class PrecisionFallback(L.Callback):
         self._rescue: Rescue | None = None
         self._open: int | None = None
         self._losses: list[Tensor] = []
-        self._changes_seen = 0
         self._loaded: dict[str, Any] | None = None
         self._failed = False
 
@@ -161,7 +160,6 @@ class PrecisionFallback(L.Callback):
         self._ring.clear()
         self._queue, self._open, self._failed = SignalQueue(), None, False
         self._losses.clear()
-        self._changes_seen = len(plugin.precision_map.changes)
         if self._layers is not None:
             self._layers.start(trainer, plugin.precision_map)
         loaded, self._loaded = self._loaded, None
@@ -187,6 +185,7 @@ class PrecisionFallback(L.Callback):
             steps=self.steps,
             dry_run=self.dry_run,
         )
+        self._rescue.others_changes()  # what was before this fit
         memory = {
             "snapshot_bytes": run.stated_bytes(),
             "all_snapshots_bytes": self._snapshots.stated_bytes(run.parts()),
@@ -274,9 +273,9 @@ class PrecisionFallback(L.Callback):
         if rescue is None:
             return
         table = rescue.plugin.precision_map
-        new, self._changes_seen = table.changes[self._changes_seen :], len(table.changes)
-        self._log.others(step, new)
-        if new:
+        table.apply()  # what waits for this step takes effect now instead of a moment later
+        if new := rescue.others_changes():
+            self._log.others(step, new)
             self._detected = self.detector.precision_changed(self._detected)
         seen, self._waiting = [*self._waiting, *self._queue.take()], []
         for signals in seen:
@@ -287,8 +286,6 @@ class PrecisionFallback(L.Callback):
             if rescue.climb(step, self._layers.judge(sound=sound, armed=armed)):
                 self._detected = self.detector.precision_changed(self._detected)
         self._probe_if_due(rescue, step)
-        table.apply()
-        self._changes_seen = len(table.changes)
         if self._calm and self._state.phase != "suspect" and self._snapshots.due(step):
             self._snapshots.take(step, rescue.run.parts())
             self._ring.drop_before(self._snapshots.oldest_step or 0)
@@ -338,7 +335,6 @@ class PrecisionFallback(L.Callback):
             onset=step if self._state.onset is None else self._state.onset,
             anomaly=self._anomaly,
             healthy_error=self._probe.usual(self._probed),
-            rates=self._ring.rates(),
             risen=not probed,
         )
         self._state, finding, went_back = rescue.investigate(self._state, case)

@@ -36,6 +36,13 @@ class Rescue:
     log: IncidentLog
     steps: Accounting
     dry_run: bool
+    _changes_seen: int = 0
+
+    def others_changes(self) -> list[Change]:
+        """What others have written to the table since the last time."""
+        changes = self.plugin.precision_map.changes
+        new, self._changes_seen = changes[self._changes_seen :], len(changes)
+        return new
 
     # -- replays --------------------------------------------------------------------------------
 
@@ -156,9 +163,12 @@ class Rescue:
         self.steps.made_good += made_good
         self.log.rolled_back(step, start.step, made_good)
         self.snapshots.drop_after(start.step)
-        if end is None:  # the batches since then are not part of the run any more
+        if end is None or since is None:  # the batches since then are not part of the run any more
             self.ring.clear()
             self.snapshots.clear()
+            return True
+        for recorded, loss in zip(since, findings.losses, strict=False):
+            self.ring.set_results(recorded.step, loss=loss, grad_norm=None, skipped=False)
         return True
 
     # -- writes ---------------------------------------------------------------------------------
@@ -194,7 +204,9 @@ class Rescue:
         table = self.plugin.precision_map
         for name, format in formats.items():
             table.set(f"re:{re.escape(name)}", linear_format(format), reason=reason)
-        return table.apply()
+        changes = table.apply()
+        self._changes_seen = len(table.changes)
+        return changes
 
 
 def _group(name: str) -> str:

@@ -27,6 +27,9 @@ AS_GOOD = 2.0
 RESERVE = 8
 """Replays of the budget that the search leaves over, to check what it found and to find a rung."""
 
+STILL = 2.0
+"""Times the healthy error that must be left for more culprits to be looked for."""
+
 HEALTHY_ERROR = 0.1
 """Relative error of a gradient below which there is nothing to attribute: casts to e4m3 and e5m2
 alone make 3% to 10%, growing with depth."""
@@ -108,25 +111,24 @@ class Attributor:
         casts = cast_errors(current)
         del current
         culprits: dict[str, float] = {}
-        rest: float | None = error
-        if error > healthy:
-            found = self._search(self._low, error)
-            rest = self._without(found) if found else error
-            if found and rest is not None and not math.isfinite(error) and rest > healthy:
-                # inf and NaN hide whatever else is wrong
-                others = [name for name in self._low if name not in found]
-                found |= self._search(others, rest)
-                rest = self._without(found)
-            culprits = dict(sorted(found.items(), key=lambda item: -item[1]))
-        least = AS_GOOD * healthy**2
-        enough = max(CURED * error**2, least) if math.isfinite(error) else least
-        if rest is None or rest**2 > enough:
+        rest = error
+        while rest > (STILL * healthy if culprits else healthy):
+            # with the worst aside the next stand out
+            found = self._search([name for name in self._low if name not in culprits], rest)
+            left = self._error(dict.fromkeys((*culprits, *found), self._high)) if found else None
+            if left is None:
+                break
+            culprits.update(found)
+            rest = left
+        culprits = dict(sorted(culprits.items(), key=lambda item: -item[1]))
+        # An error of more than 1, inf above all, is not the better for coming down to 1.
+        if rest**2 > max(CURED * min(error, 1.0) ** 2, AS_GOOD * healthy**2):
             culprits = {}
-        formats = self._rungs(list(culprits), max(rest or 0.0, healthy)) if culprits else {}
+        formats = self._rungs(list(culprits), max(rest, healthy)) if culprits else {}
         return Attribution(
             error=error,
             culprits=culprits,
-            rest=error if rest is None else rest,
+            rest=rest,
             formats=formats,
             cast_errors=casts,
             replays=self._budget - self._left,
