@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMISES = {
     "quickstart.py": ([], "formats: {'body.0': 'fp8-dynamic', 'body.2': 'fp8-dynamic'"),
     "plain_loop.py": ([], "converted back: 2 layers, first one is Linear"),
+    "detector_plain_loop.py": ([], "continues from a checkpoint: True"),
     "choose_layers.py": ([], "pattern 'block.*' matches no linear layer"),
     "clamp_monitor.py": (["--output", "run"], "More: lightning-fp stats run --layer layers.2"),
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
