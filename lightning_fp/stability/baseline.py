@@ -43,8 +43,8 @@ _MARGINS = tuple(
     for errors, span in zip((2.5, 1.5, 0.5), SPANS, strict=True)
 )
 """Added to each average, so many of its standard errors in units of the noise. The lowest of three
-noisy averages, remembered, is below the mean: with these, scores of healthy noise have a mean of 0.0
-to -0.1 (-0.2 where neighbours are alike)."""
+noisy averages, remembered, is below the mean: with these, scores of healthy noise have a mean of
+0.0 to -0.1 (-0.2 where neighbours are alike)."""
 
 _CLIP = 2.5
 """Differences count for at most so many standard deviations (Huber's proposal 2, Robust Statistics,
