@@ -140,7 +140,9 @@ class Investigation:
         if finding == "precision":
             attribution = self._attribute(case, start)
         else:
-            likeness = looks_like(self._evidence(case, seen, steps))
+            likeness = "the loss does not suffer from the error"
+            if case.risen:
+                likeness = looks_like(self._evidence(case, seen, steps))
         return Findings(
             finding=finding,
             one_step=one_step,

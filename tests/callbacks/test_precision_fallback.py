@@ -59,8 +59,8 @@ def train(
 
 
 class Reversed(L.Callback):
-    """From a step on the gradient that comes back through a layer has the wrong sign while the
-    layer is in FP8."""
+    """From a step on the gradient that comes back through a layer has the wrong sign, and is too
+    large, while the layer is in FP8."""
 
     def __init__(self, layer: str = LAYER, start: int = 20) -> None:
         self.layer, self.start = layer, start
@@ -71,7 +71,7 @@ class Reversed(L.Callback):
         def corrupt(module: Any, args: Any, output: Tensor) -> None:
             wrong = trainer.global_step >= self.start and module.format.name.startswith("fp8")
             if wrong and output.requires_grad:
-                output.register_hook(torch.neg)
+                output.register_hook(lambda gradient: -8 * gradient)
 
         self.hook = layer.register_forward_hook(corrupt)
 
@@ -252,7 +252,8 @@ def test_a_dry_run_only_logs(tmp_path: Path) -> None:
 
 
 def test_promotion_after_probation_and_a_longer_one_after_the_next(tmp_path: Path) -> None:
-    fallback = PrecisionFallback(dirpath=tmp_path, policy=FallbackPolicy(hold=20, grace=5))
+    policy = FallbackPolicy(hold=20, grace=5)
+    fallback = PrecisionFallback(dirpath=tmp_path, policy=policy, probe_every_n_steps=None)
     fault = Reversed()
     model = train([fault, SuspectAt(fallback, 60, 130, lasting=40), fallback], 190, "dynamic")
     states = [(event.before, event.after) for event in read_events(tmp_path, kinds=["state"])]

@@ -10,6 +10,7 @@ from lightning_fp.demo.faults.corruption import BackwardCorruption, ForwardCorru
 from lightning_fp.demo.faults.innocent import DataFault, LearningRateJump, NaNData, ShuffledLabels
 from lightning_fp.demo.faults.run import FaultRun, fault_plugin, fault_run
 from lightning_fp.demo.faults.scaling import ActivationOutliers, GradientBursts, StuckScale
+from lightning_fp.demo.faults.trial import Trial, trial
 
 __all__ = [
     "Fault",
@@ -31,4 +32,7 @@ __all__ = [
     "FaultRun",
     "fault_plugin",
     "fault_run",
+    # what protects a run, tried
+    "Trial",
+    "trial",
 ]
