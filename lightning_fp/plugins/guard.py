@@ -102,7 +102,7 @@ class StepGuard:
         norm = self._around_clipping(plugin, optimizer, model)
         finite = torch.isfinite(norm)
         groups = hyperparameters(optimizer)
-        if norm.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self._takes_flag(optimizer, norm):
             output = self._fused(optimizer, finite, result, kwargs)
             skipped = ~finite if self.skip_nonfinite else torch.zeros_like(finite)
         else:
@@ -117,6 +117,11 @@ class StepGuard:
             seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
         return output
+
+    @staticmethod
+    def _takes_flag(optimizer: Optimizer, norm: Tensor) -> bool:
+        """Whether the optimizer's own kernel can leave the step out, unseen by the host."""
+        return norm.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False)
 
     def _fused(self, optimizer: Any, finite: Tensor, result: Any, kwargs: dict[str, Any]) -> Any:
         """The optimizer's own kernel leaves the step out; the host hears of it a step later."""

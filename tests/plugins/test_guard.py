@@ -1,5 +1,6 @@
 """The guard before the optimizer's step: skips what is not finite, and changes nothing else."""
 
+import itertools
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_fp import FP8Precision
 from lightning_fp.plugins.guard import StepGuard
-from tests.helper import LanguageModel, fit, next_byte_loss, same_weights
+from tests.helper import LanguageModel, fit, next_byte_loss, same_weights, text_loader
 
 
 def guarded(**options: Any) -> FP8Precision:
@@ -94,30 +95,151 @@ def test_a_bad_step_is_left_out_and_the_scheduler_waits(fused: bool, clip: str) 
 
 
 def test_a_skipped_step_is_as_if_it_had_not_been() -> None:
-    class Without(Poisoned):
-        def training_step(self, batch: Tensor, index: int) -> Any:
-            return None if index == 2 else super().training_step(batch, index)
-
-    # in the other run the third batch is never stepped with, and the scheduler goes on
     skipped = fit(guarded(), Poisoned((2,)), max_steps=4)
-    reference = LanguageModel()
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
-    from tests.helper import text_loader
-
     other = FP8Precision("dynamic", base="32-true")
+    reference = LanguageModel()
     other.convert_module(reference)
-    for index, batch in enumerate(text_loader()):
-        if index == 4:
-            break
-        if index == 2:
-            continue
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * 0.5 ** min(index, 2 if index == 3 else index)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
+    batches = list(itertools.islice(text_loader(), 4))
+    for index, batch in enumerate((batches[0], batches[1], batches[3])):
+        optimizer.param_groups[0]["lr"] = 1e-2 * 0.5**index
         optimizer.zero_grad()
         next_byte_loss(reference, batch).backward()
-        other.precision_map.step()
         optimizer.step()
+        other.precision_map.step()
     assert same_weights(skipped, reference)
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_inf_is_seen_before_clipping_hides_it(clip: str) -> None:
+    class Overflowing(Poisoned):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step == 1:
+                parameter = next(self.parameters())
+                assert parameter.grad is not None
+                parameter.grad[0, 0] = float("inf")
+
+    plugin = guarded()
+    options = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": clip}
+    model = fit(plugin, Overflowing(), max_steps=3, **options)
+    assert plugin.guard is not None
+    assert [bool(step.skipped) for step in plugin.guard.steps] == [False, True, False]
+    assert float(plugin.guard.steps[1].grad_norm) == float("inf")
+    assert model.rates == [1e-2, 5e-3, 5e-3]
+
+
+def test_a_guard_that_only_looks_skips_nothing() -> None:
+    plain = fit(FP8Precision("dynamic", base="32-true"), Poisoned((2,)), max_steps=4)
+    plugin = guarded()
+    assert plugin.guard is not None
+    plugin.guard.skip_nonfinite = False
+    watched = fit(plugin, Poisoned((2,)), max_steps=4)
+    assert [bool(step.skipped) for step in plugin.guard.steps] == [False] * 4
+    finite = [bool(torch.isfinite(step.grad_norm)) for step in plugin.guard.steps]
+    assert finite == [True, True, False, False]
+    assert plain.rates == watched.rates
+    assert any(torch.isnan(p).any() for p in plain.parameters())
+
+
+def test_accumulation_skips_the_whole_step() -> None:
+    plugin = guarded()
+    model = fit(plugin, Poisoned((3,)), max_steps=3, accumulate_grad_batches=2)
+    assert plugin.guard is not None
+    assert [bool(step.skipped) for step in plugin.guard.steps] == [False, True, False]
+    assert model.rates == [1e-2, 1e-2, 5e-3, 5e-3, 5e-3, 5e-3]
+
+
+def test_a_scaler_takes_part() -> None:
+    """Unscaled before anything looks, and told what was found, once a step."""
+
+    class Scaler:
+        def __init__(self) -> None:
+            self.heard: list[bool] = []
+
+        def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.div_(1024)
+
+        def update(self, finite: Tensor) -> None:
+            self.heard.append(bool(finite))
+
+    class Scaled(Poisoned):
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return 1024 * super().training_step(batch, index)
+
+    plugin, scaler = guarded(), Scaler()
+    plugin.guard = StepGuard(scaler=scaler)
+    scaled = fit(plugin, Scaled((2,)), max_steps=4, gradient_clip_val=0.5)
+    assert scaler.heard == [True, True, False, True]
+    other = guarded()
+    plain = fit(other, Poisoned((2,)), max_steps=4, gradient_clip_val=0.5)
+    assert same_weights(scaled, plain)  # a power of two rounds nothing
+    assert other.guard is not None
+    norms = [[float(s.grad_norm) for s in guard.steps] for guard in (plugin.guard, other.guard)]
+    assert norms[0] == pytest.approx(norms[1], nan_ok=True)
+
+
+def test_steps_of_a_replay_leave_no_record_and_hold_no_scheduler() -> None:
+    plugin = guarded()
+    guard = plugin.guard
+    assert guard is not None
+
+    class Replays(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            guard.replaying = True
+            before = [p.detach().clone() for p in module.parameters()]
+            for p in module.parameters():
+                p.grad = torch.full_like(p, float("nan"))
+            guard.step(plugin, trainer.optimizers[0], module, lambda: None)
+            assert all(map(torch.equal, before, module.parameters()))
+            guard.replaying = False
+
+    model = fit(plugin, Poisoned(), max_steps=3, callbacks=[Replays()])
+    assert len(guard.steps) == 3
+    assert model.rates == [1e-2, 5e-3, 2.5e-3]
+    assert same_weights(model, fit(guarded(), Poisoned(), max_steps=3))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_step_that_a_kernel_skipped_holds_the_scheduler_one_step_later(
+    monkeypatch: pytest.MonkeyPatch, accumulate: int, replays: bool
+) -> None:
+    """On a device the host hears of it late: the schedulers wait at the next step instead.
+
+    The fused kernel takes the same flag on the host, where otherwise it is not needed.
+    """
+    monkeypatch.setattr(StepGuard, "_takes_flag", staticmethod(lambda *_: True))
+
+    def fused(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+
+    class BeginsTwice(L.Callback):
+        """A replay at the boundary enters the plugin's step context too."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if replays:
+                with trainer.precision_plugin.train_step_context():
+                    pass
+
+    plugin = guarded()
+    bad = 2 * accumulate
+    model = fit(
+        plugin,
+        Poisoned((bad,), fused),
+        max_steps=5,
+        accumulate_grad_batches=accumulate,
+        callbacks=[BeginsTwice()],
+    )
+    assert plugin.guard is not None
+    assert [bool(step.skipped) for step in plugin.guard.steps] == [False, False, True, False, False]
+    rates = model.rates[::accumulate]
+    assert rates == [1e-2, 5e-3, 2.5e-3, 1.25e-3, 1.25e-3]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    state = model.trainer.optimizers[0].state_dict()["state"]
+    assert all(entry["step"] == 4 for entry in state.values())
+    assert model.trainer.lr_scheduler_configs[0].frequency == 1
 
 
 def test_manual_optimization_with_two_optimizers() -> None:
