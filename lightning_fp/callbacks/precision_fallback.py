@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fp.callbacks.accounting import Accounting
+from lightning_fp.callbacks.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.incident_log import IncidentLog
 from lightning_fp.callbacks.investigation import Case
 from lightning_fp.callbacks.layer_watch import LayerWatch
@@ -127,6 +128,7 @@ class PrecisionFallback(L.Callback):
         self._anomaly = Anomaly()
         self._log = IncidentLog(None)
         self._rescue: Rescue | None = None
+        self._monitor: ClampMonitor | None = None
         self._open: int | None = None
         self._losses: list[Tensor] = []
         self._loaded: dict[str, Any] | None = None
@@ -162,6 +164,8 @@ class PrecisionFallback(L.Callback):
         self._losses.clear()
         if self._layers is not None:
             self._layers.start(trainer, plugin.precision_map)
+        callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        self._monitor = next((c for c in callbacks if isinstance(c, ClampMonitor)), None)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded)
@@ -254,6 +258,8 @@ class PrecisionFallback(L.Callback):
         if guarded and automatic:
             self._ring.set_hyperparameters([guarded[-1].hyperparameters])
         self._ring.end()
+        if guarded and self._monitor is not None:
+            self._monitor.note_grad_norm(guarded[-1].grad_norm)
         lr = guarded[0].hyperparameters[0].get("lr") if guarded else None
         self._queue.put(
             self._open or 0,
@@ -313,7 +319,7 @@ class PrecisionFallback(L.Callback):
             self._layers.look_again()
         suspicious = decision.kind in ("suspect", "diverged")
         onset = None if decision.onset is None else seen.step - decision.onset
-        armed = decision.cause is not Cause.LEARNING
+        armed = decision.baseline is not None and decision.cause is not Cause.LEARNING
         signals = Signals(
             step=step, armed=armed, suspicious=suspicious, onset=onset, skips=self._skips
         )
@@ -408,7 +414,7 @@ class PrecisionFallback(L.Callback):
         plugin = trainer.precision_plugin
         if isinstance(plugin, FP8Precision):
             plugin.guard = None
-        self._rescue = None
+        self._rescue = self._monitor = None
         self._snapshots.clear()
         self._ring.clear()
 

@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         help="the run's loss: a CSVLogger's metrics.csv, or Parquet or CSV with two columns, step"
-        " and loss; by default loss.parquet or metrics.csv in the run's directory",
+        " and loss; by default loss.csv (of ClampMonitor) or metrics.csv in the run's directory",
     )
     parser.add_argument(
         "--column", type=str, default="train_loss", help="name of the loss in metrics.csv"

@@ -147,6 +147,7 @@ class FP8Precision(Precision):
     ) -> tuple[Module, list[Optimizer], list[Any]]:
         """Measure FLOPs where the module has an example input, and say what runs."""
         module = self.precision_map.model
+        self._share_weight_casts(module)
         example = getattr(module, "example_input_array", None)
         sharded = module is not None and any(isinstance(m, FSDPModule) for m in module.modules())
         if self.report is not None and module is not None:
@@ -233,8 +234,15 @@ class FP8Precision(Precision):
         else:
             output = self.guard.step(self, cast(Optimizer, optimizer), model, closure, **kwargs)
         self._mid_accumulation = False
+        self._share_weight_casts(model)
         self.precision_map.step()
         return output
+
+    def _share_weight_casts(self, module: Module | None) -> None:
+        """Micro-batches of one step share the cast of each weight, where there are several."""
+        trainer = getattr(module, "_trainer", None)
+        several = trainer is not None and trainer.accumulate_grad_batches > 1
+        self.precision_map.share_weight_casts = several
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
