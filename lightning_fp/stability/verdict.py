@@ -148,7 +148,9 @@ def judge_trajectory(
         )
     if anomaly.level is None:
         return _judge_by_beginning(pairs)
-    return _judge_by_level(pairs, *anomaly.level)
+    baseline, noise = anomaly.level
+    least_rise = max(noise, 3 * noise / math.sqrt(len(tail)))
+    return _judge_by_level(pairs, baseline, noise, least_rise=least_rise)
 
 
 def _judge_by_beginning(pairs: _Pairs) -> Verdict:
@@ -161,7 +163,8 @@ def _judge_by_beginning(pairs: _Pairs) -> Verdict:
         reason = "nothing is known of the loss before, and too few steps were replayed to tell"
         return Verdict(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
     baseline = fmean(begun[0])
-    verdict = _judge_by_level(pairs, baseline, max(map(stdev, begun)))
+    noise = max(map(stdev, begun))
+    verdict = _judge_by_level(pairs, baseline, noise, least_rise=LARGE * noise)
     risen = verdict.numbers["high_loss"] - baseline
     if verdict.finding != "precision" or risen <= verdict.numbers["gain"] / 2:
         return verdict
@@ -169,8 +172,11 @@ def _judge_by_beginning(pairs: _Pairs) -> Verdict:
     return Verdict(finding="unclear", reason=reason, numbers=verdict.numbers)
 
 
-def _judge_by_level(pairs: _Pairs, baseline: float, noise: float) -> Verdict:
-    """The replay is finite in the last quarter, and the level before is known."""
+def _judge_by_level(pairs: _Pairs, baseline: float, noise: float, *, least_rise: float) -> Verdict:
+    """The replay is finite in the last quarter, and the level before is known.
+
+    A rise of up to `least_rise` is none: not more than the mean of a few steps may be off.
+    """
     tail = _tail(len(pairs))
     live, high = _runs(pairs[-tail:])
     level = fmean(high)
@@ -186,9 +192,8 @@ def _judge_by_level(pairs: _Pairs, baseline: float, noise: float) -> Verdict:
     least = LEAST_GAIN * abs(level)
     worth = gain > max(3 * error, least + 2 * error)
     numbers.update(gain=gain, gain_error=error)
-    risen = max(noise, 3 * noise / math.sqrt(tail))
     height = numbers["loss"] - baseline
-    if height <= risen:  # nothing to explain: does low precision cost anything worth it?
+    if height <= least_rise:  # nothing to explain: does low precision cost anything worth it?
         if worth:
             reason = f"high precision learns the same batches to a loss {gain:.3g} lower"
             return Verdict(finding="precision", reason=reason, numbers=numbers)
@@ -198,7 +203,7 @@ def _judge_by_level(pairs: _Pairs, baseline: float, noise: float) -> Verdict:
         reason = f"high precision lowers the loss by {gain:.3g}, within the noise"
         return Verdict(finding="unclear", reason=reason, numbers=numbers)
     numbers["rise"] = height
-    large, calm = height > LARGE * noise, level - baseline <= risen
+    large, calm = height > LARGE * noise, level - baseline <= least_rise
     most = gain > (0.5 if calm else 1 - RECOVERED) * height
     if most and (large or worth):
         reason = f"the same batches in high precision take {gain / height:.0%} of the rise away"
