@@ -128,7 +128,6 @@ class PrecisionFallback(L.Callback):
         self._anomaly = Anomaly()
         self._log = IncidentLog(None)
         self._rescue: Rescue | None = None
-        self._monitor: ClampMonitor | None = None
         self._open: int | None = None
         self._losses: list[Tensor] = []
         self._loaded: dict[str, Any] | None = None
@@ -165,7 +164,9 @@ class PrecisionFallback(L.Callback):
         if self._layers is not None:
             self._layers.start(trainer, plugin.precision_map)
         callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        self._monitor = next((c for c in callbacks if isinstance(c, ClampMonitor)), None)
+        monitor = next((c for c in callbacks if isinstance(c, ClampMonitor)), None)
+        if monitor is not None and plugin.guard is not None:
+            plugin.guard.on_norm = monitor.note_grad_norm  # for its table of losses
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded)
@@ -258,8 +259,6 @@ class PrecisionFallback(L.Callback):
         if guarded and automatic:
             self._ring.set_hyperparameters([guarded[-1].hyperparameters])
         self._ring.end()
-        if guarded and self._monitor is not None:
-            self._monitor.note_grad_norm(guarded[-1].grad_norm)
         lr = guarded[0].hyperparameters[0].get("lr") if guarded else None
         self._queue.put(
             self._open or 0,
@@ -414,7 +413,7 @@ class PrecisionFallback(L.Callback):
         plugin = trainer.precision_plugin
         if isinstance(plugin, FP8Precision):
             plugin.guard = None
-        self._rescue = self._monitor = None
+        self._rescue = None
         self._snapshots.clear()
         self._ring.clear()
 

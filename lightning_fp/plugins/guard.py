@@ -65,6 +65,8 @@ class StepGuard:
         self.scaler = scaler
         self.steps: list[GuardedStep] = []
         """The steps since somebody took them out, one for each optimizer that stepped."""
+        self.on_norm: Callable[[Tensor], object] | None = None
+        """Told the gradient's norm before each step that is not a replay's."""
         self.replaying = False
         """Whether steps belong to a replay: they are guarded, and neither kept nor held."""
         self._norm: Tensor | None = None
@@ -100,6 +102,8 @@ class StepGuard:
         if self.scaler is not None:
             self.scaler.unscale(optimizer)
         norm = self._around_clipping(plugin, optimizer, model)
+        if self.on_norm is not None and not self.replaying:
+            self.on_norm(norm)
         finite = torch.isfinite(norm)
         groups = hyperparameters(optimizer)
         if self._takes_flag(optimizer, norm):
