@@ -23,6 +23,9 @@ micro-batches and ranks; norm of its gradient, empty where nobody told it; secon
 LIGHTNING_FILE = "metrics.csv"
 """What Lightning's CSVLogger writes there."""
 
+TRAIN_LOSS = "train_loss"
+"""Its column with the loss, if the module logs it under the usual name."""
+
 
 @dataclass(frozen=True, eq=False)
 class Loss:
@@ -110,9 +113,7 @@ def write_loss(run_dir: str | Path, loss: Loss) -> None:
     LossWriter(run_dir).append(rows)
 
 
-def read_loss(
-    run_dir: str | Path, *, file: str | Path | None = None, column: str = "train_loss"
-) -> Loss:
+def read_loss(run_dir: str | Path, *, file: str | Path | None = None, column: str = COLUMN) -> Loss:
     """The loss of a run.
 
     Args:
@@ -120,12 +121,14 @@ def read_loss(
             its `metrics.csv`.
         file: another file to read: Parquet or CSV with exactly two columns, step and loss, where
             step is the number of optimizer steps done; or a CSVLogger's, which counts from 0.
-        column: name of the loss in a CSVLogger's file.
+        column: name of the loss in a CSVLogger's file; another than this one is looked for there
+            alone.
 
     Raises:
         ValueError: if there is no such file or column.
     """
-    places = [Path(run_dir) / FILE, Path(run_dir) / LIGHTNING_FILE]
+    files = (FILE, LIGHTNING_FILE) if column == TRAIN_LOSS else (LIGHTNING_FILE,)
+    places = [Path(run_dir) / name for name in files]
     path = (
         next((place for place in places if place.is_file()), None) if file is None else Path(file)
     )
