@@ -14,7 +14,12 @@ from lightning_fp.callbacks.replay import StepReplay
 from lightning_fp.callbacks.trajectory import Trajectory, TrajectoryReplay
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.plugins import FP8Precision
-from lightning_fp.stability.attribution import HEALTHY_ERROR, Attribution, Attributor
+from lightning_fp.stability.attribution import (
+    HEALTHY_ERROR,
+    Attribution,
+    Attributor,
+    gradient_error,
+)
 from lightning_fp.stability.batch_ring import BatchRing, RecordedStep
 from lightning_fp.stability.likeness import Evidence, looks_like
 from lightning_fp.stability.replay import Replay, compare
@@ -167,8 +172,7 @@ class Investigation:
         high = None if run is None or current is None else self._replay(run, self.all_high())
         if run is None or current is None or high is None or not self._is_finite(run, high):
             return None
-        error = compare(current, high, run.model, self._table).all.error
-        return error if math.isfinite(error) else math.inf
+        return gradient_error(compare(current, high, run.model, self._table))
 
     # -- one step -------------------------------------------------------------------------------
 

@@ -29,6 +29,9 @@ RESERVE = 8
 STILL = 2.0
 """Times the healthy error that must be left for more culprits to be looked for."""
 
+ENOUGH = 0.3
+"""Share of the error that may be left without more culprits being looked for."""
+
 HEALTHY_ERROR = 0.15
 """`gradient_error` below which there is nothing to attribute. Measured on a tiny GPT: casts to e4m3
 and e5m2 make 5% to 8% with 2 blocks and 6% to 12% with 8, in the worst layer."""
@@ -130,7 +133,8 @@ class Attributor:
         del current
         culprits: dict[str, float] = {}
         rest = error
-        while rest > (STILL * healthy if culprits else healthy):
+        enough = max(STILL * healthy, ENOUGH * min(error, 1.0))
+        while rest > (enough if culprits else healthy):
             # with the worst aside the next stand out
             found = self._search([name for name in self._low if name not in culprits], rest)
             left = self._error(dict.fromkeys((*culprits, *found), self._high)) if found else None
