@@ -113,7 +113,9 @@ def write_loss(run_dir: str | Path, loss: Loss) -> None:
     LossWriter(run_dir).append(rows)
 
 
-def read_loss(run_dir: str | Path, *, file: str | Path | None = None, column: str = COLUMN) -> Loss:
+def read_loss(
+    run_dir: str | Path, *, file: str | Path | None = None, column: str = TRAIN_LOSS
+) -> Loss:
     """The loss of a run.
 
     Args:
