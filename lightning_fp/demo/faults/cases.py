@@ -59,9 +59,9 @@ CASES: dict[str, FaultCase] = {
         healed_by="fp8-dynamic",
     ),
     "gradient-bursts": FaultCase(
-        make=lambda: GradientBursts("blocks.1.*", bits=32),
+        make=lambda: GradientBursts("blocks.*", bits=32),
         pace="slow",
-        layers="blocks.1.*",
+        layers="blocks.*",
         healed_by="fp8-dynamic",
     ),
     "stuck-scale": FaultCase(
@@ -84,7 +84,7 @@ CASES: dict[str, FaultCase] = {
         healed_by="high",
     ),
     "forward-clamp": FaultCase(
-        make=lambda: ForwardCorruption("blocks.1.*", kind="clamp", strength=0.5),
+        make=lambda: ForwardCorruption("blocks.1.*", kind="clamp", strength=0.3),
         scaling="fp8-dynamic",
         pace="slow",
         layers="blocks.1.*",
@@ -104,10 +104,10 @@ CASES: dict[str, FaultCase] = {
         healed_by="high",
     ),
     "backward-drift": FaultCase(
-        make=lambda: BackwardCorruption("blocks.1.*", kind="clamp", strength=0.05),
+        make=lambda: BackwardCorruption("blocks.*", kind="clamp", strength=0.05),
         scaling="fp8-dynamic",
         pace="slow",
-        layers="blocks.1.*",
+        layers="blocks.*",
         healed_by="high",
     ),
     "learning-rate": FaultCase(make=LearningRateJump, cause="other"),
