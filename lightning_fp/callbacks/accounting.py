@@ -21,13 +21,16 @@ class Accounting:
     made_good: int = 0
     """Of those rolled back, trained again on the same batches: they count as useful."""
 
+    undone: int = 0
+    """Of those rolled back, useful until then."""
+
     replayed: int = 0
     """Training steps run besides: probes, verdicts, attribution, trajectories."""
 
     @property
     def useful(self) -> int:
         """Steps that the model has learned from."""
-        return self.attempted - self.skipped - self.rolled_back + self.made_good
+        return self.attempted - self.skipped - self.undone + self.made_good
 
     def sentence(self) -> str:
         """E.g. "300 steps: 297 useful, 3 skipped, 12 rolled back (12 made good), 40 replayed"."""

@@ -52,7 +52,10 @@ class Findings:
     """The state that the trajectory in high precision ended in."""
 
     losses: Sequence[float] = ()
-    """Of the trajectory, by step since `start`."""
+    """Of the trajectory, by step since `start`; NaN for those it left out."""
+
+    made: int = 0
+    """Steps of the trajectory that were not left out."""
 
     attribution: Attribution | None = None
     """Who is to blame, if precision is."""
@@ -155,6 +158,7 @@ class Investigation:
             start=start,
             end=trajectory.end,
             losses=trajectory.losses,
+            made=trajectory.made,
             attribution=attribution,
             likeness=likeness,
             replayed=self._replayed,
@@ -253,15 +257,11 @@ class Investigation:
         if trajectory.outcome != "done":
             reason = "memory does not suffice for a replay in high precision"
             return Verdict(finding="unclear", reason=reason, numbers={}), trajectory
-        # The last step's loss may still be on its way from the device.
-        known = [
-            (step.loss, high)
-            for step, high in zip(steps, trajectory.losses, strict=False)
-            if step.loss is not None
-        ]
+        # The last step's loss may still be on its way from the device, which says nothing; a step
+        # that was left out says much.
+        losses = [math.nan if step.skipped else step.loss for step in steps]
         anomaly = case.anomaly if case.risen else Anomaly()
-        losses, high_losses = [pair[0] for pair in known], [pair[1] for pair in known]
-        return judge_trajectory(losses, high_losses, anomaly), trajectory
+        return judge_trajectory(losses, trajectory.losses, anomaly), trajectory
 
     # -- who, and what else ---------------------------------------------------------------------
 
@@ -321,14 +321,14 @@ class Investigation:
 
 
 def _together(one_step: Verdict | None, trajectory: Verdict | None) -> Finding:
-    """The trajectory weighs more; where the two contradict each other, nothing is clear."""
+    """The trajectory weighs more; one step alone acquits only where there is no trajectory."""
     first = "unclear" if one_step is None else one_step.finding
-    second = "unclear" if trajectory is None else trajectory.finding
-    if second == "unclear":
+    if trajectory is None:
         return first
-    if first == "precision" and second == "not precision":
-        return "unclear"
-    return second
+    second = trajectory.finding
+    if second == "unclear":
+        return first if first == "precision" else "unclear"
+    return "unclear" if (first, second) == ("precision", "not precision") else second
 
 
 def _hopeless(losses: Sequence[float]) -> bool:

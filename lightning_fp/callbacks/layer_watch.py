@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -111,6 +111,10 @@ class LayerWatch:
         if self._limits.watching(self._state):
             self.look_again()
         return climbing
+
+    def forget(self, layers: Collection[str]) -> None:
+        """Layers whose formats were changed begin anew."""
+        self._state = self._limits.forget(self._state, layers)
 
     # -- state ----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -281,6 +281,7 @@ class PrecisionFallback(L.Callback):
         table.apply()  # what waits for this step takes effect now instead of a moment later
         if new := rescue.others_changes():
             self._log.others(step, new)
+            self._forget([change.layer for change in new])
             self._detected = self.detector.precision_changed(self._detected)
         seen, self._waiting = [*self._waiting, *self._queue.take()], []
         for signals in seen:
@@ -345,12 +346,20 @@ class PrecisionFallback(L.Callback):
         self._state, finding, went_back = rescue.investigate(self._state, case)
         if finding == "not precision":
             self._detected = self.detector.cleared(self._detected)
+            if probed:  # an error that does no harm is what is usual from here on
+                self._probed = self._probe.accept(self._probed)
         if finding == "precision" and not self.dry_run:
+            self._forget(self._state.demoted)
             self._detected = self.detector.precision_changed(self._detected)
             self._skips = 0
         if went_back:
             self._detected = self.detector.rolled_back(self._detected)
             self._calm = True
+
+    def _forget(self, layers: Collection[str]) -> None:
+        """What was seen of layers whose formats were changed is void."""
+        if self._layers is not None:
+            self._layers.forget(layers)
 
     def _probe_if_due(self, rescue: Rescue, step: int) -> None:
         """Compare one step's gradients with high precision, if it is time."""

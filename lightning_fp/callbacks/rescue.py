@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -156,10 +157,12 @@ class Rescue:
         none_made = since is not None and all(recorded.skipped for recorded in since)
         if end is None and findings.weights_finite and none_made:
             return False  # no step was made with what was wrong
-        made_good = 0 if end is None else undone
+        skipped = 0 if since is None else sum(recorded.skipped for recorded in since)
+        made_good = 0 if end is None else findings.made
         self.run.restore_weights(start if end is None else end)
         self.run.restore_scales(start)
         self.steps.rolled_back += undone
+        self.steps.undone += undone - skipped
         self.steps.made_good += made_good
         self.log.rolled_back(step, start.step, made_good)
         self.snapshots.drop_after(start.step)
@@ -168,7 +171,8 @@ class Rescue:
             self.snapshots.clear()
             return True
         for recorded, loss in zip(since, findings.losses, strict=False):
-            self.ring.set_results(recorded.step, loss=loss, grad_norm=None, skipped=False)
+            left_out = not math.isfinite(loss)
+            self.ring.set_results(recorded.step, loss=loss, grad_norm=None, skipped=left_out)
         return True
 
     # -- writes ---------------------------------------------------------------------------------

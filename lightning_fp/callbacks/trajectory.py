@@ -36,6 +36,9 @@ class Trajectory:
     losses: Sequence[float] = ()
     """By step, mean over micro-batches and ranks."""
 
+    made: int = 0
+    """Optimizer steps that were not left out."""
+
     end: Snapshot | None = None
     """The state it ended in."""
 
@@ -63,6 +66,7 @@ class TrajectoryReplay:
     ) -> None:
         self._trainer, self._plugin = trainer, plugin
         self._take, self._restore = take, restore
+        self._made = 0
 
     def __call__(
         self,
@@ -90,6 +94,7 @@ class TrajectoryReplay:
         losses: list[float] = []
         end: Snapshot | None = None
         outcome: Outcome = "done"
+        self._made = 0
         try:
             with untouched(model), self._plugin.precision_map.overridden(formats), self._quiet():
                 self._restore(start)
@@ -106,7 +111,7 @@ class TrajectoryReplay:
             self._restore(before)
             for parameter in model.parameters():
                 parameter.grad = None  # of the step before, which has been made
-        return Trajectory(outcome=outcome, losses=losses, end=end)
+        return Trajectory(outcome=outcome, losses=losses, made=self._made, end=end)
 
     def _quiet(self) -> AbstractContextManager[object]:
         """No logs, no schedulers, no hooks, and the guard keeps no record."""
@@ -128,7 +133,10 @@ class TrajectoryReplay:
         return loss.detach()
 
     def _step(self, step: RecordedStep) -> float:
-        """One optimizer step, of all its micro-batches; the mean of their losses."""
+        """One optimizer step, of all its micro-batches; the mean of their losses.
+
+        NaN if the step was left out.
+        """
         trainer = self._trainer
         for optimizer, groups in zip(trainer.optimizers, step.hyperparameters, strict=True):
             set_hyperparameters(optimizer, groups)
@@ -146,6 +154,10 @@ class TrajectoryReplay:
                 losses.append(loss)
         if automatic:
             self._optimizer_step()
+        guard = self._plugin.guard
+        if guard is not None and guard.replay_skipped:
+            return math.nan
+        self._made += 1
         self._average(step.step)
         return float(torch.stack(losses).mean()) if losses else math.nan
 

@@ -105,6 +105,11 @@ class PrecisionMap:
         """The switchable layers by name."""
         return self._layers
 
+    @property
+    def frozen(self) -> bool:
+        """Whether a replay is going on, in formats of its own; see `overridden`."""
+        return self._frozen
+
     def formats(self) -> dict[str, str]:
         """Every layer's format now, by name; pending writes are not in it yet."""
         return {name: layer.format.name for name, layer in self._layers.items()}

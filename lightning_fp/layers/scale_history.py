@@ -125,6 +125,7 @@ class ScaleHistory:
             layer.record, layer.memory = True, memory
         self._share(self._memory)
         self._watched = _nothing_watched(self._scales)
+        self._cool_down()
         self._any_cold = any(_kernel(layer).cold for layer in self._layers.values())
         self._cold_steps = 0
         self._warm_up()
@@ -203,6 +204,14 @@ class ScaleHistory:
     def names(self) -> list[str]:
         """The layers under delayed scaling."""
         return list(self._layers)
+
+    def _cool_down(self) -> None:
+        """Where a history has been taken back to before its first entry, look for scales again."""
+        without: list[bool] = (self._scales == 0).any(dim=1).tolist()
+        for layer, cold in zip(self._layers.values(), without, strict=True):
+            kernel = _kernel(layer)
+            if cold and kernel.delayed and not kernel.cold:
+                layer.switch(layer.format, dataclasses.replace(kernel, cold=True))
 
     def _warm_up(self) -> None:
         """Give layers whose operands all have a scale the kernel that relies on it.

@@ -194,9 +194,10 @@ class FP8Precision(Precision):
         """A training forward runs in the layers' formats, frozen submodules in eval mode too."""
         if not self._mid_accumulation:
             self.precision_map.apply()
-        trainer = getattr(self.precision_map.model, "_trainer", None)
-        if self.guard is not None and trainer is not None:
-            self.guard.begin(trainer)
+        trainer: Any = getattr(self.precision_map.model, "_trainer", None)
+        guard = None if trainer is None or self.precision_map.frozen else self.guard
+        if guard is not None and trainer is not None:
+            guard.begin(trainer)
         phase = self.precision_map.phase
         phase.evaluating, self._in_train_step = False, True
         try:
@@ -204,8 +205,8 @@ class FP8Precision(Precision):
                 yield
         finally:
             self._in_train_step = False
-            if self.guard is not None and trainer is not None:
-                self.guard.end_training_step(trainer)
+            if guard is not None and trainer is not None:
+                guard.end_training_step(trainer)
             if not getattr(self.precision_map.model, "automatic_optimization", True):
                 phase.evaluating = None
             # In automatic optimization backward follows, and checkpointing runs forward again in

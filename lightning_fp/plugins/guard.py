@@ -69,6 +69,8 @@ class StepGuard:
         """Told the gradient's norm before each step that is not a replay's."""
         self.replaying = False
         """Whether steps belong to a replay: they are guarded, and neither kept nor held."""
+        self.replay_skipped = False
+        """Whether the last step of a replay was left out."""
         self._norm: Tensor | None = None
         self._hold = SchedulerHold()
         self._late: Tensor | None = None
@@ -117,7 +119,9 @@ class StepGuard:
                 self._hold.hold(model.trainer)
         if self.scaler is not None and not self.replaying:
             self.scaler.update(finite)
-        if not self.replaying:
+        if self.replaying:
+            self.replay_skipped = self.skip_nonfinite and not bool(finite)
+        else:
             seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
         return output

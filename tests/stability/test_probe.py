@@ -107,3 +107,14 @@ def test_a_loaded_state_goes_on_alike(errors: list[float | None], saved_at: int)
             loaded = state
         assert state == loaded
         step += state.wait
+
+
+def test_an_error_that_does_no_harm_is_not_suspected_again():
+    probe = Probe()
+    state = probe.seen(ProbeState(), 0, 0.1)
+    assert probe.suspicious(state, 0.9)
+    state = probe.accept(probe.seen(state, 64, 0.9))
+    assert not probe.suspicious(state, 0.95)
+    assert probe.suspicious(state, 1.2)
+    assert probe.suspicious(state, float("inf"))
+    assert probe.accept(probe.seen(state, 128, float("inf"))).accepted == 0.9
