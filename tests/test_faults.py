@@ -15,7 +15,7 @@ from tests.helper import same_weights
 PRECISION = [name for name, case in CASES.items() if case.cause == "precision"]
 OTHER = [name for name, case in CASES.items() if case.cause == "other"]
 LASTING = ["learning-rate", "shuffled-labels"]
-BRIEF = ["outliers", "gradient-overflow", "stuck-scale", "backward-zero"]
+BRIEF = ["outliers", "gradient-overflow", "stuck-scale"]
 """Tried at full length in every run of the tests; all of them on all seeds by `make proof`."""
 SEEDS = range(5)
 
@@ -75,7 +75,7 @@ def test_unprotected_fp8_ends_at_least_5_percent_worse(name: str, seed: int) -> 
 @pytest.mark.parametrize("scaling", ["fp8-delayed", "fp8-dynamic"])
 def test_fp8_without_a_fault_ends_as_high_precision(scaling: str, seed: int) -> None:
     run = fault_run(None, fault_plugin(scaling), seed=seed)
-    assert run.final_loss == pytest.approx(clean_run(seed).final_loss, rel=0.007)
+    assert run.final_loss == pytest.approx(clean_run(seed).final_loss, rel=0.005)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_the_format_that_heals_a_fault_heals_it(name: str, seed: int) -> None:
     plugin = fault_plugin(case.scaling)
     heal = _WriteAt(150, case.layers, case.healed_by)
     run = fault_run(case.make(), plugin, [heal], seed=seed)
-    assert run.final_loss == pytest.approx(clean_run(seed).final_loss, rel=0.01)
+    assert run.final_loss == pytest.approx(clean_run(seed).final_loss, rel=0.005)
 
 
 @pytest.mark.slow
@@ -135,8 +135,7 @@ class _WriteAt(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         if trainer.global_step == self.step:
             table = trainer.precision_plugin.precision_map  # pyright: ignore
-            format = "fp32" if self.format == "high" else self.format
-            table.set(self.pattern, format, reason="the test asks for it")
+            table.set(self.pattern, self.format, reason="the test asks for it")
 
 
 @pytest.mark.parametrize("name", [name for name in OTHER if name != "learning-rate"])

@@ -117,4 +117,4 @@ CASES: dict[str, FaultCase] = {
     "shuffled-labels": FaultCase(make=ShuffledLabels, cause="other"),
     "shuffled-labels-burst": FaultCase(make=lambda: ShuffledLabels(batches=30), cause="other"),
 }
-"""By name. Measured in `tests/demo/test_faults.py`."""
+"""By name; `tests/test_faults.py` shows what each does."""

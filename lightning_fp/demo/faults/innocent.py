@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class LearningRateJump(L.Callback):
-    """The learning rate is a multiple of what it should be.
+    """The learning rate is a multiple of what it was when the fault began.
 
     Args:
         factor: the multiple.
@@ -28,15 +28,15 @@ class LearningRateJump(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        if trainer.global_step < self.start:
+        end = math.inf if self.steps is None else self.start + self.steps
+        if not self.start <= trainer.global_step <= end:
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if self._right is None:
             self._right = [group["lr"] for group in groups]
-        over = self.steps is not None and trainer.global_step >= self.start + self.steps
-        if trainer.global_step == self.start + (self.steps or 0) or not over:
-            for group, right in zip(groups, self._right, strict=True):
-                group["lr"] = right if over else right * self.factor
+        factor = 1.0 if trainer.global_step == end else self.factor
+        for group, right in zip(groups, self._right, strict=True):
+            group["lr"] = right * factor
 
     def state_dict(self) -> dict[str, list[float] | None]:
         return {"right": self._right}
