@@ -1,14 +1,17 @@
-"""Train a small GPT in BF16 and FP8, flip a layer, compare scalings, save and resume."""
+"""Train a small GPT in BF16 and FP8, flip a layer, save and resume; then inject faults."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from rich.console import Console
 
 from lightning_fp.cli.output import console
 from lightning_fp.demo import DemoOptions, run_demo
 from lightning_fp.demo.clamping import clamp_table
+from lightning_fp.demo.incident import incident_table, run_incident
 from lightning_fp.demo.summary import findings, summary_table
 
 _DEFAULTS = DemoOptions()
@@ -32,13 +35,25 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=_DEFAULTS.seed, help="seed of weights and batches"
     )
+    parser.add_argument(
+        "--incident", type=bool, default=True, help="whether to inject faults in a second part"
+    )
 
 
-def run(output: Path, steps: int, scaling: str, batch_size: int, context: int, seed: int) -> int:
+def run(
+    output: Path,
+    steps: int,
+    scaling: str,
+    batch_size: int,
+    context: int,
+    seed: int,
+    incident: bool,
+) -> int:
     """Run the demo and print what it found.
 
     Returns:
-        0, or 1 if the resumed run did not end as the uninterrupted one.
+        0, or 1 if the resumed run did not end as the uninterrupted one, or the fallback did not
+        save the run with the faults.
     """
     options = DemoOptions(
         output=output,
@@ -57,4 +72,16 @@ def run(output: Path, steps: int, scaling: str, batch_size: int, context: int, s
         screen.print(f"• {line}")
     screen.print(f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name};")
     screen.print(f"  the clamp log: lightning-fp stats {options.clamp_log(options.other_scaling)}")
-    return 0 if result.resume_is_exact else 1
+    saved = not incident or _incident(output, seed, screen)
+    return 0 if result.resume_is_exact and saved else 1
+
+
+def _incident(output: Path, seed: int, screen: Console) -> bool:
+    """The second part; whether the rescued run ended within 1% of high precision."""
+    result = run_incident(output, screen, seed=seed)
+    screen.print()
+    screen.print(incident_table(result))
+    screen.print(f"• {result.steps}")
+    screen.print(f"• Step by step: {output}/events.jsonl, in words in docs/when-a-run-diverges.md")
+    (output / "incident.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    return result.gap(result.rescued) < 0.01

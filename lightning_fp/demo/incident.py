@@ -1,4 +1,4 @@
-"""The demo's second part: a fault that only FP8 suffers from, without and with the fallback."""
+"""The demo's second part: faults that only FP8 suffers from, without and with the fallback."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_fp.callbacks import PrecisionFallback
-from lightning_fp.demo.faults import ActivationOutliers, FaultRun, fault_plugin, fault_run
+from lightning_fp.demo.faults import (
+    ActivationOutliers,
+    BackwardCorruption,
+    FaultRun,
+    fault_plugin,
+    fault_run,
+)
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records.events import Event, read_events
 
 STEPS = 300
-START = 150
-"""Step at which the outliers begin."""
-
-LAYERS = "*attention*"
-"""The layers whose inputs have them."""
+OUTLIERS = "*attention*"
+"""The layers whose inputs have outliers, which grow from `OUTLIERS_START` on."""
+OUTLIERS_START = 150
+LOST = "blocks.1.mlp.down"
+"""The layer that most of the gradient is lost in, from `LOST_START` on, as a kernel at fault might
+do it: no statistics of the casts can show that."""
+LOST_START = 160
 
 
 @dataclass(frozen=True, kw_only=True)
 class IncidentResult:
-    """What the fault did, and what the fallback did about it."""
+    """What the faults did, and what the fallback did about them."""
 
     high: FaultRun
     unprotected: FaultRun
@@ -46,7 +54,10 @@ class IncidentResult:
     def to_dict(self) -> dict[str, object]:
         """As plain data."""
         return {
-            "fault": f"activation outliers in {LAYERS} from step {START} on",
+            "faults": {
+                "activation outliers": {"layers": OUTLIERS, "from step": OUTLIERS_START},
+                "lost gradients": {"layers": LOST, "from step": LOST_START},
+            },
             "final_loss": {
                 "high precision": self.high.final_loss,
                 "fp8": self.unprotected.final_loss,
@@ -59,7 +70,7 @@ class IncidentResult:
 
 
 def run_incident(output: Path, console: Console, *, seed: int = 0) -> IncidentResult:
-    """Train three times with the same fault: in high precision, in FP8, in FP8 with the fallback.
+    """Train three times with the same faults: in high precision, in FP8, in FP8 with the fallback.
 
     Args:
         output: where `events.jsonl` goes.
@@ -67,17 +78,18 @@ def run_incident(output: Path, console: Console, *, seed: int = 0) -> IncidentRe
         seed: of weights and batches.
     """
     console.print(
-        f"\nA fault: from step {START} on the inputs of the attention layers grow outliers, which"
-        " high precision\ndoes not notice and delayed scaling clamps."
+        f"\nTwo faults that high precision does not notice: from step {OUTLIERS_START} on inputs of"
+        " the attention layers\ngrow outliers, which delayed scaling clamps; from step"
+        f" {LOST_START} on most of the gradient is lost in\n{LOST} while it is in FP8."
     )
     (output / "events.jsonl").unlink(missing_ok=True)
     fallback = PrecisionFallback(dirpath=output)
     with quiet_lightning(), _lines(console):
         runs = [
             fault_run(
-                ActivationOutliers(LAYERS, bits=24, start=START),
+                ActivationOutliers(OUTLIERS, bits=24, start=OUTLIERS_START),
                 plugin,
-                callbacks,
+                [BackwardCorruption(LOST, kind="zero", strength=2.0, start=LOST_START), *callbacks],
                 seed=seed,
                 steps=STEPS,
             )
@@ -99,7 +111,7 @@ def run_incident(output: Path, console: Console, *, seed: int = 0) -> IncidentRe
 
 def incident_table(result: IncidentResult) -> Table:
     """The three runs side by side."""
-    title = "The same fault, three times"
+    title = "The same faults, three times"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("", "high precision", "fp8-delayed", "with fallback"):
         table.add_column(column, justify="left" if not column else "right")
