@@ -61,7 +61,8 @@ class PrecisionFallback(L.Callback):
         detector: what is suspicious in loss and gradient norm.
         policy: how long to wait, and how often to try.
         limit: how much a layer's casts may lose; None sets no limits.
-        every_n_steps: one in so many steps is looked at for the limits.
+        every_n_steps: one in so many steps is looked at for the limits, besides those at which
+            delayed scaling clamps, and all while a layer is over a limit.
         probe_every_n_steps: now and then one step's gradients are compared with high precision
             without a suspicion, in the long run once in so many steps; None never does.
         snapshot_every_n_steps: steps from one snapshot to the next.
@@ -85,7 +86,7 @@ class PrecisionFallback(L.Callback):
         *,
         policy: FallbackPolicy | None = None,
         limit: LayerLimit | None = LayerLimit(),  # noqa: B008 - frozen
-        every_n_steps: int = 32,
+        every_n_steps: int = 128,
         probe_every_n_steps: int | None = 1024,
         snapshot_every_n_steps: int = 16,
         snapshots: int = 3,

@@ -137,6 +137,8 @@ class Attributor:
         while rest > (enough if culprits else healthy):
             # with the worst aside the next stand out
             found = self._search([name for name in self._low if name not in culprits], rest)
+            if culprits:  # what a healthy layer makes is much of what is left by now
+                found = {name: alone for name, alone in found.items() if alone > enough}
             left = self._error(dict.fromkeys((*culprits, *found), self._high)) if found else None
             if left is None:
                 break
