@@ -12,8 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_fp import FP8Precision, PrecisionFallback
 from tests.callbacks.test_precision_fallback import LAYER, Reversed, SuspectAt, batches
@@ -44,8 +45,25 @@ class PoisonedOnOneRank(LanguageModel):
         return loss * float("nan") if self.global_rank == 1 and index == 30 else loss
 
 
+class Sharded(LanguageModel):
+    """FSDP2, each block by itself."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
 def run(
-    directory: Path, scaling: str, steps: int, fault: L.Callback | None, model: LanguageModel
+    directory: Path,
+    scaling: str,
+    steps: int,
+    fault: L.Callback | None,
+    model: LanguageModel,
+    strategy: Any = None,
 ) -> dict[str, Any]:
     fallback = PrecisionFallback(dirpath=directory)
     suspect = [SuspectAt(fallback, 60, lasting=40)] if isinstance(fault, Reversed) else []
@@ -55,17 +73,18 @@ def run(
         callbacks=[*([] if fault is None else [fault]), *suspect, fallback],
         default_root_dir=directory,
         devices=2,
-        strategy=DDPStrategy(),
+        strategy=DDPStrategy() if strategy is None else strategy,
         use_distributed_sampler=False,
     )
     trainer.fit(model, batches(steps, seed=trainer.global_rank))
     table = trainer.precision_plugin.precision_map
+    weights: Any = model.state_dict().items()
     return {
         "formats": table.formats(),
         "changes": [(c.layer, c.before, c.after, c.reason) for c in table.changes],
         "steps": fallback.steps.sentence(),
         "phase": fallback.phase,
-        "weights": model.state_dict(),
+        "weights": {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in weights},
         "optimizer_steps": [
             float(state["step"]) for state in trainer.optimizers[0].state_dict()["state"].values()
         ],
@@ -88,6 +107,14 @@ def main(directory: Path) -> None:
             directory / "incident", "dynamic", 64, ReversedOnOneRank(), LanguageModel()
         ),
         "limit": run(directory / "limit", "delayed", 80, StuckOnOneRank(), LanguageModel()),
+        "sharded": run(
+            directory / "sharded",
+            "dynamic",
+            64,
+            ReversedOnOneRank(),
+            Sharded(),
+            ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        ),
         "skip": run(directory / "skip", "dynamic", 34, None, PoisonedOnOneRank()),
     }
     torch.save(told, directory / f"rank{rank}.pt")

@@ -60,7 +60,7 @@ def told(directory: Path) -> list[dict[str, dict[str, Any]]]:
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("run", ["incident", "limit", "skip"])
+@pytest.mark.parametrize("run", ["incident", "sharded", "limit", "skip"])
 def test_both_ranks_end_alike(run: str, told: list[dict[str, dict[str, Any]]]) -> None:
     one, other = told[0][run], told[1][run]
     for what in ("formats", "changes", "steps", "phase", "optimizer_steps"):
@@ -68,14 +68,17 @@ def test_both_ranks_end_alike(run: str, told: list[dict[str, dict[str, Any]]]) -
     assert all(torch.equal(one["weights"][n], other["weights"][n]) for n in one["weights"])
 
 
+@pytest.mark.parametrize("run", ["incident", "sharded"])
 def test_an_incident_on_one_rank_demotes_on_both(
-    directory: Path, told: list[dict[str, dict[str, Any]]]
+    run: str, directory: Path, told: list[dict[str, dict[str, Any]]]
 ) -> None:
-    (demotion,) = read_events(directory / "incident", kinds=["demote"])
+    (demotion,) = read_events(directory / run, kinds=["demote"])
     assert demotion.step == 60
     assert demotion.layers == (LAYER,)
-    assert [c[0] for c in told[1]["incident"]["changes"]] == [LAYER]
-    assert told[0]["incident"]["phase"] == "probation"
+    assert [c[0] for c in told[1][run]["changes"]] == [LAYER]
+    assert told[0][run]["phase"] == "probation"
+    (rollback,) = read_events(directory / run, kinds=["rollback"])
+    assert rollback.replayed == 60 - rollback.to_step
 
 
 def test_a_layer_over_its_limit_on_one_rank_climbs_on_both(
