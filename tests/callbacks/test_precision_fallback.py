@@ -383,6 +383,22 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
     assert rates == pytest.approx([1e-3 * 0.9**2] * 2)
 
 
+def test_a_compiled_block_is_replayed_eagerly_and_goes_on_compiled(tmp_path: Path) -> None:
+    def compiled() -> LanguageModel:
+        model = LanguageModel()
+        model.model.blocks[1].compile()
+        return model
+
+    plain = train([], 30, "dynamic", compiled())
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    fallback = PrecisionFallback(dirpath=tmp_path, limit=None)
+    watched = train([SuspectAt(fallback, 20), fallback], 30, "dynamic", compiled())
+    assert same_weights(plain, watched)
+    assert len(events(tmp_path, Verdict)) == 2
+    assert not counters["graph_break"]
+
+
 # --- Resume -------------------------------------------------------------------------------------
 
 
