@@ -1,5 +1,5 @@
-"""A layer goes wrong in FP8, in mid-run: PrecisionFallback notices, finds the layer by replaying the
-run in high precision, gives it a safer format, and goes on from where high precision would be.
+"""A layer goes wrong in FP8, in mid-run: PrecisionFallback notices, finds the layer by replaying
+the run in high precision, gives it a safer format, and goes on from where high precision would be.
 """
 
 import argparse

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +10,13 @@ import torch
 
 from lightning_fp.records import read_events
 from tests.callbacks.test_precision_fallback import LAYER
-
-ROOT = Path(__file__).parents[2]
+from tests.two_ranks import run_on_two_ranks
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",  # Lightning asks for one, nobody listens on it
-            "TORCHELASTIC_RUN_ID": "tests",  # so that Lightning starts no processes of its own
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        if Path("/sys/class/net/lo").exists():
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
-        with (directory / f"log{rank}").open("w") as log:
-            command = [sys.executable, "-m", "tests.callbacks.fallback_ranks", str(directory)]
-            processes.append(
-                subprocess.Popen(
-                    command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        for process in processes:
-            process.wait(240)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (directory / f"log{rank}").read_text()[-4000:]
+    run_on_two_ranks("tests.callbacks.fallback_ranks", directory)
     return directory
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from decimal import Decimal, localcontext
 from pathlib import Path
 
@@ -18,8 +15,8 @@ from torch import Tensor
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.metrics.mismatch_names import ALIASES
 from tests.metrics.ranks import batches
+from tests.two_ranks import run_on_two_ranks
 
-ROOT = Path(__file__).parents[2]
 QUANTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 THRESHOLD = 2
 
@@ -283,26 +280,7 @@ class TestNotFinite:
 
 class TestMerging:
     def test_two_ranks_are_one_pass(self, tmp_path: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if Path("/sys/class/net/lo").exists():
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
-        processes = []
-        for rank in range(2):
-            with (tmp_path / f"log{rank}").open("w") as log:
-                command = [sys.executable, "-m", "tests.metrics.ranks", str(tmp_path), str(rank)]
-                process = subprocess.Popen(
-                    command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-                )
-                processes.append(process)
-        try:
-            for process in processes:
-                process.wait(120)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        for rank, process in enumerate(processes):
-            assert process.returncode == 0, (tmp_path / f"log{rank}").read_text()[-4000:]
+        run_on_two_ranks("tests.metrics.ranks", tmp_path)
 
         whole = TrainingInferenceMismatch()
         for batch in batches():

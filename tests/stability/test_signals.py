@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +10,7 @@ import torch
 
 from lightning_fp.stability.signals import SignalQueue, StepSignals
 from tests.stability.signal_ranks import CASES, INF, NAN, put
-
-ROOT = Path(__file__).parents[2]
+from tests.two_ranks import run_on_two_ranks
 
 
 def test_on_the_host_a_step_is_read_at_once() -> None:
@@ -80,27 +75,7 @@ def test_a_loss_with_a_graph_is_let_go() -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """What each rank read, by case."""
     directory = tmp_path_factory.mktemp("signals")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if Path("/sys/class/net/lo").exists():
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    processes = []
-    for rank in range(2):
-        command = [sys.executable, "-m", "tests.stability.signal_ranks", str(directory), str(rank)]
-        with (directory / f"log{rank}").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        for process in processes:
-            process.wait(120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (directory / f"log{rank}").read_text()[-4000:]
+    run_on_two_ranks("tests.stability.signal_ranks", directory)
     read = [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
     return [dict(zip(CASES, one, strict=True)) for one in read]
 
