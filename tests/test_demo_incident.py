@@ -4,12 +4,14 @@ import json
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from lightning_fp.demo.incident import LOST, incident_table, run_incident
 from lightning_fp.records.events import read_events
 
 
+@pytest.mark.slow  # `make demo` runs it; the parts are tested in tests/callbacks
 def test_the_incident_is_shown_step_by_step_and_ends_well(tmp_path: Path):
     console = Console(file=StringIO(), width=200)
     result = run_incident(tmp_path, console)
