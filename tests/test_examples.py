@@ -14,7 +14,7 @@ PROMISES = {
     "detector_plain_loop.py": ([], "continues from a checkpoint: True"),
     "choose_layers.py": ([], "pattern 'block.*' matches no linear layer"),
     "clamp_monitor.py": (["--output", "run"], "More: lightning-fp stats run --layer layers.2"),
-    "fallback.py": (["--steps", "160"], "demoted: {'blocks.1.mlp.down': ('fp8-dynamic', 'fp32')}"),
+    "fallback.py": (["--steps", "240"], "demoted: {'blocks.1.mlp.down': ('fp8-dynamic', 'fp32')}"),
     "fp16_rl_mismatch.py": (["--steps", "4", "--batch", "8"], "early warning:"),
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
 }
