@@ -157,7 +157,7 @@ class PrecisionFallback(L.Callback):
         """State what memory the watch takes, and begin."""
         step, plugin = trainer.global_step, _plugin(trainer)
         run = RunState(trainer)
-        self._snapshots.stated_bytes(run.parts())  # refuses a bound that holds not even one
+        snapshots_bytes = self._snapshots.stated_bytes(run.parts())  # refuses too small a bound
         self._snapshots.clear()
         self._ring.clear()
         self._queue, self._open, self._failed = SignalQueue(), None, False
@@ -194,7 +194,7 @@ class PrecisionFallback(L.Callback):
         self._rescue.others_changes()  # what was before this fit
         memory = {
             "snapshot_bytes": run.stated_bytes(),
-            "all_snapshots_bytes": self._snapshots.stated_bytes(run.parts()),
+            "all_snapshots_bytes": snapshots_bytes,
             "ring_bytes_at_most": self._ring.max_bytes,
             "high_precision_bytes_per_token": run.high_precision_bytes_per_token(),
         }

@@ -82,7 +82,7 @@ class Rescue:
         self.steps.replayed += findings.replayed
         self.log.findings(case.step, findings)
         if findings.finding == "precision":
-            return (*self._convict(state, case.step, findings),)
+            return self._convict(state, case.step, findings)
         if findings.finding == "unclear":
             return self.fallback.unclear(state, case.step), "unclear", False
         self.log.note(case.step, f"precision is left alone; {findings.likeness}")
