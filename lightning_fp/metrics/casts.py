@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +67,14 @@ class CastMetric(Metric):
     def compute(self) -> Tensor:
         """The share over all updates and ranks; float64 scalar."""
         return shares(self.sums)[self.share]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
+        """Follow the module to its device, but not to a smaller dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_empty(0)).device)
+
+        return super()._apply(move, exclude_state)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """A figure of one or more values, as every torchmetric has it; needs matplotlib.

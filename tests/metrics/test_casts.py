@@ -94,9 +94,19 @@ class TestAsMetrics:
         ranks[0].sums = sum(instance.sums for instance in ranks)
         assert ranks[0].compute().item() == pytest.approx(whole.compute().item(), rel=1e-6)
 
-    def test_float64_state_survives_half(self) -> None:
-        metric = ClampFraction().half()
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_float64_state_survives_its_modules_dtype(self, dtype: torch.dtype) -> None:
+        module = torch.nn.Module()
+        module.metric = metric = ClampFraction()
+        metric.update(torch.tensor([1.0, 500.0, 300.0]), 1.0, E4M3)
+        module.to(dtype)
         assert metric.sums.dtype == torch.float64
+        assert metric.compute().item() == 1 / 3
+        metric.reset()
+        assert metric.sums.dtype == torch.float64
+
+    def test_follows_its_module_to_a_device(self) -> None:
+        assert ClampFraction().to("meta").sums.device.type == "meta"
 
     def test_reset(self) -> None:
         metric = ClampFraction()
