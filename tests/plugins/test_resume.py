@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_fp import FP8Precision
-from lightning_fp.plugins.fp8 import STATE_KEY
+from lightning_fp.plugins.base import STATE_KEY
 from tests.helper import LanguageModel, TinyGPT, make_trainer, same_weights, text_loader, text_rows
 
 # torchdata's import of torch's own data loader
