@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from lightning_fp.records.step_rows import StepRows, in_force, numbers, read_csv, read_step_rows
 
 FILE = "loss.csv"
 """Name of the loss record in a run's directory."""
@@ -76,34 +76,18 @@ class LossRow:
 
 
 class LossWriter:
-    """Appends rows to `<run_dir>/loss.csv`. One process writes, any number reads.
-
-    Whole lines are appended, so that a crash leaves at most a torn last one, which is not read.
-    Where steps go back, as after a resume or a rollback, what follows replaces what was there.
+    """Appends rows to `<run_dir>/loss.csv`, as `StepRows` does.
 
     Args:
         run_dir: the run's directory; made if it is not there.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._path = Path(run_dir) / FILE
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._path.read_bytes() if self._path.is_file() else b""
-        whole = lines.rfind(b"\n") + 1
-        if whole < len(lines):
-            os.truncate(self._path, whole)
-        self._header = "" if whole else ",".join(COLUMNS) + "\n"
+        self._rows = StepRows(Path(run_dir) / FILE, COLUMNS)
 
     def append(self, rows: Iterable[LossRow]) -> None:
         """Add rows; they are in the file when this returns. Without a row there is no file."""
-        lines = [
-            f"{row.step},{row.loss!r},{_field(row.grad_norm)},{_field(row.seconds)}\n"
-            for row in rows
-        ]
-        if lines:
-            with self._path.open("a", encoding="ascii") as file:
-                file.write("".join([self._header, *lines]))
-            self._header = ""
+        self._rows.append((row.step, row.loss, row.grad_norm, row.seconds) for row in rows)
 
 
 def write_loss(run_dir: str | Path, loss: Loss) -> None:
@@ -119,8 +103,8 @@ def read_loss(
     """The loss of a run.
 
     Args:
-        run_dir: the run's directory; its `loss.csv`, which ClampMonitor writes, is read, or else
-            its `metrics.csv`.
+        run_dir: the run's directory; its `loss.csv`, which ClampMonitor and LossRecorder write, is
+            read, or else its `metrics.csv`.
         file: another file to read: Parquet or CSV with exactly two columns, step and loss, where
             step is the number of optimizer steps done; or a CSVLogger's, which counts from 0.
         column: name of the loss in a CSVLogger's file; another than this one is looked for there
@@ -142,13 +126,13 @@ def read_loss(
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
     try:
-        table = pq.read_table(path) if path.suffix == ".parquet" else _read_csv(path)
+        table = pq.read_table(path) if path.suffix == ".parquet" else read_csv(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     names = table.column_names
     if tuple(names) == COLUMNS:
         step, column, first = "step", "loss", 0
-        table = _in_force(table)
+        table = in_force(table)
     elif len(names) == 2:
         step, column = names
         first = 0
@@ -160,31 +144,22 @@ def read_loss(
             f"{str(path)!r} has no column {column!r} beside 'step'; it has {', '.join(names)}"
         )
     try:
-        steps, values = (_numbers(table[name]) for name in (step, column))
+        steps, values = (numbers(table[name]) for name in (step, column))
         return Loss.of(steps.long() + first, values)
     except (pa.ArrowInvalid, ValueError) as error:
         raise ValueError(f"{column!r} of {str(path)!r}: {error}") from error
 
 
-def _read_csv(path: Path) -> pa.Table:
-    """All whole lines."""
-    lines = path.read_bytes()
-    whole = lines[: lines.rfind(b"\n") + 1] or lines
-    return pyarrow.csv.read_csv(pa.BufferReader(whole))
+def read_steps(run_dir: str | Path) -> pa.Table:
+    """Loss, gradient norm and time of a run's steps.
 
+    Args:
+        run_dir: the directory that ClampMonitor or LossRecorder wrote to.
 
-def _in_force(table: pa.Table) -> pa.Table:
-    """Without the rows that a later one replaces: those from its step on."""
-    steps = _numbers(table["step"])
-    later = torch.full_like(steps, torch.inf)
-    later[:-1] = steps.flip(0).cummin(0).values.flip(0)[1:]
-    return table.filter(pa.array((steps < later).tolist(), pa.bool_()))
+    Returns:
+        A table with the columns of `COLUMNS`; empty if nothing was recorded.
 
-
-def _field(value: float | None) -> str:
-    return "" if value is None else repr(value)
-
-
-def _numbers(column: pa.ChunkedArray) -> Tensor:
-    """float64; null becomes NaN."""
-    return torch.tensor(column.cast(pa.float64()).to_numpy())
+    Raises:
+        ValueError: if the file is not one of these.
+    """
+    return read_step_rows(Path(run_dir) / FILE, COLUMNS)
