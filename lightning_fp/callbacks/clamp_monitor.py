@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fp.callbacks.remedies import Limits, Warnings
+from lightning_fp.callbacks.run_log import RunCallback, begin_run, end_run
 from lightning_fp.callbacks.sampling import Listener, SampledSteps, StepSampler
 from lightning_fp.callbacks.step_losses import StepLosses
 from lightning_fp.callbacks.summary import flops_share, per_layer, summary
@@ -21,7 +23,7 @@ from lightning_fp.records import LossWriter, StatisticsRows, StatisticsWriter, s
 log = logging.getLogger(__name__)
 
 
-class ClampMonitor(L.Callback):
+class ClampMonitor(RunCallback):
     """Logs what each layer's format does to its operands.
 
     Sampled steps, one in every window of `every_n_steps`, gather statistics inside the layers;
@@ -91,11 +93,10 @@ class ClampMonitor(L.Callback):
         self.listeners: list[Listener] = []
         """Called with every sampled step as it ends; see `sampling.Listener`."""
         self._steps = SampledSteps(every_n_steps, seed)
-        self._warnings = Warnings(
-            Limits(
-                clamped_mass=warn_clamped_mass, underflow=warn_underflow, nonfinite=warn_nonfinite
-            )
+        limits = Limits(
+            clamped_mass=warn_clamped_mass, underflow=warn_underflow, nonfinite=warn_nonfinite
         )
+        self._warnings = Warnings(limits)
         self._sampler: StepSampler | None = None
         self._writer: StatisticsWriter | None = None
         self._losses = StepLosses()
@@ -105,6 +106,20 @@ class ClampMonitor(L.Callback):
         self._logged_at = 0
         self._interval = 1
         self._running = self._failed = False
+        self._settings: dict[str, Any] = {
+            "every_n_steps": every_n_steps,
+            "sample": sample,
+            "what_if": what_if,
+            "log_layers": list(log_layers),
+            "log_every_n_steps": log_every_n_steps,
+            "limits": asdict(limits),
+            "seed": seed,
+        }
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        """The options that decide what it does."""
+        return self._settings
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -128,10 +143,9 @@ class ClampMonitor(L.Callback):
         trainers: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         self._interval = self.log_every_n_steps or trainers or self._steps.every_n_steps
         self._logged_at, self._running, self._failed = step, True, False
-        directory = self.dirpath or trainer.log_dir or trainer.default_root_dir  # on all ranks
-        self._safely(self._open, trainer, Path(directory), step)
+        self._safely(self._open, trainer, begin_run(trainer, self), step)
 
-    def _open(self, trainer: L.Trainer, directory: Path, step: int) -> None:
+    def _open(self, trainer: L.Trainer, directory: Path | None, step: int) -> None:
         table = _precision_map(trainer)
         linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
         self._losses = StepLosses()
@@ -141,7 +155,7 @@ class ClampMonitor(L.Callback):
         if self.what_if:
             table.follow(True)
         table.scale_history.take_watched()  # what was before this fit
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        if directory is not None:
             self._writer = StatisticsWriter(directory, step=step)
             self._loss_writer = LossWriter(directory)
 
@@ -264,8 +278,10 @@ class ClampMonitor(L.Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the layers as they were."""
-        if self.what_if and stage == "fit":
-            self._safely(_precision_map(trainer).follow, False)
+        if stage == "fit":
+            end_run(trainer)
+            if self.what_if:
+                self._safely(_precision_map(trainer).follow, False)
         self._close()
 
     def _close(self) -> None:

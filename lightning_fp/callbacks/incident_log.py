@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_fp.callbacks.accounting import Accounting
 from lightning_fp.callbacks.investigation import Findings
-from lightning_fp.layers import LinearFormat
-from lightning_fp.layers.precision_map import Change
+from lightning_fp.callbacks.run_log import RunLog
+from lightning_fp.layers import Change, LinearFormat, PrecisionMap
 from lightning_fp.records.events import (
     Demotion,
     Event,
-    EventWriter,
-    FormatChange,
     LayerClimb,
     Note,
     Promotion,
@@ -34,59 +31,26 @@ from lightning_fp.stability.verdict import Verdict as Judgement
 
 log = logging.getLogger("lightning_fp.fallback")
 
-_QUIET = (StateChange, SkippedStep, Replayed, Started)
-"""Events that are no warning."""
-
 
 class IncidentLog:
-    """Writes events; a failure to do so is said once and does no harm.
+    """Puts what the fallback does into the run's log.
 
     Args:
-        directory: where `events.jsonl` goes; None on other ranks, and where nothing is written.
-        loggers: the Trainer's.
-        step: the step the run begins or resumes at.
-        position: where the log stood when the checkpoint was written that the run resumes from.
-        console: whether to write lines.
+        run: the log of the run; by default one that writes nowhere.
     """
 
-    def __init__(
-        self,
-        directory: Path | None,
-        *,
-        loggers: Sequence[Any] = (),
-        step: int = 0,
-        position: int | None = None,
-        console: bool = False,
-    ) -> None:
-        self._writer = None
-        self._loggers, self._console = loggers, console
-        self._failed = False
-        self._counts = {"demotions": 0, "promotions": 0, "skipped_steps": 0, "suspicions": 0}
+    def __init__(self, run: RunLog | None = None) -> None:
+        self._run = RunLog(None) if run is None else run
         self._misbehaving = False
-        if directory is not None:
-            self._writer = EventWriter(directory, step=step, position=position)
 
     @property
     def position(self) -> int | None:
         """How far the file has come."""
-        return None if self._writer is None else self._writer.position
+        return self._run.position
 
     def write(self, event: Event, *, quiet: bool = False) -> None:
         """One event, everywhere; not on the console if `quiet`."""
-        if self._console and not quiet:
-            level = logging.INFO if isinstance(event, _QUIET) else logging.WARNING
-            log.log(level, "%s", event.sentence())
-        if self._writer is not None and not self._failed:
-            try:
-                self._writer.append(event)
-            except OSError:
-                self._failed = True
-                log.exception("events cannot be written; the training goes on without them")
-
-    def _count(self, name: str, step: int) -> None:
-        self._counts[name] += 1
-        for logger in self._loggers:
-            logger.log_metrics({f"precision/{name}": float(self._counts[name])}, step)
+        self._run.write(event, quiet=quiet)
 
     # -- what happens ---------------------------------------------------------------------------
 
@@ -107,7 +71,7 @@ class IncidentLog:
         numbers = {} if seen.loss is None else {"loss": seen.loss}
         event = SkippedStep(step=seen.step, reason=reason, numbers=numbers)
         self.write(event, quiet=in_a_row > 4 and in_a_row % 100 != 0)
-        self._count("skipped_steps", seen.step)
+        self._run.count("skipped_steps", seen.step)
 
     def state(self, step: int, before: str, after: str, reason: str) -> None:
         """The fallback went from one state to another."""
@@ -134,7 +98,7 @@ class IncidentLog:
             reason = f"{skips} steps in a row were left out as not finite"
         action = "replay in high precision"
         self.write(Suspicion(step=step, reason=reason, numbers=numbers, action=action))
-        self._count("suspicions", step)
+        self._run.count("suspicions", step)
 
     def probe_suspicion(self, step: int, error: float, usual: float) -> None:
         """A probe's gradients were out of the usual."""
@@ -142,7 +106,7 @@ class IncidentLog:
         numbers = {"grad_error": error, "usual": usual}
         action = "replay in high precision"
         self.write(Suspicion(step=step, reason=reason, numbers=numbers, action=action))
-        self._count("suspicions", step)
+        self._run.count("suspicions", step)
 
     def findings(self, step: int, findings: Findings) -> None:
         """What the replays measured and what it means."""
@@ -200,13 +164,13 @@ class IncidentLog:
         action = "dry run: nothing was changed" if dry_run else ""
         event = Demotion(step=step, reason=reason, formats=done or wanted, action=action)
         self.write(event)
-        self._count("demotions", step)
+        self._run.count("demotions", step)
 
     def promoted(self, step: int, changes: Sequence[Change], reason: str) -> None:
         """Layers got their format back."""
         formats = {change.layer: (change.before, change.after) for change in changes}
         self.write(Promotion(step=step, reason=reason, formats=formats))
-        self._count("promotions", step)
+        self._run.count("promotions", step)
 
     def climbed(
         self,
@@ -242,14 +206,13 @@ class IncidentLog:
         )
         self.write(Rollback(step=step, to_step=to_step, replayed=replayed, reason=reason))
 
-    def others(self, step: int, changes: Sequence[Change]) -> None:
-        """What others wrote to the table."""
-        by_reason: dict[str, dict[str, tuple[str, str]]] = {}
-        for change in changes:
-            formats = by_reason.setdefault(change.reason, {})
-            formats[change.layer] = (change.before, change.after)
-        for reason, formats in by_reason.items():
-            self.write(FormatChange(step=step, reason=reason, formats=formats))
+    def others(self, step: int, table: PrecisionMap) -> None:
+        """What others wrote to the table, unless they have told it themselves."""
+        self._run.changed(step, self._run.new_changes(table))
+
+    def told(self, table: PrecisionMap) -> None:
+        """What was written to the table by now has an event of its own, or was before this fit."""
+        self._run.new_changes(table)
 
     def note(self, step: int, text: str) -> None:
         """Something to know."""

@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_fp.callbacks.replay import StepReplay, check_replayable
+from lightning_fp.callbacks.run_log import RunCallback, begin_run, end_run, run_directory
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.plugins import FP8Precision
 from lightning_fp.records.parity import FILE
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 _MOST_KEPT = 100
 
 
-class ParityProbe(Callback):
+class ParityProbe(RunCallback):
     """Every so often, runs the batch at hand in the current formats and in high precision.
 
     Both run on the weights before the step, from the same random state. Nothing of it remains:
@@ -69,12 +70,21 @@ class ParityProbe(Callback):
         self.results: dict[int, Parity] = {}
         """The last 100 probes by `global_step`, the same on every rank."""
         self._every_n_steps, self._worst, self._seed = every_n_steps, worst, seed
-        self._dirpath = dirpath
+        self.dirpath = dirpath
         self._globs = tuple(log_layers)
         self._log_layers: set[str] = set()
         self._path: Path | None = None
         self._last = -1
         self._failed = False
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {
+            "every_n_steps": self._every_n_steps,
+            "worst": self._worst,
+            "log_layers": list(self._globs),
+            "seed": self._seed,
+        }
 
     # -- setup ----------------------------------------------------------------------------------
 
@@ -88,8 +98,16 @@ class ParityProbe(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         table = _plugin(trainer).precision_map
         self._log_layers = {name for glob in self._globs for name in table.matching(glob)}
-        directory = trainer.log_dir if self._dirpath is None else self._dirpath
-        self._path = Path(directory or trainer.default_root_dir) / FILE
+        self._path = run_directory(trainer, self) / FILE
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        begin_run(trainer, self)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            end_run(trainer)
 
     # -- when -----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from lightning_fp.callbacks.investigation import Case
 from lightning_fp.callbacks.layer_watch import LayerWatch
 from lightning_fp.callbacks.replay import StepReplay, check_replayable
 from lightning_fp.callbacks.rescue import Rescue
+from lightning_fp.callbacks.run_log import RunCallback, end_run, run_log
 from lightning_fp.callbacks.run_state import RunState
 from lightning_fp.plugins import FP8Precision
 from lightning_fp.plugins.guard import GuardedStep, StepGuard, hyperparameters
@@ -43,7 +44,7 @@ CLAMPING_BITS = -1.0
 value was twice what the scale holds."""
 
 
-class PrecisionFallback(L.Callback):
+class PrecisionFallback(RunCallback):
     """Watches a run, and takes FP8 back where it does harm.
 
     Steps with inf or NaN gradients are left out. A layer that loses too much in its casts climbs
@@ -122,6 +123,17 @@ class PrecisionFallback(L.Callback):
         )
         self._ring = BatchRing(max_bytes=ring_bytes)
         self._checkpoint_bytes = checkpoint_bytes
+        self._settings: dict[str, Any] = {
+            "detector": asdict(self.detector),
+            "policy": asdict(self._fallback.policy),
+            "limit": None if limit is None else asdict(limit),
+            "every_n_steps": every_n_steps,
+            "probe_every_n_steps": probe_every_n_steps,
+            "snapshot_every_n_steps": snapshot_every_n_steps,
+            "snapshots": snapshots,
+            "dry_run": dry_run,
+            "seed": seed,
+        }
         self._queue = SignalQueue()
         self._waiting: list[StepSignals] = []
         self._skips = 0
@@ -138,6 +150,11 @@ class PrecisionFallback(L.Callback):
     def phase(self) -> str:
         """Where the fallback stands: "warmup", "healthy", "suspect", "probation", "permanent"."""
         return self._state.phase
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        """The options that decide what it does."""
+        return self._settings
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -171,15 +188,8 @@ class PrecisionFallback(L.Callback):
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded)
-        directory = self.dirpath or trainer.log_dir or trainer.default_root_dir  # on all ranks
-        writes = trainer.is_global_zero and not trainer.fast_dev_run  # pyright: ignore
-        self._log = IncidentLog(
-            Path(directory) if writes else None,
-            loggers=trainer.loggers if trainer.is_global_zero else [],
-            step=step,
-            position=None if loaded is None else loaded["position"],
-            console=trainer.is_global_zero,
-        )
+        position = None if loaded is None else loaded["position"]
+        self._log = IncidentLog(run_log(trainer, self, position))
         self._rescue = Rescue(
             trainer=trainer,
             plugin=plugin,
@@ -280,8 +290,8 @@ class PrecisionFallback(L.Callback):
             return
         table = rescue.plugin.precision_map
         table.apply()  # what waits for this step takes effect now instead of a moment later
+        self._log.others(step, table)
         if new := rescue.others_changes():
-            self._log.others(step, new)
             self._forget([change.layer for change in new])
             self._detected = self.detector.precision_changed(self._detected)
         seen, self._waiting = [*self._waiting, *self._queue.take()], []
@@ -418,6 +428,7 @@ class PrecisionFallback(L.Callback):
         """Leave the plugin and the layers as they were."""
         if stage != "fit":
             return
+        end_run(trainer)
         if self._layers is not None:
             self._layers.close()
         plugin = trainer.precision_plugin

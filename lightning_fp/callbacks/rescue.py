@@ -210,6 +210,7 @@ class Rescue:
             table.set(f"re:{re.escape(name)}", linear_format(format), reason=reason)
         changes = table.apply()
         self._changes_seen = len(table.changes)
+        self.log.told(table)
         return changes
 
 

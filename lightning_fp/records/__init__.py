@@ -23,6 +23,7 @@ from lightning_fp.records.events import (
 from lightning_fp.records.loss import Loss, LossRow, LossWriter, read_loss, write_loss
 from lightning_fp.records.parity import read_parity
 from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
+from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
 from lightning_fp.records.tables import StatisticsWriter, read_statistics
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "read_events",
     "read_loss",
     "read_parity",
+    "read_run",
     "read_statistics",
     # events
     "Demotion",
@@ -49,6 +51,9 @@ __all__ = [
     "StateChange",
     "Suspicion",
     "Verdict",
+    # the run
+    "LayerInfo",
+    "RunInfo",
     # writing
     "EventWriter",
     "LossRow",
@@ -58,4 +63,5 @@ __all__ = [
     "StatisticsWriter",
     "statistics_rows",
     "write_loss",
+    "write_run",
 ]
