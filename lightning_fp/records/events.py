@@ -206,7 +206,29 @@ class StageChange(Event):
     previous: str
 
     def _what(self) -> str:
-        return f"stage {self.previous} -> {self.stage}"
+        return f"stage {self.previous} -> {self.stage}" if self.previous else f"stage {self.stage}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult(Event):
+    """A gate of a rollout says something else than before.
+
+    `numbers` has the "value" it was judged by (NaN: nothing was measured), its bounds "below" and
+    "above", and its "window" in steps.
+    """
+
+    kind: ClassVar[str] = "gate"
+
+    stage: str
+    """The stage whose gate it is."""
+
+    statistic: str
+    """What is measured."""
+
+    passed: bool
+
+    def _what(self) -> str:
+        return f"gate {self.statistic} of stage {self.stage} {'passes' if self.passed else 'fails'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +254,7 @@ KINDS: Mapping[str, type[Event]] = {
         StateChange,
         FormatChange,
         StageChange,
+        GateResult,
         Note,
     )
 }

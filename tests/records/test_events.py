@@ -54,6 +54,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "after": text,
     "stage": text,
     "previous": text,
+    "statistic": text,
+    "passed": st.booleans(),
 }
 
 

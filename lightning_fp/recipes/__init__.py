@@ -1,0 +1,44 @@
+"""Rollout recipes: in which formats a run begins, how it comes to others, what may stop it."""
+
+from lightning_fp.recipes.builtin import (
+    aggressive,
+    balanced,
+    bf16_cooldown,
+    conservative,
+    delayed_after_dynamic,
+    first_last_bf16,
+    fp16_rl,
+    get,
+    names,
+)
+from lightning_fp.recipes.course import StageFormats, course
+from lightning_fp.recipes.gate import Gate
+from lightning_fp.recipes.recipe import RolloutRecipe
+from lightning_fp.recipes.rollout import Rollout, RolloutDecision, RolloutSignals, RolloutState
+from lightning_fp.recipes.schema import json_schema
+from lightning_fp.recipes.stage import Stage
+
+__all__ = [
+    # recipes
+    "Gate",
+    "RolloutRecipe",
+    "Stage",
+    "json_schema",
+    # built in
+    "aggressive",
+    "balanced",
+    "bf16_cooldown",
+    "conservative",
+    "delayed_after_dynamic",
+    "first_last_bf16",
+    "fp16_rl",
+    "get",
+    "names",
+    # carrying them out
+    "Rollout",
+    "RolloutDecision",
+    "RolloutSignals",
+    "RolloutState",
+    "StageFormats",
+    "course",
+]

@@ -1,0 +1,75 @@
+"""Evidence: what was measured in a stage, and what its gates say to that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from lightning_fp.recipes.gate import Gate
+
+Series: TypeAlias = "tuple[tuple[int, float], ...]"
+"""Values with the steps at which they were measured, oldest first."""
+
+Answer = Literal["passed", "failed", "no data", "too early"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one gate says now."""
+
+    gate: Gate
+    answer: Answer
+    value: float = math.nan
+    """What it was judged by; NaN if there was nothing."""
+
+    def sentence(self) -> str:
+        """E.g. "clamped_mass/max is 0.03, must be below 0.01 (worst of 100 steps)"."""
+        gate = self.gate
+        if self.answer in ("no data", "too early"):
+            return f"{gate.statistic} was not measured in the last {gate.window} steps"
+        must = "as asked for" if self.answer == "passed" else "must be"
+        value = f"{self.value:.4g}"
+        return f"{gate.statistic} is {value}, {must} {gate.bounds} ({gate.reduce} of {gate.window})"
+
+
+def extend(
+    evidence: Mapping[str, Series], values: Mapping[str, Iterable[tuple[int, float]]], oldest: int
+) -> dict[str, Series]:
+    """Add what was measured, and forget what is too old.
+
+    Args:
+        evidence: what there is, by statistic.
+        values: what is new; NaN stands for "nothing measured" and is left out.
+        oldest: the first step that still counts.
+    """
+    extended = dict(evidence)
+    for name, points in values.items():
+        new = tuple(point for point in points if not math.isnan(point[1]))
+        extended[name] = (*extended.get(name, ()), *new)
+    return {
+        name: tuple(point for point in series if point[0] >= oldest)
+        if series and series[0][0] < oldest
+        else series
+        for name, series in extended.items()
+    }
+
+
+def judge(gate: Gate, evidence: Mapping[str, Series], *, step: int, lasted: int) -> Verdict:
+    """What a gate says.
+
+    Args:
+        gate: the gate.
+        evidence: what was measured in the stage, by statistic.
+        step: optimizer steps so far.
+        lasted: how many of them in the stage.
+    """
+    if lasted < gate.window:
+        return Verdict(gate=gate, answer="too early")
+    series = evidence.get(gate.statistic, ())
+    values = [value for at, value in series if at > step - gate.window]
+    if not values:
+        return Verdict(gate=gate, answer="no data")
+    value = gate.value(values)
+    return Verdict(gate=gate, answer="passed" if gate.passes(value) else "failed", value=value)
