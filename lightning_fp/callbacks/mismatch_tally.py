@@ -1,0 +1,129 @@
+"""One step's log-probabilities by rollout and training, over its micro-batches and all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_fp.metrics import TrainingInferenceMismatch
+from lightning_fp.metrics.mismatch_names import Aliases
+
+_PARTS = ("rollout_logprobs", "train_logprobs", "mask")
+
+
+class MismatchTally:
+    """Takes in what a hook or a training step gives, and says whose fault it is if that is bad.
+
+    Args:
+        source: who gives the log-probabilities, to be named in errors.
+        aliases: see `TrainingInferenceMismatch`.
+        threshold: see `TrainingInferenceMismatch`.
+    """
+
+    def __init__(self, source: str, aliases: Aliases, threshold: float) -> None:
+        self._source = source
+        self._metric = TrainingInferenceMismatch(aliases, threshold=threshold)
+        self._updates = 0
+
+    def start(self, device: torch.device) -> None:
+        """Begin anew, with sums on a device."""
+        self._metric.to(device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was taken in."""
+        self._metric.reset()
+        self._updates = 0
+
+    def add(self, given: Any) -> None:
+        """Take in a micro-batch.
+
+        Args:
+            given: rollout_logprobs, train_logprobs and a mask or None, or the first two; each
+                [batch, tokens].
+
+        Raises:
+            ValueError: if it is something else; values above 0 are found here on the CPU and by
+                `values` on other devices.
+        """
+        parts: list[Any] = list(given) if isinstance(given, (tuple, list)) else [given]
+        if len(parts) not in (2, 3):
+            raise ValueError(
+                f"{self._source} must give ({', '.join(_PARTS)}), got {_described(given)}"
+            )
+        for name, part in zip(_PARTS, parts, strict=False):
+            if not isinstance(part, torch.Tensor) and not (name == "mask" and part is None):
+                raise ValueError(
+                    f"{self._source} must give tensors [batch, tokens], got {_described(part)} for"
+                    f" {name}"
+                )
+        device = self._metric.token_sums.device
+        on_device: list[Any] = [None if part is None else part.to(device) for part in parts]
+        try:
+            self._metric.update(*on_device)
+        except ValueError as error:
+            raise ValueError(f"{self._source}: {error}") from error
+        self._updates += 1
+
+    def values(self, trainer: L.Trainer, *, failed: bool) -> dict[str, float] | None:
+        """What was taken in since `clear`, over all ranks; to be called alike on all of them.
+
+        Args:
+            trainer: the Trainer, in `fit`.
+            failed: whether this rank cannot go on.
+
+        Returns:
+            The metrics by name, the same on every rank; None if no rank took anything in.
+
+        Raises:
+            RankFailedError: on all ranks, if any of them cannot go on.
+            ValueError: if no token counts, or log-probabilities are above 0.
+        """
+        device = self._metric.token_sums.device
+        told: Any = trainer.strategy.reduce(
+            torch.tensor([float(failed), float(self._updates)], device=device), reduce_op="sum"
+        )
+        failures, updates = told.tolist()
+        if failures:
+            raise RankFailedError("a rank cannot measure the mismatch any more")
+        if not updates:
+            return None
+        if not self._updates:  # others have some: take part in the sum, with nothing
+            nothing = torch.zeros(0, 0, device=device)
+            self._metric.update(nothing, nothing)
+        try:
+            computed = self._metric.compute()
+        except ValueError as error:
+            raise ValueError(f"{self._source}: {error}") from error
+        values = dict(zip(computed, torch.stack(list(computed.values())).tolist(), strict=True))
+        self._check_not_empty(values)
+        return values
+
+    def _check_not_empty(self, values: Mapping[str, float]) -> None:
+        if values["tokens"]:
+            return
+        if values["nonfinite"]:
+            raise ValueError(
+                f"{self._source} must give finite log-probabilities, got {values['nonfinite']:.0f}"
+                " tokens of which none is finite on both sides"
+            )
+        raise ValueError(
+            f"{self._source} must give a mask that counts tokens, got one that is 0 everywhere; it"
+            " is 1 for sampled tokens and 0 for prompt and padding"
+        )
+
+
+class RankFailedError(Exception):
+    """Some rank cannot go on, so none does."""
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        items: list[Any] = list(value)
+        return f"a {type(value).__name__} of {len(items)}"
+    return f"a {type(value).__name__}"
