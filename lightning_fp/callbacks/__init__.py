@@ -1,7 +1,9 @@
 """Callbacks for the Lightning Trainer."""
 
 from lightning_fp.callbacks.clamp_monitor import ClampMonitor
+from lightning_fp.callbacks.evaluation_gap import EvaluationGap
+from lightning_fp.callbacks.loss_recorder import LossRecorder
 from lightning_fp.callbacks.parity_probe import ParityProbe
 from lightning_fp.callbacks.precision_fallback import PrecisionFallback
 
-__all__ = ["ClampMonitor", "ParityProbe", "PrecisionFallback"]
+__all__ = ["ClampMonitor", "EvaluationGap", "LossRecorder", "ParityProbe", "PrecisionFallback"]

@@ -1,10 +1,13 @@
 """What a run leaves behind: tables and events, readable while it runs and after it was killed."""
 
+from lightning_fp.records.baseline import Baseline, read_baseline
+from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter, read_evaluation
 from lightning_fp.records.events import (
     Demotion,
     Event,
     EventWriter,
     FormatChange,
+    GateResult,
     LayerClimb,
     Note,
     OtherEvent,
@@ -20,7 +23,7 @@ from lightning_fp.records.events import (
     Verdict,
     read_events,
 )
-from lightning_fp.records.loss import Loss, LossRow, LossWriter, read_loss, write_loss
+from lightning_fp.records.loss import Loss, LossRow, LossWriter, read_loss, read_steps, write_loss
 from lightning_fp.records.parity import read_parity
 from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
@@ -28,16 +31,21 @@ from lightning_fp.records.tables import StatisticsWriter, read_statistics
 
 __all__ = [
     # reading
+    "Baseline",
     "Loss",
+    "read_baseline",
+    "read_evaluation",
     "read_events",
     "read_loss",
     "read_parity",
     "read_run",
     "read_statistics",
+    "read_steps",
     # events
     "Demotion",
     "Event",
     "FormatChange",
+    "GateResult",
     "LayerClimb",
     "Note",
     "OtherEvent",
@@ -55,6 +63,8 @@ __all__ = [
     "LayerInfo",
     "RunInfo",
     # writing
+    "EvaluationRow",
+    "EvaluationWriter",
     "EventWriter",
     "LossRow",
     "LossWriter",
