@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, NativeKernel, OperandMemory
+from lightning_fp.kernels.transformer_engine import Engine, TransformerEngineKernel
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.observe import OperandStatistics, observe
 from lightning_fp.layers.switchable import Phase
@@ -43,6 +44,9 @@ class FPLinear(nn.Linear):
     memory: OperandMemory | None
     """Scales and records under delayed scaling; kept by `ScaleHistory`."""
 
+    engine: Engine | None
+    """What multiplies it with Transformer Engine; set by `PrecisionMap.fill`."""
+
     statistics: OperandStatistics | None
     """Where statistics go while they are collected; kept by `StatisticsTable`."""
 
@@ -68,18 +72,26 @@ class FPLinear(nn.Linear):
         evaluating = self.evaluating
         if evaluating and not self.phase.fp8_eval:
             return F.linear(input, self.weight, self.bias)
-        output = self._multiply(input, record=self.record and not evaluating)
+        output = self._multiply(input, evaluating=evaluating)
         if self.collect and not evaluating and self.statistics is not None:
-            scales = None if self.memory is None else self.memory.scales
+            scales = self._delayed_scales()
             return observe(output, input, self.weight, self.kernel, scales, self.statistics)
         return output
 
-    def _multiply(self, input: Tensor, *, record: bool) -> Tensor:
-        kernel, memory = self.kernel, self.memory
+    def _multiply(self, input: Tensor, *, evaluating: bool) -> Tensor:
+        kernel, memory, record = self.kernel, self.memory, self.record and not evaluating
+        if isinstance(kernel, TransformerEngineKernel) and self.engine is not None:
+            return self.engine(kernel, input, self.weight, self.bias, evaluating=evaluating)
         if isinstance(kernel, NativeKernel) and memory is not None:
             weight, bias = self.weight, self.bias
             return kernel.remembering(input, weight, bias, self.fqn, memory, record=record)
         return kernel(input, self.weight, self.bias, self.fqn)
+
+    def _delayed_scales(self) -> Tensor | None:
+        """The scales of this step under delayed scaling, float32 [3]."""
+        if self.engine is not None:
+            return self.engine.scales()
+        return None if self.memory is None else self.memory.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:
         """nn.Module's, and the memory follows the weight to its device."""
@@ -117,7 +129,13 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
         raise TypeError(f"{fqn!r} could not be converted")
     # Not through nn.Module.__setattr__, which looks for Parameters: ten times as slow.
     linear.__dict__.update(
-        fqn=fqn, phase=phase, collect=False, record=False, memory=None, statistics=None
+        fqn=fqn,
+        phase=phase,
+        collect=False,
+        record=False,
+        memory=None,
+        engine=None,
+        statistics=None,
     )
     linear.switch(NAMED_FORMATS["high"], HighPrecisionKernel())
     return linear
