@@ -27,6 +27,8 @@ FORMATS = (
     "fp8-delayed",
     "fp8-rowwise",
     "fp8-rowwise-gw-hp",
+    "fp8-block",
+    "mxfp8",
 )
 """One name of every kind of format."""
 

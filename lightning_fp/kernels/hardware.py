@@ -10,6 +10,12 @@ FP8_MIN_CAPABILITY = (8, 9)
 ALIGNMENT = 16
 """`torch._scaled_mm` wants every dimension of an FP8 product to be a multiple of 16."""
 
+ALIGNMENTS = {"tensor": ALIGNMENT, "row": ALIGNMENT, "block": 128, "mx": 32}
+"""The same by what shares a scale: where blocks do, the hardware's casts take whole blocks only."""
+
+MX_CAPABILITIES = (10, 0), (12, 0)
+"""NVIDIA architectures from the first to before the second multiply MX formats (sm100 to sm119)."""
+
 CPU_HAS_BF16 = bool(
     torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
     or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
@@ -41,7 +47,31 @@ def cuda_has_fp8() -> bool:
     return cuda_fp8_refusal() is None
 
 
-def check_alignment(layer: str, *, tokens: int, in_features: int, out_features: int) -> None:
+def cuda_mx_refusal() -> str | None:
+    """Why the CUDA devices here cannot multiply MX formats.
+
+    Initialises CUDA, so call it at conversion, not at import.
+
+    Returns:
+        The reason; None if they can, or if there is no CUDA device, as in a plan for another
+        machine.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip is not None:
+        return "MX formats need sm100, this is ROCm"
+    first, beyond = MX_CAPABILITIES
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not first <= capability < beyond:
+            major, minor = capability
+            return f"MX formats need sm100 (Blackwell), this device is sm{major}{minor}"
+    return None
+
+
+def check_alignment(
+    layer: str, *, tokens: int, in_features: int, out_features: int, multiple: int = ALIGNMENT
+) -> None:
     """Refuse shapes that the FP8 GEMM cannot multiply, before it does with a message of its own.
 
     Args:
@@ -49,6 +79,7 @@ def check_alignment(layer: str, *, tokens: int, in_features: int, out_features: 
         tokens: product of the input's leading dimensions.
         in_features: columns of the weight.
         out_features: rows of the weight.
+        multiple: what the sizes must be multiples of, see `ALIGNMENTS`.
 
     Raises:
         ValueError: naming the layer and the dimension.
@@ -58,9 +89,9 @@ def check_alignment(layer: str, *, tokens: int, in_features: int, out_features: 
         ("in_features", in_features),
         ("out_features", out_features),
     ):
-        if size % ALIGNMENT:
+        if size % multiple:
             raise ValueError(
-                f"layer {layer!r}: {dimension} must be a multiple of {ALIGNMENT} for the FP8 GEMM,"
+                f"layer {layer!r}: {dimension} must be a multiple of {multiple} for the FP8 GEMM,"
                 f" got {size}; pad it (drop_last or padding for tokens), or leave the layer in"
                 f" high precision with layers={{{layer!r}: 'bf16'}}"
             )

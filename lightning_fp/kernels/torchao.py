@@ -7,6 +7,7 @@ on them stays in this one file.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 from dataclasses import dataclass, field
 from functools import cache
@@ -100,17 +101,21 @@ class TorchaoKernel:
         return amax_to_scale(amax, format.max, power_of_two=power_of_two), format
 
 
-@cache
-def import_float8() -> Any:
-    """torchao.float8, imported late and without its notes about CUDA libraries it did not find."""
+def import_quietly(module: str) -> Any:
+    """A module of torchao, without its notes about CUDA libraries it did not find."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        import torchao.float8
-        import torchao.float8.float8_linear
+        return importlib.import_module(module)
     finally:
         logging.disable(before)
-    return torchao.float8
+
+
+@cache
+def import_float8() -> Any:
+    """torchao.float8, imported late."""
+    import_quietly("torchao.float8.float8_linear")
+    return import_quietly("torchao.float8")
 
 
 def _configs(config: Float8LinearConfig, emulate: bool) -> tuple[Float8LinearConfig, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_fp.kernels import (
+    MX_EMULATION,
+    BlockKernel,
     HighPrecisionKernel,
     Kernel,
     NativeKernel,
     SimulatedKernel,
     TorchaoKernel,
+    TorchaoMXKernel,
 )
+from lightning_fp.kernels.hardware import cuda_mx_refusal
 from lightning_fp.kernels.torchao import import_float8
 from lightning_fp.layers.format import LinearFormat
 from lightning_fp.numerics import float_format
@@ -68,6 +73,10 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         raise ValueError(
             f"backend must be 'auto' or 'torchao' for a torchao config, got {backend!r}"
         )
+    if format.granularity == "block":
+        return _block_kernel(format, backend, cuda_fp8=cuda_fp8)
+    if format.granularity == "mx":
+        return _mx_kernel(format, backend, cuda_fp8=cuda_fp8)
     native_can = format.granularity == "tensor" and not format.power_of_two
     if format.scaling == "delayed" and (backend == "torchao" or not native_can):
         raise ValueError(
@@ -90,6 +99,53 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         cold=format.scaling == "delayed",
         cuda_fp8=cuda_fp8,
     )
+
+
+def _block_kernel(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Kernel:
+    """Blocks of 128: ours, which emulates them; what has the hardware for it is TE."""
+    if backend == "torchao":
+        raise ValueError(
+            f"backend 'torchao' cannot run {format.name!r}: it has no such linear layer outside of"
+            " its prototypes; take backend='native', which emulates it"
+        )
+    if backend == "auto" and cuda_fp8:
+        raise ValueError(
+            f"format {format.name!r} cannot run on FP8 hardware without Transformer Engine, which"
+            " has the kernels for it; take backend='transformer-engine', 'fp8-rowwise', or"
+            " backend='native' to emulate it"
+        )
+    return BlockKernel(
+        input=float_format(format.input),
+        weight=float_format(format.weight),
+        grad_output=float_format(format.grad_output),
+        scales="power_of_two" if format.power_of_two else "any",
+        high_grad_weight=format.grad_weight == "high",
+    )
+
+
+def _mx_kernel(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Kernel:
+    """Blocks of 32: torchao's op on the hardware for it, ours to emulate it."""
+    high = format.grad_weight == "high"
+    if backend == "native" or (backend == "auto" and not cuda_fp8):
+        return dataclasses.replace(
+            MX_EMULATION,
+            input=float_format(format.input),
+            weight=float_format(format.weight),
+            grad_output=float_format(format.grad_output),
+            high_grad_weight=high,
+        )
+    if {format.input, format.weight, format.grad_output} != {"e4m3"}:
+        raise ValueError(
+            f"backend {backend!r} cannot run {format.name!r}: torchao's MXFP8 has e4m3 for all"
+            " operands; take 'mxfp8', or backend='native' to emulate it"
+        )
+    refusal = cuda_mx_refusal() if cuda_fp8 else None
+    if refusal is not None:
+        raise ValueError(
+            f"format {format.name!r} cannot run here: {refusal}; take 'fp8-rowwise', or"
+            " backend='native' to emulate it"
+        )
+    return TorchaoMXKernel(high_grad_weight=high, cuda_mx=cuda_fp8)
 
 
 def _torchao_config(format: LinearFormat) -> Float8LinearConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_fp.kernels.hardware import check_alignment, cuda_has_fp8
+from lightning_fp.kernels.hardware import ALIGNMENT, ALIGNMENTS, check_alignment, cuda_has_fp8
 from lightning_fp.layers.backends import Backend, check_backend, kernel_for
 from lightning_fp.layers.flops import CONVOLUTIONS, example_flops, flops_per_token
 from lightning_fp.layers.format import (
@@ -191,7 +191,9 @@ def _decide_one(name: str, linear: nn.Linear, conversion: Conversion, *, tied: b
     too_small = kernel.runs_on_fp8_hardware and gains_nothing(
         format, linear.in_features, linear.out_features
     )
-    reason = default_exclusion(name, linear, tied=tied, too_small=too_small)
+    # Emulated blocks may be ragged: only hardware leaves such layers alone by default.
+    multiple = ALIGNMENTS[format.granularity] if kernel.runs_on_fp8_hardware else ALIGNMENT
+    reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
     if reason is not None:
         return Decision(format=conversion.high_precision, reason=reason, by_default=True)
     return Decision(format=format, reason=None)
@@ -202,7 +204,11 @@ def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: 
     kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
     if kernel.runs_on_fp8_hardware:
         check_alignment(
-            name, tokens=0, in_features=linear.in_features, out_features=linear.out_features
+            name,
+            tokens=0,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            multiple=ALIGNMENTS[format.granularity],
         )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
 Scaling = Literal["none", "dynamic", "delayed"]
-Granularity = Literal["tensor", "row", "block"]
+Granularity = Literal["tensor", "row", "block", "mx"]
 GradWeight = Literal["fp8", "high"]
 
 HIGH_PRECISION = ("high", "fp32", "bf16", "fp16")
@@ -38,7 +38,8 @@ class LinearFormat:
     """Where scales come from: the tensor itself ("dynamic"), earlier steps ("delayed"), nowhere."""
 
     granularity: Granularity = "tensor"
-    """What shares one scale: the tensor, a row, or a block."""
+    """What shares one scale: the tensor; a row; a block of 128 values, of the weight 128x128; or 32
+    values, as in the MX formats."""
 
     input: str = "e4m3"
     """Number format of the input, see `lightning_fp.numerics.float_format`."""
@@ -63,7 +64,7 @@ class LinearFormat:
 
     def __post_init__(self) -> None:
         _check_choice("scaling", self.scaling, ("none", "dynamic", "delayed"))
-        _check_choice("granularity", self.granularity, ("tensor", "row", "block"))
+        _check_choice("granularity", self.granularity, ("tensor", "row", "block", "mx"))
         _check_choice("grad_weight", self.grad_weight, ("fp8", "high"))
         _check_choice("rounding", self.rounding, ("nearest", "truncate"))
         if self.scaling == "delayed" and self.granularity != "tensor":
@@ -71,8 +72,11 @@ class LinearFormat:
                 f"granularity must be 'tensor' with delayed scaling, got {self.granularity!r};"
                 " a history is kept per tensor"
             )
-        if self.granularity == "block":
-            raise ValueError("granularity 'block' is not part of this version; take 'row'")
+        if self.granularity == "mx" and not self.power_of_two:
+            raise ValueError(
+                "power_of_two must be True with granularity 'mx', got False; MX scales are powers"
+                " of two (E8M0), granularity 'block' has others"
+            )
         if self.input == "high":
             return
         for operand in ("input", "weight", "grad_output"):
@@ -124,6 +128,8 @@ NAMED_FORMATS: dict[str, LinearFormat] = {
     "fp8-delayed": LinearFormat("delayed", "tensor"),
     "fp8-rowwise": _ROWWISE,
     "fp8-rowwise-gw-hp": dataclasses.replace(_ROWWISE, grad_weight="high"),
+    "fp8-block": LinearFormat("dynamic", "block", grad_output="e4m3"),
+    "mxfp8": LinearFormat("dynamic", "mx", grad_output="e4m3", power_of_two=True),
 }
 """What each name stands for; every e{X}m{Y} is a name too."""
 
@@ -131,12 +137,12 @@ _BASES = {
     ("dynamic", "tensor"): "fp8-dynamic",
     ("delayed", "tensor"): "fp8-delayed",
     ("dynamic", "row"): "fp8-rowwise",
+    ("dynamic", "block"): "fp8-block",
+    ("dynamic", "mx"): "mxfp8",
 }
 
 _NOT_HERE = {
     "fp8-auto": "a choice for a whole run, not a format; write FP8Precision('auto', tokens=...)",
-    "fp8-block": "block scaling is not part of this version; take 'fp8-rowwise'",
-    "mxfp8": "block scaling is not part of this version; take 'fp8-rowwise'",
     "nvfp4": "it needs Transformer Engine on sm100 or later; take 'fp8-dynamic'",
 }
 

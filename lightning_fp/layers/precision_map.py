@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_fp.kernels import NativeKernel
-from lightning_fp.kernels.hardware import ALIGNMENT
+from lightning_fp.kernels.hardware import ALIGNMENTS
 from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState
 from lightning_fp.layers.backends import Backend, kernel_for
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
@@ -401,17 +401,19 @@ class PrecisionMap:
             kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
         except ValueError:
             return False
-        aligned = not (layer.in_features % ALIGNMENT or layer.out_features % ALIGNMENT)
+        multiple = ALIGNMENTS[format.granularity]
+        aligned = not (layer.in_features % multiple or layer.out_features % multiple)
         return aligned or not kernel.runs_on_fp8_hardware
 
     def _check_shapes(self, names: list[str], format: LinearFormat) -> None:
-        """FP8 hardware multiplies multiples of 16 only: refuse here, not in the next step."""
+        """FP8 hardware multiplies whole blocks only: refuse here, not in the next step."""
         kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+        multiple = ALIGNMENTS[format.granularity]
         for name in names:
             layer = self._layers[name]
             if not self.can_run(layer, format):
                 raise ValueError(
                     f"layer {name!r} cannot run {format.name!r}: in_features and out_features must"
-                    f" be multiples of {ALIGNMENT}, got {layer.in_features} and"
+                    f" be multiples of {multiple}, got {layer.in_features} and"
                     f" {layer.out_features}; leave it in high precision"
                 )

@@ -142,7 +142,9 @@ def no_match_message(
     )
 
 
-def default_exclusion(name: str, linear: nn.Linear, *, tied: bool, too_small: bool) -> str | None:
+def default_exclusion(
+    name: str, linear: nn.Linear, *, tied: bool, too_small: bool, multiple: int = ALIGNMENT
+) -> str | None:
     """Why a layer that no rule names stays in high precision.
 
     Args:
@@ -150,6 +152,7 @@ def default_exclusion(name: str, linear: nn.Linear, *, tied: bool, too_small: bo
         linear: the layer.
         tied: whether it shares its weight with an embedding.
         too_small: whether FP8 hardware would not gain on it, see `gains_nothing`.
+        multiple: what its dimensions must be multiples of.
 
     Returns:
         The reason, or None if the layer is to be converted.
@@ -165,8 +168,8 @@ def default_exclusion(name: str, linear: nn.Linear, *, tied: bool, too_small: bo
         return "adapter"
     for dimension in ("in_features", "out_features"):
         size = getattr(linear, dimension)
-        if size % ALIGNMENT:
-            return f"{dimension}={size} is not a multiple of {ALIGNMENT}"
+        if size % multiple:
+            return f"{dimension}={size} is not a multiple of {multiple}"
     if too_small:
         return f"too small to gain ({linear.in_features} -> {linear.out_features})"
     return None

@@ -1,5 +1,12 @@
 """Number formats, casts and scales: pure functions over tensors, no modules, no state."""
 
+from lightning_fp.numerics.blocks import (
+    Block,
+    amax_to_e8m0,
+    block_amax,
+    spread_blocks,
+    times_blocks,
+)
 from lightning_fp.numerics.casting import (
     Rounding,
     round_to_format,
@@ -49,6 +56,12 @@ __all__ = [
     "nonfinite_count",
     "row_amax",
     "tensor_amax",
+    # block scaling
+    "Block",
+    "amax_to_e8m0",
+    "block_amax",
+    "spread_blocks",
+    "times_blocks",
     # delayed scaling
     "DelayedScaling",
     "advance_history",

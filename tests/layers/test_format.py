@@ -19,12 +19,21 @@ ANY_FORMAT = st.sampled_from(["fp32", "bf16", "fp16", "e4m3", "e5m2", "e2m1", "e
 SCALED = st.builds(
     LinearFormat,
     st.just("dynamic"),
-    st.sampled_from(["tensor", "row"]),
+    st.sampled_from(["tensor", "row", "block"]),
     input=EIGHT_BITS,
     weight=EIGHT_BITS,
     grad_output=EIGHT_BITS,
     grad_weight=st.sampled_from(["fp8", "high"]),
     power_of_two=st.booleans(),
+)
+MX = st.builds(
+    LinearFormat,
+    st.just("dynamic"),
+    st.just("mx"),
+    input=EIGHT_BITS,
+    grad_output=EIGHT_BITS,
+    grad_weight=st.sampled_from(["fp8", "high"]),
+    power_of_two=st.just(True),
 )
 DELAYED = st.builds(
     LinearFormat,
@@ -45,7 +54,7 @@ SIMULATED = st.builds(
 )
 
 
-@given(st.one_of(SCALED, DELAYED, SIMULATED))
+@given(st.one_of(SCALED, MX, DELAYED, SIMULATED))
 def test_a_name_reads_back_to_its_format(format: LinearFormat) -> None:
     assert linear_format(format.name) == format
     assert linear_format(format) is format
@@ -68,7 +77,7 @@ def test_kinds() -> None:
     for name in NAMED_FORMATS:
         format = linear_format(name)
         assert format.is_high_precision == (name in HIGH_PRECISION)
-        assert format.is_fp8 == name.startswith("fp8-")
+        assert format.is_fp8 == name.startswith(("fp8-", "mxfp8"))
     simulated = linear_format("e8m3")
     assert not simulated.is_high_precision
     assert not simulated.is_fp8
@@ -80,6 +89,9 @@ def test_the_documented_formats() -> None:
     rowwise = LinearFormat("dynamic", "row", "e4m3", "e4m3", "e4m3", power_of_two=True)
     assert linear_format("fp8-rowwise") == rowwise
     assert linear_format("fp8-rowwise-gw-hp") == dataclasses.replace(rowwise, grad_weight="high")
+    assert linear_format("fp8-block") == LinearFormat("dynamic", "block", "e4m3", "e4m3", "e4m3")
+    mx = LinearFormat("dynamic", "mx", "e4m3", "e4m3", "e4m3", power_of_two=True)
+    assert linear_format("mxfp8") == mx
 
 
 @pytest.mark.parametrize(
@@ -114,14 +126,18 @@ def test_a_torchao_config_that_does_not_scale_is_refused() -> None:
     ("fields", "message"),
     [
         ({"scaling": "static"}, "scaling must be one of none, dynamic, delayed, got 'static'"),
-        ({"granularity": "rows"}, "granularity must be one of tensor, row, block, got 'rows'"),
+        ({"granularity": "rows"}, "granularity must be one of tensor, row, block, mx, got"),
         ({"grad_weight": "bf16"}, "grad_weight must be one of fp8, high, got 'bf16'"),
         ({"scaling": "none", "rounding": "up"}, "rounding must be one of nearest, truncate, got"),
         (
             {"scaling": "delayed", "granularity": "row"},
             "granularity must be 'tensor' with delayed scaling, got 'row'",
         ),
-        ({"granularity": "block"}, "granularity 'block' is not part of this version; take 'row'"),
+        (
+            {"scaling": "delayed", "granularity": "block"},
+            "granularity must be 'tensor' with delayed scaling, got 'block'",
+        ),
+        ({"granularity": "mx"}, "power_of_two must be True with granularity 'mx', got False"),
         ({"input": "bf16"}, "input must be an 8-bit format (e4m3, e5m2, e4m3fnuz, e5m2fnuz)"),
         ({"grad_output": "e8m3"}, "grad_output must be an 8-bit format"),
         ({"weight": "int8"}, "number format must be one of fp32, bf16, fp16, e4m3"),

@@ -1,0 +1,133 @@
+"""MXFP8 as torchao trains in it: its op on Blackwell, its emulation elsewhere.
+
+torchao's op takes contiguous bf16 (emulated: or float32) and whole blocks only, and its conversion
+drops the bias (pytorch/ao#4846). So the bias is added here, dtypes are made what it takes, and
+where it is emulated zeros fill the last blocks, which changes no scale and adds nothing to a sum.
+It keeps input and weight for backward, in the dtype it was given: under mixed precision that is a
+bf16 copy of the weight. The emulation of `BlockKernel` keeps neither, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
+from lightning_fp.kernels.hardware import ALIGNMENTS, check_alignment
+from lightning_fp.kernels.torchao import import_quietly
+from lightning_fp.numerics import FloatFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchaoMXKernel:
+    """e4m3 for all operands, blocks of 32, E8M0 scales rounded up."""
+
+    high_grad_weight: bool = False
+    """Whether the weight's gradient is computed in high precision."""
+
+    cuda_mx: bool = False
+    """Whether CUDA tensors go to tensor cores that multiply MX formats."""
+
+    _op: Any = field(init=False, repr=False, compare=False)
+    _options: dict[bool, dict[str, Any]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Looked up here and not in the call, which torch.compile traces.
+        torchao = _import_mxfp8()
+        object.__setattr__(self, "_op", torchao.op)
+        options = {
+            emulate: {
+                "kernel_preference": torchao.emulated if emulate else torchao.automatic,
+                "scale_calculation_mode": torchao.round_up,
+                "wgrad_with_hp": self.high_grad_weight,
+            }
+            for emulate in (False, True)
+        }
+        object.__setattr__(self, "_options", options)
+
+    @property
+    def name(self) -> str:
+        """See `Kernel.name`."""
+        return "torchao" if self.cuda_mx else "torchao (emulated)"
+
+    @property
+    def runs_on_fp8_hardware(self) -> bool:
+        """See `Kernel.runs_on_fp8_hardware`."""
+        return self.cuda_mx
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
+        """See `Kernel.__call__`."""
+        if input.numel() == 0 or weight.numel() == 0:
+            return F.linear(input, weight, bias)
+        dtype = compute_dtype(input)
+        emulate = not (self.cuda_mx and input.is_cuda)
+        rows = input.reshape(-1, input.shape[-1])
+        if not emulate:
+            check_alignment(
+                layer,
+                tokens=rows.shape[0],
+                in_features=weight.shape[1],
+                out_features=weight.shape[0],
+                multiple=ALIGNMENTS["mx"],
+            )
+        taken = torch.float32 if emulate and dtype is not torch.bfloat16 else torch.bfloat16
+        with without_autocast(input.device.type):
+            output: Tensor = self._op(
+                _whole_blocks(rows.to(dtype).to(taken)),
+                _whole_blocks(weight.to(taken)),
+                **self._options[emulate],
+            )
+            output = output[: rows.shape[0], : weight.shape[0]].to(dtype)
+            output = output.reshape(*input.shape[:-1], weight.shape[0])
+            return output if bias is None else output + bias.to(dtype)
+
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
+        """See `Kernel.cast_of`."""
+        return MX_EMULATION.cast_of(operand, x, scales)
+
+
+MX_EMULATION = BlockKernel(length=MX_BLOCK, square_weight=False, scales="e8m0")
+"""The same arithmetic without torchao."""
+
+
+def _whole_blocks(x: Tensor) -> Tensor:
+    """[rows, columns], contiguous, zeros added up to the next multiple of a block."""
+    rows, columns = (-size % MX_BLOCK for size in x.shape)
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()
+
+
+@dataclass(frozen=True)
+class _TorchaoMXFP8:
+    op: Any
+    emulated: Any
+    automatic: Any
+    round_up: Any
+
+
+@cache
+def _import_mxfp8() -> _TorchaoMXFP8:
+    """torchao's op and the values of its options.
+
+    Raises:
+        ValueError: if this torchao has no such op; it is a prototype there and may move.
+    """
+    try:
+        linear = import_quietly("torchao.prototype.moe_training.mxfp8_linear")
+        return _TorchaoMXFP8(
+            linear._to_mxfp8_then_scaled_mm,
+            linear.KernelPreference.EMULATED,
+            linear.KernelPreference.AUTO,
+            linear.ScaleCalculationMode.RCEIL,
+        )
+    except (ImportError, AttributeError) as error:
+        version = getattr(import_quietly("torchao"), "__version__", "unknown")
+        raise ValueError(
+            f"format 'mxfp8' needs the MXFP8 training op of torchao 0.18, this is {version}"
+            f" ({error}); install torchao==0.18.*, or emulate it with backend='native'"
+        ) from error
