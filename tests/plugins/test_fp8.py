@@ -191,7 +191,7 @@ def test_manual_optimization_with_two_optimizers() -> None:
     ("options", "message"),
     [
         ({"scaling": "statc"}, "scaling: format must be one of"),
-        ({"scaling": "mx"}, "format 'mxfp8' cannot be used"),
+        ({"scaling": "nvfp4"}, "format 'nvfp4' cannot be used"),
         (
             {"base": "16-mixed"},
             "base must be one of bf16-mixed, bf16-true, 32-true, got '16-mixed'",
