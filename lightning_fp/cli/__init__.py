@@ -1,4 +1,4 @@
-"""The command line: `lightning-fp doctor | plan | demo | stats | study`, one module each."""
+"""The command line: `lightning-fp doctor | plan | demo | ...`, one module for each command."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lightning_fp.cli import demo, doctor, plan, stats, study
+from lightning_fp.cli import demo, doctor, plan, report, stats, study
 
 __all__ = ["main"]
 
-_COMMANDS = {"doctor": doctor, "plan": plan, "demo": demo, "stats": stats, "study": study}
+_COMMANDS = {
+    "doctor": doctor,
+    "plan": plan,
+    "demo": demo,
+    "stats": stats,
+    "report": report,
+    "study": study,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import json as json_module
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from lightning_fp.cli.output import console, table
 from lightning_fp.records import read_statistics
+from lightning_fp.report.sparkline import sparkline
 
 _RANKINGS = {
     "clamped_mass": ("clamped mass", "descending"),
@@ -36,8 +36,6 @@ _EXTREMES = {
 """How each column is brought together over a run."""
 
 _COLUMNS = ["step", "layer", "operand", "format", "amax", *_EXTREMES]
-_BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 40
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -131,29 +129,6 @@ def courses(rows: pa.Table, glob: str) -> dict[str, dict[str, dict[str, list[Any
         for name, value in row.items():
             operand.setdefault(name, []).append(value)
     return curves
-
-
-def sparkline(
-    values: Sequence[float | None], width: int = _WIDTH, *, of: Callable[..., float | None] = max
-) -> str:
-    """A curve in one line of text, from its least to its largest value.
-
-    >>> sparkline([0, 1, 2, None, 3])
-    '▁▃▆ █'
-
-    Args:
-        values: the curve; None and values that are not finite become gaps.
-        width: characters at most; of a longer curve each character stands for a stretch.
-        of: what is shown of a stretch: `max` or `min`, whichever is worse.
-    """
-    stretch = max(1, math.ceil(len(values) / width))
-    known = [v if v is not None and math.isfinite(v) else None for v in values]
-    parts = [known[i : i + stretch] for i in range(0, len(known), stretch)]
-    points = [of((v for v in part if v is not None), default=None) for part in parts]
-    finite = [v for v in points if v is not None]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(" " if v is None else _BARS[round((v - low) * scale)] for v in points)
 
 
 def _print_worst(

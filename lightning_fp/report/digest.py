@@ -1,0 +1,369 @@
+"""A run's statistics in little: grids, totals and the worst operands, whatever the table's size.
+
+The table is read a million rows at a time. What is kept grows with the number of layers, not with
+the length of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as functions
+import torch
+from torch import Tensor
+
+from lightning_fp.records import read_statistics
+
+Ranking: TypeAlias = Literal["clamped_mass", "underflow_fraction", "sqnr_db"]
+
+RANKINGS: tuple[Ranking, ...] = ("clamped_mass", "underflow_fraction", "sqnr_db")
+"""What operands are ranked by; of the last, small is bad."""
+
+WHAT_IF = (
+    "what_if_delayed_clamped_mass",
+    "what_if_delayed_underflow_fraction",
+    "what_if_dynamic_underflow_fraction",
+    "what_if_rowwise_underflow_fraction",
+    "what_if_other_underflow_fraction",
+)
+
+COLUMNS = 400
+"""Columns of a grid at most: a screen's width."""
+
+_CHUNK_ROWS = 2**20
+_MOST_DB = 150.0
+"""Where nothing is lost the SQNR is infinite; shown as this, as in the loggers."""
+
+_SHOWN = 8
+"""Worst operands to keep for each ranking."""
+
+# pyarrow makes its functions at import, out of sight of type checkers.
+pc: Any = functions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """One operand of one layer in one format, over the run; None: never measured."""
+
+    layer: str
+    operand: str
+    format: str
+    intervals: int
+    """Rows behind this."""
+    nonfinite: int
+    worst: dict[str, float | None]
+    """By ranking: the worst value of any interval."""
+    mean: dict[str, float | None]
+    """By ranking and what-if column: the mean over intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """An exact value of the table."""
+
+    layer: str
+    operand: str
+    format: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Course:
+    """One operand over the steps."""
+
+    layer: str
+    operand: str
+    steps: list[int]
+    formats: list[str]
+    values: dict[str, list[float | None]]
+    """By ranking."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Digest:
+    """The statistics of a run."""
+
+    layers: tuple[str, ...]
+    """In the order the table has them, which is the model's."""
+
+    columns: tuple[tuple[int, int], ...]
+    """First and last step of each column of the grids."""
+
+    intervals: int
+    """Log intervals in the table."""
+
+    rows: int
+    """Rows in the table."""
+
+    grids: dict[Ranking, Tensor]
+    """float32 [layers, columns]: the worst of each layer's operands in a column's intervals; NaN
+    where nothing was measured."""
+
+    formats: Tensor
+    """int64 [layers, columns]: index into `format_names` of the last one in that column; -1 where
+    the layer was not in low precision."""
+
+    format_names: tuple[str, ...]
+
+    totals: list[Totals] = field(default_factory=list[Totals])
+
+    worst: dict[Ranking, list[Cell]] = field(default_factory=dict[Ranking, list[Cell]])
+    """The worst cell of each of the worst operands, the worst first."""
+
+    courses: list[Course] = field(default_factory=list[Course])
+    """Of the operands in `worst`."""
+
+
+def read_digest(run_dir: Path) -> Digest | None:
+    """Read a run's statistics; None if it has none yet.
+
+    Args:
+        run_dir: the run's directory.
+
+    Raises:
+        OSError, RuntimeError, pyarrow.ArrowException: if they cannot be read.
+    """
+    try:
+        counts = _rows_by_step(run_dir)
+    except FileNotFoundError:
+        return None
+    if not counts:
+        return None
+    steps = torch.tensor(list(counts))
+    width = min(COLUMNS, len(steps))
+    sums = _Sums(steps, width)
+    partial: list[pa.Table] = []
+    for rows in _chunks(run_dir, counts):
+        operands = rows.filter(pc.not_equal(rows["operand"].cast(pa.string()), "output"))
+        if operands.num_rows:
+            sums.add(operands)
+            partial.append(_partial_totals(operands))
+    totals = _totals(partial)
+    ranked: dict[Ranking, list[Totals]] = {name: _worst_of(totals, name) for name in RANKINGS}
+    cells, courses = _courses(run_dir, ranked)
+    edges = torch.arange(len(steps)) * width // len(steps)
+    bounds = [steps[edges == column] for column in range(width)]
+    return Digest(
+        layers=tuple(sums.layers),
+        columns=tuple((int(b[0]), int(b[-1])) for b in bounds),
+        intervals=len(steps),
+        rows=sum(counts.values()),
+        grids=sums.grids,
+        formats=sums.last_formats(),
+        format_names=tuple(sums.formats),
+        totals=totals,
+        worst=cells,
+        courses=courses,
+    )
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def _rows_by_step(run_dir: Path) -> dict[int, int]:
+    """Number of rows by step, ascending."""
+    counted = pc.value_counts(read_statistics(run_dir, columns=["step"])["step"]).to_pylist()
+    return dict(sorted((entry["values"], entry["counts"]) for entry in counted))
+
+
+def _chunks(run_dir: Path, counts: dict[int, int]) -> Iterator[pa.Table]:
+    """The table, by stretches of steps."""
+    names = ["step", "layer", "operand", "format", "nonfinite", *RANKINGS, *WHAT_IF]
+    first, held, steps = None, 0, list(counts)
+    for step in steps:
+        first = step if first is None else first
+        held += counts[step]
+        if held >= _CHUNK_ROWS or step == steps[-1]:
+            within = (pc.field("step") >= first) & (pc.field("step") <= step)
+            yield read_statistics(run_dir, columns=names, filters=within)
+            first, held = None, 0
+
+
+class _Sums:
+    """What is gathered of layers and columns while the table goes by.
+
+    Args:
+        steps: int64 [intervals], ascending.
+        width: columns.
+    """
+
+    def __init__(self, steps: Tensor, width: int) -> None:
+        self.layers: dict[str, int] = {}
+        self.formats: dict[str, int] = {}
+        self.grids: dict[Ranking, Tensor] = {}
+        self._steps, self._width = steps, width
+        self._last: Tensor = torch.full((0, width), -1, dtype=torch.int64)
+        for ranking in RANKINGS:
+            self.grids[ranking] = torch.full((0, width), torch.nan)
+
+    def add(self, rows: pa.Table) -> None:
+        """Take in a stretch of the table."""
+        layer = _codes(rows["layer"], self.layers)
+        format = _codes(rows["format"], self.formats)
+        self._grow()
+        interval = torch.searchsorted(self._steps, torch.from_numpy(rows["step"].to_numpy().copy()))
+        cell = layer * self._width + interval * self._width // len(self._steps)
+        # The number of the interval above that of the format: the largest is the last one's.
+        order = interval * 2**16 + format
+        self._last.view(-1).scatter_reduce_(0, cell, order, "amax")
+        for ranking, grid in self.grids.items():
+            value = torch.from_numpy(rows[ranking].to_numpy().copy())
+            known = ~value.isnan()
+            how = "amin" if ranking == "sqnr_db" else "amax"
+            of = value[known].clamp(-_MOST_DB, _MOST_DB)
+            fresh = torch.full_like(grid, torch.inf if how == "amin" else -torch.inf).view(-1)
+            fresh.scatter_reduce_(0, cell[known], of, how)
+            fresh = fresh.view_as(grid).masked_fill_(fresh.view_as(grid).isinf(), torch.nan)
+            combined = torch.fmin(grid, fresh) if how == "amin" else torch.fmax(grid, fresh)
+            self.grids[ranking] = combined
+
+    def last_formats(self) -> Tensor:
+        """int64 [layers, columns]: the index of the last format; -1 where there was none."""
+        return torch.where(self._last < 0, self._last, self._last % 2**16)
+
+    def _grow(self) -> None:
+        more = len(self.layers) - len(self._last)
+        if more:
+            empty = torch.full((more, self._width), torch.nan)
+            self.grids = {name: torch.cat([grid, empty]) for name, grid in self.grids.items()}
+            none = torch.full((more, self._width), -1, dtype=torch.int64)
+            self._last = torch.cat([self._last, none])
+
+
+def _codes(column: pa.ChunkedArray, known: dict[str, int]) -> Tensor:
+    """int64 [rows]: each text's number in `known`, which learns those that are new to it."""
+    encoded = column.combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    own = torch.from_numpy(encoded.indices.to_numpy(zero_copy_only=False).copy()).long()
+    names = encoded.dictionary.to_pylist()
+    used = torch.zeros(len(names), dtype=torch.bool)
+    used[own] = True
+    table = torch.zeros(len(names), dtype=torch.int64)
+    for index, name in enumerate(names):
+        if used[index]:
+            table[index] = known.setdefault(name, len(known))
+    return table[own]
+
+
+# -- totals ---------------------------------------------------------------------------------------
+
+_KEYS = ["layer", "operand", "format"]
+
+
+def _partial_totals(rows: pa.Table) -> pa.Table:
+    """Sums of a stretch, by operand and format."""
+    finite = pc.min_element_wise(
+        rows["sqnr_db"], pa.scalar(_MOST_DB, pa.float32()), skip_nulls=False
+    )
+    rows = rows.set_column(rows.column_names.index("sqnr_db"), "sqnr_db", finite)
+    measured = [*RANKINGS, *WHAT_IF]
+    wanted = [
+        ("step", "count"),
+        ("nonfinite", "sum"),
+        *((name, "min" if name == "sqnr_db" else "max") for name in RANKINGS),
+        *((name, "sum") for name in measured),
+        *((name, "count") for name in measured),
+    ]
+    return rows.group_by(_KEYS).aggregate(wanted)
+
+
+def _totals(partial: Sequence[pa.Table]) -> list[Totals]:
+    if not partial:
+        return []
+    plain: list[pa.Table] = []
+    for table in partial:
+        texts = {name: table[name].cast(pa.string()) for name in _KEYS}
+        plain.append(pa.table({n: texts.get(n, table[n]) for n in table.column_names}))
+    table = pa.concat_tables(plain)
+    how = {"_min": "min", "_max": "max", "_sum": "sum", "_count": "sum"}
+    names = [name for name in table.column_names if name not in _KEYS]
+    over = [(name, how[name[name.rindex("_") :]]) for name in names]
+    found = table.group_by(_KEYS).aggregate(over).to_pylist()
+
+    def total(row: dict[str, Any]) -> Totals:
+        value = {name: row[f"{name}_{function}"] for name, function in over}
+        worst = {n: value[f"{n}_{'min' if n == 'sqnr_db' else 'max'}"] for n in RANKINGS}
+        mean = {
+            name: value[f"{name}_sum"] / count if (count := value[f"{name}_count"]) else None
+            for name in (*RANKINGS, *WHAT_IF)
+        }
+        return Totals(
+            layer=row["layer"],
+            operand=row["operand"],
+            format=row["format"],
+            intervals=value["step_count"],
+            nonfinite=value["nonfinite_sum"] or 0,
+            worst=worst,
+            mean=mean,
+        )
+
+    return [total(row) for row in found]
+
+
+def _worst_of(totals: Sequence[Totals], ranking: Ranking) -> list[Totals]:
+    """The operands that lost most; none that lost nothing."""
+
+    def badness(of: Totals) -> float:
+        value = of.worst[ranking]
+        if value is None:
+            return -torch.inf
+        return -value if ranking == "sqnr_db" else value
+
+    least = -_MOST_DB if ranking == "sqnr_db" else 0.0
+    lossy = [of for of in totals if badness(of) > least]
+    return sorted(lossy, key=lambda of: (-badness(of), of.layer, of.operand))[:_SHOWN]
+
+
+def _courses(
+    run_dir: Path, ranked: dict[Ranking, list[Totals]]
+) -> tuple[dict[Ranking, list[Cell]], list[Course]]:
+    """The exact worst cells of the operands given, and their courses."""
+    wanted = list(dict.fromkeys((of.layer, of.operand) for all in ranked.values() for of in all))
+    if not wanted:
+        return {ranking: [] for ranking in ranked}, []
+    layers = sorted({layer for layer, _ in wanted})
+    names = ["step", *_KEYS, *RANKINGS]
+    chosen = pc.field("layer").isin(layers)
+    table = read_statistics(run_dir, columns=names, filters=chosen).sort_by("step")
+    courses: dict[tuple[str, str], Course] = {}
+    for row in table.to_pylist():
+        key = row["layer"], row["operand"]
+        if key in wanted:
+            empty = Course(
+                layer=key[0], operand=key[1], steps=[], formats=[], values={n: [] for n in RANKINGS}
+            )
+            course = courses.setdefault(key, empty)
+            course.steps.append(row["step"])
+            course.formats.append(row["format"])
+            for name in RANKINGS:
+                value = row[name]
+                course.values[name].append(None if value is None else min(value, _MOST_DB))
+    cells: dict[Ranking, list[Cell]] = {}
+    for ranking, operands in ranked.items():
+        cells[ranking] = []
+        for of in operands:
+            course = courses.get((of.layer, of.operand))
+            places = range(0 if course is None else len(course.steps))
+            for i in places:
+                assert course is not None
+                if (
+                    course.formats[i] == of.format
+                    and course.values[ranking][i] == of.worst[ranking]
+                ):
+                    cells[ranking].append(
+                        Cell(
+                            layer=of.layer,
+                            operand=of.operand,
+                            format=of.format,
+                            step=course.steps[i],
+                            value=of.worst[ranking] or 0.0,
+                        )
+                    )
+                    break
+    return cells, [courses[key] for key in wanted if key in courses]

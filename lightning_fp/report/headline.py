@@ -1,0 +1,128 @@
+"""A run in one sentence, and in a handful of figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from lightning_fp.layers import linear_format
+from lightning_fp.records import Demotion, Verdict
+from lightning_fp.report.cost import RunCost
+from lightning_fp.report.format_courses import HIGH, changed_formats, format_courses
+from lightning_fp.report.page_parts import duration, number, share
+from lightning_fp.report.run_records import RunRecords
+
+
+def headline(records: RunRecords, cost: RunCost) -> str:
+    """A few short sentences that need no knowledge of the package.
+
+    Args:
+        records: the run's.
+        cost: what it cost.
+    """
+    parts = [_end(records), _incidents(records)]
+    if cost.effective_speedup is not None:
+        gain = cost.effective_speedup
+        parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
+    elif cost.attempted and cost.useful < cost.attempted:
+        parts.append(f"{share(cost.useful_share)} of its steps were useful.")
+    return " ".join(part for part in parts if part)
+
+
+def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]]:
+    """What, how much, and a remark, for the top of a page."""
+    steps = records.steps
+    loss = steps.final_loss() if steps else None
+    low, all, now = low_precision(records)
+    raw, effective = cost.raw_speedup, cost.effective_speedup
+    unknown = "no baseline"
+    return [
+        ("steps", f"{cost.attempted:,}", f"{cost.useful:,} useful"),
+        ("final loss", number(loss) or "unknown", "mean of the last steps"),
+        ("in low precision", f"{low} of {all}" if all else "unknown", now or "layers at the end"),
+        ("time per step", duration(cost.step_seconds), "median"),
+        ("speed-up per step", f"{raw:.2f}x" if raw else "unknown", cost.baseline or unknown),
+        (
+            "effective speed-up",
+            f"{effective:.2f}x" if effective else "unknown",
+            "after all losses" if effective else unknown,
+        ),
+    ]
+
+
+def low_precision(records: RunRecords) -> tuple[int, int, str]:
+    """Layers in low precision at the end, all layers, and the former's share of FLOPs in words."""
+    ends = {layer: course[-1][1] for layer, course in format_courses(records).items()}
+    low = [layer for layer, format in ends.items() if is_low(format)]
+    flops = {info.name: info.flops_share for info in records.layers}
+    known = [flops.get(layer) for layer in low]
+    shares = [value for value in known if value is not None]
+    whole = bool(low) and len(shares) == len(low)
+    return len(low), len(ends), f"{share(sum(shares))} of FLOPs" if whole else ""
+
+
+def is_low(format: str) -> bool:
+    """Whether a format's name means low precision; of one that is not known, yes."""
+    if format == HIGH:
+        return False
+    try:
+        return not linear_format(format).is_high_precision
+    except ValueError:
+        return True
+
+
+def updated(records: RunRecords) -> float | None:
+    """Unix time of the newest record."""
+    files = [path for path in records.path.glob("*") if path.suffix in (".csv", ".jsonl")]
+    files += list((records.path / "statistics").glob("*.parquet"))
+    return max((path.stat().st_mtime for path in files), default=None)
+
+
+def _end(records: RunRecords) -> str:
+    loss = records.steps.final_loss() if records.steps else None
+    with_loss = f" with a loss of {loss:.4g}" if loss is not None else ""
+    if records.finished is not None:
+        return f"The run ended after {records.last_step:,} steps{with_loss}."
+    if not records.last_step:
+        return "Nothing is recorded of this run's steps yet."
+    when = updated(records)
+    at = (
+        "" if when is None else f", last on {time.strftime('%Y-%m-%d %H:%M', time.localtime(when))}"
+    )
+    if not any(event.kind == "started" for event in records.events):
+        return f"The run is recorded up to step {records.last_step:,}{with_loss}."
+    return (
+        f"The run is recorded up to step {records.last_step:,}{with_loss}{at}; its end is not: it"
+        " still runs, or was stopped."
+    )
+
+
+def _incidents(records: RunRecords) -> str:
+    """What the fallback found and did."""
+    events = records.events
+    convicted = _steps(events, "precision")
+    demotions = [
+        event for event in events if isinstance(event, Demotion) and changed_formats(event)
+    ]
+    if convicted:
+        times = "once" if len(convicted) == 1 else f"{len(convicted)} times"
+        layers = {layer for event in demotions for layer in event.formats}
+        named = next(iter(layers)) if len(layers) == 1 else f"{len(layers)} layers"
+        at = ", ".join(f"{step:,}" for step in convicted[:3])
+        what = f"Low precision was proved to harm it {times}, at step {at}"
+        return f"{what}; {named} got a safer format." if layers else f"{what}."
+    cleared = _steps(events, "not precision")
+    if cleared:
+        times = "once" if len(cleared) == 1 else f"{len(cleared)} times"
+        return f"Something went wrong {times}, and replays showed that precision was not to blame."
+    climbs = sum(event.kind == "limit" and changed_formats(event) for event in events)
+    if climbs:
+        return f"{climbs} layers were over a limit and got a safer format."
+    if any(event.kind == "started" for event in events):
+        return "Nothing went wrong."
+    return ""
+
+
+def _steps(events: Sequence[object], verdict: str) -> list[int]:
+    found = [e.step for e in events if isinstance(e, Verdict) and e.verdict == verdict]
+    return list(dict.fromkeys(found))

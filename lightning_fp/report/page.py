@@ -1,0 +1,151 @@
+"""One HTML file from the records of one or several runs; it needs no network and no other file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+from lightning_fp import __version__
+from lightning_fp.report.compare import comparison
+from lightning_fp.report.cost import RunCost, run_cost
+from lightning_fp.report.headline import headline, key_figures
+from lightning_fp.report.page_parts import Chart, Section
+from lightning_fp.report.run_records import RunRecords, names_of, read_records
+from lightning_fp.report.sections import sections
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the template shows of one run."""
+
+    name: str
+    path: str
+    headline: str
+    figures: Sequence[tuple[str, str, str]]
+    sections: Sequence[Section]
+    unreadable: Sequence[str]
+
+
+class _Charts:
+    """Numbers the charts as the template comes by them."""
+
+    def __init__(self) -> None:
+        self._specs: list[Chart] = []
+
+    def add(self, spec: Chart) -> int:
+        self._specs.append(spec)
+        return len(self._specs) - 1
+
+    def json(self) -> str:
+        """All of them, harmless inside of a script element."""
+        text = json.dumps(self._specs, allow_nan=False, separators=(",", ":"))
+        return text.replace("<", "\\u003c")
+
+
+def read_runs(
+    run_dirs: Sequence[str | Path], baseline: str | Path | None = None
+) -> tuple[list[RunRecords], list[RunCost]]:
+    """The records of runs and what each cost.
+
+    Args:
+        run_dirs: the runs' directories.
+        baseline: a run in high precision to compare times with; by default the one that a run's
+            own settings name.
+
+    Raises:
+        ValueError: if there are none, or one has no records.
+    """
+    if not run_dirs:
+        raise ValueError("run_dirs must have at least one directory, got none")
+    named = zip(run_dirs, names_of(run_dirs), strict=True)
+    runs = [read_records(run_dir, name=name) for run_dir, name in named]
+    given = None if baseline is None else read_records(baseline)
+    return runs, [run_cost(run, given or _own_baseline(run)) for run in runs]
+
+
+def write_report(
+    run_dirs: Sequence[str | Path], path: str | Path, *, baseline: str | Path | None = None
+) -> Path:
+    """Write the report of one run, or a comparison of several.
+
+    Args:
+        run_dirs: the runs' directories; the runs may still go on, or have crashed.
+        path: the HTML file; its directory is made if it is not there.
+        baseline: as for `read_runs`.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: if a run has no records.
+        ImportError: without jinja2, naming the extra.
+    """
+    _jinja2()
+    runs, costs = read_runs(run_dirs, baseline)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(runs, costs), encoding="utf-8")
+    return target
+
+
+def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
+    """The page.
+
+    Args:
+        runs: their records.
+        costs: what each cost.
+    """
+    jinja2 = _jinja2()
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    shown = [
+        _Run(
+            name=run.name,
+            path=str(run.path),
+            headline=headline(run, cost),
+            figures=key_figures(run, cost),
+            sections=sections(run, cost),
+            unreadable=run.unreadable,
+        )
+        for run, cost in zip(runs, costs, strict=True)
+    ]
+    template = environment.from_string(_file("report.html"))
+    return template.render(
+        title=f"{', '.join(run.name for run in shown)}: run report",
+        runs=shown,
+        comparison=comparison(runs, costs) if len(runs) > 1 else None,
+        charts=_Charts(),
+        css=_file("report.css"),
+        script=_file("charts.js"),
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _own_baseline(run: RunRecords) -> RunRecords | None:
+    """The baseline that the run was told of, if it is still there."""
+    for options in run.settings.values():
+        place = options.get("baseline")
+        if isinstance(place, str) and Path(place).is_dir():
+            try:
+                return read_records(place)
+            except ValueError:
+                continue
+    return None
+
+
+def _file(name: str) -> str:
+    return (resources.files("lightning_fp.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _jinja2() -> Any:
+    try:
+        return import_module("jinja2")
+    except ImportError as error:
+        raise ImportError('a report needs jinja2: pip install "lightning-fp[report]"') from error

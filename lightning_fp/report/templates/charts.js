@@ -1,0 +1,434 @@
+"use strict";
+// Draws every chart of the report: fields with lines, strips of formats, heatmaps. No library.
+(() => {
+  const charts = JSON.parse(document.getElementById("data").textContent);
+  const tip = document.getElementById("tip");
+  const root = document.documentElement;
+  const COLORS = 6;
+  const RIGHT = 10;
+  const LANE = 18;
+  root.dataset.errors = "0";
+  addEventListener("error", () => { root.dataset.errors = String(+root.dataset.errors + 1); });
+
+  // -- helpers -----------------------------------------------------------------------------------
+
+  const svg = (name, attributes = {}, parent = null, text = "") => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    if (text !== "") node.textContent = text;
+    if (parent) parent.append(node);
+    return node;
+  };
+  const html = (name, className = "", text = "", parent = null) => {
+    const node = document.createElement(name);
+    if (className) node.className = className;
+    if (text !== "") node.textContent = text;
+    if (parent) parent.append(node);
+    return node;
+  };
+  const color = (i) => `var(--c${i % COLORS})`;
+  const whole = (x) => Math.round(x).toLocaleString("en");
+  const shown = (v, unit = "") => {
+    if (v === null || v === undefined || Number.isNaN(v)) return "not measured";
+    const size = Math.abs(v);
+    const text = v === 0 ? "0" : size >= 1e5 || size < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
+    return unit === "%" ? `${text}%` : unit ? `${text} ${unit}` : text;
+  };
+  const shortened = (text, width) => {
+    const most = Math.max(4, Math.floor(width / 6.3));
+    if (text.length <= most) return text;
+    const head = Math.floor((most - 1) / 3);
+    return `${text.slice(0, head)}…${text.slice(text.length - (most - 1 - head))}`;
+  };
+  const ticks = (low, high, count) => {
+    const rough = (high - low) / Math.max(1, count);
+    const power = 10 ** Math.floor(Math.log10(rough));
+    const step = power * [1, 2, 5, 10].find((m) => m * power >= rough);
+    const found = [];
+    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(+(i * step).toPrecision(12));
+    return found;
+  };
+  const decades = (low, high) => {
+    const found = [];
+    const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
+    const every = Math.max(1, Math.ceil((last - first + 1) / 5));
+    for (let e = first; e <= last; e += every) found.push(10 ** e);
+    return found.length > 1 ? found : ticks(low, high, 3).filter((v) => v > 0);
+  };
+  const nearest = (steps, step) => {
+    let low = 0, high = steps.length - 1;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (steps[middle] < step) low = middle + 1; else high = middle;
+    }
+    return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
+  };
+  const legend = (el, names) => {
+    const box = html("div", "legend", "", el);
+    for (const { name, fill } of names) {
+      const entry = html("span", "", "", box);
+      html("i", "", "", entry).style.background = fill;
+      entry.append(name);
+    }
+    return box;
+  };
+
+  const hide = () => { tip.hidden = true; };
+  const tell = (el, x, y, title, rows) => {
+    tip.replaceChildren();
+    html("b", "", title, tip);
+    for (const [name, value] of rows) {
+      const row = html("div", "", "", tip);
+      html("span", "", name, row);
+      if (value) html("span", "", value, row);
+    }
+    tip.hidden = false;
+    const box = el.getBoundingClientRect();
+    const width = tip.offsetWidth, right = document.documentElement.clientWidth - 4;
+    const left = Math.max(4, Math.min(box.left + x + 14, right - width));
+    const covered = left < box.left + x + 10 && left + width > box.left + x - 10;
+    tip.style.left = `${left + scrollX}px`;
+    tip.style.top = `${box.top + scrollY + y + (covered ? 24 : 10)}px`;
+  };
+  // Pointer and arrow keys move the same cursor, of one or two dimensions.
+  const follow = (el, { at, move }) => {
+    el.onpointermove = el.onpointerdown = (event) => {
+      const box = el.getBoundingClientRect();
+      at(event.clientX - box.left, event.clientY - box.top);
+    };
+    el.onpointerleave = (event) => { if (event.pointerType === "mouse") { hide(); at(null); } };
+    el.onblur = () => { hide(); at(null); };
+    el.onkeydown = (event) => {
+      const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] || [0, 0];
+      if (event.key === "Escape") { hide(); at(null); }
+      if ((dx || dy) && move(dx, dy)) event.preventDefault();
+    };
+  };
+
+  // -- events beneath a chart --------------------------------------------------------------------
+
+  const SHAPES = {
+    demote: ["M-5-4h10l-5 8z", 1], limit: ["M-4-3h8l-4 6z", 4], promote: ["M-5 4h10l-5-8z", 2],
+    suspect: ["M0-5a5 5 0 1 0 .01 0z", 4], verdict: ["M-5 0l5-5 5 5-5 5z", 3], gate: ["M-4-4h8v8h-8z", 2],
+    stage: ["M-1-6h2v12h-2z", 0], format: ["M-4-4h8v8h-8z", 0], resumed: ["M-4-5l8 5-8 5z", 5],
+    rollback: ["M5-5l-9 5 9 5z", 3], skip: ["M-1-5h2v10h-2z", 1],
+  };
+  const drawLanes = (svgNode, lanes, x, left, top, width) => lanes.map((lane, i) => {
+    const y = top + i * LANE + LANE / 2;
+    svg("line", { class: "grid", x1: left, x2: width - RIGHT, y1: y, y2: y }, svgNode);
+    svg("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, svgNode, lane.name);
+    const [shape, hue] = SHAPES[lane.kind] || ["M-3-3h6v6h-6z", 5];
+    for (const mark of lane.marks) {
+      const fill = mark.failed ? color(1) : color(hue);
+      const a = x(mark.step), b = x(mark.end);
+      if (b - a > 3) svg("rect", { x: a, y: y - 2, width: b - a, height: 4, fill, opacity: 0.6 }, svgNode);
+      svg("path", { d: shape, transform: `translate(${b} ${y})`, fill }, svgNode);
+    }
+    return y;
+  });
+  const near = (lanes, x, at) => lanes.flatMap((lane) => lane.marks
+    .filter((mark) => x(mark.step) - 5 <= at && at <= x(mark.end) + 5)
+    .slice(0, 3)
+    .map((mark) => [`${lane.name}: ${mark.count > 1 ? `${mark.count} between steps ${whole(mark.step)} and ${whole(mark.end)}` : mark.text}`.slice(0, 220), ""]));
+  const drawSteps = (svgNode, x, first, last, left, width, y) => {
+    svg("line", { class: "axis", x1: left, x2: width - RIGHT, y1: y, y2: y }, svgNode);
+    for (const step of ticks(first, last, width < 500 ? 4 : 8).filter(Number.isInteger)) {
+      svg("line", { class: "axis", x1: x(step), x2: x(step), y1: y, y2: y + 4 }, svgNode);
+      const anchor = x(step) > width - 30 ? "end" : "middle";
+      svg("text", { x: x(step), y: y + 16, "text-anchor": anchor }, svgNode, whole(step));
+    }
+    svg("text", { x: left - 8, y: y + 16, "text-anchor": "end" }, svgNode, "step");
+  };
+
+  // -- fields with lines -------------------------------------------------------------------------
+
+  const path = (xs, ys) => {
+    let d = "", pen = false;
+    for (let i = 0; i < xs.length; i++) {
+      if (ys[i] === null) { pen = false; continue; }
+      d += `${pen ? "L" : "M"}${xs[i].toFixed(1)} ${ys[i].toFixed(1)}`;
+      pen = true;
+    }
+    return d;
+  };
+  const range = (field) => {
+    let low = Infinity, high = -Infinity;
+    for (const line of field.series)
+      for (const v of [...line.values, ...(line.low || []), ...(line.high || [])])
+        if (v !== null) { low = Math.min(low, v); high = Math.max(high, v); }
+    if (low > high) [low, high] = [0, 1];
+    if (field.log) return low < high ? [low, high] : [low / 2, high * 2];
+    if (low > 0 && low < 0.2 * high) low = 0;
+    const room = high > low ? (high - low) * 0.06 : Math.abs(high) * 0.1 || 1;
+    return [low === 0 ? 0 : low - room, high + room];
+  };
+
+  const panels = (el, spec) => {
+    const several = spec.panels.filter((field) => field.series.length > 1);
+    if (several.length)
+      legend(el, several[0].series.map((line) => ({ name: line.name, fill: color(line.color) })));
+    const width = el.clientWidth;
+    const left = spec.lanes.length ? 76 : 60;
+    const x = (step) => left + (step - spec.first) / (spec.last - spec.first) * (width - left - RIGHT);
+    const fieldsHeight = spec.panels.reduce((sum, field) => sum + field.height + 24, 0);
+    const bottom = fieldsHeight + spec.lanes.length * LANE + 4;
+    const picture = svg("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, height: bottom + 22, "aria-hidden": "true" }, el);
+    for (const lane of spec.lanes) {
+      if (lane.kind === "rollback")
+        for (const mark of lane.marks) svg("rect", { class: "band", x: x(mark.step), y: 0, width: Math.max(1, x(mark.end) - x(mark.step)), height: fieldsHeight }, picture);
+      if (["demote", "promote", "stage"].includes(lane.kind) && lane.marks.length <= 40)
+        for (const mark of lane.marks) svg("line", { class: "through", x1: x(mark.step), x2: x(mark.step), y1: 18, y2: bottom }, picture);
+    }
+    let top = 0;
+    const drawn = [];
+    for (const field of spec.panels) {
+      const [low, high] = range(field);
+      const scale = field.log ? Math.log10 : (v) => v;
+      const y = (v) => top + 22 + (1 - (scale(v) - scale(low)) / (scale(high) - scale(low))) * field.height;
+      const unit = field.unit ? ` (${field.unit})` : "";
+      svg("text", { class: "title", x: left, y: top + 13 }, picture, `${field.title}${unit}${field.log ? ", logarithmic" : ""}`);
+      for (const v of field.log ? decades(low, high) : ticks(low, high, field.height < 120 ? 2 : 4)) {
+        svg("line", { class: "grid", x1: left, x2: width - RIGHT, y1: y(v), y2: y(v) }, picture);
+        svg("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, picture, shown(v));
+      }
+      for (const line of field.series) {
+        const xs = line.steps.map(x), stroke = color(line.color);
+        const height = (v) => v === null ? null : y(v);
+        if (line.low) {
+          let area = "";
+          line.low.forEach((v, i) => { if (v !== null) area += `M${xs[i].toFixed(1)} ${y(line.high[i]).toFixed(1)}V${(y(v) + 0.5).toFixed(1)}`; });
+          svg("path", { d: area, stroke, opacity: 0.3, fill: "none" }, picture);
+        }
+        svg("path", { class: line.smooth ? "raw" : "raw alone", stroke, d: path(xs, line.values.map(height)) }, picture);
+        if (line.smooth) svg("path", { class: "mean", stroke, d: path(xs, line.smooth.map(height)) }, picture);
+        if (line.points)
+          line.values.forEach((v, i) => { if (v !== null) svg("circle", { cx: xs[i], cy: y(v), r: 2.5, fill: stroke }, picture); });
+        for (const step of line.bad) svg("path", { d: `M${x(step) - 3} ${top + 19}l6 6m0-6l-6 6`, stroke: "var(--alarm)", "stroke-width": 1.5 }, picture);
+      }
+      if (field.limit && field.limit.value >= low && field.limit.value <= high) {
+        svg("line", { class: "limit", x1: left, x2: width - RIGHT, y1: y(field.limit.value), y2: y(field.limit.value) }, picture);
+        svg("text", { x: width - RIGHT, y: y(field.limit.value) - 4, "text-anchor": "end" }, picture, `limit ${shown(field.limit.value, field.unit)}`);
+      }
+      drawn.push({ field, y });
+      top += field.height + 24;
+    }
+    drawLanes(picture, spec.lanes, x, left, fieldsHeight + 4, width);
+    drawSteps(picture, x, spec.first, spec.last, left, width, bottom);
+    const cursor = svg("line", { class: "cursor", y1: 18, y2: bottom, visibility: "hidden" }, picture);
+    let here = spec.first;
+    const show = (step, y) => {
+      const rows = [];
+      let at = step;
+      for (const { field } of drawn)
+        for (const line of field.series) {
+          if (!line.steps.length) continue;
+          const i = nearest(line.steps, step);
+          if (!rows.length) at = line.steps[i];
+          const name = field.series.length > 1 || drawn.length === 1 ? line.name : field.title;
+          const spread = line.low && line.low[i] !== null ? ` (${shown(line.low[i])} to ${shown(line.high[i])})` : "";
+          rows.push([name, line.bad.includes(line.steps[i]) ? "not finite" : shown(line.values[i], field.unit) + spread]);
+        }
+      rows.push(...near(spec.lanes, x, x(step)));
+      cursor.setAttribute("visibility", "visible");
+      cursor.setAttribute("x1", x(at));
+      cursor.setAttribute("x2", x(at));
+      tell(el, x(at), y, `step ${whole(at)}`, rows);
+    };
+    follow(el, {
+      at: (px, py) => {
+        if (px === null) return cursor.setAttribute("visibility", "hidden");
+        here = Math.max(spec.first, Math.min(spec.last, spec.first + (px - left) / (width - left - RIGHT) * (spec.last - spec.first)));
+        show(here, py - (several.length ? 24 : 0));
+      },
+      move: (dx) => {
+        if (!dx) return false;
+        here = Math.max(spec.first, Math.min(spec.last, here + dx * Math.max(1, (spec.last - spec.first) / 100)));
+        show(here, 20);
+        return true;
+      },
+    });
+  };
+
+  // -- strips ------------------------------------------------------------------------------------
+
+  const strips = (el, spec) => {
+    let hue = 0;
+    const calm = [0, 2, 3, 5, 4];
+    const fills = new Map(spec.names.map(({ name, high }) => [name, high ? "var(--grey)" : color(calm[hue++ % calm.length])]));
+    const high = new Set(spec.names.filter((entry) => entry.high).map((entry) => entry.name));
+    legend(el, spec.names.map(({ name }) => ({ name, fill: fills.get(name) })));
+    const width = el.clientWidth, lanes = spec.lanes || [];
+    const longest = Math.max(...spec.rows.map((row) => row.label.length)) * 6.3 + 10;
+    const left = Math.max(lanes.length ? 76 : 40, Math.min(longest, width * 0.34, 260));
+    const row = spec.rows.length > 60 ? 8 : spec.rows.length > 25 ? 14 : 22;
+    const every = Math.ceil(13 / row);
+    const x = (step) => left + step / spec.last * (width - left - RIGHT);
+    const bottom = spec.rows.length * row + lanes.length * LANE + 4;
+    const picture = svg("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, height: bottom + 22, "aria-hidden": "true" }, el);
+    const offset = () => picture.getBoundingClientRect().top - el.getBoundingClientRect().top;
+    spec.rows.forEach((entry, i) => {
+      if (i % every === 0) svg("text", { x: left - 8, y: i * row + row / 2 + 4, "text-anchor": "end" }, picture, shortened(entry.label, left - 10));
+      for (const part of entry.segments) {
+        const a = x(part.from), b = Math.max(x(part.to), a + 1);
+        svg("rect", { x: a, y: i * row + 1, width: b - a, height: row - 2, fill: fills.get(part.name) }, picture);
+        if (row >= 20 && b - a > part.name.length * 6.6 + 12)
+          svg("text", { class: "inside", x: a + 6, y: i * row + row / 2 + 4, style: `fill: var(${high.has(part.name) ? "--on-grey" : "--on-fill"})` }, picture, part.name);
+      }
+    });
+    drawLanes(picture, lanes, x, left, spec.rows.length * row + 2, width);
+    drawSteps(picture, x, 0, spec.last, left, width, bottom);
+    let i = 0, step = 0;
+    const show = () => {
+      const entry = spec.rows[i];
+      const part = entry.segments.filter((part) => part.from <= step).pop() || entry.segments[0];
+      const rows = [[part.name, `steps ${whole(part.from)} to ${whole(part.to)}`], ...near(lanes, x, x(step))];
+      if (entry.title !== entry.label) rows.push([entry.title, ""]);
+      tell(el, x(step), offset() + i * row + row, entry.label, rows);
+    };
+    follow(el, {
+      at: (px, py) => {
+        if (px === null) return;
+        i = Math.max(0, Math.min(spec.rows.length - 1, Math.floor((py - offset()) / row)));
+        step = Math.max(0, Math.min(spec.last, (px - left) / (width - left - RIGHT) * spec.last));
+        show();
+      },
+      move: (dx, dy) => {
+        i = Math.max(0, Math.min(spec.rows.length - 1, i + dy));
+        step = Math.max(0, Math.min(spec.last, step + dx * spec.last / 50));
+        show();
+        return true;
+      },
+    });
+  };
+
+  // -- heatmaps ----------------------------------------------------------------------------------
+
+  const RAMPS = {
+    light: { fine: [[238, 243, 249], [36, 96, 160]], bad: [[244, 170, 96], [168, 58, 0]] },
+    dark: { fine: [[30, 38, 48], [98, 172, 236]], bad: [[214, 122, 36], [255, 222, 160]] },
+  };
+  const mixed = ([a, b], t) => a.map((v, i) => Math.round(v + (b[i] - v) * Math.max(0, Math.min(1, t))));
+  // How bad a value is: below 1 is fine, from 1 to 2 over the limit.
+  const badness = (spec) => spec.low_is_bad
+    ? (v) => v >= spec.limit ? 1 - (v - spec.limit) / (45 - spec.limit) * 0.999 - 0.001 : 1 + Math.min(1, (spec.limit - v) / 20)
+    : (v) => v <= 0 ? 0 : v < spec.limit ? Math.max(0.04, 1 + Math.log10(v / spec.limit) / 4 - 0.001) : 1 + Math.min(1, Math.log10(v / spec.limit) / -Math.log10(spec.limit));
+
+  const heatmap = (el, spec) => {
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const ramps = dark ? RAMPS.dark : RAMPS.light;
+    const rgb = (b) => b < 1 ? mixed(ramps.fine, b) : mixed(ramps.bad, b - 1);
+    const style = getComputedStyle(el);
+    const ink = getComputedStyle(root).getPropertyValue("--soft").trim();
+    const bytes = Uint8Array.from(atob(spec.values), (c) => c.charCodeAt(0));
+    const values = new Float32Array(bytes.buffer);
+    const rows = spec.rows.length, columns = spec.columns.length;
+    const percent = spec.unit === "%" ? 100 : 1;
+
+    const scale = html("div", "legend", "", el);
+    const gradient = (from, to) => `linear-gradient(to right, ${[0, .25, .5, .75, 1].map((t) => `rgb(${rgb(from + (to - from) * t * .999)})`).join(", ")})`;
+    const fine = html("span", "scale", "", scale), bad = html("span", "scale", "", scale);
+    fine.append(spec.low_is_bad ? "45 dB or more" : "0");
+    html("i", "", "", fine).style.background = gradient(0, 1);
+    fine.append(`limit ${shown(spec.limit * percent, spec.unit)}`);
+    html("i", "", "", bad).style.background = gradient(1, 2);
+    bad.append(spec.low_is_bad ? `${spec.limit - 20} dB` : "100%");
+    html("span", "", "blank: not measured, or in high precision", scale);
+
+    const width = el.clientWidth;
+    const longest = Math.max(...spec.rows.map((label) => label.length)) * 6.3 + 10;
+    const left = Math.round(Math.max(40, Math.min(longest, width * 0.34, 260)));
+    const row = rows > 100 ? 3 : rows > 40 ? 6 : rows > 16 ? 12 : 18;
+    const height = rows * row, below = 22;
+    const canvas = html("canvas", "", "", el);
+    const dpr = devicePixelRatio || 1;
+    canvas.width = width * dpr;
+    canvas.height = (height + below) * dpr;
+    canvas.style.height = `${height + below}px`;
+    const pen = canvas.getContext("2d");
+    pen.scale(dpr, dpr);
+    const small = document.createElement("canvas");
+    small.width = columns;
+    small.height = rows;
+    const image = new ImageData(columns, rows);
+    const how = badness(spec);
+    for (let i = 0; i < values.length; i++) {
+      if (Number.isNaN(values[i])) continue;
+      const [r, g, b] = rgb(how(values[i]));
+      image.data.set([r, g, b, 255], i * 4);
+    }
+    small.getContext("2d").putImageData(image, 0, 0);
+    pen.imageSmoothingEnabled = false;
+    const inner = width - left - RIGHT;
+    pen.drawImage(small, left, 0, inner, height);
+    pen.fillStyle = ink;
+    pen.font = `11px ${style.fontFamily}`;
+    pen.textBaseline = "middle";
+    pen.textAlign = "right";
+    const every = Math.ceil(13 / row);
+    for (let i = 0; i < rows; i += every) pen.fillText(shortened(spec.rows[i], left - 10), left - 8, i * row + Math.max(row, 12) / 2);
+    pen.fillText("step", left - 8, height + 12);
+    const count = Math.min(columns, width < 500 ? 4 : 8);
+    for (let k = 0; k < count; k++) {
+      const c = Math.floor(k * columns / count);
+      pen.textAlign = "left";
+      pen.fillText(whole(spec.columns[c][0]), left + c / columns * inner, height + 12);
+    }
+    const box = html("div", "", "", el);
+    box.style.cssText = "position:absolute;pointer-events:none;border:1.5px solid var(--ink);display:none";
+    let i = 0, c = 0;
+    const show = () => {
+      const top = canvas.offsetTop + i * row, at = left + c / columns * inner;
+      box.style.cssText += `;display:block;left:${at - 1}px;top:${top - 1}px;width:${Math.max(4, inner / columns + 2)}px;height:${row + 2}px`;
+      const [a, b] = spec.columns[c];
+      const v = values[i * columns + c];
+      const text = Number.isNaN(v) ? "not measured" : spec.low_is_bad && v >= 149.9 ? "lossless" : shown(v * percent, spec.unit);
+      tell(el, at, top + row, spec.rows[i], [[a === b ? `step ${whole(a)}` : `steps ${whole(a)} to ${whole(b)}`, ""], [spec.name, text]]);
+    };
+    follow(el, {
+      at: (px, py) => {
+        if (px === null) { box.style.display = "none"; return; }
+        i = Math.max(0, Math.min(rows - 1, Math.floor((py - canvas.offsetTop) / row)));
+        c = Math.max(0, Math.min(columns - 1, Math.floor((px - left) / inner * columns)));
+        show();
+      },
+      move: (dx, dy) => {
+        i = Math.max(0, Math.min(rows - 1, i + dy));
+        c = Math.max(0, Math.min(columns - 1, c + dx));
+        show();
+        return true;
+      },
+    });
+  };
+
+  // -- drawing, and drawing again ----------------------------------------------------------------
+
+  const kinds = { panels, strips, heatmap };
+  const draw = (el) => {
+    if (!el.clientWidth) return;
+    el.replaceChildren();
+    const spec = charts[+el.dataset.chart];
+    try {
+      kinds[spec.type](el, spec);
+      el.dataset.drawn = String(el.clientWidth);
+    } catch (error) {
+      root.dataset.errors = String(+root.dataset.errors + 1);
+      html("p", "empty", "This chart cannot be drawn here.", el);
+      console.error(spec.title, error);
+    }
+  };
+  const all = [...document.querySelectorAll("[data-chart]")];
+  const again = new ResizeObserver((entries) => {
+    for (const { target } of entries)
+      if (target.dataset.drawn !== String(target.clientWidth)) draw(target);
+  });
+  for (const el of all) { draw(el); again.observe(el); }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => all.forEach(draw));
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+  const opened = () => {
+    const target = location.hash && document.getElementById(location.hash.slice(1));
+    if (target && target.tagName === "DETAILS") target.open = true;
+  };
+  addEventListener("hashchange", opened);
+  opened();
+  root.dataset.charts = String(all.filter((el) => el.dataset.drawn).length);
+})();
