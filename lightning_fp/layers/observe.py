@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_fp.kernels import Kernel
 from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.block import BLOCK
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandRecord, in_slot
 from lightning_fp.numerics import (
     STATISTICS,
@@ -102,7 +103,7 @@ def observe(
         if sampling.what_if:
             scale_h = (None, None) if scales is None else (scales[INPUT], scales[WEIGHT])
             what_if_x = what_if_statistics(x, format_x, scale_h[0], rows)
-            what_if_w = what_if_statistics(weight, format_w, scale_h[1], features)
+            what_if_w = what_if_statistics(weight, format_w, scale_h[1], features, (BLOCK, BLOCK))
         some_w = casts_of(weight, scale_w, format_w, sampling.output_features(weight))
         statistics.record(
             operand_statistics(x, scale_x, format_x, casts_x, what_if_x),
@@ -117,11 +118,17 @@ def observe(
 
 def _output_row(x: Casts, weight: Casts) -> Tensor:
     """The output's error, on the sampled rows of the input and some features."""
+    exact = x.values @ weight.values.t()
+    if x.scale.dim() and x.scale.shape[1] > 1:  # blocks: scales are undone before the sum
+        x_scale, w_scale = x.scale.reciprocal(), weight.scale.reciprocal()
+        clamped, cast = (
+            (x_part * x_scale) @ (w_part * w_scale).t()
+            for x_part, w_part in ((x.clamped, weight.clamped), (x.cast, weight.cast))
+        )
+        return output_statistics(exact, clamped, cast)
     scale = x.scale * weight.scale.reshape(-1)
     return output_statistics(
-        x.values @ weight.values.t(),
-        x.clamped @ weight.clamped.t() / scale,
-        x.cast @ weight.cast.t() / scale,
+        exact, x.clamped @ weight.clamped.t() / scale, x.cast @ weight.cast.t() / scale
     )
 
 

@@ -40,6 +40,9 @@ STATISTICS = (
     Statistic("signal", "sum", "sum of squares, over finite elements of the sampled rows"),
     Statistic("noise", "sum", "sum of squared cast errors, over the same elements"),
     Statistic("clamp_noise", "sum", "the same for clamping alone, without rounding"),
+    Statistic("scales", "sum", "scales looked at, where rows or blocks have scales of their own"),
+    Statistic("log_scale", "sum", "sum of their binary logarithms"),
+    Statistic("log_scale_squared", "sum", "sum of the squares of these"),
     Statistic("size", "sum", "what-if: sum of |x|, over finite elements"),
     Statistic("delayed_numel", "sum", "what-if: elements for which there was a delayed scale"),
     Statistic("delayed_clamped", "sum", "elements that delayed scaling would have clamped"),
@@ -48,6 +51,7 @@ STATISTICS = (
     Statistic("delayed_underflow", "sum", "of these, flushed to zero by delayed scaling"),
     Statistic("dynamic_underflow", "sum", "of these, flushed to zero by dynamic scaling"),
     Statistic("rowwise_underflow", "sum", "of these, flushed to zero by a scale per row"),
+    Statistic("block_underflow", "sum", "of these, flushed to zero by a scale per block of 128"),
     Statistic("other_underflow", "sum", "of these, flushed by e5m2 for e4m3 or the other way"),
 )
 """The columns, in order. The first two are what is recorded at every step; from "size" on they are
@@ -71,7 +75,8 @@ class Casts:
     """float32 [rows, columns], as they are."""
 
     scale: Tensor
-    """float32, scalar or [rows, 1], never NaN: what all that follows is multiplied by."""
+    """float32, scalar, [rows, 1] or one per value, never NaN: what all that follows is multiplied
+    by."""
 
     scaled: Tensor
     """Same shape as `values`; at most 1e16, so that sums of squares stay within float32."""
@@ -88,7 +93,7 @@ def casts_of(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor | None 
 
     Args:
         x: [rows, columns], high precision.
-        scale: float32, scalar or [rows, 1]; NaN counts as 1.
+        scale: float32, scalar, [rows, 1] or [rows, columns]; NaN counts as 1.
         format: the format that `x * scale` is cast to.
         rows: int64 indices of the rows; None takes all.
     """
@@ -113,7 +118,7 @@ def operand_statistics(
 
     Args:
         x: [rows, columns], high precision.
-        scale: float32, scalar or [rows, 1].
+        scale: float32, scalar, [rows, 1] or [rows, columns].
         format: the format that `x * scale` is cast to.
         casts: of the rows that SQNR is computed on; None takes all.
         what_if: what `what_if_statistics` returned for `x`, if it was asked.
@@ -128,7 +133,7 @@ def operand_statistics(
     # Reading a flag is free on the CPU alone, and what does not wait can be one pass if compiled.
     by_passes = x.device.type == "cpu" and not torch.compiler.is_compiling()
     sums = (_by_passes if by_passes else _at_once)(x, scale, format)
-    sums = torch.cat([sums, _squares(casts, format, by_passes)])
+    sums = torch.cat([sums, _squares(casts, format, by_passes), _scales(casts.scale)])
     return torch.cat([sums, sums.new_zeros(len(WHAT_IF)) if what_if is None else what_if])
 
 
@@ -137,7 +142,7 @@ def _at_once(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
 
     Args:
         x: [rows, columns], not empty.
-        scale: float32, scalar or [rows, 1], finite.
+        scale: float32, scalar, [rows, 1] or [rows, columns], finite.
         format: as `operand_statistics`.
 
     Returns:
@@ -202,10 +207,28 @@ def _squares(casts: Casts, format: FloatFormat, by_passes: bool) -> Tensor:
     if not amax < _LARGEST:  # only then can there have been inf or NaN
         finite = torch.isfinite(casts.values)
         errors = [torch.where(finite, error, 0.0) for error in errors]
-    norms = [torch.linalg.vector_norm(error, dim=-1, keepdim=True) for error in errors]
-    # Squares are summed before the scale is undone: scaled values cannot under- or overflow.
-    sums = ((torch.cat(norms, dim=-1).double() / casts.scale.double()) ** 2).sum(0)
+    scale = casts.scale.double()
+    if scale.dim() and scale.shape[1] > 1:
+        sums = torch.stack([(error / scale).square().sum() for error in errors])
+    else:
+        # Squares are summed before the scale is undone: scaled values cannot under- or overflow.
+        norms = [torch.linalg.vector_norm(error, dim=-1, keepdim=True) for error in errors]
+        sums = ((torch.cat(norms, dim=-1).double() / scale) ** 2).sum(0)
     return F.pad(sums, (0, 3 - len(errors)))
+
+
+def _scales(scale: Tensor) -> Tensor:
+    """The columns "scales", "log_scale" and "log_scale_squared"; float64 [3].
+
+    Args:
+        scale: scalar, for which they are 0, [rows, 1], or [rows, columns]: of the latter one value
+            in 32, the length of the smallest blocks.
+    """
+    if not scale.dim():
+        return torch.zeros(3, dtype=torch.float64, device=scale.device)
+    bits = scale[:, ::32].double().log2()
+    count = torch.full((), bits.numel(), dtype=torch.float64, device=scale.device)
+    return torch.stack([count, bits.sum(), bits.square().sum()])
 
 
 def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
@@ -261,7 +284,9 @@ def shares(sums: Tensor) -> dict[str, Tensor]:
     Returns:
         float64 [...] each: clamped_fraction (of all elements), clamped_mass (of the finite
         magnitude) and underflow_fraction (of non-zero elements), 0 where there are none of
-        these; sqnr_db and clamp_sqnr_db, inf where nothing is lost, NaN where nothing was seen.
+        these; sqnr_db and clamp_sqnr_db, inf where nothing is lost, NaN where nothing was seen;
+        scale_spread_bits, the standard deviation of log2(scale) over rows or blocks, NaN where all
+        share one.
     """
     column = dict(zip(COLUMN, sums.unbind(-1), strict=True))
     return {
@@ -270,6 +295,9 @@ def shares(sums: Tensor) -> dict[str, Tensor]:
         "underflow_fraction": ratio(column["underflow"], column["nonzero"]),
         "sqnr_db": _decibel(column["signal"], column["noise"]),
         "clamp_sqnr_db": _decibel(column["signal"], column["clamp_noise"]),
+        "scale_spread_bits": _deviation(
+            column["scales"], column["log_scale"], column["log_scale_squared"]
+        ),
     }
 
 
@@ -280,6 +308,12 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
     return torch.where(signal > 0, 10 * torch.log10(signal / noise), torch.nan)
+
+
+def _deviation(count: Tensor, sum: Tensor, squares: Tensor) -> Tensor:
+    """The standard deviation of values of which there are these sums; NaN where there are none."""
+    variance = (squares / count - (sum / count).square()).clamp(min=0)
+    return torch.where(count > 0, variance.sqrt(), torch.nan)
 
 
 def _over(scaled: Tensor, format: FloatFormat) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics import (
     COLUMN,
     STATISTICS,
+    amax_to_e8m0,
     amax_to_scale,
     float_format,
     shares,
@@ -173,6 +174,8 @@ def _measured(sums: Tensor) -> dict[str, Tensor]:
         if name not in ("sqnr_db", "clamp_sqnr_db", "numel", "signal"):
             known = known & cast
         columns[name] = torch.where(known, column, torch.nan)
+    if torch.isnan(columns["scale_spread_bits"]).all():
+        del columns["scale_spread_bits"]  # one scale per tensor throughout
     return columns
 
 
@@ -202,8 +205,12 @@ def _limits_and_scales(formats: Sequence[LinearFormat], amax: Tensor) -> tuple[T
             limit = float_format(getattr(format, operand)).max
             limits[index, column] = limit
             scales[index, column] = 1.0
-            if format.scaling == "dynamic":  # of the largest tensor, or row
+            if format.scaling == "dynamic":  # of the largest tensor, row or block
                 largest = amax[index, column].float()
-                scale = amax_to_scale(largest, limit, power_of_two=format.power_of_two)
+                scale = (
+                    amax_to_e8m0(largest, limit)
+                    if format.granularity == "mx"
+                    else amax_to_scale(largest, limit, power_of_two=format.power_of_two)
+                )
                 scales[index, column] = scale.double()
     return limits, scales

@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         "underflow_fraction": pa.float32(),
         "sqnr_db": pa.float32(),
         "clamp_sqnr_db": pa.float32(),
+        "scale_spread_bits": pa.float32(),
         "numel": pa.int64(),
         "nonzero": pa.int64(),
         "magnitude": pa.float32(),
@@ -51,6 +52,7 @@ SCHEMA = pa.schema(
         "what_if_delayed_underflow_fraction": pa.float32(),
         "what_if_dynamic_underflow_fraction": pa.float32(),
         "what_if_rowwise_underflow_fraction": pa.float32(),
+        "what_if_block_underflow_fraction": pa.float32(),
         "what_if_other_underflow_fraction": pa.float32(),
     }
 )

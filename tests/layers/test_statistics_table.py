@@ -16,7 +16,7 @@ from lightning_fp.layers.statistics_table import OPERANDS, StatisticsTable
 from lightning_fp.numerics import COLUMN, float_format, operand_statistics, shares
 from tests.helper import saved_tensors
 
-FORMATS = ("fp8-dynamic", "fp8-delayed", "fp8-rowwise", "e4m3")
+FORMATS = ("fp8-dynamic", "fp8-delayed", "fp8-rowwise", "fp8-block", "mxfp8", "e4m3")
 
 
 def observed(

@@ -91,6 +91,8 @@ def assert_same(row: Tensor, expected: dict[str, float], factor: float = 1.0) ->
                 tolerance += 1e-12 * expected["signal"]
         elif statistic.name in ("excess", "magnitude", "amax"):
             tolerance = 3e-6 * abs(expected[name])
+        elif statistic.name in ("log_scale", "log_scale_squared"):
+            tolerance = 1e-12 * max(1.0, abs(expected[name]))
         else:
             tolerance = 0
         assert found[name] == pytest.approx(expected[name], rel=0, abs=tolerance), name
@@ -128,7 +130,10 @@ def test_one_scale_per_row(case: tuple[list[tuple[float, ...]], list[float]]) ->
     operand, factor = torch.tensor(rows), torch.tensor(scale).view(-1, 1)
     row = operand_statistics(operand, factor, E4M3)
     torch.testing.assert_close(_at_once(operand, factor, E4M3), row[:8])
-    assert_same(row, brute_force(rows, scale, E4M3), min(scale))
+    logs = [math.log2(factor) for factor in scale]
+    spread = {"scales": len(scale), "log_scale": sum(logs)}
+    spread["log_scale_squared"] = sum(log * log for log in logs)
+    assert_same(row, {**brute_force(rows, scale, E4M3), **spread}, min(scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -160,6 +165,29 @@ def test_tiny_tensors_have_an_sqnr() -> None:
     x = torch.randn(4, 64) * 1e-25
     scale = 448 / x.abs().amax()
     assert 25 < shares(operand_statistics(x, scale, E4M3))["sqnr_db"].item() < 40
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_scale_per_value_is_that_of_its_block(at_once: bool) -> None:
+    """Blocks of 32 as rows of their own: the same sums, also where squares would vanish."""
+    x = torch.randn(6, 96) * torch.logspace(-25, 3, 6).unsqueeze(1)
+    x[2, 40] = math.nan
+    blocks = x.view(18, 32)
+    scale = 448 / blocks.nan_to_num().abs().amax(dim=-1, keepdim=True)
+    spread = scale.repeat_interleave(32, dim=1).view(6, 96)
+    found = columns(operand_statistics(x, spread, E4M3))
+    if at_once:  # as a compiler gets it
+        row = torch.cat(
+            [_at_once(x, spread, E4M3), _squares(casts_of(x, spread, E4M3), E4M3, False)]
+        )
+        found.update(zip(COLUMN, row.tolist(), strict=False))
+    for name, value in columns(operand_statistics(blocks, scale, E4M3)).items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+    assert found["scales"] == 18
+    deviation = scale.double().log2().std(correction=0).item()
+    assert shares(operand_statistics(x, spread, E4M3))["scale_spread_bits"] == pytest.approx(
+        deviation
+    )
 
 
 @pytest.mark.parametrize("split", [1, 3, 7])

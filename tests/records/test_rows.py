@@ -47,6 +47,8 @@ def find(rows: StatisticsRows, layer: str, operand: str = "input") -> dict[str, 
         ("fp8-dynamic", "input", 224, 0),
         ("fp8-dynamic", "grad_output", 57344 / 2, 0),
         ("fp8-rowwise", "input", 128, math.log2(448 / 256)),
+        ("fp8-block", "grad_output", 224, 0),
+        ("mxfp8", "input", 128, math.log2(448 / 256)),
         ("e4m3", "input", 1, math.log2(448 / 2)),
         ("fp8-delayed", "input", math.nan, math.nan),  # nothing was watched
         ("fp8-dynamic", "output", math.nan, math.nan),
@@ -130,3 +132,13 @@ def test_what_if_columns_only_where_asked() -> None:
     row = find(statistics_rows([asked], NOTHING), "fp8-dynamic")
     assert row["what_if_rowwise_underflow_fraction"] == 0.25
     assert "what_if_delayed_clamped_mass" not in row  # there was no history
+
+
+def test_the_spread_of_scales_only_where_there_are_several() -> None:
+    assert "scale_spread_bits" not in statistics_rows([sampled("fp8-dynamic")], NOTHING).values
+    # scales of 2, 8, 8, 2: one bit around the mean of two
+    part = sampled("fp8-block", scales=4, log_scale=8, log_scale_squared=20)
+    rows = statistics_rows([part, sampled("fp8-dynamic")], NOTHING)
+    assert find(rows, "fp8-block")["scale_spread_bits"] == 1
+    assert math.isnan(find(rows, "fp8-block", "output")["scale_spread_bits"])
+    assert math.isnan(find(rows, "fp8-dynamic")["scale_spread_bits"])

@@ -63,6 +63,18 @@ class TestRoundTrip:
         writer.flush()
         assert read_statistics(tmp_path)["clamped_mass"].to_pylist() == [float("inf")]
 
+    def test_a_run_from_before_a_column(self, tmp_path: Path) -> None:
+        writer = StatisticsWriter(tmp_path)
+        writer.append(row(1))
+        writer.flush()
+        writer.append({**row(2), "what_if_block_underflow_fraction": [0.5]})
+        writer.flush()
+        table = read_statistics(tmp_path)
+        assert table.column_names == SCHEMA.names
+        assert table["what_if_block_underflow_fraction"].to_pylist() == [None, 0.5]
+        old = read_statistics(tmp_path, columns=["scale_spread_bits"])
+        assert old["scale_spread_bits"].to_pylist() == [None, None]
+
     def test_nothing_written(self, tmp_path: Path) -> None:
         StatisticsWriter(tmp_path).flush()
         assert read_statistics(tmp_path).num_rows == 0
