@@ -65,7 +65,7 @@ class MismatchMonitor(RunCallback):
         act: "log" warns; "raise-precision" also gives layers more mantissa bits, from FP8 to high
             precision, and from bf16 to fp16 where the plugin scales its loss; None only measures.
         raise_to: the format to raise all layers to instead, e.g. "fp16".
-        hold_steps: optimizer steps after such a change before there is another one.
+        hold_steps: optimizer steps after such a change without another one, or a warning.
         aliases: log the metrics also under the names that "trl", "nemo-rl" or "slime" gives them.
         threshold: of importance weights, see `TrainingInferenceMismatch`.
         dirpath: where to write; None takes what another callback names, else the trainer's log
@@ -128,7 +128,7 @@ class MismatchMonitor(RunCallback):
         self._detected = self.detector.init()
         self._measured_at = -1
         self._quiet_until = 0
-        self._wrote = False
+        self._wrote = self._told = False
         self._loaded_position: int | None = None
         self._open: int | None = None
         self._due = self._running = self._failed = self._worked = self._warned_empty = False
@@ -281,10 +281,13 @@ class MismatchMonitor(RunCallback):
         self._detected, decision = self.detector.step(
             self._detected, abs_diff=values["logprob_abs_diff_mean"], k3=values["k3_kl"]
         )
-        acts = self.act == "raise-precision" and step >= self._quiet_until
-        action = self._raise(trainer, step, decision) if decision.raised and acts else ""
-        if decision.began or action:
-            self._warn(step, decision, values, action)
+        if not decision.raised:
+            self._told = False
+        elif step >= self._quiet_until:  # else what was done shall have time to work
+            action = self._raise(trainer, step, decision) if self.act == "raise-precision" else ""
+            if action or not self._told:
+                self._warn(step, decision, values, action)
+            self._told = True
 
     def _raise(self, trainer: L.Trainer, step: int, decision: MismatchDecision) -> str:
         """What was done, in words; nothing if there is nothing left to do."""
@@ -293,7 +296,7 @@ class MismatchMonitor(RunCallback):
             return ""
         formats = raised_formats(plugin, self._raise_to)
         if not formats:
-            if not decision.began:
+            if self._told:
                 return ""
             scaled = self._raise_to is not None or scales_loss(plugin)
             return "" if scaled else "no layer is left in FP8; for fp16 take FP16Precision"
@@ -371,6 +374,7 @@ class MismatchMonitor(RunCallback):
             "measured_at": self._measured_at,
             "quiet_until": self._quiet_until,
             "wrote": self._wrote,
+            "told": self._told,
             "position": self._log.position,
         }
 
@@ -386,7 +390,7 @@ class MismatchMonitor(RunCallback):
         self._detected = self.detector.load_state_dict(state_dict["detector"])
         self._measured_at = int(state_dict["measured_at"])
         self._quiet_until = int(state_dict["quiet_until"])
-        self._wrote = bool(state_dict["wrote"])
+        self._wrote, self._told = bool(state_dict["wrote"]), bool(state_dict["told"])
         self._loaded_position = state_dict["position"]
 
 
