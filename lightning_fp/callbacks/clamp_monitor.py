@@ -132,6 +132,7 @@ class ClampMonitor(RunCallback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse globs that match nothing."""
+        super().on_fit_start(trainer, pl_module)
         precision_map = _precision_map(trainer)
         matched = [name for glob in self.log_layers for name in precision_map.matching(glob)]
         self._named = list(dict.fromkeys(matched))

@@ -96,6 +96,7 @@ class ParityProbe(RunCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         table = _plugin(trainer).precision_map
         self._log_layers = {name for glob in self._globs for name in table.matching(glob)}
         self._path = run_directory(trainer, self) / FILE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
+from typing_extensions import override
 
+from lightning_fp.callbacks.run_settings import log_settings, settings_by_class
 from lightning_fp.layers import Change, ConversionReport, PrecisionMap
 from lightning_fp.records.events import (
     Event,
@@ -43,6 +46,14 @@ class RunCallback(L.Callback):
     def settings(self) -> dict[str, Any]:
         """The options, as plain data for the records and the loggers."""
         return {}
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The first callback of a fit tells the loggers the settings of all."""
+        run = _RUNS.get(trainer)
+        if run is None or run.began:  # an earlier fit that was interrupted
+            _RUNS[trainer] = _Run()
+            log_settings(trainer, run_settings(trainer))
 
 
 class RunLog:
@@ -119,8 +130,21 @@ class RunLog:
 
 # -- one for each run -----------------------------------------------------------------------------
 
-_LOGS: WeakKeyDictionary[L.Trainer, dict[Path, RunLog]] = WeakKeyDictionary()
-_BEGUN: WeakKeyDictionary[L.Trainer, set[Path]] = WeakKeyDictionary()
+
+@dataclass
+class _Run:
+    """A fit of a Trainer."""
+
+    directories: set[Path] = field(default_factory=set[Path])
+    """Those that say what the run is."""
+
+    logs: dict[Path | None, RunLog] = field(default_factory=dict[Path | None, RunLog])
+
+    began: bool = False
+    """Whether training has."""
+
+
+_RUNS: WeakKeyDictionary[L.Trainer, _Run] = WeakKeyDictionary()
 
 
 def run_directory(trainer: L.Trainer, callback: RunCallback) -> Path:
@@ -148,12 +172,12 @@ def begin_run(trainer: L.Trainer, callback: RunCallback) -> Path | None:
     Returns:
         Where to write; None where this process does not: on other ranks, in a `fast_dev_run`.
     """
-    directory = run_directory(trainer, callback)
+    directory, run = run_directory(trainer, callback), _RUNS.setdefault(trainer, _Run())
+    run.began = True
     if not trainer.is_global_zero or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
         return None
-    begun = _BEGUN.setdefault(trainer, set())
-    if directory not in begun:
-        begun.add(directory)
+    if directory not in run.directories:
+        run.directories.add(directory)
         try:
             write_run(directory, run_info(trainer))
         except Exception:
@@ -170,11 +194,10 @@ def run_log(trainer: L.Trainer, callback: RunCallback, position: int | None = No
         position: `RunLog.position` from the checkpoint that the run resumes from.
     """
     directory = begin_run(trainer, callback)
-    logs = _LOGS.setdefault(trainer, {})
-    key = directory or Path()
-    if key not in logs:
+    logs = _RUNS[trainer].logs
+    if directory not in logs:
         zero = trainer.is_global_zero
-        logs[key] = RunLog(
+        logs[directory] = RunLog(
             directory,
             loggers=trainer.loggers if zero else [],
             step=trainer.global_step,
@@ -183,30 +206,32 @@ def run_log(trainer: L.Trainer, callback: RunCallback, position: int | None = No
         )
         table = getattr(trainer.precision_plugin, "precision_map", None)
         if isinstance(table, PrecisionMap):
-            logs[key].new_changes(table)  # what was before this fit
-    return logs[key]
+            logs[directory].new_changes(table)  # what was before this fit
+    return logs[directory]
 
 
 def end_run(trainer: L.Trainer) -> None:
     """To be called by each callback in `teardown` of a fit: the next one begins anew."""
-    _LOGS.pop(trainer, None)
-    _BEGUN.pop(trainer, None)
+    _RUNS.pop(trainer, None)
+
+
+def run_settings(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
+    """The options of the precision plugin and of each callback of ours, by class."""
+    callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    ours = [callback for callback in callbacks if isinstance(callback, RunCallback)]
+    return settings_by_class(trainer.precision_plugin, ours)
 
 
 def run_info(trainer: L.Trainer) -> RunInfo:
     """What the run is, as it stands now."""
     plugin: Any = trainer.precision_plugin
-    callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-    own = getattr(plugin, "settings", None)
-    settings: dict[str, dict[str, Any]] = {type(plugin).__name__: own() if own else {}}
-    settings |= {type(c).__name__: c.settings() for c in callbacks if isinstance(c, RunCallback)}
     report: ConversionReport | None = getattr(plugin, "report", None)
     table = getattr(plugin, "precision_map", None)
     formats: dict[str, str] = table.formats() if isinstance(table, PrecisionMap) else {}
     device = trainer.strategy.root_device
     return RunInfo(
         step=trainer.global_step,
-        settings=settings,
+        settings=run_settings(trainer),
         layers=tuple(
             LayerInfo(
                 name=row.name,
@@ -220,7 +245,7 @@ def run_info(trainer: L.Trainer) -> RunInfo:
         parameters=sum(p.numel() for p in trainer.lightning_module.parameters()),
         device=torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else platform.processor(),
+        else platform.processor() or platform.machine(),
         world_size=trainer.world_size,
         strategy=type(trainer.strategy).__name__,
         versions={"python": platform.python_version(), **_versions()},

@@ -134,7 +134,7 @@ def test_chosen_validations_and_batches(tmp_path: Path) -> None:
     run(Evaluated(), None, gap, max_steps=8, val_check_interval=2, num_sanity_val_steps=1)
     assert read_evaluation(tmp_path)["step"].to_pylist() == [4, 8]
     assert Count.evaluated == 2 * 2 * 2
-    resumed = EvaluationGap(2)
+    resumed = EvaluationGap(2, dirpath=tmp_path)
     resumed.load_state_dict({**gap.state_dict(), "validations": 1})
     run(Evaluated(), None, resumed, max_steps=2, val_check_interval=2)
     assert resumed.latest is not None
