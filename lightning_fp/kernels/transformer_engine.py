@@ -45,12 +45,9 @@ __all__ = [
 ]
 
 TOKENS = {"mxfp8": 32, "nvfp4": 16}
-"""What the product of an input's leading dimensions must be a multiple of; 8 for other recipes."""
-
-FEATURES = {"mxfp8": 32}
-"""The same for in_features and out_features; 16 for other recipes. Both are
-`assert_dim_for_fp8_exec` of Transformer Engine 2.20, for all three products of a layer, and 32 for
-MX blocks."""
+"""What the product of an input's leading dimensions must be a multiple of; 8 for other recipes
+(`assert_dim_for_fp8_exec` in Transformer Engine 2.20). Features are checked at setup, against
+`lightning_fp.kernels.hardware.ALIGNMENTS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +74,6 @@ class TransformerEngineKernel:
     def delayed(self) -> bool:
         """Whether scales come from earlier steps."""
         return self.settings.kind == "delayed"
-
-    @property
-    def alignment(self) -> int:
-        """What in_features and out_features must be multiples of."""
-        return FEATURES.get(self.settings.kind, 16)
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`; a layer that is called again and again keeps an `Engine`."""
@@ -266,8 +258,7 @@ class Engine:
             parameters.update(kept)
 
 
-@torch.compiler.disable
-def _eagerly(
+def _multiply(
     engine: Engine,
     kernel: TransformerEngineKernel,
     input: Tensor,
@@ -276,6 +267,9 @@ def _eagerly(
     evaluating: bool,
 ) -> Tensor:
     return engine.multiply(kernel, input, weight, bias, evaluating)
+
+
+_eagerly: Any = torch.compiler.disable(_multiply)
 
 
 def states(module: Any) -> list[tuple[Tensor, Tensor]]:

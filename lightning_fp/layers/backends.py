@@ -17,7 +17,9 @@ from lightning_fp.kernels import (
     TorchaoMXKernel,
 )
 from lightning_fp.kernels.hardware import cuda_mx_refusal
+from lightning_fp.kernels.te_recipe import FORMAT_OF_KIND, Kind, RecipeSettings
 from lightning_fp.kernels.torchao import import_float8
+from lightning_fp.kernels.transformer_engine import TransformerEngineKernel, refusal
 from lightning_fp.layers.format import LinearFormat
 from lightning_fp.numerics import float_format
 
@@ -28,18 +30,13 @@ Backend = Literal["auto", "native", "torchao", "transformer-engine"]
 
 
 def check_backend(backend: str) -> None:
-    """Refuse a backend that does not exist, or not in this version.
+    """Refuse a backend that does not exist.
 
     Raises:
         ValueError: naming the backends there are.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if backend == "transformer-engine":
-        raise ValueError(
-            "backend 'transformer-engine' is not part of this version; take 'auto', 'native' or"
-            " 'torchao'"
-        )
 
 
 @cache
@@ -69,6 +66,8 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
             grad_output=float_format(format.grad_output),
             rounding=format.rounding,
         )
+    if backend == "transformer-engine":
+        return _transformer_engine_kernel(format)
     if format.torchao is not None and backend == "native":
         raise ValueError(
             f"backend must be 'auto' or 'torchao' for a torchao config, got {backend!r}"
@@ -98,6 +97,57 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         delayed=format.scaling == "delayed",
         cold=format.scaling == "delayed",
         cuda_fp8=cuda_fp8,
+    )
+
+
+def backend_refusal(format: LinearFormat, backend: Backend) -> str | None:
+    """Why a backend that has a format cannot run it on this machine; None if it can.
+
+    Args:
+        format: one for which there is a kernel.
+        backend: the backend.
+    """
+    kernel = kernel_for(format, backend, cuda_fp8=False)
+    if not isinstance(kernel, TransformerEngineKernel):
+        return None
+    return refusal(FORMAT_OF_KIND[kernel.settings.kind])
+
+
+def _transformer_engine_kernel(format: LinearFormat) -> Kernel:
+    """One of its recipes, which leave little to choose."""
+    kinds: dict[tuple[str, str], Kind] = {
+        ("delayed", "tensor"): "delayed",
+        ("dynamic", "tensor"): "current",
+        ("dynamic", "block"): "block",
+        ("dynamic", "mx"): "mxfp8",
+    }
+    kind = kinds.get((format.scaling, format.granularity))
+    recipes = ", ".join(FORMAT_OF_KIND[kind] for kind in kinds.values())
+    if kind is None or format.torchao is not None:
+        raise ValueError(
+            f"backend 'transformer-engine' cannot run {format.name!r}: it has no such recipe; take"
+            f" one of {recipes}, or backend='auto'"
+        )
+    operands = format.input, format.weight, format.grad_weight
+    if operands != ("e4m3", "e4m3", "fp8") or format.grad_output not in ("e4m3", "e5m2"):
+        raise ValueError(
+            f"backend 'transformer-engine' cannot run {format.name!r}: in its recipes input and"
+            " weight are e4m3, grad_output is e5m2 or e4m3, and grad_weight is multiplied in FP8;"
+            " take backend='auto'"
+        )
+    if kind == "delayed" and format.power_of_two:
+        raise ValueError(
+            f"backend 'transformer-engine' cannot run {format.name!r}: its delayed scaling has"
+            " scales of any factor; take 'fp8-dynamic[power_of_two=true]'"
+        )
+    plain = "torchao" if kind == "current" and format.power_of_two else "native"
+    return TransformerEngineKernel(
+        settings=RecipeSettings(
+            kind=kind,
+            grad_output="e5m2" if format.grad_output == "e5m2" else "e4m3",
+            power_of_two=format.power_of_two,
+        ),
+        shadow=kernel_for(format, plain, cuda_fp8=False),
     )
 
 

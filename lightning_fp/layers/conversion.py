@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_fp.kernels.hardware import ALIGNMENT, ALIGNMENTS, check_alignment, cuda_has_fp8
-from lightning_fp.layers.backends import Backend, check_backend, kernel_for
+from lightning_fp.layers.backends import Backend, backend_refusal, check_backend, kernel_for
 from lightning_fp.layers.flops import CONVOLUTIONS, example_flops, flops_per_token
 from lightning_fp.layers.format import (
     NAMED_FORMATS,
@@ -35,6 +35,7 @@ from lightning_fp.layers.rules import (
     gains_nothing,
     layer_rules,
 )
+from lightning_fp.layers.te_setup import check_model
 from lightning_fp.numerics import DelayedScaling
 
 
@@ -88,7 +89,7 @@ def convert(
         model: any module; also on the meta device, also after `fully_shard`.
         format: the format of all layers that no rule and no default says otherwise of.
         layers: `{pattern: format}`, first match wins; overrules the defaults.
-        backend: "auto", "native" or "torchao".
+        backend: "auto", "native", "torchao" or "transformer-engine".
         fp8_eval: whether evaluation runs in FP8 as well.
         delayed: how delayed scales follow from their history.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
@@ -174,7 +175,22 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, Decision]:
         for name, linear in linears.items()
     }
     _check_something_to_do(decisions)
+    if conversion.backend == "transformer-engine":
+        _check_transformer_engine(model, conversion.backend, decisions)
     return decisions
+
+
+def _check_transformer_engine(
+    model: nn.Module, backend: Backend, decisions: Mapping[str, Decision]
+) -> None:
+    low = {name: d.format for name, d in decisions.items() if not d.format.is_high_precision}
+    for format in dict.fromkeys(low.values()):
+        if (refusal := backend_refusal(format, backend)) is not None:
+            raise ValueError(
+                f"format {format.name!r} cannot run with backend {backend!r}: {refusal}"
+            )
+    if low:
+        check_model(model, [name for name, format in low.items() if format.scaling == "delayed"])
 
 
 def _decide_one(name: str, linear: nn.Linear, conversion: Conversion, *, tied: bool) -> Decision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch import nn
 from lightning_fp.kernels import NativeKernel
 from lightning_fp.kernels.hardware import ALIGNMENTS
 from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState
-from lightning_fp.layers.backends import Backend, kernel_for
+from lightning_fp.layers.backends import Backend, backend_refusal, kernel_for
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
 from lightning_fp.layers.scale_history import ScaleHistory
 from lightning_fp.layers.switchable import Phase, SwitchableLayer
+from lightning_fp.layers.te_scales import EngineScales
+from lightning_fp.layers.te_setup import check_delayed_is_eager, give_engines
 from lightning_fp.numerics import DelayedScaling
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,10 @@ class PrecisionMap:
         self._loaded: dict[str, Any] | None = None
         self._budget = PatternBudget()
         self._frozen = False
-        self._scales = ScaleHistory(delayed or DelayedScaling())
+        config = delayed or DelayedScaling()
+        self._scales: ScaleHistory | EngineScales = (
+            EngineScales(config) if backend == "transformer-engine" else ScaleHistory(config)
+        )
         self._follow = False
         self._auto = None if auto is None else AutoScalingState(auto)
 
@@ -113,6 +118,10 @@ class PrecisionMap:
     def formats(self) -> dict[str, str]:
         """Every layer's format now, by name; pending writes are not in it yet."""
         return {name: layer.format.name for name, layer in self._layers.items()}
+
+    def configured(self) -> dict[str, str]:
+        """Every layer's format as the plugin was configured to give it, by name."""
+        return dict(self._configured)
 
     def matching(self, pattern: str) -> list[str]:
         """The layers that a pattern matches.
@@ -259,6 +268,7 @@ class PrecisionMap:
         flags = [(layer, layer.record, layer.collect) for layer in linears]
         before = self._frozen, self.phase.evaluating
         self._frozen = True
+        scales = self._scales
         try:
             for name, format in switches.items():
                 layer = self._layers[name]
@@ -267,7 +277,8 @@ class PrecisionMap:
                     layer.switch(format, kernel)
             for layer in linears:
                 layer.record = layer.collect = False
-            yield
+            with scales.untouched() if isinstance(scales, EngineScales) else nullcontext():
+                yield
         finally:
             for layer, format, kernel in kept:
                 layer.switch(format, kernel)
@@ -299,9 +310,17 @@ class PrecisionMap:
             self.set(f"re:{re.escape(move.layer)}", move.format, reason=move.reason)
 
     @property
-    def scale_history(self) -> ScaleHistory:
+    def scale_history(self) -> ScaleHistory | EngineScales:
         """Histories and scales of the layers under delayed scaling."""
         return self._scales
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """What must stand around each training forward of a plain loop.
+
+        Transformer Engine's delayed scaling updates its scales where this ends; under everything
+        else it does nothing. The precision plugins open it by themselves.
+        """
+        return self._scales.context() if isinstance(self._scales, EngineScales) else nullcontext()
 
     # -- filling --------------------------------------------------------------------------------
 
@@ -321,6 +340,8 @@ class PrecisionMap:
         raise_recompile_limit()
         self._model = model
         self._layers = dict(layers)
+        if self._backend == "transformer-engine":
+            give_engines(self._layers)
         self._configured = {name: format.name for name, format in formats.items()}
         self._known.update({format.name: format for format in formats.values()})
         self._write(formats, {})
@@ -401,6 +422,8 @@ class PrecisionMap:
             kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
         except ValueError:
             return False
+        if backend_refusal(format, self._backend) is not None:
+            return False
         multiple = ALIGNMENTS[format.granularity]
         aligned = not (layer.in_features % multiple or layer.out_features % multiple)
         return aligned or not kernel.runs_on_fp8_hardware
@@ -408,6 +431,10 @@ class PrecisionMap:
     def _check_shapes(self, names: list[str], format: LinearFormat) -> None:
         """FP8 hardware multiplies whole blocks only: refuse here, not in the next step."""
         kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+        if (refusal := backend_refusal(format, self._backend)) is not None:
+            raise ValueError(f"format {format.name!r} cannot run here: {refusal}")
+        if self._backend == "transformer-engine" and format.scaling == "delayed":
+            check_delayed_is_eager(self._model, names)
         multiple = ALIGNMENTS[format.granularity]
         for name in names:
             layer = self._layers[name]
