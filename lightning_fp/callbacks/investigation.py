@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning_fp.callbacks.replay import StepReplay
 from lightning_fp.callbacks.trajectory import Trajectory, TrajectoryReplay
 from lightning_fp.layers import LinearFormat, PrecisionMap
-from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability.attribution import (
     HEALTHY_ERROR,
     Attribution,
@@ -103,7 +103,7 @@ class Investigation:
     def __init__(
         self,
         trainer: Trainer,
-        plugin: FP8Precision,
+        plugin: LayerPrecision,
         ring: BatchRing,
         snapshots: Sequence[Snapshot],
         take: Callable[[], Snapshot],
@@ -228,9 +228,7 @@ class Investigation:
 
     def all_high(self) -> dict[str, LinearFormat]:
         """Every layer in low precision, in high precision."""
-        high = self._plugin.high_precision
-        layers = self._table.layers.items()
-        return {name: high for name, layer in layers if not layer.format.is_high_precision}
+        return dict.fromkeys(self._plugin.low_layers(), self._plugin.high_precision)
 
     # -- trajectory -----------------------------------------------------------------------------
 
@@ -267,7 +265,7 @@ class Investigation:
 
     def _attribute(self, case: Case, start: Snapshot | None) -> Attribution | None:
         """On the weights of now; if those have adapted to the fault, on those before it."""
-        run = self._step_replay(self._ring.last)
+        run = None if self._plugin.falls_back_whole else self._step_replay(self._ring.last)
         if run is None:
             return None
         found = self._attribution(run, case.healthy_error)

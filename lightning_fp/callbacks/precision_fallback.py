@@ -22,8 +22,8 @@ from lightning_fp.callbacks.replay import StepReplay, check_replayable
 from lightning_fp.callbacks.rescue import Rescue
 from lightning_fp.callbacks.run_log import RunCallback, end_run, run_log
 from lightning_fp.callbacks.run_state import RunState
-from lightning_fp.plugins import FP8Precision
-from lightning_fp.plugins.guard import GuardedStep, StepGuard, hyperparameters
+from lightning_fp.plugins import LayerPrecision
+from lightning_fp.plugins.guard import GuardedStep, hyperparameters
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.batch_ring import BatchRing
 from lightning_fp.stability.decision import Cause
@@ -165,9 +165,7 @@ class PrecisionFallback(RunCallback):
             return
         plugin = _plugin(trainer)
         check_replayable(pl_module)
-        if plugin.guard is None:
-            plugin.guard = StepGuard()
-        plugin.guard.skip_nonfinite = not self.dry_run
+        plugin.start_guarding(skip_nonfinite=not self.dry_run)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -432,8 +430,8 @@ class PrecisionFallback(RunCallback):
         if self._layers is not None:
             self._layers.close()
         plugin = trainer.precision_plugin
-        if isinstance(plugin, FP8Precision):
-            plugin.guard = None
+        if isinstance(plugin, LayerPrecision):
+            plugin.stop_guarding()
         self._rescue = None
         self._snapshots.clear()
         self._ring.clear()
@@ -489,9 +487,9 @@ class PrecisionFallback(RunCallback):
             self._ring.load_state_dict(state["ring"])
 
 
-def _plugin(trainer: L.Trainer) -> FP8Precision:
+def _plugin(trainer: L.Trainer) -> LayerPrecision:
     plugin = trainer.precision_plugin
-    if not isinstance(plugin, FP8Precision):
+    if not isinstance(plugin, LayerPrecision):
         raise ValueError(
             "PrecisionFallback needs a precision plugin of lightning_fp, got"
             f" {type(plugin).__name__}; use Trainer(plugins=FP8Precision(...),"

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_fp.layers import LinearFormat, PrecisionMap
+from lightning_fp.plugins import LayerPrecision
+from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.stability import RandomState, Replay, replay
 from lightning_fp.stability.replay import Outcome
 
@@ -100,10 +102,11 @@ class StepReplay:
     def _forward_backward(self) -> Tensor | None:
         trainer = self._trainer
         module, plugin = trainer.lightning_module, trainer.precision_plugin
+        replaying = plugin.replaying() if isinstance(plugin, LayerPrecision) else nullcontext()
         arguments = [tree_map(copied, self._batch)]
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             arguments.append(self._batch_idx)
-        with muted(trainer), _without_sync(trainer), _manual_steps(trainer) as losses:
+        with replaying, muted(trainer), _without_sync(trainer), _own_steps(trainer) as losses:
             output = trainer.strategy.training_step(*arguments)
             if not module.automatic_optimization:
                 return torch.stack(losses).sum() if losses else None
@@ -160,13 +163,16 @@ def _without_sync(trainer: Trainer) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _manual_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
+def _own_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
     """In manual optimization: `manual_backward` as it is but without hooks, and no steps.
 
     Yields:
         The losses that `manual_backward` was given. On leaving, each parameter has the gradient
-        that its optimizer would have stepped with.
+        that its optimizer would have stepped with: without the loss scale, if there is one.
     """
+    scaler: LossScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+    if not isinstance(scaler, LossScaler):
+        scaler = None
     losses: list[Tensor] = []
     stepped: dict[nn.Parameter, Tensor] = {}
 
@@ -182,24 +188,28 @@ def _manual_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
             for optimizer, wrapper in zip(trainer.optimizers, wrapped, strict=True):
                 for handle in (optimizer, wrapper):
                     step, zero_grad = (
-                        _take_gradients(optimizer, stepped),
+                        _take_gradients(optimizer, stepped, scaler),
                         _drop_gradients(optimizer),
                     )
                     stack.enter_context(replaced(handle, step=step, zero_grad=zero_grad))
             for config in trainer.lr_scheduler_configs:
                 stack.enter_context(replaced(config.scheduler, step=_nothing))
         yield losses
+        if scaler is not None:
+            scaler.unscale_all(trainer.lightning_module.parameters())
         for parameter, gradient in stepped.items():
             parameter.grad = gradient
 
 
 def _take_gradients(
-    optimizer: Optimizer, taken: dict[nn.Parameter, Tensor]
+    optimizer: Optimizer, taken: dict[nn.Parameter, Tensor], scaler: LossScaler | None
 ) -> Callable[..., object]:
     """Instead of a step: take its gradients, adding up over the steps of one training step."""
 
     def step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
         output = None if closure is None else closure()
+        if scaler is not None:
+            scaler.unscale(optimizer)
         for parameter in _parameters(optimizer):
             if parameter.grad is not None:
                 before = taken.get(parameter)

@@ -15,7 +15,7 @@ from lightning_fp.callbacks.investigation import Case, Findings, Investigation
 from lightning_fp.callbacks.run_state import RunState
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.precision_map import Change
-from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability.batch_ring import BatchRing
 from lightning_fp.stability.fallback import Fallback, FallbackState
 from lightning_fp.stability.ladder import rungs_above
@@ -29,7 +29,7 @@ class Rescue:
     """Carries out what the fallback decides, between two steps and alike on all ranks."""
 
     trainer: L.Trainer
-    plugin: FP8Precision
+    plugin: LayerPrecision
     fallback: Fallback
     run: RunState
     snapshots: Snapshots
@@ -70,8 +70,7 @@ class Rescue:
             The new state, the finding (None if there was none to be had), and whether the run was
             taken back to earlier weights.
         """
-        layers = self.plugin.precision_map.layers.values()
-        if all(layer.format.is_high_precision for layer in layers):
+        if not self.plugin.low_layers():
             self.log.all_high(case.step)
             return self._acquit(state, case.step), "not precision", False
         try:
@@ -129,13 +128,14 @@ class Rescue:
         self, state: FallbackState, findings: Findings
     ) -> tuple[dict[str, LinearFormat], str]:
         """Which layers get which format, and why."""
-        layers, high = self.plugin.precision_map.layers, self.plugin.high_precision
-        low = [name for name, layer in layers.items() if not layer.format.is_high_precision]
+        high, low = self.plugin.high_precision, self.plugin.low_layers()
         everything = dict.fromkeys(low, high)
         found = findings.attribution
         culprits = {} if found is None else dict(found.formats)
         if self.fallback.gives_up(state):
             return everything, "precision did it again: high precision for good"
+        if self.plugin.falls_back_whole:
+            return everything, "all layers, and what is between them"
         if not culprits:
             return everything, "no few layers explain it: all layers"
         scope = self.fallback.scope(state)
@@ -189,7 +189,7 @@ class Rescue:
 
     def climb(self, step: int, excesses: list[Excess]) -> bool:
         """Layers over their limits go up one rung; whether any did."""
-        table, high = self.plugin.precision_map, self.plugin.high_precision
+        table, high = self.plugin.precision_map, self.plugin.base_format
         climbed = False
         for excess in excesses:
             layer = table.layers[excess.layer]

@@ -12,6 +12,7 @@ from lightning_fp.plugins.guard import hyperparameters
 from lightning_fp.stability.snapshot import Part, Snapshot, restore, stated_bytes, take
 
 SCALES = "scales"
+LOSS_SCALE = "loss scale"
 
 
 class RunState:
@@ -37,14 +38,16 @@ class RunState:
                 if isinstance(value, nn.Module) and value is not module:
                     self._weights[f"callback {index} {name}"] = value
         plugin: Any = trainer.precision_plugin
-        self._scales: Part = plugin.precision_map.scale_history
+        self._scales: dict[str, Part] = {SCALES: plugin.precision_map.scale_history}
+        if plugin.scaler is not None:
+            self._scales[LOSS_SCALE] = plugin.scaler
         sharded = any(isinstance(m, FSDPModule) for m in module.modules())
         self.single = trainer.world_size == 1 and not sharded
         """Whether this process has all of the state."""
 
     def parts(self) -> dict[str, Part]:
         """What a snapshot is of."""
-        return {**self._weights, SCALES: self._scales}
+        return {**self._weights, **self._scales}
 
     def stated_bytes(self) -> int:
         """What one snapshot takes once the optimizers have stepped."""
@@ -70,8 +73,8 @@ class RunState:
             set_hyperparameters(optimizer, groups)
 
     def restore_scales(self, snapshot: Snapshot) -> None:
-        """The amax histories of a snapshot, for the layers that have one now."""
-        restore(snapshot, {SCALES: self._scales})
+        """The loss scale of a snapshot, and amax histories for the layers that have one now."""
+        restore(snapshot, self._scales)
 
 
 def set_hyperparameters(optimizer: Any, groups: list[dict[str, Any]]) -> None:

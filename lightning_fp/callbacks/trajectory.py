@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from lightning_fp.callbacks.replay import copied, muted, replaced
 from lightning_fp.callbacks.run_state import set_hyperparameters
 from lightning_fp.layers import LinearFormat
-from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability import untouched
 from lightning_fp.stability.batch_ring import RecordedStep
 from lightning_fp.stability.replay import is_out_of_memory
@@ -60,7 +60,7 @@ class TrajectoryReplay:
     def __init__(
         self,
         trainer: Trainer,
-        plugin: FP8Precision,
+        plugin: LayerPrecision,
         take: Callable[[], Snapshot],
         restore: Callable[[Snapshot], None],
     ) -> None:
@@ -118,7 +118,7 @@ class TrajectoryReplay:
         trainer, plugin = self._trainer, self._plugin
         stack = ExitStack()
         stack.enter_context(muted(trainer))
-        stack.callback(self._plugin.after_replay)
+        stack.enter_context(plugin.replaying())
         if plugin.guard is not None:
             stack.enter_context(replaced(plugin.guard, replaying=True))
         for config in trainer.lr_scheduler_configs:

@@ -2,7 +2,16 @@
 
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.plugins.fp8 import FP8Precision
+from lightning_fp.plugins.fp16 import FP16Precision
+from lightning_fp.plugins.half_checks import half_policy
 from lightning_fp.plugins.names import precision_plugin
 from lightning_fp.plugins.scaling import DynamicScaling
 
-__all__ = ["DynamicScaling", "FP8Precision", "LayerPrecision", "precision_plugin"]
+__all__ = [
+    "DynamicScaling",
+    "FP8Precision",
+    "FP16Precision",
+    "LayerPrecision",
+    "half_policy",
+    "precision_plugin",
+]

@@ -10,8 +10,10 @@ from typing_extensions import override
 
 from lightning_fp.layers import AutoScaling, Backend, FormatLike
 from lightning_fp.numerics import DelayedScaling
-from lightning_fp.plugins.base import Base, LayerPrecision
+from lightning_fp.plugins.base import LayerPrecision
+from lightning_fp.plugins.base_precision import Base
 from lightning_fp.plugins.scaling import ScalingLike, format_of_scaling
+from lightning_fp.stability.loss_scaling import LossScaling
 
 
 class FP8Precision(LayerPrecision):
@@ -32,6 +34,8 @@ class FP8Precision(LayerPrecision):
         layers: `{pattern: format}`, first match wins. A pattern is a glob over the whole layer
             name as in `named_modules()`, or a regular expression after "re:".
         fp8_eval: whether validation, test and prediction run in FP8 as well.
+        loss_scaling: how the loss is scaled where the base is "16-mixed", FP16; None takes the
+            defaults.
         tokens: with "auto", the tokens that the whole training will see: layers move to delayed
             scaling only below the budget at which it is known to fail late (about 200B).
 
@@ -48,8 +52,14 @@ class FP8Precision(LayerPrecision):
         base: Base = "bf16-mixed",
         layers: Mapping[str, FormatLike] | None = None,
         fp8_eval: bool = False,
+        loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
     ) -> None:
+        if base == "16-true":
+            raise ValueError(
+                "base must not be '16-true' with FP8 layers, which cast from the float32 weights;"
+                " take '16-mixed'"
+            )
         automatic = scaling in ("auto", "fp8-auto")
         if tokens is not None and not automatic:
             raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
@@ -59,7 +69,7 @@ class FP8Precision(LayerPrecision):
                 " no delayed scaling"
             )
         self._delayed = scaling if isinstance(scaling, DelayedScaling) else None
-        self._automatic, self._tokens = automatic, tokens
+        self._is_auto, self._tokens = automatic, tokens
         super().__init__(
             format_of_scaling(scaling),
             base=base,
@@ -68,6 +78,7 @@ class FP8Precision(LayerPrecision):
             fp8_eval=fp8_eval,
             delayed=self._delayed,
             auto=AutoScaling(tokens=tokens) if automatic else None,
+            loss_scaling=loss_scaling,
         )
 
     @override
@@ -75,7 +86,7 @@ class FP8Precision(LayerPrecision):
         """See `LayerPrecision.settings`."""
         shared = super().settings()
         scaling: dict[str, Any] = {
-            "scaling": "auto" if self._automatic else shared["format"],
+            "scaling": "auto" if self._is_auto else shared["format"],
         }
         if self._delayed is not None:
             scaling["delayed"] = dataclasses.asdict(self._delayed)

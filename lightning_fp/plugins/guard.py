@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,24 +15,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_fp.plugins.loss_scaler import LossScaler
+
 log = logging.getLogger(__name__)
 
 NEVER = 2**62
 """Frequency of a scheduler that waits: larger than any count of batches."""
 
 _PLAIN = (bool, int, float, str, type(None))
-
-
-class LossScaler(Protocol):
-    """What scales the loss before backward, as FP16 needs it."""
-
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Take the scale out of the optimizer's gradients."""
-        ...
-
-    def update(self, finite: Tensor) -> None:
-        """Hear whether the gradients were finite: bool scalar, on their device."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +48,20 @@ class StepGuard:
     Args:
         skip_nonfinite: whether a step with an inf or NaN gradient is left out.
         scaler: scales the loss, if anything does.
+        hold_schedulers: whether learning rate schedulers wait where a step is left out.
     """
 
-    def __init__(self, *, skip_nonfinite: bool = True, scaler: LossScaler | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        skip_nonfinite: bool = True,
+        scaler: LossScaler | None = None,
+        hold_schedulers: bool = True,
+    ) -> None:
         self.skip_nonfinite = skip_nonfinite
         self.scaler = scaler
+        self.keeps_record = True
+        """Whether somebody takes `steps` out."""
         self.steps: list[GuardedStep] = []
         """The steps since somebody took them out, one for each optimizer that stepped."""
         self.on_norm: Callable[[Tensor], object] | None = None
@@ -72,7 +71,7 @@ class StepGuard:
         self.replay_skipped = False
         """Whether the last step of a replay was left out."""
         self._norm: Tensor | None = None
-        self._hold = SchedulerHold()
+        self._hold = SchedulerHold(on=hold_schedulers)
         self._late: Tensor | None = None
         self._warned = False
 
@@ -96,7 +95,7 @@ class StepGuard:
         Returns:
             What the optimizer returned; what the closure returned if the step was skipped.
         """
-        if _calls_closure_itself(optimizer):
+        if calls_closure_itself(optimizer):
             self._warn(optimizer)
             unguarded: Any = Precision.optimizer_step
             return unguarded(plugin, optimizer, model, closure, **kwargs)
@@ -117,13 +116,18 @@ class StepGuard:
             skipped = torch.tensor(skip)
             if skip and not self.replaying:
                 self._hold.hold(model.trainer)
-        if self.scaler is not None and not self.replaying:
-            self.scaler.update(finite)
         if self.replaying:
             self.replay_skipped = self.skip_nonfinite and not bool(finite)
-        else:
+            return output
+        if self.keeps_record:
             seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
+        if self.scaler is not None:
+            self.scaler.update(finite)
+            if model.automatic_optimization:
+                self.scaler.settle()
+            if not skipped.is_cuda and bool(skipped):
+                self.scaler.check()
         return output
 
     @staticmethod
@@ -175,11 +179,15 @@ class StepGuard:
         late, self._late = self._late, None
         if late is not None and bool(late):
             self._hold.hold(trainer)
+            if self.scaler is not None:
+                self.scaler.check()
 
     def end_training_step(self, trainer: Trainer) -> None:
-        """In manual optimization schedulers wait no longer than to the end of the step."""
+        """In manual optimization schedulers wait, and the loss scale stays, to the step's end."""
         if not trainer.lightning_module.automatic_optimization:
             self._hold.release(None)
+            if self.scaler is not None:
+                self.scaler.settle()
 
     def _warn(self, optimizer: Optimizer) -> None:
         if not self._warned:
@@ -192,15 +200,20 @@ class StepGuard:
 
 
 class SchedulerHold:
-    """Lets the schedulers that step with the optimizer wait for one step, exactly."""
+    """Lets the schedulers that step with the optimizer wait for one step, exactly.
 
-    def __init__(self) -> None:
+    Args:
+        on: whether it does.
+    """
+
+    def __init__(self, *, on: bool = True) -> None:
+        self._on = on
         self._undo: list[Callable[[], object]] = []
         self._step = -1
 
     def hold(self, trainer: Trainer) -> None:
         """From now until `release`."""
-        if self._undo:
+        if self._undo or not self._on:
             return
         self._step = trainer.global_step
         automatic = trainer.lightning_module.automatic_optimization
@@ -277,7 +290,13 @@ def _plain(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _calls_closure_itself(optimizer: Optimizer) -> bool:
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside of what Lightning hands out in manual optimization."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def calls_closure_itself(optimizer: Optimizer) -> bool:
+    """Whether an optimizer runs forward and backward itself, as often as it likes."""
     if isinstance(optimizer, LBFGS):
         return True
     step = inspect.signature(type(optimizer).step).parameters.get("closure")

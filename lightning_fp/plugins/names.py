@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.plugins.fp8 import FP8Precision
+from lightning_fp.plugins.fp16 import FP16Precision
 from lightning_fp.plugins.scaling import format_of_scaling
 
 
-def precision_plugin(name: str, **options: Any) -> FP8Precision:
+def precision_plugin(name: str, **options: Any) -> LayerPrecision:
     """The precision plugin for a format name.
 
     >>> precision_plugin("fp8-rowwise").precision
     'bf16-mixed'
 
     Args:
-        name: any format name, e.g. "fp8-dynamic", "fp8-rowwise", "bf16", "e8m3".
+        name: any format name, e.g. "fp8-dynamic", "fp8-rowwise", "bf16", "fp16", "e8m3".
         options: passed on to the plugin.
 
     Raises:
@@ -25,5 +27,5 @@ def precision_plugin(name: str, **options: Any) -> FP8Precision:
     if format.is_high_precision and format.input == "fp32":
         options.setdefault("base", "32-true")
     if format.is_high_precision and format.input == "fp16":
-        raise ValueError("precision 'fp16' needs loss scaling, which is not part of this version")
+        return FP16Precision(**options)
     return FP8Precision(name, **options)

@@ -1,0 +1,83 @@
+"""What FP16 training cannot work with, refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_fp.numerics import float_format
+from lightning_fp.plugins.guard import calls_closure_itself
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def half_policy(dtype: torch.dtype = torch.float16) -> MixedPrecisionPolicy:
+    """What to give FSDP2's `fully_shard`: FP16 weights and compute, float32 masters and gradients.
+
+    >>> half_policy().reduce_dtype
+    torch.float32
+
+    Args:
+        dtype: of weights while they are gathered, and of what is computed with them.
+    """
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+
+def check_weights(module: Module) -> None:
+    """Refuse to train weights of 16 bits.
+
+    Raises:
+        ValueError: naming some of them.
+    """
+    half = [n for n, p in module.named_parameters() if p.requires_grad and p.dtype in _HALF]
+    if half:
+        smallest = float_format("fp16").smallest_subnormal
+        raise ValueError(
+            f"trained parameters must be float32 with FP16, got 16 bits for {', '.join(half[:3])}"
+            f" ({len(half)} in all); call model.float() first. The float32 weights are the masters:"
+            " in FP16 most updates would be lost in rounding, and Adam's eps (1e-8 by default) is"
+            f" below the least number, {smallest:.1e}, so that it divides by zero"
+        )
+
+
+def check_sharding(module: Module, base: str) -> None:
+    """Refuse FSDP2 policies under which gradients would be reduced in 16 bits.
+
+    Raises:
+        ValueError: for such a policy, or for none where the base is "16-true".
+    """
+    for child in module.modules():
+        if not isinstance(child, FSDPModule):
+            continue
+        policy: Any = child._get_fsdp_state()._mp_policy
+        reduced = policy.reduce_dtype or policy.param_dtype
+        if reduced is not None and reduced in _HALF:
+            raise ValueError(
+                f"fully_shard must reduce gradients in float32 with FP16, got {reduced}; pass"
+                " mp_policy=lightning_fp.half_policy()"
+            )
+        if base == "16-true" and policy.param_dtype is not torch.float16:
+            raise ValueError(
+                "fully_shard must gather weights in float16 with base '16-true', got"
+                f" {policy.param_dtype}; pass mp_policy=lightning_fp.half_policy()"
+            )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that call their closure themselves, such as LBFGS.
+
+    Raises:
+        ValueError: naming the optimizer.
+    """
+    for optimizer in optimizers:
+        if calls_closure_itself(optimizer):
+            raise ValueError(
+                f"optimizer must not be {type(optimizer).__name__} with FP16: it evaluates the loss"
+                " several times in a step, between which no loss scale could be taken out; train"
+                " in bf16, or use another optimizer"
+            )
