@@ -8,6 +8,7 @@ import argparse
 import copy
 import math
 import string
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -150,6 +151,14 @@ def rollout(
     return tokens, torch.cat(logprobs, dim=1)
 
 
+@torch.no_grad()
+def decode(engine: Policy, tokens: Tensor) -> Tensor:
+    """What a rollout computes for given bytes, one after the other; [batch, tokens, BYTES]."""
+    caches: list[list[Tensor]] = [[] for _ in engine.blocks]
+    places = range(tokens.shape[1])
+    return torch.cat([engine(tokens[:, i : i + 1], i, caches) for i in places], dim=1)
+
+
 def answer_logprobs(policy: Policy, tokens: Tensor, answer: int, dtype: torch.dtype) -> Tensor:
     """[batch, answer], by one forward over the whole sequence under autocast."""
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -177,6 +186,16 @@ def pretrained(variant: str, length: int, steps: int, seed: int) -> Policy:
     if variant == "lora":
         add_lora(policy)
     return policy
+
+
+def probe() -> tuple[Policy, Tensor, Callable[[Policy, Tensor], Tensor]]:
+    """For `lightning-fp mismatch examples/fp16_rl_mismatch.py:probe`: a policy, bytes, and how a
+    rollout evaluates them."""
+    policy, length = pretrained("dense", length=6, steps=60, seed=0), 6
+    generator = torch.Generator().manual_seed(1)
+    prompts = some_prompts(32, length, generator)
+    tokens, _ = rollout(policy, prompts, length, generator)
+    return policy, tokens, decode
 
 
 @dataclass

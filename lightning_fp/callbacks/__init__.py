@@ -3,7 +3,15 @@
 from lightning_fp.callbacks.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.evaluation_gap import EvaluationGap
 from lightning_fp.callbacks.loss_recorder import LossRecorder
+from lightning_fp.callbacks.mismatch_monitor import MismatchMonitor
 from lightning_fp.callbacks.parity_probe import ParityProbe
 from lightning_fp.callbacks.precision_fallback import PrecisionFallback
 
-__all__ = ["ClampMonitor", "EvaluationGap", "LossRecorder", "ParityProbe", "PrecisionFallback"]
+__all__ = [
+    "ClampMonitor",
+    "EvaluationGap",
+    "LossRecorder",
+    "MismatchMonitor",
+    "ParityProbe",
+    "PrecisionFallback",
+]

@@ -40,19 +40,7 @@ def load_model(reference: str) -> UserModel:
     Raises:
         ValueError: if there is no such factory, it fails, or it returns something else.
     """
-    factory = find_factory(reference)
-    try:
-        try:
-            with torch.device("meta"):
-                built = _build(factory)
-        except Exception:  # many constructors need real tensors
-            built = _build(factory)
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(
-            f"{reference} raised {type(error).__name__}: {error}"
-            f" ({place.filename}, line {place.lineno})"
-        ) from error
+    built = build(reference, meta=True)
     model, example_input = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -65,7 +53,30 @@ def load_model(reference: str) -> UserModel:
     return UserModel(model=model, example_input=example_input)
 
 
-def _build(factory: Any) -> Any:
+def build(reference: str, *, meta: bool = False) -> Any:
+    """What a factory returns.
+
+    Args:
+        reference: "package.module:factory" or "path/to/file.py:factory".
+        meta: whether to build on the meta device, without memory, if the factory can.
+
+    Raises:
+        ValueError: if there is no such factory, or it fails.
+    """
+    factory = find_factory(reference)
+    try:
+        if meta:
+            try:
+                with torch.device("meta"):
+                    return _call(factory)
+            except Exception:  # many constructors need real tensors
+                return _call(factory)
+        return _call(factory)
+    except Exception as error:
+        raise factory_error(reference, error) from error
+
+
+def _call(factory: Any) -> Any:
     """Call the factory, and a LightningModule's hook that builds the rest of the model."""
     built = factory if isinstance(factory, nn.Module) else factory()
     model = built[0] if isinstance(built, tuple) and built else built
@@ -73,6 +84,15 @@ def _build(factory: Any) -> Any:
     if callable(configure_model):
         configure_model()
     return built
+
+
+def factory_error(reference: str, error: Exception) -> ValueError:
+    """What a user's factory raised, and where, in one line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return ValueError(
+        f"{reference} raised {type(error).__name__}: {error}"
+        f" ({place.filename}, line {place.lineno})"
+    )
 
 
 def find_factory(reference: str) -> Any:
