@@ -65,7 +65,8 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
         ordered = sorted(numbers)
         count = len(ordered)
         if found["one"] is not None:
-            at = min(_place(found["one"], count), count - 1)
+            at = _place(found["one"], count)
+            at = min(at, count - 1) if found["one"].endswith("%") else at
             chosen[stack] = set(ordered[at : at + 1]) if at >= 0 else set()
         else:
             start = 0 if found["start"] is None else max(0, _place(found["start"], count))

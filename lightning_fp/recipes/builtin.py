@@ -18,10 +18,14 @@ _ENDS_HIGH = {"blocks[0]": "high", "blocks[-1]": "high", "*": CONFIGURED}
 
 
 def _casts(window: int) -> tuple[Gate, ...]:
-    """No layer loses too much in its casts: the limits at which `LayerLimit` steps in."""
+    """No layer loses too much in its casts: the limits at which `LayerLimit` steps in.
+
+    On the mean of the window: delayed scaling clamps a little more than that in some layer at
+    some step of a healthy run.
+    """
     return (
-        Gate(statistic="clamped_mass/max", below=0.01, window=window),
-        Gate(statistic="sqnr_db/min", above=15.0, window=window),
+        Gate(statistic="clamped_mass/max", below=0.01, window=window, reduce="mean"),
+        Gate(statistic="sqnr_db/min", above=15.0, window=window, reduce="mean"),
     )
 
 
@@ -116,7 +120,7 @@ def aggressive(*, steps: int = 50, window: int = 50) -> RolloutRecipe:
         steps: length of the start in high precision.
         window: steps that the gate looks back.
     """
-    gate = Gate(statistic="clamped_mass/max", below=0.01, window=window)
+    gate = Gate(statistic="clamped_mass/max", below=0.01, window=window, reduce="mean")
     return RolloutRecipe(
         name="aggressive",
         description="Everything after a few steps; back if casts clamp.",

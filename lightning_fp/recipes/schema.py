@@ -89,7 +89,8 @@ def _texts(of: type[Any]) -> dict[str, str]:
     assert isinstance(tree, ast.ClassDef)
     texts: dict[str, str] = {}
     for field, text in zip(tree.body, tree.body[1:], strict=False):
-        is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if is_field and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             texts[field.target.id] = " ".join(str(text.value.value).split())
     return texts
