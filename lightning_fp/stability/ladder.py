@@ -3,6 +3,12 @@
 `fp8-delayed` -> `fp8-dynamic` -> `fp8-rowwise` -> `fp8-rowwise-gw-hp` -> high precision. Each rung
 takes away one cause of error: old scales, one scale for many rows, the cast of grad_weight's
 operands, all casts.
+
+`fp8-block` and `mxfp8` stand beside it, with a ladder of their own: grad_weight in high precision,
+then all. Their scales are finer than a row's already, so `fp8-rowwise` is not above them. Nor does
+anything climb *to* them, though they would take away one more cause, outliers within a row: on FP8
+hardware without Transformer Engine, or before Blackwell, they do not run, and a run should climb
+the same rungs here and there. Who has the hardware begins with them.
 """
 
 from __future__ import annotations
@@ -14,6 +20,9 @@ from lightning_fp.layers.format import NAMED_FORMATS
 
 LADDER = ("fp8-delayed", "fp8-dynamic", "fp8-rowwise", "fp8-rowwise-gw-hp")
 """The rungs below high precision, the most daring first."""
+
+BLOCKS = ("block", "mx")
+"""Granularities that stand beside the ladder."""
 
 
 def rungs_above(
@@ -32,7 +41,10 @@ def rungs_above(
     """
     if format.is_high_precision:
         return []
-    above = [_like(format, NAMED_FORMATS[name]) for name in LADDER[_rung(format) + 1 :]]
+    if format.granularity in BLOCKS:
+        above = [dataclasses.replace(format, grad_weight="high")]
+    else:
+        above = [_like(format, NAMED_FORMATS[name]) for name in LADDER[_rung(format) + 1 :]]
     distinct = dict.fromkeys(rung for rung in above if rung != format)
     return [rung for rung in distinct if table.can_run(layer, rung)] + [high]
 

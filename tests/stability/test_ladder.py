@@ -67,6 +67,14 @@ def test_a_gradient_in_high_precision_stays_there(scaling: str) -> None:
     assert above == [*dynamic, "fp8-rowwise-gw-hp", "bf16"]
 
 
+@pytest.mark.parametrize("name", ["fp8-block", "mxfp8", "fp8-block[grad_output=e5m2]"])
+def test_blocks_have_rungs_of_their_own(name: str) -> None:
+    high = linear_format(name.replace("]", ",grad_weight=high]")) if "[" in name else None
+    middle = f"{name}[grad_weight=high]" if high is None else high.name
+    assert climb(name) == [middle, "bf16"]
+    assert climb(middle) == ["bf16"]
+
+
 def test_a_backend_without_rowwise_scales_has_no_such_rungs() -> None:
     table = table_of("native")
     assert climb("fp8-delayed", table) == ["fp8-dynamic", "bf16"]
@@ -80,20 +88,31 @@ def test_a_shape_that_the_hardware_refuses_has_only_high_precision_above() -> No
 
 
 EIGHT_BITS = st.sampled_from(["e4m3", "e5m2"])
-SCALED = st.builds(
-    LinearFormat,
-    st.sampled_from(["dynamic", "delayed"]),
-    input=EIGHT_BITS,
-    weight=EIGHT_BITS,
-    grad_output=EIGHT_BITS,
-    grad_weight=st.sampled_from(["fp8", "high"]),
-) | st.builds(
-    LinearFormat,
-    st.just("dynamic"),
-    st.just("row"),
-    grad_output=EIGHT_BITS,
-    grad_weight=st.sampled_from(["fp8", "high"]),
-    power_of_two=st.booleans(),
+SCALED = (
+    st.builds(
+        LinearFormat,
+        st.sampled_from(["dynamic", "delayed"]),
+        input=EIGHT_BITS,
+        weight=EIGHT_BITS,
+        grad_output=EIGHT_BITS,
+        grad_weight=st.sampled_from(["fp8", "high"]),
+    )
+    | st.builds(
+        LinearFormat,
+        st.just("dynamic"),
+        st.just("row"),
+        grad_output=EIGHT_BITS,
+        grad_weight=st.sampled_from(["fp8", "high"]),
+        power_of_two=st.booleans(),
+    )
+    | st.builds(
+        LinearFormat,
+        st.just("dynamic"),
+        st.sampled_from(["block", "mx"]),
+        grad_output=EIGHT_BITS,
+        grad_weight=st.sampled_from(["fp8", "high"]),
+        power_of_two=st.just(True),
+    )
 )
 
 
