@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fp.callbacks.mismatch_remedy import raised_formats, scales_loss, write_formats
+from lightning_fp.callbacks.mismatch_remedy import raised_formats, write_formats
 from lightning_fp.callbacks.mismatch_tally import MismatchTally, RankFailedError
 from lightning_fp.callbacks.run_log import RunCallback, RunLog, begin_run, end_run, run_log
 from lightning_fp.layers import FormatLike, PrecisionMap, linear_format
@@ -62,8 +62,9 @@ class MismatchMonitor(RunCallback):
             the training step, and outside of its statistics. None: the training step pushes.
         every_n_steps: one step in so many is measured.
         detector: what growth is worth a warning.
-        act: "log" warns; "raise-precision" also gives layers more mantissa bits, from FP8 to high
-            precision, and from bf16 to fp16 where the plugin scales its loss; None only measures.
+        act: "log" warns; "raise-precision" also gives layers more mantissa bits, from FP8 to the
+            base's format, and from bf16 to fp16 where the plugin scales its loss; None only
+            measures.
         raise_to: the format to raise all layers to instead, e.g. "fp16".
         hold_steps: optimizer steps after such a change without another one, or a warning.
         aliases: log the metrics also under the names that "trl", "nemo-rl" or "slime" gives them.
@@ -298,8 +299,8 @@ class MismatchMonitor(RunCallback):
         if not formats:
             if self._told:
                 return ""
-            scaled = self._raise_to is not None or scales_loss(plugin)
-            return "" if scaled else "no layer is left in FP8; for fp16 take FP16Precision"
+            fp16_next = self._raise_to is None and plugin.scaler is None
+            return "no layer is left in FP8; for fp16 take FP16Precision" if fp16_next else ""
         changes = write_formats(plugin.precision_map, formats, decision.reason)
         self._wrote = True
         self._quiet_until = step + self._hold_steps

@@ -14,10 +14,10 @@ FP16 = linear_format("fp16")
 def raised_formats(plugin: LayerPrecision, to: LinearFormat | None) -> dict[str, LinearFormat]:
     """The next formats on the way to a smaller mismatch.
 
-    From FP8 and the simulated formats to high precision, in all layers. Where none is left, from
-    bf16 to fp16, whose three more bits of mantissa make the mismatch 8 times smaller (arXiv
-    2510.26788), if the plugin scales its loss: without that small gradients are lost. A layer that
-    somebody has taken out of fp16 stays out.
+    From FP8 and the simulated formats to the base's, in all layers. Where none is left, from bf16
+    to fp16, whose three more bits of mantissa make the mismatch 8 times smaller (arXiv 2510.26788),
+    if the plugin scales its loss: without that small gradients are lost. A layer that somebody has
+    taken out of fp16 stays out.
 
     Args:
         plugin: owns the table.
@@ -32,17 +32,12 @@ def raised_formats(plugin: LayerPrecision, to: LinearFormat | None) -> dict[str,
         wanted = {name: to for name, layer in layers.items() if layer.format != to}
     else:
         low = [name for name, layer in layers.items() if not layer.format.is_high_precision]
-        wanted = dict.fromkeys(low, plugin.high_precision)
-        if not low and scales_loss(plugin):
+        wanted = dict.fromkeys(low, plugin.base_format)
+        if not low and plugin.scaler is not None:
             kept = _taken_out_of_fp16(table)
-            in_bf16 = [name for name, layer in layers.items() if _is_bf16(layer.format, plugin)]
+            in_bf16 = [name for name, layer in layers.items() if layer.format.name == "bf16"]
             wanted = {name: FP16 for name in in_bf16 if name not in kept}
     return {name: format for name, format in wanted.items() if table.can_run(layers[name], format)}
-
-
-def scales_loss(plugin: LayerPrecision) -> bool:
-    """Whether gradients in fp16 are safe."""
-    return plugin.guard is not None and plugin.guard.scaler is not None
 
 
 def write_formats(
@@ -57,12 +52,6 @@ def write_formats(
     for name, format in formats.items():
         table.set(f"re:{re.escape(name)}", format, reason=reason)
     return changes
-
-
-def _is_bf16(format: LinearFormat, plugin: LayerPrecision) -> bool:
-    if format.name == "high":
-        return plugin.high_precision.name == "bf16"
-    return format.name == "bf16"
 
 
 def _taken_out_of_fp16(table: PrecisionMap) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_fp import FP8Precision
+from lightning_fp import FP8Precision, FP16Precision
 from lightning_fp.callbacks import ParityProbe
 from lightning_fp.callbacks.mismatch_monitor import MismatchMonitor
-from lightning_fp.callbacks.mismatch_remedy import raised_formats
+from lightning_fp.callbacks.mismatch_remedy import raised_formats, write_formats
+from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.metrics import TrainingInferenceMismatch
-from lightning_fp.plugins.guard import StepGuard
+from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.records import read_events
 from lightning_fp.records.mismatch import read_mismatch
 from lightning_fp.stability.mismatch import MismatchDetector
@@ -201,31 +203,25 @@ def test_only_measures(tmp_path: Path) -> None:
 
 def test_the_way_up() -> None:
     """FP8 first; then fp16 where the loss is scaled; what was taken out of fp16 stays out."""
-    ours = plugin(base="bf16-mixed")
-    ours.convert_module(LanguageModel().model)
-    table = ours.precision_map
-    names = list(table.layers)
+    plain, scaled = plugin(), FP16Precision(layers={"*.fc1": "bf16", "*.fc2": "fp8-dynamic"})
+    for ours in (plain, scaled):
+        ours.convert_module(LanguageModel().model)
 
-    def raised(to: str | None = None) -> set[str]:
-        from lightning_fp.layers import linear_format
+    def raised(ours: LayerPrecision, to: LinearFormat | None = None) -> dict[str, int]:
+        found = raised_formats(ours, to)
+        write_formats(ours.precision_map, found, "test")
+        ours.precision_map.apply()
+        return Counter(format.name for format in found.values())
 
-        found = raised_formats(ours, None if to is None else linear_format(to))
-        for name, format in found.items():
-            table.set(name, format, reason="test")
-        table.apply()
-        return {format.name for format in found.values()}
-
-    table.set(names[0], "bf16")
-    table.apply()
-    assert raised() == {"bf16"}
-    assert raised() == set()
-    ours.guard = StepGuard(scaler=object())  # type: ignore[arg-type]
-    assert raised() == {"fp16"}
-    assert raised() == set()
-    table.set(names[1], "bf16", reason="its gradients overflowed")
-    table.apply()
-    assert raised() == set()
-    assert raised("fp32") == {"fp32"}
+    assert raised(plain) == {"bf16": 9}
+    assert raised(plain) == {}
+    assert raised(plain, linear_format("fp32")) == {"fp32": 9}
+    assert raised(scaled) == {"fp16": 2}  # those in FP8
+    assert raised(scaled) == {"fp16": 2}  # those in bf16
+    assert raised(scaled) == {}
+    scaled.precision_map.set("*", "bf16", reason="the loss scale is at its least")
+    scaled.precision_map.apply()
+    assert raised(scaled) == {}
 
 
 # --- state --------------------------------------------------------------------------------------
