@@ -86,6 +86,8 @@ def test_ever_more_rarely() -> None:
         ("underflow_fraction", "grad_output", "fp8-rowwise"),
         ("underflow_fraction", "input", "fp8-delayed[input=e5m2]"),
         ("underflow_fraction", "input", "fp8-rowwise[input=e5m2]"),
+        ("underflow_fraction", "weight", "fp8-block"),
+        ("underflow_fraction", "weight", "mxfp8"),
         ("nonfinite", "weight", "fp8-delayed"),
     ],
 )

@@ -7,7 +7,13 @@ import re
 import pytest
 import torch
 
-from lightning_fp.kernels.hardware import check_alignment, cuda_fp8_refusal, cuda_has_fp8
+from lightning_fp.kernels.hardware import (
+    ALIGNMENTS,
+    check_alignment,
+    cuda_fp8_refusal,
+    cuda_has_fp8,
+    cuda_mx_refusal,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +59,35 @@ def test_the_oldest_device_decides(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index])
     monkeypatch.setattr(torch.version, "hip", None)
     assert cuda_fp8_refusal() == refusal
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "block", "mx"])
+def test_blocks_must_be_whole(granularity: str) -> None:
+    multiple = {"tensor": 16, "row": 16, "block": 128, "mx": 32}[granularity]
+    sizes = {"tokens": 2 * multiple, "in_features": multiple, "out_features": 3 * multiple}
+    check_alignment("layer", **sizes, multiple=ALIGNMENTS[granularity])
+    for name in sizes:
+        odd = {**sizes, name: sizes[name] + multiple // 2}
+        with pytest.raises(ValueError, match=f"{name}.* must be a multiple of {multiple} .*got"):
+            check_alignment("layer", **odd, multiple=ALIGNMENTS[granularity])
+
+
+@pytest.mark.parametrize(
+    ("devices", "refusal"),
+    [
+        ([(10, 0)], None),
+        ([(11, 0), (10, 3)], None),
+        ([(8, 9)], "MX formats need sm100 (Blackwell), this device is sm89"),
+        ([(10, 0), (9, 0)], "MX formats need sm100 (Blackwell), this device is sm90"),
+        ([(12, 0)], "MX formats need sm100 (Blackwell), this device is sm120"),
+        ([], None),
+    ],
+)
+def test_mx_needs_blackwell(
+    monkeypatch: pytest.MonkeyPatch, devices: list[tuple[int, int]], refusal: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert cuda_mx_refusal() == refusal

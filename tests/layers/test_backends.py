@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+from torch import nn
 
-from lightning_fp.kernels import NativeKernel, TorchaoKernel
+from lightning_fp.kernels import BlockKernel, NativeKernel, TorchaoKernel, TorchaoMXKernel
 from lightning_fp.kernels.torchao import import_float8
-from lightning_fp.layers import kernel_for, linear_format
+from lightning_fp.layers import Conversion, kernel_for, linear_format
+from lightning_fp.layers.conversion import decide
+from lightning_fp.layers.rules import layer_rules
 from tests.helper import FORMATS
 
 
@@ -87,3 +91,68 @@ def test_fsdp_float8_all_gather_is_refused() -> None:
     config = import_float8().Float8LinearConfig(enable_fsdp_float8_all_gather=True)
     with pytest.raises(ValueError, match="enable_fsdp_float8_all_gather must be False"):
         kernel_for(linear_format(config), "auto", cuda_fp8=False)
+
+
+# -- blocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "mxfp8"])
+def test_blocks_are_emulated_where_there_is_no_hardware_or_asked_for(name: str) -> None:
+    format = linear_format(name)
+    emulated = kernel_for(format, "auto", cuda_fp8=False)
+    assert isinstance(emulated, BlockKernel)
+    for cuda_fp8 in (False, True):
+        assert kernel_for(format, "native", cuda_fp8=cuda_fp8) == emulated
+    high = kernel_for(linear_format(f"{name}[grad_weight=high]"), "auto", cuda_fp8=False)
+    assert isinstance(high, BlockKernel)
+    assert high.high_grad_weight
+
+
+def test_the_details_of_a_block_format_reach_its_kernel() -> None:
+    format = linear_format("fp8-block[input=e5m2,grad_output=e5m2,power_of_two=true]")
+    kernel = kernel_for(format, "auto", cuda_fp8=False)
+    assert isinstance(kernel, BlockKernel)
+    names = kernel.input.name, kernel.weight.name, kernel.grad_output.name, kernel.scales
+    assert names == ("e5m2", "e4m3", "e5m2", "power_of_two")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "cuda_fp8", "message"),
+    [
+        ("fp8-block", "auto", True, "'fp8-block' cannot run on FP8 hardware without Transformer"),
+        ("fp8-block", "torchao", False, "backend 'torchao' cannot run 'fp8-block'"),
+        ("mxfp8[input=e5m2]", "torchao", False, "torchao's MXFP8 has e4m3 for all operands"),
+        ("mxfp8[grad_output=e5m2]", "auto", True, "torchao's MXFP8 has e4m3 for all operands"),
+    ],
+)
+def test_what_no_engine_has_is_refused(
+    name: str, backend: str, cuda_fp8: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernel_for(linear_format(name), backend, cuda_fp8=cuda_fp8)  # pyright: ignore
+
+
+def test_mxfp8_before_blackwell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    kernel_for.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"cannot run here: MX formats need.*sm90.*'native'"):
+            kernel_for(linear_format("mxfp8"), "auto", cuda_fp8=True)
+    finally:
+        kernel_for.cache_clear()
+
+
+def test_a_plan_for_another_machine_leaves_out_what_has_no_whole_blocks() -> None:
+    kernel = kernel_for(linear_format("mxfp8"), "auto", cuda_fp8=True)
+    assert isinstance(kernel, TorchaoMXKernel)
+    assert kernel.runs_on_fp8_hardware
+    model, format = nn.Sequential(nn.Linear(4096, 48), nn.Linear(48, 4096)), linear_format("mxfp8")
+    with pytest.raises(ValueError, match="1: in_features=48 is not a multiple of 32"):
+        decide(model, Conversion(format=format, cuda_fp8=True))
+    with pytest.raises(ValueError, match="layer '1': in_features must be a multiple of 32"):
+        decide(model, Conversion(format=format, rules=layer_rules({"1": "mxfp8"}), cuda_fp8=True))
+    # Emulated, both are converted all the same.
+    decisions = decide(model, Conversion(format=format, cuda_fp8=False))
+    assert all(decision.reason is None for decision in decisions.values())

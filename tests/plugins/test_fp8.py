@@ -222,7 +222,7 @@ def test_fsdp_float8_all_gather_is_refused_at_construction() -> None:
 
 def test_scalings_of_every_kind() -> None:
     config = import_float8().Float8LinearConfig.from_recipe_name("rowwise")
-    for scaling in ("fp8-rowwise", "rowwise", LinearFormat("dynamic", "row"), config, "e8m3"):
+    for scaling in ("fp8-rowwise", "rowwise", LinearFormat("dynamic", "row"), config, "e8m3", "mx"):
         plugin = FP8Precision(scaling)
         fit(plugin, max_steps=1)
         assert plugin.report is not None

@@ -111,7 +111,9 @@ def test_the_error_of_a_gradient(gap: Comparison, expected: float) -> None:
 # -- nobody -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["fp8-delayed", "fp8-dynamic", "fp8-rowwise"])
+@pytest.mark.parametrize(
+    "format", ["fp8-delayed", "fp8-dynamic", "fp8-rowwise", "fp8-block", "mxfp8"]
+)
 def test_healthy_layers_are_not_blamed(format: str) -> None:
     found = Case(format).attribute()
     assert 0 < found.error < HEALTHY_ERROR

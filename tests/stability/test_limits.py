@@ -77,7 +77,9 @@ def over_by_hand(rows: Tensor, names: Sequence[str], limit: LayerLimit) -> dict[
 # -- what is over a limit -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["fp8-delayed", "fp8-dynamic", "fp8-rowwise"])
+@pytest.mark.parametrize(
+    "format", ["fp8-delayed", "fp8-dynamic", "fp8-rowwise", "fp8-block", "mxfp8"]
+)
 def test_healthy_layers_are_not_over(format: str) -> None:
     rows, names = sampled(format)
     assert LimitWatch(LayerLimit(), len(names)).excesses(rows, names) == {}
