@@ -79,7 +79,10 @@ class Course:
     layer: str
     operand: str
     steps: list[int]
+
     formats: list[str]
+    """Of every row, in order; two where the format changed within an interval."""
+
     values: dict[str, list[float | None]]
     """By ranking."""
 
@@ -332,38 +335,42 @@ def _courses(
     chosen = pc.field("layer").isin(layers)
     table = read_statistics(run_dir, columns=names, filters=chosen).sort_by("step")
     courses: dict[tuple[str, str], Course] = {}
+    cells: dict[Ranking, dict[tuple[str, str, str], Cell]] = {name: {} for name in ranked}
+    worst = {(name, of.layer, of.operand, of.format): of for name in ranked for of in ranked[name]}
     for row in table.to_pylist():
         key = row["layer"], row["operand"]
-        if key in wanted:
-            empty = Course(
-                layer=key[0], operand=key[1], steps=[], formats=[], values={n: [] for n in RANKINGS}
-            )
-            course = courses.setdefault(key, empty)
-            course.steps.append(row["step"])
-            course.formats.append(row["format"])
-            for name in RANKINGS:
-                value = row[name]
-                course.values[name].append(None if value is None else min(value, _MOST_DB))
-    cells: dict[Ranking, list[Cell]] = {}
-    for ranking, operands in ranked.items():
-        cells[ranking] = []
-        for of in operands:
-            course = courses.get((of.layer, of.operand))
-            places = range(0 if course is None else len(course.steps))
-            for i in places:
-                assert course is not None
-                if (
-                    course.formats[i] == of.format
-                    and course.values[ranking][i] == of.worst[ranking]
-                ):
-                    cells[ranking].append(
-                        Cell(
-                            layer=of.layer,
-                            operand=of.operand,
-                            format=of.format,
-                            step=course.steps[i],
-                            value=of.worst[ranking] or 0.0,
-                        )
-                    )
-                    break
-    return cells, [courses[key] for key in wanted if key in courses]
+        if key not in wanted:
+            continue
+        empty = Course(
+            layer=key[0], operand=key[1], steps=[], formats=[], values={n: [] for n in RANKINGS}
+        )
+        course = courses.setdefault(key, empty)
+        _add(course, row)
+        for name in ranked:
+            of = worst.get((name, *key, row["format"]))
+            if of is not None and row[name] is not None and row[name] == of.worst[name]:
+                cell = Cell(**{n: row[n] for n in ("step", *_KEYS)}, value=row[name])
+                cells[name].setdefault((*key, row["format"]), cell)
+    found = {
+        name: [
+            cells[name][place]
+            for of in operands
+            if (place := (of.layer, of.operand, of.format)) in cells[name]
+        ]
+        for name, operands in ranked.items()
+    }
+    return found, [courses[key] for key in wanted if key in courses]
+
+
+def _add(course: Course, row: dict[str, Any]) -> None:
+    """Add a row; of two formats in one interval the worse counts."""
+    again = bool(course.steps) and course.steps[-1] == row["step"]
+    if not again:
+        course.steps.append(row["step"])
+    course.formats.append(row["format"])
+    for name in RANKINGS:
+        value = None if row[name] is None else min(row[name], _MOST_DB)
+        if again:
+            both = [v for v in (course.values[name].pop(), value) if v is not None]
+            value = (min if name == "sqnr_db" else max)(both, default=None)
+        course.values[name].append(value)

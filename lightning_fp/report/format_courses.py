@@ -30,7 +30,7 @@ class LayerGroup:
     def label(self) -> str:
         """The layer's name, or the first one's and how many more."""
         more = len(self.layers) - 1
-        return f"{self.layers[0]} + {more}" if more else self.layers[0]
+        return f"{self.layers[0]} and {more} more" if more else self.layers[0]
 
 
 def changed_formats(event: Event) -> bool:

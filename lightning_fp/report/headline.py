@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from lightning_fp.layers import linear_format
-from lightning_fp.records import Demotion, Verdict
+from lightning_fp.records import Demotion, Event, Verdict
 from lightning_fp.report.cost import RunCost
 from lightning_fp.report.format_courses import HIGH, changed_formats, format_courses
 from lightning_fp.report.page_parts import duration, number, share
@@ -36,12 +36,13 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     low, all, now = low_precision(records)
     raw, effective = cost.raw_speedup, cost.effective_speedup
     unknown = "no baseline"
+    against = f"against {cost.baseline}" if raw else unknown
     return [
         ("steps", f"{cost.attempted:,}", f"{cost.useful:,} useful"),
         ("final loss", number(loss) or "unknown", "mean of the last steps"),
         ("in low precision", f"{low} of {all}" if all else "unknown", now or "layers at the end"),
         ("time per step", duration(cost.step_seconds), "median"),
-        ("speed-up per step", f"{raw:.2f}x" if raw else "unknown", cost.baseline or unknown),
+        ("speed-up per step", f"{raw:.2f}x" if raw else "unknown", against),
         (
             "effective speed-up",
             f"{effective:.2f}x" if effective else "unknown",
@@ -110,17 +111,23 @@ def _incidents(records: RunRecords) -> str:
         named = next(iter(layers)) if len(layers) == 1 else f"{len(layers)} layers"
         at = ", ".join(f"{step:,}" for step in convicted[:3])
         what = f"Low precision was proved to harm it {times}, at step {at}"
-        return f"{what}; {named} got a safer format." if layers else f"{what}."
+        return f"{what}; {named} got a safer format.{_climbs(events)}" if layers else f"{what}."
     cleared = _steps(events, "not precision")
     if cleared:
         times = "once" if len(cleared) == 1 else f"{len(cleared)} times"
         return f"Something went wrong {times}, and replays showed that precision was not to blame."
-    climbs = sum(event.kind == "limit" and changed_formats(event) for event in events)
-    if climbs:
-        return f"{climbs} layers were over a limit and got a safer format."
+    if climbs := _climbs(events):
+        return climbs.strip()
     if any(event.kind == "started" for event in events):
         return "Nothing went wrong."
     return ""
+
+
+def _climbs(events: Sequence[Event]) -> str:
+    climbed = [event for event in events if event.kind == "limit" and changed_formats(event)]
+    layers = {layer for event in climbed for layer in event.layers}
+    many = "1 layer was" if len(layers) == 1 else f"{len(layers)} layers were"
+    return f" {many} over a limit and got a safer format." if layers else ""
 
 
 def _steps(events: Sequence[object], verdict: str) -> list[int]:

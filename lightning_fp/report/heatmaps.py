@@ -91,22 +91,26 @@ def grouped_rows(
     return worst.masked_fill(worst.isinf(), torch.nan), labels
 
 
-def worst_cells(cells: dict[Ranking, list[Cell]]) -> list[Table]:
-    """The exact worst values behind the pictures."""
-    tables: list[Table] = []
-    for ranking, found in cells.items():
-        shown = decibels if ranking == "sqnr_db" else share
-        rows = [
+def worst_cells(cells: Sequence[Cell], ranking: Ranking) -> Table:
+    """The exact worst values behind a picture.
+
+    Args:
+        cells: the worst first.
+        ranking: the statistic they are ranked by.
+    """
+    shown = decibels if ranking == "sqnr_db" else share
+    columns = ("layer", "operand", "format", "step", NAMES[ranking])
+    if not cells:
+        nothing = f"No operand has lost anything by {NAMES[ranking]}."
+        return Table(title="", columns=columns, rows=(), note=nothing)
+    worst = cells[0]
+    return Table(
+        title=f"Worst: {shown(worst.value)}, {worst.layer}, {worst.operand}, step {worst.step:,}",
+        columns=columns,
+        rows=[
             [cell.layer, cell.operand, cell.format, f"{cell.step:,}", shown(cell.value)]
-            for cell in found
-        ]
-        tables.append(
-            Table(
-                title=f"Worst by {NAMES[ranking]}",
-                columns=("layer", "operand", "format", "step", NAMES[ranking]),
-                rows=rows,
-                numbers=frozenset({3, 4}),
-                note="" if rows else f"No operand has lost anything by {NAMES[ranking]}.",
-            )
-        )
-    return tables
+            for cell in cells
+        ],
+        numbers=frozenset({3, 4}),
+        folded=True,
+    )

@@ -38,7 +38,7 @@ class _Charts:
         self._specs: list[Chart] = []
 
     def add(self, spec: Chart) -> int:
-        self._specs.append(spec)
+        self._specs.append({key: value for key, value in spec.items() if key != "table"})
         return len(self._specs) - 1
 
     def json(self) -> str:

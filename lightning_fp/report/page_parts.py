@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Chart: TypeAlias = Mapping[str, Any]
-"""What charts.js draws: "type" is "panels", "strips" or "heatmap"; all have "title" and "look"."""
+"""What charts.js draws: "type" is "panels", "strips" or "heatmap"; all have "title" and "look". A
+"table" in it is shown beneath."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class Section:
     """A sentence of what to look at."""
 
     charts: Sequence[Chart] = ()
+
+    small: bool = False
+    """Whether the charts stand beside each other where there is room."""
+
     tables: Sequence[Table] = ()
 
     facts: Sequence[tuple[str, str]] = ()

@@ -227,9 +227,15 @@ def casts_section(records: RunRecords) -> Section:
     if digest is None:
         return _with(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
     limits = limits_of(records.settings)
-    charts = [heatmap(digest, ranking, limits[ranking]) for ranking in RANKINGS]
+    charts = [
+        {
+            **heatmap(digest, ranking, limits[ranking]),
+            "table": worst_cells(digest.worst[ranking], ranking),
+        }
+        for ranking in RANKINGS
+    ]
     cut = f"{digest.rows:,} rows, {len(digest.layers):,} layers, {digest.intervals:,} intervals."
-    return _with(about, charts=charts, tables=worst_cells(digest.worst), text=(cut,))
+    return _with(about, charts=charts, text=(cut,))
 
 
 def worst_section(records: RunRecords) -> Section:
@@ -244,14 +250,16 @@ def worst_section(records: RunRecords) -> Section:
         return _with(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
     limits = limits_of(records.settings)
     charts = [_course(course, limits, records) for course in _chosen(digest.courses)]
-    return _with(about, charts=charts, text=() if charts else ("No operand has lost anything.",))
+    return _with(
+        about, charts=charts, small=True, text=() if charts else ("No operand has lost anything.",)
+    )
 
 
 def parity_section(records: RunRecords) -> Section:
     """The same batch in the current formats and in high precision, and who is to blame."""
     about = Section(
         id="parity",
-        title="Against high precision, and who is to blame",
+        title="Against high precision",
         look=(
             "The same batch in the current formats and in high precision: an error that grows"
             " means that the formats fit less and less."
@@ -294,7 +302,7 @@ def advice_section(records: RunRecords) -> Section:
     """What the statistics advise."""
     about = Section(
         id="advice",
-        title="What to change, and what other scalings would have done",
+        title="What to change",
         look="Advice from this run's own numbers. Change one thing at a time.",
     )
     digest = records.statistics

@@ -15,7 +15,7 @@ from lightning_fp.report.compare import differences
 from lightning_fp.report.cost import RunCost
 from lightning_fp.report.format_courses import format_courses, layer_groups
 from lightning_fp.report.headline import headline, key_figures
-from lightning_fp.report.heatmaps import worst_cells
+from lightning_fp.report.heatmaps import NAMES, worst_cells
 from lightning_fp.report.marks import events_table
 from lightning_fp.report.page import read_runs
 from lightning_fp.report.page_parts import Table, number
@@ -72,12 +72,10 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
     if run.statistics is None:
         console.print(Text("What the casts lost is not recorded: add ClampMonitor().", style="dim"))
     else:
-        for table in worst_cells(run.statistics.worst):
-            for layer, operand, format, step, value in table.rows[:_WORST]:
-                where = f"{layer}, {operand}, in {format}, at step {step}"
-                console.print(
-                    Text(f"{table.title}: ", style="dim"), value, "  ", Text(where), sep=""
-                )
+        for ranking, cells in run.statistics.worst.items():
+            for layer, operand, format, step, value in worst_cells(cells, ranking).rows[:_WORST]:
+                where = f"{value}  {layer}, {operand}, in {format}, step {step}"
+                console.print(Text(f"worst {NAMES[ranking]}: ", style="dim"), Text(where), sep="")
         for advice in advise(run.statistics, limits_of(run.settings))[:_ADVICE]:
             line = f"{advice.of.layer}, {advice.of.operand}: {advice.what}; {advice.do}"
             console.print(Text("advice: ", style="dim"), Text(line), sep="")

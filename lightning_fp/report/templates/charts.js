@@ -7,6 +7,7 @@
   const COLORS = 6;
   const RIGHT = 10;
   const LANE = 18;
+  const GAP = 32;
   root.dataset.errors = "0";
   addEventListener("error", () => { root.dataset.errors = String(+root.dataset.errors + 1); });
 
@@ -35,7 +36,7 @@
     return unit === "%" ? `${text}%` : unit ? `${text} ${unit}` : text;
   };
   const shortened = (text, width) => {
-    const most = Math.max(4, Math.floor(width / 6.3));
+    const most = Math.max(4, Math.floor((width + 2) / 6));
     if (text.length <= most) return text;
     const head = Math.floor((most - 1) / 3);
     return `${text.slice(0, head)}…${text.slice(text.length - (most - 1 - head))}`;
@@ -47,6 +48,10 @@
     const found = [];
     for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(+(i * step).toPrecision(12));
     return found;
+  };
+  const levels = (low, high, count) => {
+    const found = ticks(low, high, count);
+    return found.length > 1 ? found : ticks(low, high, 2 * count);
   };
   const decades = (low, high) => {
     const found = [];
@@ -170,7 +175,7 @@
     const width = el.clientWidth;
     const left = spec.lanes.length ? 76 : 60;
     const x = (step) => left + (step - spec.first) / (spec.last - spec.first) * (width - left - RIGHT);
-    const fieldsHeight = spec.panels.reduce((sum, field) => sum + field.height + 24, 0);
+    const fieldsHeight = spec.panels.reduce((sum, field) => sum + field.height + GAP, 0);
     const bottom = fieldsHeight + spec.lanes.length * LANE + 4;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, height: bottom + 22, "aria-hidden": "true" }, el);
     for (const lane of spec.lanes) {
@@ -187,7 +192,7 @@
       const y = (v) => top + 22 + (1 - (scale(v) - scale(low)) / (scale(high) - scale(low))) * field.height;
       const unit = field.unit ? ` (${field.unit})` : "";
       svg("text", { class: "title", x: left, y: top + 13 }, picture, `${field.title}${unit}${field.log ? ", logarithmic" : ""}`);
-      for (const v of field.log ? decades(low, high) : ticks(low, high, field.height < 120 ? 2 : 4)) {
+      for (const v of field.log ? decades(low, high) : levels(low, high, field.height < 120 ? 2 : 4)) {
         svg("line", { class: "grid", x1: left, x2: width - RIGHT, y1: y(v), y2: y(v) }, picture);
         svg("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, picture, shown(v));
       }
@@ -210,7 +215,7 @@
         svg("text", { x: width - RIGHT, y: y(field.limit.value) - 4, "text-anchor": "end" }, picture, `limit ${shown(field.limit.value, field.unit)}`);
       }
       drawn.push({ field, y });
-      top += field.height + 24;
+      top += field.height + GAP;
     }
     drawLanes(picture, spec.lanes, x, left, fieldsHeight + 4, width);
     drawSteps(picture, x, spec.first, spec.last, left, width, bottom);
@@ -308,9 +313,10 @@
     dark: { fine: [[30, 38, 48], [98, 172, 236]], bad: [[214, 122, 36], [255, 222, 160]] },
   };
   const mixed = ([a, b], t) => a.map((v, i) => Math.round(v + (b[i] - v) * Math.max(0, Math.min(1, t))));
+  const GOOD = 32; // dB that no 8-bit cast needs to exceed
   // How bad a value is: below 1 is fine, from 1 to 2 over the limit.
   const badness = (spec) => spec.low_is_bad
-    ? (v) => v >= spec.limit ? 1 - (v - spec.limit) / (45 - spec.limit) * 0.999 - 0.001 : 1 + Math.min(1, (spec.limit - v) / 20)
+    ? (v) => v >= spec.limit ? 0.08 + 0.91 * Math.max(0, Math.min(1, (GOOD - v) / (GOOD - spec.limit))) : 1 + Math.min(1, (spec.limit - v) / 20)
     : (v) => v <= 0 ? 0 : v < spec.limit ? Math.max(0.04, 1 + Math.log10(v / spec.limit) / 4 - 0.001) : 1 + Math.min(1, Math.log10(v / spec.limit) / -Math.log10(spec.limit));
 
   const heatmap = (el, spec) => {
@@ -327,7 +333,7 @@
     const scale = html("div", "legend", "", el);
     const gradient = (from, to) => `linear-gradient(to right, ${[0, .25, .5, .75, 1].map((t) => `rgb(${rgb(from + (to - from) * t * .999)})`).join(", ")})`;
     const fine = html("span", "scale", "", scale), bad = html("span", "scale", "", scale);
-    fine.append(spec.low_is_bad ? "45 dB or more" : "0");
+    fine.append(spec.low_is_bad ? `${GOOD} dB or more` : "0");
     html("i", "", "", fine).style.background = gradient(0, 1);
     fine.append(`limit ${shown(spec.limit * percent, spec.unit)}`);
     html("i", "", "", bad).style.background = gradient(1, 2);
