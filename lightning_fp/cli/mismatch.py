@@ -202,7 +202,7 @@ def _notes(policy: Policy, compared: Sequence[Compared]) -> list[str]:
     return [
         f"r = log p(training) - log p(rollout) of {tokens} tokens, {whence}",
         "training: one forward of the batch under autocast, on fp32 weights",
-        f"rollout: weights and activations in 16 bits; {engine}",
+        f"rollout: weights and activations in the format's dtype, bf16 for those below; {engine}",
         "off fp32: E|log p(training) - log p(fp32)|",
     ]
 
