@@ -1,8 +1,12 @@
-"""Every test starts with one thread, fresh compile caches and dynamo's own limits."""
+"""Every test starts with one thread, fresh compile caches and dynamo's own limits.
+
+Its working directory is its own, so that runs that write where they stand leave nothing behind.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,8 @@ import torch._dynamo
 
 
 @pytest.fixture(autouse=True)
-def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it, and tables get narrow
     torch.manual_seed(0)
     torch.set_num_threads(1)
