@@ -6,6 +6,7 @@ from lightning_fp.callbacks.loss_recorder import LossRecorder
 from lightning_fp.callbacks.mismatch_monitor import MismatchMonitor
 from lightning_fp.callbacks.parity_probe import ParityProbe
 from lightning_fp.callbacks.precision_fallback import PrecisionFallback
+from lightning_fp.callbacks.staged_rollout import StagedRollout
 
 __all__ = [
     "ClampMonitor",
@@ -14,4 +15,5 @@ __all__ = [
     "MismatchMonitor",
     "ParityProbe",
     "PrecisionFallback",
+    "StagedRollout",
 ]
