@@ -50,6 +50,7 @@ class EngineScales:
         self._watched = torch.zeros(0, 3, 4)
         self._watched_before: list[Watched] = []
         self._used: Tensor | None = None
+        self._settings: RecipeSettings | None = None
         self._recipes: dict[RecipeSettings, Any] = {}
 
     def __len__(self) -> int:
@@ -86,6 +87,7 @@ class EngineScales:
                 layer.engine.memory = Remembered()
         if self._layers:
             self._watched_before = [*self._watched_before[-_MOST_KEPT:], self._watched_now()]
+        self._settings = next(iter(settings), None)
         self._layers = dict(layers)
         self._formats = [layer.format for layer in layers.values()]
         device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
@@ -103,14 +105,11 @@ class EngineScales:
 
     def context(self) -> AbstractContextManager[object]:
         """Around a whole training forward: the one region whose end updates the scales."""
-        if not self._layers:
-            return nullcontext()
-        return self._region()
+        return nullcontext() if self._settings is None else self._region(self._settings)
 
     @contextmanager
-    def _region(self) -> Generator[None, None, None]:
+    def _region(self, settings: RecipeSettings) -> Generator[None, None, None]:
         engine = library()
-        settings = _kernel(next(iter(self._layers.values()))).settings
         if settings not in self._recipes:
             self._recipes[settings] = make_recipe(settings, self.config, engine)
         self._used = self._scales()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, cast, get_args
 
@@ -35,6 +35,7 @@ from lightning_fp.layers import (
 from lightning_fp.layers.flops import example_flops
 from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
 from lightning_fp.layers.rules import layer_rules
+from lightning_fp.layers.te_setup import check_device
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base_precision import Base, HalfMixed, HalfTrue, base_plugin
 from lightning_fp.plugins.guard import StepGuard, gradient_norm, unwrapped
@@ -204,6 +205,8 @@ class LayerPrecision(Precision):
         strategy = _strategy_of(module)
         if strategy is not None:
             refuse_strategy(strategy, type(self).__name__)
+            if self._backend == "transformer-engine":
+                check_device(strategy.root_device.type)
             if isinstance(self._base, (MixedPrecision, HalfMixed)):
                 self._base.device = strategy.root_device.type
         if self.scaler is not None:
@@ -396,7 +399,7 @@ class LayerPrecision(Precision):
 
     def _step_context(self) -> AbstractContextManager[object]:
         """What else stands around the forward of a training step, in replays too."""
-        return nullcontext()
+        return self.precision_map.forward_context()
 
     def _share_weight_casts(self, module: Module | None) -> None:
         """Micro-batches of one step share the cast of each weight, where there are several."""

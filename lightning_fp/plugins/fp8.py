@@ -28,8 +28,8 @@ class FP8Precision(LayerPrecision):
         scaling: "dynamic", "delayed", "auto", "rowwise", "rowwise-gw-hp" (or "fp8-" before it),
             any format name, a `LinearFormat`, a `DynamicScaling`, a `DelayedScaling`, or a
             torchao `Float8LinearConfig`.
-        backend: "auto" takes our kernel for per-tensor scales and torchao's for rows; "native"
-            or "torchao" insist.
+        backend: "auto" takes our kernel for per-tensor scales and torchao's for rows; "native",
+            "torchao" or "transformer-engine" insist.
         base: the precision of everything else, as Lightning's own plugins define it.
         layers: `{pattern: format}`, first match wins. A pattern is a glob over the whole layer
             name as in `named_modules()`, or a regular expression after "re:".
@@ -63,10 +63,10 @@ class FP8Precision(LayerPrecision):
         automatic = scaling in ("auto", "fp8-auto")
         if tokens is not None and not automatic:
             raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
-        if automatic and backend == "torchao":
+        if automatic and backend in ("torchao", "transformer-engine"):
             raise ValueError(
-                "backend must be 'auto' or 'native' with scaling 'auto', got 'torchao', which has"
-                " no delayed scaling"
+                f"backend must be 'auto' or 'native' with scaling 'auto', got {backend!r}, which"
+                " has no delayed scaling to compare with while a layer is under dynamic scaling"
             )
         self._delayed = scaling if isinstance(scaling, DelayedScaling) else None
         self._is_auto, self._tokens = automatic, tokens
