@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lightning_fp.cli import demo, doctor, plan, report, stats, study
+from lightning_fp.cli import baseline, demo, doctor, mismatch, plan, recipes, report, stats, study
 
 __all__ = ["main"]
 
 _COMMANDS = {
     "doctor": doctor,
     "plan": plan,
+    "recipes": recipes,
+    "mismatch": mismatch,
     "demo": demo,
+    "baseline": baseline,
     "stats": stats,
     "report": report,
     "study": study,

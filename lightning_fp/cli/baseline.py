@@ -1,0 +1,208 @@
+"""Record a short run in BF16: what rollout gates and reports compare an FP8 run with."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.table import Table
+
+from lightning_fp.callbacks import LossRecorder
+from lightning_fp.cli.loading import factory_error, find_factory
+from lightning_fp.cli.output import console, table
+from lightning_fp.demo.run import quiet_lightning
+from lightning_fp.records import Baseline, RunInfo, read_baseline, read_run
+
+HighPrecision = Literal["bf16-mixed", "bf16-true", "32-true"]
+
+_OURS = ("precision", "plugins", "max_steps", "max_epochs", "max_time", "fast_dev_run")
+"""Options of the Trainer that the command sets itself, or that would leave nothing to record."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "factory",
+        type=str,
+        help="package.module:factory or path/to/file.py:factory; returns a LightningModule that"
+        " has a train_dataloader, or a LightningModule and its data (a dataloader or a"
+        " LightningDataModule), or both and a mapping of Trainer options",
+    )
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/baseline"),
+        help="where the records go; those of an earlier baseline are replaced",
+    )
+    parser.add_argument(
+        "--precision",
+        type=HighPrecision,
+        default="bf16-mixed",
+        help="bf16-mixed, bf16-true or 32-true, as the Trainer has them",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+# `json` is the name of the option.
+def run(
+    factory: str, steps: int, output: Path, precision: HighPrecision, seed: int, json: bool
+) -> int:
+    """Train, record, and print the figures.
+
+    Raises:
+        ValueError: for what the user can put right.
+    """
+    if steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {steps}")
+    screen = console()
+    L.seed_everything(seed, verbose=False)
+    job = build_job(factory)
+    for old in ("loss.csv", "run.jsonl"):
+        (output / old).unlink(missing_ok=True)
+    with quiet_lightning():
+        trainer = _trainer(job, steps, output, precision, progress=screen.is_terminal and not json)
+        try:
+            trainer.fit(job.module, **job.data)
+        except MisconfigurationException as error:
+            raise ValueError(f"{factory}: {' '.join(str(error).split())}") from error
+    try:
+        baseline = read_baseline(output)
+    except ValueError as error:
+        raise ValueError(
+            f"{factory}: {trainer.global_step} steps left no loss behind: its loader must give"
+            " batches, and its training_step must return a finite loss"
+        ) from error
+    if json:
+        print(json_module.dumps({**asdict(baseline), "precision": precision}, indent=2))
+        return 0
+    screen.print(baseline_table(baseline, precision, read_run(output)))
+    screen.print(f"Written to {output}: loss.csv, run.jsonl", markup=False, soft_wrap=True)
+    return 0
+
+
+# -- what is trained ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a factory gave."""
+
+    module: L.LightningModule
+
+    data: Mapping[str, Any]
+    """For `Trainer.fit`; empty if the module has its own."""
+
+    options: Mapping[str, Any]
+    """For the Trainer."""
+
+
+def build_job(reference: str) -> Job:
+    """Call a factory that returns what to train.
+
+    Raises:
+        ValueError: if there is no such factory, it fails, or something is missing in what it
+            returns.
+    """
+    factory = find_factory(reference)
+    try:
+        built = factory()
+    except Exception as error:
+        raise factory_error(reference, error) from error
+    module, data, options, *rest = (
+        *(built if isinstance(built, tuple) else (built,)),
+        *(None, None, None),
+    )
+    if any(each is not None for each in rest) or not isinstance(module, L.LightningModule):
+        got = ", ".join(type(each).__name__ for each in built) if isinstance(built, tuple) else ""
+        raise ValueError(
+            f"{reference} must return a LightningModule, or one and its data, or both and Trainer"
+            f" options, got {got or type(built).__name__}"
+        )
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{reference}: Trainer options must be a mapping, got {options!r}")
+    if ours := [name for name in _OURS if name in options]:
+        raise ValueError(f"{reference}: the Trainer options must leave out {', '.join(ours)}")
+    if not is_overridden("training_step", module):
+        raise ValueError(f"{reference}: {type(module).__name__} must have a training_step")
+    if data is None and not is_overridden("train_dataloader", module):
+        raise ValueError(
+            f"{reference}: there is no training data: return (module, dataloader), or define"
+            f" {type(module).__name__}.train_dataloader"
+        )
+    kind = "datamodule" if isinstance(data, L.LightningDataModule) else "train_dataloaders"
+    return Job(module=module, data={} if data is None else {kind: data}, options=options)
+
+
+def _trainer(
+    job: Job, steps: int, output: Path, precision: HighPrecision, *, progress: bool
+) -> L.Trainer:
+    given = dict(job.options)
+    callbacks: Any = given.pop("callbacks", None) or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    defaults: dict[str, Any] = {
+        "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": progress,
+        "limit_val_batches": 0,
+        "default_root_dir": output,
+    }
+    try:
+        return L.Trainer(
+            **{**defaults, **given},
+            precision=precision,
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[*callbacks, LossRecorder(output)],
+        )
+    except TypeError as error:  # an option that it does not have
+        raise ValueError(f"the Trainer options are refused: {error}") from error
+
+
+# -- what it came to ------------------------------------------------------------------------------
+
+
+def baseline_table(baseline: Baseline, precision: str, starts: list[RunInfo]) -> Table:
+    """The figures of a run in high precision.
+
+    Args:
+        baseline: what was recorded.
+        precision: what it ran in.
+        starts: what the run was, if it is known.
+    """
+    last = (
+        f"loss, mean of the last {baseline.last_steps}" if baseline.last_steps > 1 else "last loss"
+    )
+    rows = {
+        f"loss, mean of {baseline.steps} steps": f"{baseline.mean_loss:.4f}",
+        last: f"{baseline.last_loss:.4f}",
+        "gradient norm, median": _text(baseline.grad_norm, "{:.3g}"),
+        "time of a step, median": _text(baseline.step_seconds, "{:.4g} s"),
+    }
+    if baseline.nonfinite_steps:
+        rows["steps with inf or NaN"] = str(baseline.nonfinite_steps)
+    if starts:
+        run = starts[-1]
+        rows["parameters"] = f"{run.parameters:,}"
+        rows["device"] = run.device
+    grid = table(f"Baseline in {precision}", "", "value", right=("value",))
+    for name, value in rows.items():
+        grid.add_row(name, value)
+    return grid
+
+
+def _text(value: float | None, form: str) -> str:
+    return "not recorded" if value is None else form.format(value)
