@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.table import Table
 
