@@ -78,8 +78,10 @@ class IncidentLog:
         if before != after:
             self.write(StateChange(step=step, before=before, after=after, reason=reason))
 
-    def suspicion(self, step: int, decision: Decision, *, skips: int) -> None:
-        """Loss or gradient norm left their range."""
+    def suspicion(
+        self, step: int, decision: Decision, *, skips: int, overflow: str | None = None
+    ) -> None:
+        """Loss or gradient norm left their range, or gradients that of FP16."""
         numbers = {
             "skips": float(skips),
             **{
@@ -96,6 +98,8 @@ class IncidentLog:
         reason = decision.reason
         if skips and decision.kind in ("ok", "skip"):
             reason = f"{skips} steps in a row were left out as not finite"
+        if overflow is not None:
+            reason = overflow
         action = "replay in high precision"
         self.write(Suspicion(step=step, reason=reason, numbers=numbers, action=action))
         self._run.count("suspicions", step)

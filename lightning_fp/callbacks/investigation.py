@@ -87,6 +87,9 @@ class Case:
     risen: bool = True
     """Whether the loss has risen; if not, the question is whether it could be lower."""
 
+    overflow: str | None = None
+    """Why FP16's range seems not to suffice, if that is the question."""
+
 
 class Investigation:
     """Runs the replays.
@@ -132,6 +135,8 @@ class Investigation:
             before = self._take()
             self._restore(start)
         try:
+            if case.overflow is not None:
+                return self._overflow(case.overflow, start, finite)
             return self._run(case, start, steps, finite)
         finally:
             if before is not None:
@@ -161,6 +166,32 @@ class Investigation:
             made=trajectory.made,
             attribution=attribution,
             likeness=likeness,
+            replayed=self._replayed,
+            weights_finite=finite,
+        )
+
+    def _overflow(self, reason: str, start: Snapshot | None, finite: bool) -> Findings:
+        """Whether the last batch has finite gradients in a format of larger range.
+
+        The overflows themselves are the evidence against FP16, so no trajectory is needed; the
+        steps that overflowed were left out, so nothing has to be undone while weights are finite.
+        """
+        run = self._step_replay(self._ring.last)
+        high = None if run is None else self._replay(run, self.all_high())
+        finding: Finding = "unclear"
+        said = f"{reason}; the batch could not be run in {self._plugin.high_precision.name}"
+        numbers: dict[str, float] = {}
+        if run is not None and high is not None:
+            numbers["high_loss"] = compare(high, high, run.model, self._table).losses[0]
+            held = self._is_finite(run, high)
+            finding = "precision" if held else "not precision"
+            said = f"{reason}; in {self._plugin.high_precision.name} they "
+            said += "are finite" if held else "are not finite either"
+        return Findings(
+            finding=finding,
+            one_step=Verdict(finding=finding, reason=said, numbers=numbers),
+            start=None if finite else start,
+            likeness="" if finding == "precision" else "inf or NaN comes from elsewhere",
             replayed=self._replayed,
             weights_finite=finite,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from lightning_fp.callbacks.run_log import RunCallback, end_run, run_log
 from lightning_fp.callbacks.run_state import RunState
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import GuardedStep, hyperparameters
+from lightning_fp.plugins.half_checks import check_switchable
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.batch_ring import BatchRing
 from lightning_fp.stability.decision import Cause
 from lightning_fp.stability.detector import DivergenceDetector
 from lightning_fp.stability.fallback import Fallback, FallbackPolicy, Signals
 from lightning_fp.stability.limits import LayerLimit
+from lightning_fp.stability.overflow import OverflowState, OverflowWatch
 from lightning_fp.stability.probe import Probe, ProbeState
 from lightning_fp.stability.signals import SignalQueue, StepSignals
 from lightning_fp.stability.snapshots import Snapshots
@@ -137,6 +140,7 @@ class PrecisionFallback(RunCallback):
         self._queue = SignalQueue()
         self._waiting: list[StepSignals] = []
         self._skips = 0
+        self._overflows = OverflowState()
         self._calm = True
         self._anomaly = Anomaly()
         self._log = IncidentLog(None)
@@ -165,6 +169,8 @@ class PrecisionFallback(RunCallback):
             return
         plugin = _plugin(trainer)
         check_replayable(pl_module)
+        if plugin.scaler is not None:
+            check_switchable(pl_module)
         plugin.start_guarding(skip_nonfinite=not self.dry_run)
 
     @override
@@ -311,6 +317,7 @@ class PrecisionFallback(RunCallback):
             seen.step, loss=seen.loss, grad_norm=seen.grad_norm, skipped=seen.skipped
         )
         self._skips = self._skips + 1 if seen.skipped else 0
+        overflow = self._see_overflow(rescue, seen)
         if seen.skipped:
             self.steps.skipped += 1
             self._log.skipped(seen, self._skips)
@@ -329,9 +336,10 @@ class PrecisionFallback(RunCallback):
         suspicious = decision.kind in ("suspect", "diverged")
         onset = None if decision.onset is None else seen.step - decision.onset
         armed = decision.baseline is not None and decision.cause is not Cause.LEARNING
-        signals = Signals(
-            step=step, armed=armed, suspicious=suspicious, onset=onset, skips=self._skips
-        )
+        skips = self._skips
+        if rescue.plugin.half_dtype is torch.float16:  # a scale that falls skips steps
+            skips = max(skips, self._fallback.policy.max_skips + 1) if overflow else 0
+        signals = Signals(step=step, armed=armed, suspicious=suspicious, onset=onset, skips=skips)
         before = self._state
         self._state, action = self._fallback.step(before, signals)
         self._log.state(step, before.phase, self._state.phase, decision.reason)
@@ -339,18 +347,36 @@ class PrecisionFallback(RunCallback):
             self._state = rescue.promote(self._state, step)
             self._detected = self.detector.precision_changed(self._detected)
         elif action == "investigate":
-            self._log.suspicion(step, decision, skips=self._skips)
-            self._investigate(rescue, step, probed=False)
+            self._log.suspicion(step, decision, skips=self._skips, overflow=overflow)
+            self._investigate(rescue, step, probed=False, overflow=overflow)
         elif before.phase == "permanent" and suspicious:
             self._log.still_misbehaves(step, decision)
 
-    def _investigate(self, rescue: Rescue, step: int, *, probed: bool) -> None:
+    def _see_overflow(self, rescue: Rescue, seen: StepSignals) -> str | None:
+        """Under FP16: why overflows are more than a matter of the loss scale, if they are."""
+        scaler = rescue.plugin.scaler
+        if scaler is None or rescue.plugin.half_dtype is not torch.float16:
+            self._overflows = OverflowState()
+            return None
+        watch = OverflowWatch(scaler.config, self._fallback.policy.max_skips)
+        self._overflows, reason = watch.step(
+            self._overflows,
+            skipped=seen.skipped,
+            loss_finite=seen.loss is None or math.isfinite(seen.loss),
+            stuck=seen.skipped and bool(scaler.state.stuck),  # waits, but not often
+        )
+        return reason
+
+    def _investigate(
+        self, rescue: Rescue, step: int, *, probed: bool, overflow: str | None = None
+    ) -> None:
         case = Case(
             step=step,
             onset=step if self._state.onset is None else self._state.onset,
             anomaly=self._anomaly,
             healthy_error=self._probe.usual(self._probed),
             risen=not probed,
+            overflow=overflow,
         )
         self._state, finding, went_back = rescue.investigate(self._state, case)
         if finding == "not precision":
@@ -451,6 +477,7 @@ class PrecisionFallback(RunCallback):
             "steps": asdict(self.steps),
             "waiting": [asdict(signals) for signals in self._waiting],
             "skips": self._skips,
+            "overflows": asdict(self._overflows),
             "calm": self._calm,
             "anomaly": asdict(self._anomaly),
             "position": self._log.position,
@@ -482,6 +509,10 @@ class PrecisionFallback(RunCallback):
         self._waiting = [StepSignals(**signals) for signals in state["waiting"]]
         self._skips, self._calm = state["skips"], state["calm"]
         self._anomaly = Anomaly(**state["anomaly"])
+        if "overflows" in state:
+            saved = state["overflows"]
+            recent = tuple(saved["recent"])
+            self._overflows = replace(OverflowState(**saved), recent=recent)
         if "snapshots" in state:
             self._snapshots.load_state_dict(state["snapshots"])
             self._ring.load_state_dict(state["ring"])

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.plugins.guard import hyperparameters
+from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.stability.loss_scaling import STATE_VERSION, LossScalingState
 from lightning_fp.stability.snapshot import Part, Snapshot, restore, stated_bytes, take
 
 SCALES = "scales"
@@ -40,7 +42,7 @@ class RunState:
         plugin: Any = trainer.precision_plugin
         self._scales: dict[str, Part] = {SCALES: plugin.precision_map.scale_history}
         if plugin.scaler is not None:
-            self._scales[LOSS_SCALE] = plugin.scaler
+            self._scales[LOSS_SCALE] = _LossScale(plugin.scaler)
         sharded = any(isinstance(m, FSDPModule) for m in module.modules())
         self.single = trainer.world_size == 1 and not sharded
         """Whether this process has all of the state."""
@@ -75,6 +77,20 @@ class RunState:
     def restore_scales(self, snapshot: Snapshot) -> None:
         """The loss scale of a snapshot, and amax histories for the layers that have one now."""
         restore(snapshot, self._scales)
+
+
+class _LossScale:
+    """A loss scale's state as tensors, which are copied without waiting for the device."""
+
+    def __init__(self, scaler: LossScaler) -> None:
+        self._scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self._scaler.state))
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        numbers = LossScalingState(**state_dict).numbers()
+        self._scaler.load_state_dict({"version": STATE_VERSION, **numbers})
 
 
 def set_hyperparameters(optimizer: Any, groups: list[dict[str, Any]]) -> None:

@@ -68,6 +68,23 @@ def check_sharding(module: Module, base: str) -> None:
             )
 
 
+def check_switchable(module: Module) -> None:
+    """Refuse a model that FSDP2 gathers in 16 bits: its dtype cannot change while the run goes on.
+
+    Raises:
+        ValueError: naming the alternative.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            policy: Any = child._get_fsdp_state()._mp_policy
+            if policy.param_dtype in _HALF:
+                raise ValueError(
+                    f"fully_shard must gather weights in float32 where PrecisionFallback is to turn"
+                    f" FP16 into bf16, got {policy.param_dtype}; leave mp_policy out, and autocast"
+                    " (base='16-mixed') computes in FP16"
+                )
+
+
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers that call their closure themselves, such as LBFGS.
 
