@@ -1,6 +1,14 @@
 """Low-precision training for PyTorch Lightning that is safe to turn on."""
 
-from lightning_fp.callbacks import ClampMonitor, ParityProbe, PrecisionFallback
+from lightning_fp.callbacks import (
+    ClampMonitor,
+    EvaluationGap,
+    LossRecorder,
+    MismatchMonitor,
+    ParityProbe,
+    PrecisionFallback,
+    StagedRollout,
+)
 from lightning_fp.layers import (
     ConversionReport,
     LinearFormat,
@@ -10,30 +18,41 @@ from lightning_fp.layers import (
     revert,
 )
 from lightning_fp.numerics import DelayedScaling
-from lightning_fp.plugins import DynamicScaling, FP8Precision, precision_plugin
+from lightning_fp.plugins import DynamicScaling, FP8Precision, FP16Precision, precision_plugin
+from lightning_fp.recipes import Gate, RolloutRecipe, Stage
 from lightning_fp.stability import DivergenceDetector
 from lightning_fp.stability.fallback import FallbackPolicy
 from lightning_fp.stability.limits import LayerLimit
+from lightning_fp.stability.loss_scaling import LossScaling
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     # plugins
     "FP8Precision",
+    "FP16Precision",
     "precision_plugin",
     # callbacks
     "ClampMonitor",
+    "EvaluationGap",
+    "LossRecorder",
+    "MismatchMonitor",
     "ParityProbe",
     "PrecisionFallback",
+    "StagedRollout",
     # objects
     "ConversionReport",
     "DelayedScaling",
     "DivergenceDetector",
     "DynamicScaling",
     "FallbackPolicy",
+    "Gate",
     "LayerLimit",
     "LinearFormat",
+    "LossScaling",
     "PrecisionMap",
+    "RolloutRecipe",
+    "Stage",
     # functions
     "convert",
     "recommend_scaling",

@@ -245,7 +245,7 @@ def test_plan_reads_the_dummy_inputs_of_transformers(
 
 def test_demo_flips_a_layer_and_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     small = ["--steps", "4", "--batch-size", "2", "--context", "16"]
-    assert main(["demo", "--output", str(tmp_path), "--incident", "false", *small]) == 0
+    assert main(["demo", "--output", str(tmp_path), "--rollout", "false", *small]) == 0
     printed = capsys.readouterr().out
     assert "ended bit for bit as the uninterrupted run" in printed
 

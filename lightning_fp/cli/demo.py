@@ -1,4 +1,4 @@
-"""Train a small GPT in BF16 and FP8, flip a layer, save and resume; then inject faults."""
+"""Train a small GPT in BF16 and FP8; then roll FP8 out by a recipe, with faults on the way."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.console import Console
 from lightning_fp.cli.output import console
 from lightning_fp.demo import DemoOptions, run_demo
 from lightning_fp.demo.clamping import clamp_table
-from lightning_fp.demo.incident import incident_table, run_incident
+from lightning_fp.demo.rollout import rollout_table, run_rollout
 from lightning_fp.demo.summary import findings, summary_table
+from lightning_fp.report import terminal_summary
 
 _DEFAULTS = DemoOptions()
 
@@ -36,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--seed", type=int, default=_DEFAULTS.seed, help="seed of weights and batches"
     )
     parser.add_argument(
-        "--incident", type=bool, default=True, help="whether to inject faults in a second part"
+        "--rollout", type=bool, default=True, help="whether to run the second part, with the recipe"
     )
 
 
@@ -47,7 +48,7 @@ def run(
     batch_size: int,
     context: int,
     seed: int,
-    incident: bool,
+    rollout: bool,
 ) -> int:
     """Run the demo and print what it found.
 
@@ -72,16 +73,17 @@ def run(
         screen.print(f"• {line}")
     screen.print(f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name};")
     screen.print(f"  the clamp log: lightning-fp stats {options.clamp_log(options.other_scaling)}")
-    saved = not incident or _incident(output, seed, screen)
+    saved = not rollout or _rollout(output, seed, screen)
     return 0 if result.resume_is_exact and saved else 1
 
 
-def _incident(output: Path, seed: int, screen: Console) -> bool:
-    """The second part; whether the rescued run ended within 1% of high precision."""
-    result = run_incident(output, screen, seed=seed)
+def _rollout(output: Path, seed: int, screen: Console) -> bool:
+    """The second part; whether the protected run ended within 1% of high precision."""
+    result = run_rollout(output, screen, seed=seed)
     screen.print()
-    screen.print(incident_table(result))
-    screen.print(f"• {result.steps}")
-    screen.print(f"• Step by step: {output}/events.jsonl, in words in docs/when-a-run-diverges.md")
-    (output / "incident.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    screen.print(rollout_table(result))
+    (output / "rollout.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    terminal_summary([result.run_dir], screen, baseline=result.baseline)
+    screen.print(f"• Step by step: {result.run_dir}/events.jsonl; docs/when-a-run-diverges.md")
+    screen.print(f"• The report: {result.report}")
     return result.gap(result.rescued) < 0.01

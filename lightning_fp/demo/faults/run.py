@@ -49,10 +49,10 @@ class FaultRun:
 
 
 class TinyByteGPT(ByteGPT):
-    """A GPT of two blocks without biases, trained on weighted sequences."""
+    """A GPT of a few blocks without biases, trained on weighted sequences."""
 
-    def __init__(self) -> None:
-        super().__init__(layers=2, width=64, heads=2, context=CONTEXT, learning_rate=1e-3)
+    def __init__(self, blocks: int = 2) -> None:
+        super().__init__(layers=blocks, width=64, heads=2, context=CONTEXT, learning_rate=1e-3)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.register_parameter("bias", None)
@@ -105,6 +105,8 @@ def fault_run(
     *,
     seed: int = 0,
     steps: int = STEPS,
+    blocks: int = 2,
+    validation_batches: int = 0,
     **options: Any,
 ) -> FaultRun:
     """Train the tiny GPT with a fault.
@@ -115,6 +117,8 @@ def fault_run(
         callbacks: further ones, after the fault's.
         seed: of weights and batches.
         steps: optimizer steps.
+        blocks: of the GPT.
+        validation_batches: of held-out text, whenever the Trainer validates.
         options: of the Trainer; `ckpt_path` resumes.
     """
     text, held_out = read_sources()
@@ -136,10 +140,11 @@ def fault_run(
         "num_sanity_val_steps": 0,
     }
     L.seed_everything(seed, verbose=False)
-    model = TinyByteGPT()
+    model = TinyByteGPT(blocks)
     trainer = L.Trainer(**{**defaults, **options}, callbacks=[*first, *callbacks, losses])
     batches = TinyBatches(text, batches=steps, seed=seed, fault=data)
-    trainer.fit(model, batches, ckpt_path=ckpt_path)
+    validation = TinyBatches(held_out, batches=validation_batches, seed=0)
+    trainer.fit(model, batches, validation if validation_batches else None, ckpt_path=ckpt_path)
     return FaultRun(
         losses=losses.losses,
         held_out_loss=_held_out_loss(model, held_out),
