@@ -212,7 +212,7 @@ def _read(
     parts: Sequence[_Part], columns: Sequence[str] | None, filters: pc.Expression | None
 ) -> pa.Table:
     resumed = {part.session: part.resumed_at for part in parts}
-    tables = [SCHEMA.empty_table()]
+    tables = [SCHEMA.empty_table().select(columns or SCHEMA.names)]
     for part in parts:
         # Later sessions that resumed before this one's end have replaced what follows.
         later = [step for session, step in resumed.items() if session > part.session]

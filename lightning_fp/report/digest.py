@@ -34,7 +34,7 @@ WHAT_IF = (
 COLUMNS = 400
 """Columns of a grid at most: a screen's width."""
 
-_CHUNK_ROWS = 2**20
+_CHUNK_ROWS = 2**19
 _MOST_DB = 150.0
 """Where nothing is lost the SQNR is infinite; shown as this, as in the loggers."""
 
@@ -142,10 +142,10 @@ def read_digest(run_dir: Path) -> Digest | None:
     sums = _Sums(steps, width)
     partial: list[pa.Table] = []
     for rows in _chunks(run_dir, counts):
-        operands = rows.filter(pc.not_equal(rows["operand"].cast(pa.string()), "output"))
-        if operands.num_rows:
-            sums.add(operands)
-            partial.append(_partial_totals(operands))
+        if rows.num_rows:
+            sums.add(rows)
+            partial.append(_partial_totals(rows))
+        del rows  # else it stays until the next one is there
     totals = _totals(partial)
     ranked: dict[Ranking, list[Totals]] = {name: _worst_of(totals, name) for name in RANKINGS}
     cells, courses = _courses(run_dir, ranked)
@@ -183,7 +183,8 @@ def _chunks(run_dir: Path, counts: dict[int, int]) -> Iterator[pa.Table]:
         held += counts[step]
         if held >= _CHUNK_ROWS or step == steps[-1]:
             within = (pc.field("step") >= first) & (pc.field("step") <= step)
-            yield read_statistics(run_dir, columns=names, filters=within)
+            casts = pc.field("operand") != "output"
+            yield read_statistics(run_dir, columns=names, filters=within & casts)
             first, held = None, 0
 
 
@@ -332,12 +333,14 @@ def _courses(
         return {ranking: [] for ranking in ranked}, []
     layers = sorted({layer for layer, _ in wanted})
     names = ["step", *_KEYS, *RANKINGS]
-    chosen = pc.field("layer").isin(layers)
+    chosen = pc.field("layer").isin(layers) & (pc.field("operand") != "output")
     table = read_statistics(run_dir, columns=names, filters=chosen).sort_by("step")
     courses: dict[tuple[str, str], Course] = {}
     cells: dict[Ranking, dict[tuple[str, str, str], Cell]] = {name: {} for name in ranked}
     worst = {(name, of.layer, of.operand, of.format): of for name in ranked for of in ranked[name]}
-    for row in table.to_pylist():
+    columns = [table[name].to_pylist() for name in names]
+    for values in zip(*columns, strict=True):
+        row = dict(zip(names, values, strict=True))
         key = row["layer"], row["operand"]
         if key not in wanted:
             continue
@@ -351,7 +354,7 @@ def _courses(
             if of is not None and row[name] is not None and row[name] == of.worst[name]:
                 cell = Cell(**{n: row[n] for n in ("step", *_KEYS)}, value=row[name])
                 cells[name].setdefault((*key, row["format"]), cell)
-    found = {
+    found: dict[Ranking, list[Cell]] = {
         name: [
             cells[name][place]
             for of in operands
