@@ -65,11 +65,13 @@ class IncidentLog:
         action = "only logging, nothing is changed" if dry_run else ""
         self.write(Started(step=step, reason=reason, numbers=dict(memory), action=action))
 
-    def skipped(self, seen: StepSignals, in_a_row: int) -> None:
+    def skipped(self, seen: StepSignals, in_a_row: int, layer: str | None = None) -> None:
         """A step was left out; of many in a row the console names the first and every 100th."""
-        reason = "a gradient was inf or NaN: the optimizer step was left out"
+        where = "" if layer is None else f", in backward first that of {layer}"
+        reason = f"a gradient was inf or NaN{where}: the optimizer step was left out"
         numbers = {} if seen.loss is None else {"loss": seen.loss}
-        event = SkippedStep(step=seen.step, reason=reason, numbers=numbers)
+        layers = () if layer is None else (layer,)
+        event = SkippedStep(step=seen.step, reason=reason, numbers=numbers, layers=layers)
         self.write(event, quiet=in_a_row > 4 and in_a_row % 100 != 0)
         self._run.count("skipped_steps", seen.step)
 

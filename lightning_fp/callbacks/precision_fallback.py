@@ -320,7 +320,9 @@ class PrecisionFallback(RunCallback):
         overflow = self._see_overflow(rescue, seen)
         if seen.skipped:
             self.steps.skipped += 1
-            self._log.skipped(seen, self._skips)
+            guard = rescue.plugin.guard
+            layer = None if guard is None else guard.overflowed.get(seen.step)
+            self._log.skipped(seen, self._skips, layer)
         self._detected, decision = self.detector.step(
             self._detected,
             loss=seen.loss,

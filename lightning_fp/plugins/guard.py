@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.plugins.overflows import first_overflow
 
 log = logging.getLogger(__name__)
 
 NEVER = 2**62
 """Frequency of a scheduler that waits: larger than any count of batches."""
+
+MOST_NAMED = 128
+"""Steps left out of which the guard remembers the layer."""
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -64,6 +68,8 @@ class StepGuard:
         """Whether somebody takes `steps` out."""
         self.steps: list[GuardedStep] = []
         """The steps since somebody took them out, one for each optimizer that stepped."""
+        self.overflowed: dict[int, str] = {}
+        """By the `global_step` of steps left out last, the layer that overflowed first."""
         self.on_norm: Callable[[Tensor], object] | None = None
         """Told the gradient's norm before each step that is not a replay's."""
         self.replaying = False
@@ -116,6 +122,7 @@ class StepGuard:
             skipped = torch.tensor(skip)
             if skip and not self.replaying:
                 self._hold.hold(model.trainer)
+                self._name_overflow(model.trainer, model.trainer.global_step)
         if self.replaying:
             self.replay_skipped = self.skip_nonfinite and not bool(finite)
             return output
@@ -129,6 +136,14 @@ class StepGuard:
             if not skipped.is_cuda and bool(skipped):
                 self.scaler.check()
         return output
+
+    def _name_overflow(self, trainer: Trainer, step: int) -> None:
+        """Gradients stay until the next backward, so a step that a kernel skipped has them too."""
+        layer = first_overflow(trainer.lightning_module)
+        if layer is not None:
+            self.overflowed[step] = layer
+        while len(self.overflowed) > MOST_NAMED:
+            del self.overflowed[next(iter(self.overflowed))]
 
     @staticmethod
     def _takes_flag(optimizer: Optimizer, norm: Tensor) -> bool:
@@ -179,6 +194,7 @@ class StepGuard:
         late, self._late = self._late, None
         if late is not None and bool(late):
             self._hold.hold(trainer)
+            self._name_overflow(trainer, trainer.global_step - 1)
             if self.scaler is not None:
                 self.scaler.check()
 
