@@ -9,13 +9,14 @@ import copy
 import math
 import string
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fp.metrics import TrainingInferenceMismatch
+from lightning_fp.stability.mismatch import MismatchDetector
 
 BYTES = 128
 LETTERS = torch.tensor(list(string.ascii_lowercase.encode()))
@@ -199,35 +200,6 @@ def probe() -> tuple[Policy, Tensor, Callable[[Policy, Tensor], Tensor]]:
 
 
 @dataclass
-class EarlyWarning:
-    """Says when the mismatch has left its usual level: a CUSUM of its logarithm.
-
-    The log, because what counts is a factor; E|r| and not KL, which changes its sign.
-    """
-
-    armed: int = 6
-    """Steps in which the usual level is learned."""
-
-    slack: float = 1.0
-    threshold: float = 8.0
-    least_noise: float = 0.2
-    """In units of the logarithm: 20 %."""
-
-    usual: list[float] = field(default_factory=list)
-    raised: float = 0.0
-
-    def step(self, mismatch: float) -> bool:
-        value = math.log(max(mismatch, 1e-12))
-        if len(self.usual) < self.armed:
-            self.usual.append(value)
-            return False
-        usual = torch.tensor(self.usual)
-        score = (value - usual.mean().item()) / max(usual.std().item(), self.least_noise)
-        self.raised = max(0.0, self.raised + min(score, 6.0) - self.slack)
-        return self.raised > self.threshold
-
-
-@dataclass
 class Run:
     rewards: list[float]
     steps: list[dict[str, float]]
@@ -239,11 +211,14 @@ class Run:
     warned: int | None
     """The step at which the early warning came."""
 
+    warning: str = "no early warning"
+    """What it said."""
+
 
 def train(
     dtype: torch.dtype,
     variant: str = "dense",
-    steps: int = 30,
+    steps: int = 48,
     batch: int = 32,
     length: int = 6,
     pretraining: int = 60,
@@ -258,7 +233,8 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0)
     # A growth interval of 400 is that of the paper's setting, arXiv 2510.26788.
     scaler = torch.amp.GradScaler("cpu", growth_interval=400, enabled=dtype == torch.float16)
-    whole, warning = TrainingInferenceMismatch(), EarlyWarning()
+    whole, detector = TrainingInferenceMismatch(), MismatchDetector(armed=16)
+    watched = detector.init()
     run = Run([], [], {}, None)
     for step in range(1, steps + 1):
         if last_sync is None or step <= last_sync:
@@ -274,8 +250,11 @@ def train(
         run.rewards.append(right.mean().item())
         if last_sync is None or step <= last_sync:
             whole.update(sampled, logprobs)
-        if warning.step(run.steps[-1]["logprob_abs_diff_mean"]) and run.warned is None:
-            run.warned = step
+        watched, warning = detector.step(
+            watched, abs_diff=run.steps[-1]["logprob_abs_diff_mean"], k3=run.steps[-1]["k3_kl"]
+        )
+        if warning.began and run.warned is None:
+            run.warned, run.warning = step, warning.reason
 
         optimizer.zero_grad()
         loss = -((right - right.mean()) * logprobs).mean()
@@ -309,7 +288,7 @@ def verdict(name: str, ratio: float, low: float, high: float, why: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=["dense", "lora", "moe"], default="dense")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -338,6 +317,8 @@ def main() -> None:
     verdict("E|r|", ratios["logprob_abs_diff_mean"], 5, 12, "three more bits of mantissa: 8")
     verdict("k3", ratios["k3_kl"], 30, math.inf, "the square of it: 64")
     print(f"early warning: bf16 {bf16.warned}, fp16 {fp16.warned}, not synced {stale.warned}")
+    if stale.warned:
+        print(f"  {stale.warned - last_sync} steps after the last sync: {stale.warning}")
 
 
 if __name__ == "__main__":
