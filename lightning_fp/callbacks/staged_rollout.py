@@ -13,7 +13,6 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from lightning_fp import recipes
 from lightning_fp.callbacks.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.rollout_progress import LossSource, TokenCounter
 from lightning_fp.callbacks.rollout_sources import (
@@ -38,9 +37,10 @@ from lightning_fp.recipes import (
     RolloutState,
     StageFormats,
     course,
+    read,
 )
 from lightning_fp.recipes.evidence import Verdict
-from lightning_fp.recipes.text import as_plain, is_path
+from lightning_fp.recipes.text import as_plain
 from lightning_fp.records.events import GateResult, Note, StageChange
 
 log = logging.getLogger(__name__)
@@ -486,19 +486,6 @@ _CONSEQUENCE = {
     ("stop", "no data"): "the stage goes on until it is measured",
 }
 """What follows when a gate does not pass, by `on_fail` and the gate's answer."""
-
-
-def read(recipe: RolloutRecipe | str | Path) -> RolloutRecipe:
-    """The recipe that a user's value stands for: itself, a name, a path, or YAML text.
-
-    Raises:
-        ValueError: if there is no such recipe, or it cannot be.
-    """
-    if isinstance(recipe, RolloutRecipe):
-        return recipe
-    if isinstance(recipe, str) and is_path(recipe) and Path(recipe).suffix == "":
-        return recipes.get(recipe)
-    return RolloutRecipe.from_yaml(recipe)
 
 
 def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:

@@ -10,6 +10,7 @@ from lightning_fp.recipes.builtin import (
     fp16_rl,
     get,
     names,
+    read,
 )
 from lightning_fp.recipes.course import StageFormats, course
 from lightning_fp.recipes.gate import Gate
@@ -34,6 +35,7 @@ __all__ = [
     "fp16_rl",
     "get",
     "names",
+    "read",
     # carrying them out
     "Rollout",
     "RolloutDecision",

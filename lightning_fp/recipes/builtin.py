@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning_fp.layers.auto_scaling import DELAYED_TOKEN_LIMIT
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import CONFIGURED, Stage
+from lightning_fp.recipes.text import is_path
 
 _ALL_HIGH = {"*": "high"}
 _ALL_LOW = {"*": CONFIGURED}
@@ -264,3 +266,19 @@ def get(name: str, **options: Any) -> RolloutRecipe:
             has = ", ".join(known) or "none"
             raise ValueError(f"recipe {name!r} has no option {option!r}; it has {has}")
     return recipe(**options)
+
+
+def read(recipe: RolloutRecipe | str | Path) -> RolloutRecipe:
+    """The recipe that a user's value stands for.
+
+    Args:
+        recipe: a recipe, the name of a built-in one, the path of a YAML file, or YAML text.
+
+    Raises:
+        ValueError: if there is no such recipe, or it cannot be.
+    """
+    if isinstance(recipe, RolloutRecipe):
+        return recipe
+    if isinstance(recipe, str) and is_path(recipe) and not Path(recipe).suffix:
+        return get(recipe)
+    return RolloutRecipe.from_yaml(recipe)

@@ -74,7 +74,9 @@ def _one_line(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     at = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    return " ".join(f"{at}{problem}".split())
+    alias = "alias" in (getattr(error, "context", None) or "")  # how YAML reads a star
+    hint = "; put patterns that begin with '*' in quotes" if alias else ""
+    return " ".join(f"{at}{problem}{hint}".split())
 
 
 # -- reading --------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ('    layers: {"*": high}\n', "", "stage 'first': layers is missing"),
     ('{"*": high}', "{}", "stage 'first': layers must have at least one pattern"),
     ('{"*": high}', "high", "stage 'first': layers must be a mapping"),
-    ('{"*": high}', "{*: high}", "line 4"),
+    ('{"*": high}', "{*: high}", "put patterns that begin with '*' in quotes"),
     ('{"*": high}', '{"*": hgh}', "stage 'first': layers['*']: format must be one of"),
     ('{"*": high}', '{"*": 16}', "stage 'first': layers['*']: format must be a name, got 16"),
     ('{"*": high}', '{"*": nvfp4}', "stage 'first': layers['*']: format 'nvfp4' cannot be used"),
