@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 
 from lightning_fp.plugins import precision_plugin
 
-_OURS = re.compile(r"fp8-.*|mxfp8|nvfp4|e\d+m\d+.*")
+_OURS = re.compile(r"fp16|fp8-.*|mxfp8|nvfp4|e\d+m\d+.*")
 _EXPECTED = {"self", "precision", "plugins"}
 _original: Any = None
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_fp.callbacks.replay import StepReplay, check_replayable
 from lightning_fp.callbacks.run_log import RunCallback, begin_run, end_run, run_directory
 from lightning_fp.layers import PrecisionMap
-from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins import LayerPrecision
 from lightning_fp.records.parity import FILE
 from lightning_fp.stability import LayerParity, Parity, measure_parity
 
@@ -186,9 +186,9 @@ class ParityProbe(RunCallback):
         self._last = int(state_dict["last"])
 
 
-def _plugin(trainer: Trainer) -> FP8Precision:
+def _plugin(trainer: Trainer) -> LayerPrecision:
     plugin = trainer.precision_plugin
-    if not isinstance(plugin, FP8Precision):
+    if not isinstance(plugin, LayerPrecision):
         raise ValueError(
             "ParityProbe needs a precision plugin of lightning_fp, got"
             f" {type(plugin).__name__}; take Trainer(plugins=FP8Precision(...))"

@@ -14,6 +14,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from lightning_fp.cli.fp16_scale import advice, load_loss, probe_scales
 from lightning_fp.cli.output import console, table
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
 from lightning_fp.layers import LinearFormat, convert, linear_format
@@ -36,6 +37,9 @@ FORMATS = (
 PACKAGES = ("torch", "lightning", "torchao", "torchmetrics", "transformer-engine")
 
 
+_RIGHT = ("loss scale", "zero", "subnormal")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Support:
     """What becomes of one format here."""
@@ -49,11 +53,21 @@ class Support:
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--fp16",
+        type=str,
+        default=None,
+        metavar="FACTORY",
+        help="advise on a loss scale for the model of package.module:factory or"
+        " path/to/file.py:factory, which returns (LightningModule, batch) or (module, loss)",
+    )
 
 
-def run(json: bool) -> int:
-    """Print hardware, versions and the table of formats."""
+def run(json: bool, fp16: str | None = None) -> int:
+    """Print hardware, versions and the table of formats; or how FP16 holds a model's gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if fp16 is not None:
+        return _advise_on_scale(fp16, device, json=json)
     facts = {"hardware": hardware(), "software": software()}
     formats = [support(name, device) for name in FORMATS]
     if json:
@@ -77,6 +91,24 @@ def run(json: bool) -> int:
     screen.print(
         "Emulated FP8: values are cast to FP8 and multiplied in bf16 or float32.", style="dim"
     )
+    return 0
+
+
+def _advise_on_scale(reference: str, device: str, *, json: bool) -> int:
+    """Print what becomes of one batch's gradients at each loss scale."""
+    probes = probe_scales(*load_loss(reference, device))
+    if json:
+        rows = [dataclasses.asdict(probe) for probe in probes]
+        print(json_module.dumps({"scales": rows, "advice": advice(probes)}, indent=2))
+        return 0
+    grid = table(
+        "Gradients in FP16", "loss scale", "zero", "subnormal", "overflows first in", right=_RIGHT
+    )
+    for probe in probes:
+        shares = (f"{probe.zero:.2%}", f"{probe.subnormal:.2%}")
+        grid.add_row(f"{probe.scale:g}", *shares, probe.overflow or "")
+    console().print(grid)
+    console().print(advice(probes))
     return 0
 
 

@@ -71,5 +71,6 @@ def _over_ranks(values: Tensor, gradients: Sequence[Tensor], how: Any) -> None:
     """In place, where this rank has only a part of them."""
     meshes: list[Any] = [getattr(gradient, "device_mesh", None) for gradient in gradients]
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
-    for dimension in range(0 if mesh is None else mesh.ndim):
-        dist.all_reduce(values, how, group=mesh.get_group(dimension))
+    if mesh is not None:
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(values, how, group=mesh.get_group(dimension))

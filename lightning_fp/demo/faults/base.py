@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fp.layers.rules import compile_pattern, no_match_message
-from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins import LayerPrecision
 
 
 class _Removable(Protocol):
@@ -38,7 +38,7 @@ class Fault(L.Callback):
         self.start = start
         self.seed = seed
         self._pattern = compile_pattern(layers)
-        self._plugin: FP8Precision | None = None
+        self._plugin: LayerPrecision | None = None
         self._now = 0
         self._undo: list[Callable[[], object]] = []
 
@@ -97,7 +97,7 @@ class Fault(L.Callback):
         if stage != "fit":
             return
         plugin = trainer.precision_plugin
-        self._plugin = plugin if isinstance(plugin, FP8Precision) else None
+        self._plugin = plugin if isinstance(plugin, LayerPrecision) else None
         self._start_clock(pl_module)
         linears = {n: m for n, m in pl_module.named_modules() if isinstance(m, nn.Linear)}
         names = [name for name in linears if self._pattern.fullmatch(name)]

@@ -17,7 +17,7 @@ from lightning_fp.callbacks.rescue import Rescue
 from lightning_fp.demo.faults.cases import CASES, FaultCase
 from lightning_fp.demo.faults.run import STEPS, FaultRun, fault_plugin, fault_run
 from lightning_fp.layers import linear_format
-from lightning_fp.plugins import FP8Precision
+from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.events import FormatChange, Rollback, SkippedStep, read_events
 from lightning_fp.stability.fallback import FallbackState
@@ -104,7 +104,7 @@ class _SkipStep(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         plugin = trainer.precision_plugin
-        if isinstance(plugin, FP8Precision):
+        if isinstance(plugin, LayerPrecision):
             plugin.guard = StepGuard()
 
 
