@@ -25,7 +25,7 @@ def headline(records: RunRecords, cost: RunCost) -> str:
         gain = cost.effective_speedup
         parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
     elif cost.attempted and cost.useful < cost.attempted:
-        parts.append(f"{share(cost.useful_share)} of its steps were useful.")
+        parts.append(f"{cost.useful:,} of {cost.attempted:,} steps were useful.")
     return " ".join(part for part in parts if part)
 
 
@@ -87,14 +87,12 @@ def _end(records: RunRecords) -> str:
     if not records.last_step:
         return "Nothing is recorded of this run's steps yet."
     when = updated(records)
-    at = (
-        "" if when is None else f", last on {time.strftime('%Y-%m-%d %H:%M', time.localtime(when))}"
-    )
+    at = "" if when is None else time.strftime(" (%Y-%m-%d %H:%M)", time.localtime(when))
     if not any(event.kind == "started" for event in records.events):
         return f"The run is recorded up to step {records.last_step:,}{with_loss}."
     return (
-        f"The run is recorded up to step {records.last_step:,}{with_loss}{at}; its end is not: it"
-        " still runs, or was stopped."
+        "No end is recorded: the run still goes on, or was stopped, after"
+        f" {records.last_step:,} steps{with_loss}{at}."
     )
 
 
@@ -118,6 +116,8 @@ def _incidents(records: RunRecords) -> str:
         return f"Something went wrong {times}, and replays showed that precision was not to blame."
     if climbs := _climbs(events):
         return climbs.strip()
+    if any(event.kind in ("suspect", "skip", "demote", "rollback") for event in events):
+        return "Something unusual happened; the events say what was done about it."
     if any(event.kind == "started" for event in events):
         return "Nothing went wrong."
     return ""

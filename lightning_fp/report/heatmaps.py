@@ -48,11 +48,13 @@ def heatmap(digest: Digest, ranking: Ranking, limit: float) -> Chart:
         ranking: which statistic.
         limit: from where on a cell is worth a look.
     """
-    values, labels = grouped_rows(digest.grids[ranking], digest.layers, lowest=ranking == "sqnr_db")
+    prefix = common_prefix(digest.layers)
+    layers = [layer.removeprefix(prefix) for layer in digest.layers]
+    values, labels = grouped_rows(digest.grids[ranking], layers, lowest=ranking == "sqnr_db")
     return {
         "type": "heatmap",
         "title": f"{NAMES[ranking][0].upper()}{NAMES[ranking][1:]}, worst operand of each layer",
-        "look": _LOOK[ranking],
+        "look": _LOOK[ranking] + (f" All names begin with {prefix}" if prefix else ""),
         "rows": labels,
         "columns": [list(column) for column in digest.columns],
         "values": base64.b64encode(values.float().contiguous().numpy().tobytes()).decode(),
@@ -61,6 +63,21 @@ def heatmap(digest: Digest, ranking: Ranking, limit: float) -> Chart:
         "unit": "dB" if ranking == "sqnr_db" else "%",
         "name": NAMES[ranking],
     }
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What all names begin with, in whole parts.
+
+    >>> common_prefix(["model.blocks.0.up", "model.blocks.1.up"])
+    'model.blocks.'
+    """
+    parts = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for same in zip(*parts, strict=False):
+        if len(set(same)) > 1:
+            break
+        shared.append(same[0])
+    return "".join(f"{part}." for part in shared) if len(names) > 1 else ""
 
 
 def grouped_rows(

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_fp import __version__
 from lightning_fp.report.compare import comparison
 from lightning_fp.report.cost import RunCost, run_cost
-from lightning_fp.report.headline import headline, key_figures
+from lightning_fp.report.headline import headline, key_figures, low_precision
 from lightning_fp.report.page_parts import Chart, Section
 from lightning_fp.report.run_records import RunRecords, names_of, read_records
 from lightning_fp.report.sections import sections
@@ -55,7 +55,7 @@ def read_runs(
     Args:
         run_dirs: the runs' directories.
         baseline: a run in high precision to compare times with; by default the one that a run's
-            own settings name.
+            own settings name, or the only one of several that is in high precision throughout.
 
     Raises:
         ValueError: if there are none, or one has no records.
@@ -65,7 +65,9 @@ def read_runs(
     named = zip(run_dirs, names_of(run_dirs), strict=True)
     runs = [read_records(run_dir, name=name) for run_dir, name in named]
     given = None if baseline is None else read_records(baseline)
-    return runs, [run_cost(run, given or _own_baseline(run)) for run in runs]
+    among = _baseline_among(runs)
+    others = [None if run is among else given or _own_baseline(run) or among for run in runs]
+    return runs, [run_cost(run, other) for run, other in zip(runs, others, strict=True)]
 
 
 def write_report(
@@ -126,6 +128,13 @@ def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
         version=__version__,
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _baseline_among(runs: Sequence[RunRecords]) -> RunRecords | None:
+    """The only run without a layer in low precision, if there is just one."""
+    high = [run for run in runs if run.starts and run.steps and not low_precision(run)[0]]
+    high = [run for run in high if run.statistics is None and not run.parity]
+    return high[0] if len(runs) > 1 and len(high) == 1 else None
 
 
 def _own_baseline(run: RunRecords) -> RunRecords | None:

@@ -18,6 +18,7 @@ from lightning_fp.records.events import GateResult
 from lightning_fp.records.run import LayerInfo, RunInfo, write_run
 from lightning_fp.report import read_records, terminal_summary, write_report
 from lightning_fp.report.cost import run_cost
+from lightning_fp.report.page import read_runs
 from lightning_fp.report.sections import sections
 
 SECTIONS = 12
@@ -125,6 +126,18 @@ def test_runs_compared(made_up: Path, tmp_path: Path) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert "against the first run" in text
+
+
+def test_the_only_run_in_high_precision_is_the_baseline(made_up: Path, tmp_path: Path) -> None:
+    high = tmp_path / "high"
+    layer = LayerInfo(name="a", format="bf16", kernel="", flops_share=None)
+    write_run(high, RunInfo(step=0, layers=(layer,)))
+    LossWriter(high).append([LossRow(step=s, loss=1.0, seconds=0.3) for s in range(1, 99)])
+    _, (cost, own) = read_runs([made_up, high])
+    assert cost.raw_speedup == pytest.approx(3)
+    assert own.raw_speedup is None
+    _, (cost, _) = read_runs([made_up, made_up])
+    assert cost.raw_speedup is None
 
 
 def test_no_such_run(tmp_path: Path) -> None:

@@ -353,18 +353,22 @@
     const pen = canvas.getContext("2d");
     pen.scale(dpr, dpr);
     const small = document.createElement("canvas");
-    small.width = columns;
+    const inner = width - left - RIGHT;
+    // Where there are fewer pixels than columns each shows the worst of its columns.
+    const across = Math.max(1, Math.min(columns, Math.floor(inner * dpr)));
+    small.width = across;
     small.height = rows;
-    const image = new ImageData(columns, rows);
+    const image = new ImageData(across, rows);
     const how = badness(spec);
+    const worst = new Float32Array(across * rows).fill(-1);
     for (let i = 0; i < values.length; i++) {
       if (Number.isNaN(values[i])) continue;
-      const [r, g, b] = rgb(how(values[i]));
-      image.data.set([r, g, b, 255], i * 4);
+      const at = Math.floor(i / columns) * across + Math.floor(i % columns * across / columns);
+      worst[at] = Math.max(worst[at], how(values[i]));
     }
+    worst.forEach((bad, at) => { if (bad >= 0) image.data.set([...rgb(bad), 255], at * 4); });
     small.getContext("2d").putImageData(image, 0, 0);
     pen.imageSmoothingEnabled = false;
-    const inner = width - left - RIGHT;
     pen.drawImage(small, left, 0, inner, height);
     pen.fillStyle = ink;
     pen.font = `11px ${style.fontFamily}`;
