@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fp.metrics import TrainingInferenceMismatch
-from lightning_fp.stability.mismatch import MismatchDetector
+from lightning_fp.stability import MismatchDetector
 
 BYTES = 128
 LETTERS = torch.tensor(list(string.ascii_lowercase.encode()))

@@ -24,6 +24,7 @@ from lightning_fp.records.events import (
     read_events,
 )
 from lightning_fp.records.loss import Loss, LossRow, LossWriter, read_loss, read_steps, write_loss
+from lightning_fp.records.mismatch import MismatchWriter, read_mismatch
 from lightning_fp.records.parity import read_parity
 from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
@@ -37,6 +38,7 @@ __all__ = [
     "read_evaluation",
     "read_events",
     "read_loss",
+    "read_mismatch",
     "read_parity",
     "read_run",
     "read_statistics",
@@ -68,6 +70,7 @@ __all__ = [
     "EventWriter",
     "LossRow",
     "LossWriter",
+    "MismatchWriter",
     "Sampled",
     "StatisticsRows",
     "StatisticsWriter",

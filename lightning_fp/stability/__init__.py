@@ -4,6 +4,7 @@ from lightning_fp.stability.batch_ring import BatchRing, MicroBatch, RecordedSte
 from lightning_fp.stability.decision import Cause, Decision
 from lightning_fp.stability.detector import DivergenceDetector
 from lightning_fp.stability.detector_state import DetectorState
+from lightning_fp.stability.mismatch import MismatchDecision, MismatchDetector, MismatchState
 from lightning_fp.stability.parity import LayerParity, Parity, ReplayFailedError, measure_parity
 from lightning_fp.stability.random_state import RandomState
 from lightning_fp.stability.replay import Comparison, GradientGap, Replay, compare, replay
@@ -17,6 +18,9 @@ __all__ = [
     "Decision",
     "DetectorState",
     "DivergenceDetector",
+    "MismatchDecision",
+    "MismatchDetector",
+    "MismatchState",
     # replay
     "RandomState",
     "Replay",

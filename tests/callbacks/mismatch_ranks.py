@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fp import FP8Precision
 from lightning_fp.callbacks.mismatch_monitor import MismatchMonitor
-from lightning_fp.stability.mismatch import MismatchDetector
+from lightning_fp.stability import MismatchDetector
 from tests.helper import make_trainer
 
 STEPS = 44

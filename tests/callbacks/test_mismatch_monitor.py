@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from lightning_fp.callbacks.mismatch_remedy import raised_formats, write_formats
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.plugins.base import LayerPrecision
-from lightning_fp.records import read_events
-from lightning_fp.records.mismatch import read_mismatch
-from lightning_fp.stability.mismatch import MismatchDetector
+from lightning_fp.records import read_events, read_mismatch
+from lightning_fp.stability import MismatchDetector
 from tests.helper import LanguageModel, fit, make_trainer, same_weights, text_loader
 
 TOKENS = 16
@@ -145,15 +145,18 @@ def test_the_hook_sees_the_formats_of_training(tmp_path: Path) -> None:
     assert gaps[1] > 3 * gaps[0]
 
 
-def test_nothing_of_the_hook_remains() -> None:
-    """It draws random numbers and runs a forward under delayed scaling; the run is the same."""
+@pytest.mark.parametrize(
+    "make", [lambda: plugin("delayed"), lambda: FP16Precision("16-true")], ids=["fp8", "fp16"]
+)
+def test_nothing_of_the_hook_remains(make: Callable[[], LayerPrecision]) -> None:
+    """It draws random numbers and runs a forward of its own; the run is the same."""
 
     def hook(trainer: L.Trainer, module: L.LightningModule, batch: Tensor) -> Any:
         torch.rand(7)
         return Drifting()(trainer, module, 0 * batch)
 
     models = [
-        fit(plugin("delayed"), LanguageModel(dropout=0.1), max_steps=12, callbacks=callbacks)
+        fit(make(), LanguageModel(dropout=0.1), max_steps=6, callbacks=callbacks)
         for callbacks in ([], [MismatchMonitor(hook)])
     ]
     assert models[0].losses == models[1].losses

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from lightning_fp.metrics import TrainingInferenceMismatch
-from lightning_fp.records import read_events
-from lightning_fp.records.mismatch import read_mismatch
+from lightning_fp.records import read_events, read_mismatch
 from tests.callbacks.mismatch_ranks import SILENT, START, STEPS
 from tests.two_ranks import run_on_two_ranks
 
