@@ -15,7 +15,9 @@ PROMISES = {
     "choose_layers.py": ([], "pattern 'block.*' matches no linear layer"),
     "clamp_monitor.py": (["--output", "run"], "More: lightning-fp stats run --layer layers.2"),
     "fallback.py": (["--steps", "240"], "demoted: {'blocks.1.mlp.down': ('fp8-dynamic', 'fp32')}"),
+    "rollout.py": (["--steps", "60"], "The run ended in stage cooldown."),
     "fp16_rl_mismatch.py": (["--steps", "4", "--batch", "8"], "early warning:"),
+    "te_backend.py": ([], "backend: auto\n"),
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
 }
 

@@ -220,11 +220,13 @@ def install(package: Path) -> Any:
     extension.__dict__["NVTE_Fused_Attn_Backend"] = _enum("NVTE_Fused_Attn_Backend", BACKENDS)
     extension.__dict__["get_cublasLt_version"] = lambda: 130000
     sys.modules["transformer_engine_torch"] = extension
-    sys.meta_path.append(_Absent())  # last: where they are installed, they are themselves
+    absent = _Absent()
+    sys.meta_path.append(absent)  # last: where they are installed, they are themselves
 
     # What asks for CUDA in Python.
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
+    torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_capability = lambda *_: CAPABILITY[0]
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.synchronize = lambda *_: None
@@ -240,6 +242,10 @@ def install(package: Path) -> Any:
         import transformer_engine.pytorch.quantization as quantization
         from transformer_engine.pytorch import utils
         from transformer_engine.pytorch.cpp_extensions import gemm
+
+    sys.meta_path.remove(absent)
+    for name in [name for name, module in sys.modules.items() if isinstance(module, _Package)]:
+        del sys.modules[name]  # torch too would ask for them
 
     gemm.get_cublas_workspace = lambda *_: None
     for module in (quantization, utils):
