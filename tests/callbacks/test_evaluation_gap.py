@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric
 
-from lightning_fp import FP8Precision
+from lightning_fp import FP8Precision, FP16Precision
 from lightning_fp.callbacks import EvaluationGap
 from lightning_fp.records import read_evaluation
 from tests.helper import LanguageModel, make_trainer, next_byte_loss, same_weights, text_loader
@@ -119,6 +119,13 @@ def test_high_precision_has_no_gap(tmp_path: Path) -> None:
     assert gap.latest is not None
     assert gap.latest.loss == gap.latest.loss_high > 1
     assert gap.latest.gap == 0
+
+
+def test_fp16_against_bf16(tmp_path: Path) -> None:
+    gap = EvaluationGap(dirpath=tmp_path)
+    run(Evaluated(), FP16Precision(), gap, max_steps=4)
+    assert gap.latest is not None
+    assert 0 < abs(gap.latest.gap) < 0.01
 
 
 def test_chosen_validations_and_batches(tmp_path: Path) -> None:
