@@ -37,5 +37,5 @@ def test_hardware_equals_emulation(dtype: torch.dtype) -> None:
 
 def test_ragged_blocks_are_refused() -> None:
     x, weight = torch.randn(48, 64, device="cuda"), torch.randn(64, 64, device="cuda")
-    with pytest.raises(ValueError, match="tokens .* must be a multiple of 32"):
+    with pytest.raises(ValueError, match=r"tokens .* must be a multiple of 32"):
         TorchaoMXKernel(cuda_mx=True)(x, weight, None, "layer")
