@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_fp.layers import linear_format
@@ -47,12 +47,16 @@ def limits_of(settings: Mapping[str, Mapping[str, Any]]) -> dict[Ranking, float]
     return {name: LIMITS[name] if value is None else float(value) for name, value in own.items()}
 
 
-def advise(digest: Digest, limits: Mapping[Ranking, float]) -> list[Advice]:
+def advise(
+    digest: Digest, limits: Mapping[Ranking, float], now: Mapping[str, str] | None = None
+) -> list[Advice]:
     """What is over a limit throughout, the worst first; one bad interval is no reason to change.
 
     Args:
         digest: the run's statistics.
         limits: by ranking.
+        now: each layer's format at the end of the run; a layer that has left the format in which
+            it was over a limit needs no change, and comes last.
     """
     # Imports Lightning, which nothing else in a report needs.
     from lightning_fp.callbacks.remedies import remedy
@@ -79,6 +83,11 @@ def advise(digest: Digest, limits: Mapping[Ranking, float]) -> list[Advice]:
             do = _evidence(of, flushed) or remedy("underflow_fraction", *arguments)
             badness = flushed / limits["underflow_fraction"]
             found.append(Advice(of=of, badness=badness, what=what, do=do))
+    for index, advice in enumerate(found):
+        last = (now or {}).get(advice.of.layer, advice.of.format)
+        if last != advice.of.format:
+            done = f"nothing: the run has moved it to {last}"
+            found[index] = replace(advice, badness=0.0, do=done)
     return sorted(found, key=lambda advice: (-advice.badness, advice.of.layer, advice.of.operand))
 
 
@@ -87,7 +96,7 @@ def advice_table(advice: Sequence[Advice]) -> Table:
     rows = [[a.of.layer, a.of.operand, a.of.format, a.what, a.do] for a in advice[:_SHOWN]]
     more = len(advice) - len(rows)
     return Table(
-        title="What to change",
+        title="",
         columns=("layer", "operand", "format", "what is wrong", "what to do"),
         rows=rows,
         note=f"{more} more operands are over a limit." if more else "",

@@ -72,6 +72,11 @@ def format_courses(records: RunRecords) -> dict[str, FormatCourse]:
     return {layer: tuple(course) for layer, course in courses.items()}
 
 
+def last_formats(records: RunRecords) -> dict[str, str]:
+    """Each layer's format at the end, or as far as the records go."""
+    return {layer: course[-1][1] for layer, course in format_courses(records).items()}
+
+
 def layer_groups(courses: Mapping[str, FormatCourse], most: int = 200) -> list[LayerGroup]:
     """Layers with equal courses in one row each.
 

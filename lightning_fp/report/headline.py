@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning_fp.layers import linear_format
 from lightning_fp.records import Demotion, Event, Verdict
 from lightning_fp.report.cost import RunCost
-from lightning_fp.report.format_courses import HIGH, changed_formats, format_courses
+from lightning_fp.report.format_courses import HIGH, changed_formats, last_formats
 from lightning_fp.report.page_parts import duration, number, share
 from lightning_fp.report.run_records import RunRecords
 
@@ -53,7 +53,7 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
 
 def low_precision(records: RunRecords) -> tuple[int, int, str]:
     """Layers in low precision at the end, all layers, and the former's share of FLOPs in words."""
-    ends = {layer: course[-1][1] for layer, course in format_courses(records).items()}
+    ends = last_formats(records)
     low = [layer for layer, format in ends.items() if is_low(format)]
     flops = {info.name: info.flops_share for info in records.layers}
     known = [flops.get(layer) for layer in low]

@@ -20,7 +20,7 @@ from lightning_fp.report.advice import (
 from lightning_fp.report.cost import RunCost
 from lightning_fp.report.curves import curve, panel, panels, points
 from lightning_fp.report.digest import RANKINGS, Course
-from lightning_fp.report.format_courses import format_courses, layer_groups
+from lightning_fp.report.format_courses import format_courses, last_formats, layer_groups
 from lightning_fp.report.headline import is_low
 from lightning_fp.report.heatmaps import heatmap, worst_cells
 from lightning_fp.report.marks import events_table, lanes
@@ -309,7 +309,7 @@ def advice_section(records: RunRecords) -> Section:
     if digest is None:
         remedy = "add ClampMonitor(what_if=True) to the Trainer's callbacks"
         return _with(about, missing=not_recorded(remedy))
-    advice = advise(digest, limits_of(records.settings))
+    advice = advise(digest, limits_of(records.settings), last_formats(records))
     text = [] if advice else ["No operand is over a limit on average: nothing needs to change."]
     tables = [advice_table(advice)] if advice else []
     compared = what_if_table(digest)

@@ -13,7 +13,7 @@ from rich.text import Text
 from lightning_fp.report.advice import advise, limits_of
 from lightning_fp.report.compare import differences
 from lightning_fp.report.cost import RunCost
-from lightning_fp.report.format_courses import format_courses, layer_groups
+from lightning_fp.report.format_courses import format_courses, last_formats, layer_groups
 from lightning_fp.report.headline import headline, key_figures
 from lightning_fp.report.heatmaps import NAMES, worst_cells
 from lightning_fp.report.marks import events_table
@@ -76,7 +76,8 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
             for layer, operand, format, step, value in worst_cells(cells, ranking).rows[:_WORST]:
                 where = f"{value}  {layer}, {operand}, in {format}, step {step}"
                 console.print(Text(f"worst {NAMES[ranking]}: ", style="dim"), Text(where), sep="")
-        for advice in advise(run.statistics, limits_of(run.settings))[:_ADVICE]:
+        advised = advise(run.statistics, limits_of(run.settings), last_formats(run))
+        for advice in [found for found in advised if found.badness][:_ADVICE]:
             line = f"{advice.of.layer}, {advice.of.operand}: {advice.what}; {advice.do}"
             console.print(Text("advice: ", style="dim"), Text(line), sep="")
     console.print(Text("cost: ", style="dim"), Text(cost.sentence()), sep="")

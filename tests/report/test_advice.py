@@ -42,6 +42,17 @@ def test_what_is_over_a_limit_gets_a_remedy(tmp_path: Path) -> None:
     assert "2.00% to zero" in advice[1].do
 
 
+def test_a_layer_that_has_left_its_format_needs_no_change(tmp_path: Path) -> None:
+    found = digest(
+        tmp_path,
+        {"layer": "left", "clamped_mass": 0.5},
+        {"layer": "stayed", "clamped_mass": 0.05},
+    )
+    first, second = advise(found, LIMITS, {"left": "fp8-dynamic", "stayed": "fp8-delayed"})
+    assert (first.of.layer, second.of.layer) == ("stayed", "left")
+    assert second.do == "nothing: the run has moved it to fp8-dynamic"
+
+
 def test_evidence_comes_before_the_rule(tmp_path: Path) -> None:
     row = {"underflow_fraction": 0.4, "what_if_rowwise_underflow_fraction": 0.3}
     other = "what_if_other_underflow_fraction"

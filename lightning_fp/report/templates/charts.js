@@ -35,11 +35,21 @@
     const text = v === 0 ? "0" : size >= 1e5 || size < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
     return unit === "%" ? `${text}%` : unit ? `${text} ${unit}` : text;
   };
+  const measure = document.createElement("canvas").getContext("2d");
+  measure.font = "11px system-ui, sans-serif";
+  const wide = (text) => measure.measureText(text).width;
   const shortened = (text, width) => {
-    const most = Math.max(4, Math.floor((width + 2) / 6));
-    if (text.length <= most) return text;
-    const head = Math.floor((most - 1) / 3);
-    return `${text.slice(0, head)}…${text.slice(text.length - (most - 1 - head))}`;
+    let kept = text.length, short = text;
+    while (kept > 3 && wide(short) > width) {
+      const head = Math.floor(--kept / 3);
+      short = `${text.slice(0, head)}…${text.slice(text.length - (kept - head))}`;
+    }
+    return short;
+  };
+  // How much room the names of rows get on the left.
+  const margin = (names, width, least) => {
+    const longest = names.reduce((most, name) => Math.max(most, wide(name)), 0) + 14;
+    return Math.round(Math.max(least, Math.min(longest, width * 0.34, 280)));
   };
   const ticks = (low, high, count) => {
     const rough = (high - low) / Math.max(1, count);
@@ -263,8 +273,7 @@
     const high = new Set(spec.names.filter((entry) => entry.high).map((entry) => entry.name));
     legend(el, spec.names.map(({ name }) => ({ name, fill: fills.get(name) })));
     const width = el.clientWidth, lanes = spec.lanes || [];
-    const longest = Math.max(...spec.rows.map((row) => row.label.length)) * 6.3 + 10;
-    const left = Math.max(lanes.length ? 76 : 40, Math.min(longest, width * 0.34, 260));
+    const left = margin(spec.rows.map((row) => row.label), width, lanes.length ? 76 : 40);
     const row = spec.rows.length > 60 ? 8 : spec.rows.length > 25 ? 14 : 22;
     const every = Math.ceil(13 / row);
     const x = (step) => left + step / spec.last * (width - left - RIGHT);
@@ -276,7 +285,7 @@
       for (const part of entry.segments) {
         const a = x(part.from), b = Math.max(x(part.to), a + 1);
         svg("rect", { x: a, y: i * row + 1, width: b - a, height: row - 2, fill: fills.get(part.name) }, picture);
-        if (row >= 20 && b - a > part.name.length * 6.6 + 12)
+        if (row >= 20 && b - a > wide(part.name) * 1.1 + 12)
           svg("text", { class: "inside", x: a + 6, y: i * row + row / 2 + 4, style: `fill: var(${high.has(part.name) ? "--on-grey" : "--on-fill"})` }, picture, part.name);
       }
     });
@@ -323,7 +332,6 @@
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const ramps = dark ? RAMPS.dark : RAMPS.light;
     const rgb = (b) => b < 1 ? mixed(ramps.fine, b) : mixed(ramps.bad, b - 1);
-    const style = getComputedStyle(el);
     const ink = getComputedStyle(root).getPropertyValue("--soft").trim();
     const bytes = Uint8Array.from(atob(spec.values), (c) => c.charCodeAt(0));
     const values = new Float32Array(bytes.buffer);
@@ -341,8 +349,7 @@
     html("span", "", "blank: not measured, or in high precision", scale);
 
     const width = el.clientWidth;
-    const longest = Math.max(...spec.rows.map((label) => label.length)) * 6.3 + 10;
-    const left = Math.round(Math.max(40, Math.min(longest, width * 0.34, 260)));
+    const left = margin(spec.rows, width, 40);
     const row = rows > 100 ? 3 : rows > 40 ? 6 : rows > 16 ? 12 : 18;
     const height = rows * row, below = 22;
     const canvas = html("canvas", "", "", el);
@@ -371,7 +378,7 @@
     pen.imageSmoothingEnabled = false;
     pen.drawImage(small, left, 0, inner, height);
     pen.fillStyle = ink;
-    pen.font = `11px ${style.fontFamily}`;
+    pen.font = measure.font;
     pen.textBaseline = "middle";
     pen.textAlign = "right";
     const every = Math.ceil(13 / row);
