@@ -191,7 +191,8 @@ class MismatchSource(Source):
 class MetricSource(Source):
     """What the module logs, read once per log interval and after each validation.
 
-    A value counts when it is another than the one before: Lightning keeps showing the last one.
+    What is logged in training counts at every reading. Of a validation's metrics, which Lightning
+    goes on showing, a value counts when it is another than the one before.
 
     Args:
         trainer: the Trainer, whose `callback_metrics` are read.
@@ -212,8 +213,11 @@ class MetricSource(Source):
             return {}
         began, self._read_at, self.validated = self._read_at, step, False
         new: Points = {}
+        results: Any = self._trainer.fit_loop._results
+        logged = {metric.meta.name for metric in results.values()}
         for name, value in self._over_ranks().items():
-            if value != self._seen.get(name) and not math.isnan(value):
+            fresh = name.removesuffix("_step") in logged or value != self._seen.get(name)
+            if fresh and not math.isnan(value):
                 self._seen[name] = value
                 if began >= entered:
                     new[name] = [(step, value)]

@@ -96,6 +96,7 @@ class PrecisionMap:
             EngineScales(config) if backend == "transformer-engine" else ScaleHistory(config)
         )
         self._follow = False
+        self._resumed_scales: dict[str, Any] | None = None
         self._auto = None if auto is None else AutoScalingState(auto)
 
     # -- reading --------------------------------------------------------------------------------
@@ -245,6 +246,8 @@ class PrecisionMap:
         if on != self._follow:
             self._follow = on
             self._track()
+            if self._resumed_scales is not None:  # the run went on before anybody followed
+                self._scales.load_state_dict(self._resumed_scales)
 
     @contextmanager
     def overridden(self, formats: Mapping[str, FormatLike]) -> Generator[None, None, None]:
@@ -297,6 +300,7 @@ class PrecisionMap:
         """The boundary after an optimizer step: update delayed scales, then `apply`."""
         if self._frozen:
             return []
+        self._resumed_scales = None
         self._scales.step()
         if self._auto is not None and len(self._scales):
             self._choose_scaling(self._auto)
@@ -408,6 +412,7 @@ class PrecisionMap:
             )
         self._write(formats, dict.fromkeys(formats, "restored from a checkpoint"))
         self._scales.load_state_dict(state["scales"])
+        self._resumed_scales = state["scales"]
         if self._auto is not None and state["auto"] is not None:
             self._auto.load_state_dict(state["auto"])
         self._pending = [Write(**write) for write in state["pending"]] + self._pending

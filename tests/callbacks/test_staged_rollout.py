@@ -564,3 +564,19 @@ def test_a_rollout_that_fails_does_not_end_the_run(
     assert caplog.text.count("StagedRollout failed; the training goes on") == 1
     (note,) = read_events(tmp_path)
     assert "the rollout has failed in stage None, the run goes on: no idea" in note.reason
+
+
+def test_a_metric_that_stands_still_counts_as_often_as_it_is_logged(tmp_path: Path) -> None:
+    class Constant(LanguageModel):
+        def training_step(self, batch: Any, index: int) -> Any:
+            self.log("constant", 0.5)
+            return super().training_step(batch, index)
+
+    rollout = StagedRollout(
+        two_stages(Gate(statistic="constant", below=1.0, window=3)), dirpath=tmp_path
+    )
+    trainer = make_trainer(
+        FP8Precision(base="32-true"), max_epochs=1, log_every_n_steps=1, callbacks=[rollout]
+    )
+    trainer.fit(Constant(), batches(8))
+    assert stages_of(rollout, tmp_path) == {0: "high", 4: "low"}
