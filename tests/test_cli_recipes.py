@@ -60,7 +60,8 @@ def test_check_with_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "and 4 more" in said
     # two blocks are a first and a last one, with nothing between them
     assert "Note: stage 'all-but-ends': changes nothing" in said
-    found = json.loads(output(capsys, "check", "balanced", "--model", GPT, "--json"))
+    options = ["--model", GPT, "--scaling", "delayed", "--json"]
+    found = json.loads(output(capsys, "check", "balanced", *options))
     high, _, everything = found["course"]
     assert set(high["formats"].values()) == {"bf16"}
     assert len(everything["changes"]) == 8

@@ -125,10 +125,12 @@ class ScaleHistory:
             layer.record, layer.memory = True, memory
         self._share(self._memory)
         self._watched = _nothing_watched(self._scales)
-        self._cool_down()
+        if not history.is_meta:  # a model without values, as plans are made for
+            self._cool_down()
         self._any_cold = any(_kernel(layer).cold for layer in self._layers.values())
         self._cold_steps = 0
-        self._warm_up()
+        if not history.is_meta:
+            self._warm_up()
 
     # -- steps ----------------------------------------------------------------------------------
 
