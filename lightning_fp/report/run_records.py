@@ -12,12 +12,10 @@ from torch import Tensor
 
 from lightning_fp.records import Event, Note, read_events, read_parity
 from lightning_fp.records.evaluation import FILE as EVALUATION_FILE
+from lightning_fp.records.mismatch import FILE as MISMATCH_FILE
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run
 from lightning_fp.report.digest import Digest, read_digest
 from lightning_fp.report.steps import Steps, in_force, read_columns, read_steps
-
-MISMATCH_FILE = "mismatch.csv"
-"""Columns step and whatever MismatchMonitor measured."""
 
 T = TypeVar("T")
 
