@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_fp import FP8Precision
 from lightning_fp.plugins.guard import StepGuard
+from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.stability.loss_scaling import LossScaling
 from tests.helper import LanguageModel, fit, next_byte_loss, same_weights, text_loader
 
 
@@ -152,26 +154,11 @@ def test_accumulation_skips_the_whole_step() -> None:
 def test_a_scaler_takes_part() -> None:
     """Unscaled before anything looks, and told what was found, once a step."""
 
-    class Scaler:
-        def __init__(self) -> None:
-            self.heard: list[bool] = []
-
-        def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad.div_(1024)
-
-        def update(self, finite: Tensor) -> None:
-            self.heard.append(bool(finite))
-
-    class Scaled(Poisoned):
-        def training_step(self, batch: Tensor, index: int) -> Tensor:
-            return 1024 * super().training_step(batch, index)
-
-    plugin, scaler = guarded(), Scaler()
-    plugin.guard = StepGuard(scaler=scaler)
-    scaled = fit(plugin, Scaled((2,)), max_steps=4, gradient_clip_val=0.5)
-    assert scaler.heard == [True, True, False, True]
+    plugin, scaler = guarded(), LossScaler(LossScaling(init_scale=1024, hysteresis=2))
+    plugin.scaler, plugin.guard = scaler, StepGuard(scaler=scaler)
+    scaled = fit(plugin, Poisoned((2,)), max_steps=4, gradient_clip_val=0.5)
+    numbers = scaler.state.numbers()
+    assert (numbers["made"], numbers["skipped"], numbers["scale"]) == (3, 1, 1024)
     other = guarded()
     plain = fit(other, Poisoned((2,)), max_steps=4, gradient_clip_val=0.5)
     assert same_weights(scaled, plain)  # a power of two rounds nothing

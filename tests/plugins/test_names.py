@@ -42,7 +42,6 @@ def test_options_are_passed_on() -> None:
     [
         ("fp7-dynamic", "scaling: format must be one of"),
         ("16-mixed", "scaling: format must be one of"),
-        ("fp16", "precision 'fp16' needs loss scaling"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
