@@ -29,7 +29,9 @@ class Watch(L.Callback):
 
 
 @pytest.mark.parametrize(
-    "plugin", [None, MixedPrecision("bf16-mixed", "cpu"), FP8Precision()], ids=str
+    "plugin",
+    [None, MixedPrecision("bf16-mixed", "cpu"), FP8Precision()],
+    ids=["none", "bf16-mixed", "fp8"],
 )
 def test_a_row_for_every_step(tmp_path: Path, plugin: Any) -> None:
     watch = Watch()
