@@ -3,6 +3,7 @@
 from lightning_fp.callbacks import (
     ClampMonitor,
     EvaluationGap,
+    FP16Monitor,
     LossRecorder,
     MismatchMonitor,
     ParityProbe,
@@ -18,12 +19,18 @@ from lightning_fp.layers import (
     revert,
 )
 from lightning_fp.numerics import DelayedScaling
-from lightning_fp.plugins import DynamicScaling, FP8Precision, FP16Precision, precision_plugin
+from lightning_fp.plugins import (
+    DynamicScaling,
+    FP8Precision,
+    FP16Precision,
+    half_policy,
+    precision_plugin,
+)
 from lightning_fp.recipes import Gate, RolloutRecipe, Stage
 from lightning_fp.stability import DivergenceDetector
 from lightning_fp.stability.fallback import FallbackPolicy
 from lightning_fp.stability.limits import LayerLimit
-from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stability.loss_scaling import LossScaleError, LossScaling
 
 __version__ = "0.1.0.dev0"
 
@@ -35,6 +42,7 @@ __all__ = [
     # callbacks
     "ClampMonitor",
     "EvaluationGap",
+    "FP16Monitor",
     "LossRecorder",
     "MismatchMonitor",
     "ParityProbe",
@@ -49,12 +57,14 @@ __all__ = [
     "Gate",
     "LayerLimit",
     "LinearFormat",
+    "LossScaleError",
     "LossScaling",
     "PrecisionMap",
     "RolloutRecipe",
     "Stage",
     # functions
     "convert",
+    "half_policy",
     "recommend_scaling",
     "revert",
 ]

@@ -21,8 +21,10 @@ from lightning_fp.records.events import (
     Event,
     EventWriter,
     FormatChange,
+    GateResult,
     Replayed,
     SkippedStep,
+    StageChange,
     Started,
     StateChange,
 )
@@ -30,8 +32,8 @@ from lightning_fp.records.run import LayerInfo, RunInfo, write_run
 
 log = logging.getLogger("lightning_fp.fallback")
 
-_QUIET = (StateChange, SkippedStep, Replayed, Started)
-"""Events that are no warning."""
+_QUIET = (StateChange, StageChange, SkippedStep, Replayed, Started)
+"""Events that are no warning; nor is a gate that passes."""
 
 _PACKAGES = ("lightning-fp", "torch", "lightning", "torchao", "transformer-engine")
 
@@ -92,8 +94,9 @@ class RunLog:
     def write(self, event: Event, *, quiet: bool = False) -> None:
         """One event, everywhere; not on the console if `quiet`."""
         if self._console and not quiet:
-            level = logging.INFO if isinstance(event, _QUIET) else logging.WARNING
-            log.log(level, "%s", event.sentence())
+            passes = isinstance(event, GateResult) and event.passed
+            usual = passes or isinstance(event, _QUIET)
+            log.log(logging.INFO if usual else logging.WARNING, "%s", event.sentence())
         if self._writer is not None and not self._failed:
             try:
                 self._writer.append(event)

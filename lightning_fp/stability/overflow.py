@@ -10,8 +10,8 @@ WINDOW = 128
 """Steps over which overflows are counted."""
 
 STORM = 16
-"""Overflows in a window that are a storm: one in eight steps lost. A scale that grows every 2000
-steps overflows once in as many; one in 20 is more than any published run reports."""
+"""Overflows in a window that are a storm: one in eight steps lost, where a scale that grows every
+2000 steps overflows once in as many. A starting value, not measured on large runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
