@@ -128,7 +128,20 @@ def install(extras: set[str]) -> None:
     pip += [*constraints(kind, torch), "--editable", f".[{','.join(wanted)}]"]
     if not step(f"install {what}, lightning-fp[{','.join(wanted)}]", *pip):
         sys.exit(1)
+    if "dev" in wanted:
+        unpack_transformer_engine()
     STAMP.write_text(json.dumps({"base": base, "files": files, "extras": wanted}))
+
+
+def unpack_transformer_engine() -> None:
+    """Its Python code, which tests read; not installed, since it is nothing without a GPU."""
+    line = re.search(r"^transformer-engine==\S+", (ROOT / "constraints.txt").read_text(), re.M)
+    assert line is not None
+    target = VENV / "transformer-engine"
+    shutil.rmtree(target, ignore_errors=True)
+    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
+    if not step(f"unpack {line[0]}", *pip, "--no-deps", "--target", target, line[0]):
+        print("tests against it will be skipped", flush=True)
 
 
 def choose_torch() -> tuple[str, str]:

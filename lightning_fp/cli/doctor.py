@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
+from rich.markup import escape
 from torch import nn
 
 from lightning_fp.cli.fp16_scale import advice, load_loss, probe_scales
 from lightning_fp.cli.output import console, table
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
+from lightning_fp.kernels.transformer_engine import availability
 from lightning_fp.layers import LinearFormat, convert, linear_format
 
 FORMATS = (
@@ -80,7 +82,7 @@ def run(json: bool, fp16: str | None = None) -> int:
         grid = table(title.capitalize(), "", "")
         grid.show_header = False
         for key, value in section.items():
-            grid.add_row(key, value)
+            grid.add_row(key, escape(value))
         screen.print(grid)
     grid = table(f"Formats on {device.upper()}", "format", "here", "kernel", "why")
     colours = {"native": "green", "emulated": "yellow", "not": "red"}
@@ -137,6 +139,7 @@ def software() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
+    facts["backend='transformer-engine'"] = _transformer_engine()
     facts["C++ compiler"] = _compiler() or "none found: torch.compile cannot compile for the CPU"
     return facts
 
@@ -188,6 +191,15 @@ def _cpu_has_fp16() -> bool:
     """Whether the CPU multiplies fp16 in hardware; False where torch cannot tell."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_fp16", "amx_fp16", "fp16"))
+
+
+def _transformer_engine() -> str:
+    """The formats it runs here, and why not the others."""
+    reasons = availability()
+    there = [format for format, reason in reasons.items() if reason is None]
+    why = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
+    runs = [f"runs {', '.join(there)}"] if there else []
+    return "; ".join([*runs, *why])
 
 
 def _compiler() -> str | None:

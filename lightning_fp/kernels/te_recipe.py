@@ -136,6 +136,27 @@ def _strictly(engine: Library, kind: Kind, **settings: Any) -> Any:
     return cls(**settings)
 
 
+def is_recipe(value: Any) -> bool:
+    """Whether a value looks like a recipe of Transformer Engine, which need not be imported."""
+    return dataclasses.is_dataclass(value) and callable(getattr(value, "delayed", None))
+
+
+def delayed_of(recipe: Any) -> DelayedScaling:
+    """How scales follow from their history in a delayed recipe of the user's.
+
+    Args:
+        recipe: a `DelayedScaling` of `transformer_engine.common.recipe`.
+
+    Raises:
+        ValueError: for a history of length 0 or a function as algorithm, which they take.
+    """
+    return DelayedScaling(
+        history_len=recipe.amax_history_len,
+        algorithm=recipe.amax_compute_algo,
+        margin=recipe.margin,
+    )
+
+
 def read_recipe(recipe: Any) -> RecipeSettings:
     """Our settings for a recipe of the user's.
 
@@ -145,10 +166,12 @@ def read_recipe(recipe: Any) -> RecipeSettings:
     Raises:
         ValueError: for a CustomRecipe, whose quantizers may be anything, and for what is none.
     """
-    if not dataclasses.is_dataclass(recipe) or not callable(getattr(recipe, "delayed", None)):
+    if not is_recipe(recipe):
         raise ValueError(f"recipe must be one of {', '.join(CLASSES.values())}, got {recipe!r}")
     for kind, name in CLASSES.items():
         if any(base.__name__ == name for base in type(recipe).__mro__):
+            if kind == "delayed":
+                delayed_of(recipe)
             text: Any = getattr(recipe, "fp8_format", None)
             hybrid = getattr(text, "name", "HYBRID") == "HYBRID"
             return RecipeSettings(

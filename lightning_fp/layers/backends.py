@@ -68,6 +68,11 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         )
     if backend == "transformer-engine":
         return _transformer_engine_kernel(format)
+    if format.recipe is not None:
+        raise ValueError(
+            f"backend must be 'transformer-engine' for a recipe of Transformer Engine, got"
+            f" {backend!r}"
+        )
     if format.torchao is not None and backend == "native":
         raise ValueError(
             f"backend must be 'auto' or 'torchao' for a torchao config, got {backend!r}"
@@ -146,8 +151,9 @@ def _transformer_engine_kernel(format: LinearFormat) -> Kernel:
             kind=kind,
             grad_output="e5m2" if format.grad_output == "e5m2" else "e4m3",
             power_of_two=format.power_of_two,
+            given=format.recipe,
         ),
-        shadow=kernel_for(format, plain, cuda_fp8=False),
+        shadow=kernel_for(dataclasses.replace(format, recipe=None), plain, cuda_fp8=False),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from lightning_fp.kernels.te_recipe import FORMAT_OF_KIND, GivenRecipe, is_recipe, read_recipe
 from lightning_fp.numerics import Rounding, float_format
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class LinearFormat:
 
     torchao: Float8LinearConfig | None = None
     """The torchao config this format was read from, if it was."""
+
+    recipe: GivenRecipe | None = None
+    """The Transformer Engine recipe this format was read from, if it was."""
 
     def __post_init__(self) -> None:
         _check_choice("scaling", self.scaling, ("none", "dynamic", "delayed"))
@@ -153,6 +157,8 @@ _WITH_CHANGES = re.compile(r"(?P<base>[\w-]+)\[(?P<changes>[^\]]*)\]")
 def _name_of(format: LinearFormat) -> str:
     if format.torchao is not None:
         return _name_of(dataclasses.replace(format, torchao=None)).replace("fp8-", "torchao-", 1)
+    if format.recipe is not None:
+        return f"te-{_name_of(dataclasses.replace(format, recipe=None)).removeprefix('fp8-')}"
     for name, named in NAMED_FORMATS.items():
         if named == format:
             return name
@@ -176,7 +182,8 @@ def linear_format(value: FormatLike) -> LinearFormat:
     """The format that a user's value stands for.
 
     Args:
-        value: a name, a `LinearFormat`, or a `torchao.float8.Float8LinearConfig`.
+        value: a name, a `LinearFormat`, a `torchao.float8.Float8LinearConfig`, or a recipe of
+            `transformer_engine.common.recipe`.
 
     Returns:
         The format.
@@ -187,7 +194,7 @@ def linear_format(value: FormatLike) -> LinearFormat:
     if isinstance(value, LinearFormat):
         return value
     if not isinstance(value, str):
-        return _from_torchao(value)
+        return _from_recipe(value) if is_recipe(value) else _from_torchao(value)
     if value in NAMED_FORMATS:
         return NAMED_FORMATS[value]
     if value in _NOT_HERE:
@@ -208,7 +215,7 @@ def _text(value: object) -> str:
 
 def _changed(base: LinearFormat, changes: str, text: str) -> LinearFormat:
     """`base` with "field=value,field=value" applied."""
-    known = {field.name for field in dataclasses.fields(base)} - {"torchao"}
+    known = {field.name for field in dataclasses.fields(base)} - {"torchao", "recipe"}
     values: dict[str, object] = {}
     for change in filter(None, changes.split(",")):
         field, _, value = change.partition("=")
@@ -222,6 +229,20 @@ def _changed(base: LinearFormat, changes: str, text: str) -> LinearFormat:
     return dataclasses.replace(base, **values)  # pyright: ignore[reportArgumentType]
 
 
+def _from_recipe(recipe: Any) -> LinearFormat:
+    """Read a recipe of Transformer Engine; the object itself is kept and used as it is."""
+    settings = read_recipe(recipe)
+    base = NAMED_FORMATS.get(FORMAT_OF_KIND[settings.kind])
+    if base is None:
+        raise ValueError(f"recipe {type(recipe).__name__} cannot be used: it is no 8-bit format")
+    return dataclasses.replace(
+        base,
+        grad_output=settings.grad_output,
+        power_of_two=settings.power_of_two or base.power_of_two,
+        recipe=settings.given,
+    )
+
+
 def _from_torchao(config: Any) -> LinearFormat:
     """Read a `Float8LinearConfig`; the config itself is kept and used as it is."""
     from lightning_fp.kernels.torchao import import_float8
@@ -230,7 +251,8 @@ def _from_torchao(config: Any) -> LinearFormat:
     float8 = import_float8()
     if not isinstance(config, float8.Float8LinearConfig):
         raise ValueError(
-            "format must be a name, a LinearFormat or a torchao Float8LinearConfig, got"
+            "format must be a name, a LinearFormat, a torchao Float8LinearConfig or a Transformer"
+            " Engine recipe, got"
             f" {config!r} of type {type(config).__name__}"
         )
     if config.cast_config_input.scaling_type is float8.ScalingType.DISABLED:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.te_library import library
-from lightning_fp.kernels.te_recipe import RecipeSettings, make_recipe
+from lightning_fp.kernels.te_recipe import RecipeSettings, delayed_of, make_recipe
 from lightning_fp.kernels.transformer_engine import Remembered, TransformerEngineKernel, states
 from lightning_fp.layers.format import LinearFormat
 from lightning_fp.layers.linear import FPLinear
@@ -88,6 +88,9 @@ class EngineScales:
         if self._layers:
             self._watched_before = [*self._watched_before[-_MOST_KEPT:], self._watched_now()]
         self._settings = next(iter(settings), None)
+        given = None if self._settings is None else self._settings.given
+        if given is not None:
+            self.config = delayed_of(given.recipe)
         self._layers = dict(layers)
         self._formats = [layer.format for layer in layers.values()]
         device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))

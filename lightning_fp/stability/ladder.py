@@ -51,7 +51,7 @@ def rungs_above(
 
 def _rung(format: LinearFormat) -> int:
     """Where a format stands, also one that the user has changed in details."""
-    if not format.is_fp8 or format.torchao is not None:
+    if not format.is_fp8 or format.torchao is not None or format.recipe is not None:
         return len(LADDER) - 1
     if format.granularity == "tensor":
         return 0 if format.scaling == "delayed" else 1

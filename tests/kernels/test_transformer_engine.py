@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import pickle
 import re
 import types
@@ -52,6 +53,9 @@ def converted(formats: dict[str, str], module: nn.Module | None = None) -> Any:
 # --- The library --------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="it is installed"
+)
 def test_a_missing_library_is_named_with_its_extra() -> None:
     reasons = availability()
     assert tuple(reasons) == FORMATS
@@ -145,6 +149,26 @@ def test_a_recipe_of_the_users_is_read_and_kept() -> None:
     assert settings != read_recipe(fake.DelayedScaling(amax_history_len=4))
     with pytest.raises(ValueError, match="recipe must be one of DelayedScaling"):
         read_recipe("delayed")
+
+
+def test_a_recipe_of_the_users_trains(library: Any) -> None:
+    given = fake.DelayedScaling(amax_history_len=3, margin=1)
+    module, table = converted({"*": given})  # pyright: ignore
+    assert table.formats() == {"0": "te-delayed", "2": "te-delayed"}
+    for _ in range(2):
+        with table.forward_context():
+            assert State.recipe is given
+            module(torch.ones(8, 32)).sum().backward()
+        table.after_backward()
+        table.step()
+    state = table.scale_history.state_dict()
+    assert state["history"].shape == (2, 3, 3)
+    assert state["scales"][0, 0] == 224  # 448 / 1, and one power of two of margin
+    with pytest.raises(ValueError, match="backend must be 'transformer-engine' for a recipe"):
+        convert(model(), given)  # pyright: ignore
+    for wrong in (fake.DelayedScaling(amax_history_len=0), fake.DelayedScaling(margin=-1)):
+        with pytest.raises(ValueError, match="must be"):
+            read_recipe(wrong)
 
 
 @pytest.mark.parametrize(

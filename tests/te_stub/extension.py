@@ -34,6 +34,18 @@ BACKENDS = {
     "NVTE_F16_arbitrary_seqlen": 1,
     "NVTE_FP8": 2,
 }
+FORWARD = {
+    f"GEMM{gemm + 1}_{operand}": 3 * gemm + place
+    for gemm in range(3)
+    for place, operand in enumerate(("INPUT", "WEIGHT", "OUTPUT"))
+}
+BACKWARD = {
+    f"{operand}{gemm + 1}": 2 * gemm + place
+    for gemm in range(3)
+    for place, operand in enumerate(("GRAD_OUTPUT", "GRAD_INPUT"))
+}
+"""Places of a layer's scales, in the order that `RecipeState` has for them too."""
+
 CAPABILITY = [(9, 0)]
 """The device that is pretended: an H100."""
 
@@ -218,6 +230,8 @@ def install(package: Path) -> Any:
         setattr(extension, function.__name__, function)
     extension.__dict__["DType"] = _enum("DType", {n: value for n, (value, _) in DTYPES.items()})
     extension.__dict__["NVTE_Fused_Attn_Backend"] = _enum("NVTE_Fused_Attn_Backend", BACKENDS)
+    extension.__dict__["FP8FwdTensors"] = _enum("FP8FwdTensors", FORWARD)
+    extension.__dict__["FP8BwdTensors"] = _enum("FP8BwdTensors", BACKWARD)
     extension.__dict__["get_cublasLt_version"] = lambda: 130000
     sys.modules["transformer_engine_torch"] = extension
     absent = _Absent()
@@ -231,6 +245,7 @@ def install(package: Path) -> Any:
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.synchronize = lambda *_: None
     torch.version.cuda = "13.0"
+    torch.Tensor.cuda = lambda self, *_, **__: self
     torch.Tensor.is_cuda = property(lambda self: True)  # pyright: ignore
 
     with warnings.catch_warnings():
@@ -247,7 +262,7 @@ def install(package: Path) -> Any:
     for name in [name for name, module in sys.modules.items() if isinstance(module, _Package)]:
         del sys.modules[name]  # torch too would ask for them
 
-    gemm.get_cublas_workspace = lambda *_: None
+    gemm.get_cublas_workspace = lambda *_: torch.empty(1)
     for module in (quantization, utils):
         module.get_device_compute_capability = lambda: CAPABILITY[0]
     made = quantization.RecipeState.create

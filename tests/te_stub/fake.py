@@ -199,10 +199,8 @@ class Linear(nn.Module):
         )
         if output.requires_grad:
             output.register_hook(self._saw_gradient(recipe.delayed()))
-            if updates and input.requires_grad:
-                input.register_hook(lambda _: State.update(forward=False))
-            elif updates:
-                self.weight.register_hook(lambda _: State.update(forward=False))
+            if updates:  # the first layer's backward is the last of the step
+                output.grad_fn.register_hook(lambda *_: State.update(forward=False))
         return output
 
     def _saw_gradient(self, delayed: bool) -> Any:
