@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_example(
     args, promise = PROMISES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "models", raising=False)  # another test's
     monkeypatch.setattr("sys.argv", [name, *args])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert promise in capsys.readouterr().out

@@ -15,7 +15,7 @@ from tests.helper import same_weights
 PRECISION = [name for name, case in CASES.items() if case.cause == "precision"]
 OTHER = [name for name, case in CASES.items() if case.cause == "other"]
 LASTING = ["learning-rate", "shuffled-labels"]
-BRIEF = ["outliers", "gradient-overflow", "stuck-scale"]
+BRIEF = ["stuck-scale"]
 """Tried at full length in every run of the tests; all of them on all seeds by `make proof`."""
 SEEDS = range(5)
 

@@ -419,7 +419,13 @@ class Interrupt(L.Callback):
                 raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("step", [40, 58, 62, 85, 105], ids=lambda step: f"after {step}")
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(step, marks=() if step in (58, 105) else pytest.mark.slow, id=f"after {step}")
+        for step in (40, 58, 62, 85, 105)
+    ],
+)
 def test_a_resumed_run_decides_as_the_uninterrupted_one(step: int, tmp_path: Path) -> None:
     """In warm-up, while healthy, after a demotion, in probation, after a promotion."""
 

@@ -193,8 +193,8 @@ def test_manual_optimization_with_two_optimizers() -> None:
         ({"scaling": "statc"}, "scaling: format must be one of"),
         ({"scaling": "nvfp4"}, "format 'nvfp4' cannot be used"),
         (
-            {"base": "16-mixed"},
-            "base must be one of bf16-mixed, bf16-true, 32-true, got '16-mixed'",
+            {"base": "64-true"},
+            "base must be one of bf16-mixed, bf16-true, 32-true, 16-mixed, 16-true, got '64-true'",
         ),
         ({"backend": "cutlass"}, "backend must be one of auto, native, torchao"),
         ({"layers": {"*": "bf17"}}, "layers['*']: format must be one of"),
