@@ -98,7 +98,7 @@ def remedy(kind: str, layer: str, operand: str, format: LinearFormat) -> str:
         return f"{_set(layer, 'bf16')}, or take a format with more exponent bits"
     if kind == "clamped_mass":
         return f"raise margin, or {_set(layer, 'fp8-dynamic')}"
-    only_e4m3 = format.torchao is not None or format.granularity == "mx"
+    only_e4m3 = format.torchao is not None or format.granularity in ("mx", "nv")
     if getattr(format, operand) == "e4m3" and not only_e4m3:
         wider = dataclasses.replace(format, **{operand: "e5m2"})  # pyright: ignore[reportArgumentType]
         if format.granularity == "tensor":

@@ -10,7 +10,7 @@ FP8_MIN_CAPABILITY = (8, 9)
 ALIGNMENT = 16
 """`torch._scaled_mm` wants every dimension of an FP8 product to be a multiple of 16."""
 
-ALIGNMENTS = {"tensor": ALIGNMENT, "row": ALIGNMENT, "block": 128, "mx": 32}
+ALIGNMENTS = {"tensor": ALIGNMENT, "row": ALIGNMENT, "block": 128, "mx": 32, "nv": 32}
 """The same by what shares a scale: where blocks do, the hardware's casts take whole blocks only."""
 
 MX_CAPABILITIES = (10, 0), (12, 0)

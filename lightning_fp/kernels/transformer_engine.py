@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_fp.kernels.base import Kernel, compute_dtype
+from lightning_fp.kernels.block import BlockKernel
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.te_library import (
     FORMATS,
@@ -28,7 +29,7 @@ from lightning_fp.kernels.te_library import (
     use_library,
 )
 from lightning_fp.kernels.te_recipe import RecipeSettings, make_recipe, read_recipe
-from lightning_fp.numerics import DelayedScaling, FloatFormat, tensor_amax
+from lightning_fp.numerics import DelayedScaling, FloatFormat, float_format, tensor_amax
 
 __all__ = [
     "FORMATS",
@@ -48,6 +49,12 @@ TOKENS = {"mxfp8": 32, "nvfp4": 16}
 """What the product of an input's leading dimensions must be a multiple of; 8 for other recipes
 (`assert_dim_for_fp8_exec` in Transformer Engine 2.20). Features are checked at setup, against
 `lightning_fp.kernels.hardware.ALIGNMENTS`."""
+
+_E2M1 = float_format("e2m1")
+
+NVFP4_CASTS = BlockKernel(input=_E2M1, weight=_E2M1, grad_output=_E2M1, length=16)
+"""How NVFP4 casts, for the statistics: but that its scales are rounded to e4m3, and gradients
+rotated and rounded stochastically first."""
 
 
 @dataclass(frozen=True, kw_only=True)

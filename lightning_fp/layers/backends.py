@@ -19,8 +19,8 @@ from lightning_fp.kernels import (
 from lightning_fp.kernels.hardware import cuda_mx_refusal
 from lightning_fp.kernels.te_recipe import FORMAT_OF_KIND, Kind, RecipeSettings
 from lightning_fp.kernels.torchao import import_float8
-from lightning_fp.kernels.transformer_engine import TransformerEngineKernel, refusal
-from lightning_fp.layers.format import LinearFormat
+from lightning_fp.kernels.transformer_engine import NVFP4_CASTS, TransformerEngineKernel, refusal
+from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.numerics import float_format
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         raise ValueError(
             f"backend must be 'auto' or 'torchao' for a torchao config, got {backend!r}"
         )
+    if format.granularity == "nv":
+        raise ValueError(
+            f"backend {backend!r} cannot run {format.name!r}: only Transformer Engine multiplies in"
+            " it, on sm100 or later; take backend='transformer-engine', or 'fp8-dynamic'"
+        )
     if format.granularity == "block":
         return _block_kernel(format, backend, cuda_fp8=cuda_fp8)
     if format.granularity == "mx":
@@ -125,6 +130,7 @@ def _transformer_engine_kernel(format: LinearFormat) -> Kernel:
         ("dynamic", "tensor"): "current",
         ("dynamic", "block"): "block",
         ("dynamic", "mx"): "mxfp8",
+        ("dynamic", "nv"): "nvfp4",
     }
     kind = kinds.get((format.scaling, format.granularity))
     recipes = ", ".join(FORMAT_OF_KIND[kind] for kind in kinds.values())
@@ -133,6 +139,13 @@ def _transformer_engine_kernel(format: LinearFormat) -> Kernel:
             f"backend 'transformer-engine' cannot run {format.name!r}: it has no such recipe; take"
             f" one of {recipes}, or backend='auto'"
         )
+    if kind == "nvfp4":
+        if format != NAMED_FORMATS["nvfp4"]:
+            raise ValueError(
+                f"backend 'transformer-engine' cannot run {format.name!r}: its NVFP4 recipe leaves"
+                " nothing to choose; take 'nvfp4'"
+            )
+        return TransformerEngineKernel(settings=RecipeSettings(kind=kind), shadow=NVFP4_CASTS)
     operands = format.input, format.weight, format.grad_weight
     if operands != ("e4m3", "e4m3", "fp8") or format.grad_output not in ("e4m3", "e5m2"):
         raise ValueError(

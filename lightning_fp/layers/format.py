@@ -9,7 +9,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lightning_fp.kernels.te_recipe import FORMAT_OF_KIND, GivenRecipe, is_recipe, read_recipe
 from lightning_fp.numerics import Rounding, float_format
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
 Scaling = Literal["none", "dynamic", "delayed"]
-Granularity = Literal["tensor", "row", "block", "mx"]
+Granularity = Literal["tensor", "row", "block", "mx", "nv"]
 GradWeight = Literal["fp8", "high"]
 
 HIGH_PRECISION = ("high", "fp32", "bf16", "fp16")
@@ -39,8 +39,8 @@ class LinearFormat:
     """Where scales come from: the tensor itself ("dynamic"), earlier steps ("delayed"), nowhere."""
 
     granularity: Granularity = "tensor"
-    """What shares one scale: the tensor; a row; a block of 128 values, of the weight 128x128; or 32
-    values, as in the MX formats."""
+    """What shares one scale: the tensor; a row; a block of 128 values, of the weight 128x128; 32
+    values, as in the MX formats; or 16, of the weight 16x16, as in NVFP4 ("nv")."""
 
     input: str = "e4m3"
     """Number format of the input, see `lightning_fp.numerics.float_format`."""
@@ -68,7 +68,7 @@ class LinearFormat:
 
     def __post_init__(self) -> None:
         _check_choice("scaling", self.scaling, ("none", "dynamic", "delayed"))
-        _check_choice("granularity", self.granularity, ("tensor", "row", "block", "mx"))
+        _check_choice("granularity", self.granularity, get_args(Granularity))
         _check_choice("grad_weight", self.grad_weight, ("fp8", "high"))
         _check_choice("rounding", self.rounding, ("nearest", "truncate"))
         if self.scaling == "delayed" and self.granularity != "tensor":
@@ -85,6 +85,12 @@ class LinearFormat:
             return
         for operand in ("input", "weight", "grad_output"):
             format = float_format(getattr(self, operand))
+            if self.granularity == "nv":
+                if format.name != "e2m1":
+                    raise ValueError(
+                        f"{operand} must be 'e2m1' with granularity 'nv', got {format.name!r}"
+                    )
+                continue
             if self.scaling != "none" and format.bits != 8:
                 raise ValueError(
                     f"{operand} must be an 8-bit format (e4m3, e5m2, e4m3fnuz, e5m2fnuz) where"
@@ -100,7 +106,7 @@ class LinearFormat:
 
     @property
     def is_fp8(self) -> bool:
-        """Whether operands are cast to a real, scaled 8-bit format."""
+        """Whether operands are cast to a real, scaled format of 8 bits, or of 4."""
         return self.scaling != "none"
 
     @property
@@ -134,6 +140,7 @@ NAMED_FORMATS: dict[str, LinearFormat] = {
     "fp8-rowwise-gw-hp": dataclasses.replace(_ROWWISE, grad_weight="high"),
     "fp8-block": LinearFormat("dynamic", "block", grad_output="e4m3"),
     "mxfp8": LinearFormat("dynamic", "mx", grad_output="e4m3", power_of_two=True),
+    "nvfp4": LinearFormat("dynamic", "nv", "e2m1", "e2m1", "e2m1"),
 }
 """What each name stands for; every e{X}m{Y} is a name too."""
 
@@ -143,11 +150,11 @@ _BASES = {
     ("dynamic", "row"): "fp8-rowwise",
     ("dynamic", "block"): "fp8-block",
     ("dynamic", "mx"): "mxfp8",
+    ("dynamic", "nv"): "nvfp4",
 }
 
 _NOT_HERE = {
     "fp8-auto": "a choice for a whole run, not a format; write FP8Precision('auto', tokens=...)",
-    "nvfp4": "it needs Transformer Engine on sm100 or later; take 'fp8-dynamic'",
 }
 
 _WITH_CHANGES = re.compile(r"(?P<base>[\w-]+)\[(?P<changes>[^\]]*)\]")

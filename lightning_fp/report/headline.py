@@ -24,6 +24,10 @@ def headline(records: RunRecords, cost: RunCost) -> str:
     if cost.effective_speedup is not None:
         gain = cost.effective_speedup
         parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
+        if emulated(records):
+            parts.append(
+                "FP8 was emulated: its losses are those of FP8 hardware, its times are not."
+            )
     elif cost.attempted and cost.useful < cost.attempted:
         parts.append(f"{cost.useful:,} of {cost.attempted:,} steps were useful.")
     return " ".join(part for part in parts if part)
@@ -37,6 +41,8 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     raw, effective = cost.raw_speedup, cost.effective_speedup
     unknown = "no baseline"
     against = f"against {cost.baseline}" if raw else unknown
+    if raw and emulated(records):
+        against = "FP8 emulated"
     return [
         ("steps", f"{cost.attempted:,}", f"{cost.useful:,} useful"),
         ("final loss", number(loss) or "unknown", "mean of the last steps"),
@@ -60,6 +66,11 @@ def low_precision(records: RunRecords) -> tuple[int, int, str]:
     shares = [value for value in known if value is not None]
     whole = bool(low) and len(shares) == len(low)
     return len(low), len(ends), f"{share(sum(shares))} of FLOPs" if whole else ""
+
+
+def emulated(records: RunRecords) -> bool:
+    """Whether low precision was emulated, so that times say nothing about hardware that has it."""
+    return any("emulated" in layer.kernel for layer in records.layers)
 
 
 def is_low(format: str) -> bool:

@@ -21,7 +21,7 @@ from lightning_fp.layers.format import NAMED_FORMATS
 LADDER = ("fp8-delayed", "fp8-dynamic", "fp8-rowwise", "fp8-rowwise-gw-hp")
 """The rungs below high precision, the most daring first."""
 
-BLOCKS = ("block", "mx")
+BLOCKS = ("block", "mx", "nv")
 """Granularities that stand beside the ladder."""
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from lightning_fp.kernels import BlockKernel, NativeKernel, TorchaoKernel, TorchaoMXKernel
+from lightning_fp.kernels.memory import INPUT
 from lightning_fp.kernels.torchao import import_float8
+from lightning_fp.kernels.transformer_engine import TransformerEngineKernel
 from lightning_fp.layers import Conversion, kernel_for, linear_format
 from lightning_fp.layers.conversion import decide
 from lightning_fp.layers.rules import layer_rules
@@ -156,3 +158,26 @@ def test_a_plan_for_another_machine_leaves_out_what_has_no_whole_blocks() -> Non
     # Emulated, both are converted all the same.
     decisions = decide(model, Conversion(format=format, cuda_fp8=False))
     assert all(decision.reason is None for decision in decisions.values())
+
+
+def test_only_transformer_engine_runs_nvfp4() -> None:
+    nvfp4 = linear_format("nvfp4")
+    for backend in ("auto", "native", "torchao"):
+        with pytest.raises(ValueError, match="only Transformer Engine multiplies in it, on sm100"):
+            kernel_for(nvfp4, backend, cuda_fp8=True)
+    kernel = kernel_for(nvfp4, "transformer-engine", cuda_fp8=True)
+    assert isinstance(kernel, TransformerEngineKernel)
+    assert kernel.settings.kind == "nvfp4"
+    with pytest.raises(ValueError, match="its NVFP4 recipe leaves nothing to choose"):
+        kernel_for(linear_format("nvfp4[grad_weight=high]"), "transformer-engine", cuda_fp8=True)
+    with pytest.raises(ValueError, match="weight must be 'e2m1' with granularity 'nv'"):
+        linear_format("nvfp4[weight=e4m3]")
+
+
+def test_casts_of_nvfp4_use_all_of_e2m1_in_every_block_of_16() -> None:
+    kernel = kernel_for(linear_format("nvfp4"), "transformer-engine", cuda_fp8=True)
+    x = torch.randn(32, 48) * 2.0 ** torch.arange(3).repeat_interleave(16)
+    scales, e2m1 = kernel.cast_of(INPUT, x, None)
+    largest = (x * scales).view(32, 3, 16).abs().amax(dim=2)
+    assert torch.allclose(largest, torch.tensor(e2m1.max), rtol=1e-6)
+    assert e2m1.max == 6.0

@@ -77,7 +77,7 @@ def test_kinds() -> None:
     for name in NAMED_FORMATS:
         format = linear_format(name)
         assert format.is_high_precision == (name in HIGH_PRECISION)
-        assert format.is_fp8 == name.startswith(("fp8-", "mxfp8"))
+        assert format.is_fp8 == name.startswith(("fp8-", "mxfp8", "nvfp4"))
     simulated = linear_format("e8m3")
     assert not simulated.is_high_precision
     assert not simulated.is_fp8
@@ -126,7 +126,7 @@ def test_a_torchao_config_that_does_not_scale_is_refused() -> None:
     ("fields", "message"),
     [
         ({"scaling": "static"}, "scaling must be one of none, dynamic, delayed, got 'static'"),
-        ({"granularity": "rows"}, "granularity must be one of tensor, row, block, mx, got"),
+        ({"granularity": "rows"}, "granularity must be one of tensor, row, block, mx, nv, got"),
         ({"grad_weight": "bf16"}, "grad_weight must be one of fp8, high, got 'bf16'"),
         ({"scaling": "none", "rounding": "up"}, "rounding must be one of nearest, truncate, got"),
         (
@@ -155,7 +155,6 @@ def test_impossible_fields_are_refused(fields: dict[str, str], message: str) -> 
         ("fp8", "format must be one of"),
         ("", "format must be one of"),
         ("e9m3", "number format must be one of"),
-        ("nvfp4", "format 'nvfp4' cannot be used: it needs Transformer Engine on sm100 or later"),
         ("fp8-dynamic[inptu=e5m2]", "format 'fp8-dynamic[inptu=e5m2]': field must be one of"),
         ("fp8-dynamic[input=e9m9]", "number format must be one of"),
         (8, "format must be a name, a LinearFormat, a torchao Float8LinearConfig or a"),

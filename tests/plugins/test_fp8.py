@@ -191,7 +191,7 @@ def test_manual_optimization_with_two_optimizers() -> None:
     ("options", "message"),
     [
         ({"scaling": "statc"}, "scaling: format must be one of"),
-        ({"scaling": "nvfp4"}, "format 'nvfp4' cannot be used"),
+        ({"scaling": "nvfp4"}, "backend 'auto' cannot run 'nvfp4': only Transformer Engine"),
         (
             {"base": "64-true"},
             "base must be one of bf16-mixed, bf16-true, 32-true, 16-mixed, 16-true, got '64-true'",

@@ -273,7 +273,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ('{"*": high}', "{*: high}", "put patterns that begin with '*' in quotes"),
     ('{"*": high}', '{"*": hgh}', "stage 'first': layers['*']: format must be one of"),
     ('{"*": high}', '{"*": 16}', "stage 'first': layers['*']: format must be a name, got 16"),
-    ('{"*": high}', '{"*": nvfp4}', "stage 'first': layers['*']: format 'nvfp4' cannot be used"),
+    ('{"*": high}', '{"*": fp8-auto}', "stage 'first': layers['*']: format 'fp8-auto' cannot be"),
     ('{"*": high}', '{"*": [high]}', "stage 'first': layers['*']: format must be a name"),
     ('{"*": high}', '{"re:[": high}', "stage 'first': layers: layer pattern must be a regular"),
     ('{"*": high}', "{1: high}", "stage 'first': layers: layer pattern must be a text"),
