@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_fp.callbacks.replay import StepReplay, check_replayable
 from lightning_fp.callbacks.run_log import RunCallback, begin_run, end_run, run_directory
 from lightning_fp.layers import PrecisionMap
-from lightning_fp.plugins import LayerPrecision
+from lightning_fp.plugins import FP16Precision, LayerPrecision
 from lightning_fp.records.parity import FILE
 from lightning_fp.stability import LayerParity, Parity, measure_parity
 
@@ -192,6 +192,11 @@ def _plugin(trainer: Trainer) -> LayerPrecision:
         raise ValueError(
             "ParityProbe needs a precision plugin of lightning_fp, got"
             f" {type(plugin).__name__}; take Trainer(plugins=FP8Precision(...))"
+        )
+    if isinstance(plugin, FP16Precision):
+        raise ValueError(
+            "ParityProbe compares FP8 with what the run falls back to, which for FP16Precision is"
+            " bf16, the coarser of the two; take FP16Monitor to see what FP16 does to gradients"
         )
     return plugin
 

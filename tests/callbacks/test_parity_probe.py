@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from lightning_fp import FP8Precision
+from lightning_fp import FP8Precision, FP16Precision
 from lightning_fp.callbacks import ClampMonitor, ParityProbe
 from lightning_fp.records import read_statistics
 from lightning_fp.records.parity import FILE
@@ -418,6 +418,12 @@ def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     probe = ParityProbe(log_layers=["*nothing"], dirpath=tmp_path)
     trainer = make_trainer(FP8Precision(), callbacks=[probe], max_steps=1)
     with pytest.raises(ValueError, match="nothing"):
+        trainer.fit(LanguageModel(), text_loader())
+
+
+def test_fp16_has_nothing_to_compare_with() -> None:
+    trainer = make_trainer(FP16Precision(), callbacks=[ParityProbe()], max_steps=1)
+    with pytest.raises(ValueError, match="take FP16Monitor"):
         trainer.fit(LanguageModel(), text_loader())
 
 
