@@ -135,7 +135,8 @@ class StagedRollout(RunCallback):
         """The recipe as plain data, and the options."""
         return {
             "recipe": as_plain(self.recipe),
-            "baseline": None if self.baseline is None else str(self.baseline),
+            # absolute, since a report is made elsewhere than the run
+            "baseline": None if self.baseline is None else str(Path(self.baseline).absolute()),
             "tokens_per_step": self.tokens_per_step,
         }
 

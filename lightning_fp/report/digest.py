@@ -7,7 +7,7 @@ the length of the run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -92,7 +92,7 @@ class Digest:
     """The statistics of a run."""
 
     layers: tuple[str, ...]
-    """In the order the table has them, which is the model's."""
+    """In the order in which the table has them first; see `in_order`."""
 
     columns: tuple[tuple[int, int], ...]
     """First and last step of each column of the grids."""
@@ -120,6 +120,17 @@ class Digest:
 
     courses: list[Course] = field(default_factory=list[Course])
     """Of the operands in `worst`."""
+
+    def in_order(self, names: Sequence[str]) -> Digest:
+        """The same with the layers in the order of `names`, others behind them."""
+        place = {name: index for index, name in enumerate(names)}
+        order = sorted(range(len(self.layers)), key=lambda i: place.get(self.layers[i], len(place)))
+        return replace(
+            self,
+            layers=tuple(self.layers[index] for index in order),
+            grids={ranking: grid[order] for ranking, grid in self.grids.items()},
+            formats=self.formats[order],
+        )
 
 
 def read_digest(run_dir: Path) -> Digest | None:

@@ -106,13 +106,17 @@ def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
             return missing
 
     no_columns: Mapping[str, Tensor] = {}
+    starts = tuple(_in_force(read("run.jsonl", read_run, [])))
+    statistics: Digest | None = read("statistics/", read_digest, None)
+    if statistics is not None and starts:
+        statistics = statistics.in_order([layer.name for layer in starts[0].layers])
     records = RunRecords(
         path=path,
         name=name or path.resolve().name,
-        starts=tuple(_in_force(read("run.jsonl", read_run, []))),
+        starts=starts,
         events=tuple(read("events.jsonl", _events, [])),
         steps=read("loss.csv", read_steps, None),
-        statistics=read("statistics/", read_digest, None),
+        statistics=statistics,
         parity=tuple(read("parity.jsonl", _parity, [])),
         evaluation=read(EVALUATION_FILE, _csv(EVALUATION_FILE), no_columns),
         mismatch=read(MISMATCH_FILE, _csv(MISMATCH_FILE), no_columns),

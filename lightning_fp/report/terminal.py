@@ -22,7 +22,12 @@ from lightning_fp.report.page_parts import Table, number
 from lightning_fp.report.run_records import RunRecords
 from lightning_fp.report.sparkline import sparkline
 
-_EVENTS = 8
+_EVENTS = 10
+_TELLING = (
+    *("demotion", "rollback", "stage", "verdict", "promotion", "skipped", "suspicion", "blame"),
+    *("resume", "layer limit", "gate", "format"),
+)
+"""Events as the report calls them; of too many, those are shown that come first here."""
 _GROUPS = 6
 _WORST = 2
 _ADVICE = 3
@@ -84,8 +89,9 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
 
 
 def _print_events(run: RunRecords, console: Console) -> None:
-    rows = [row for row in events_table(run.events).rows if row[1] not in ("start", "note")]
-    for step, what, why in rows[:_EVENTS]:
+    rows = [row for row in events_table(run.events).rows if row[1] in _TELLING]
+    ranked = sorted(range(len(rows)), key=lambda row: _TELLING.index(rows[row][1]))
+    for step, what, why in (rows[row] for row in sorted(ranked[:_EVENTS])):
         line = Text(f"{step:>9}  {what:<11}  {why}", overflow="ellipsis", no_wrap=True)
         console.print(line)
     if len(rows) > _EVENTS:

@@ -53,6 +53,16 @@ def test_grids_have_the_worst_of_each_cell(
         torch.testing.assert_close(found.grids[ranking], expected, equal_nan=True, rtol=0, atol=0)
 
 
+def test_layers_come_in_the_order_of_the_model(made_up: Path) -> None:
+    found = digest_of(made_up)
+    backwards = found.in_order(found.layers[::-1])
+    assert backwards.layers == found.layers[::-1]
+    assert torch.equal(backwards.formats, found.formats.flip(0))
+    for ranking, grid in found.grids.items():
+        assert torch.equal(backwards.grids[ranking].nan_to_num(-1), grid.flip(0).nan_to_num(-1))
+    assert found.in_order([found.layers[-1]]).layers == (found.layers[-1], *found.layers[:-1])
+
+
 def test_worst_cells_are_those_of_the_table(made_up: Path) -> None:
     found, rows = digest_of(made_up), rows_of(made_up)
     for ranking in RANKINGS:
