@@ -29,6 +29,7 @@ from lightning_fp.records.parity import read_parity
 from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
 from lightning_fp.records.tables import StatisticsWriter, read_statistics
+from lightning_fp.records.te_inspect import InspectRecords
 
 __all__ = [
     # reading
@@ -65,6 +66,7 @@ __all__ = [
     "LayerInfo",
     "RunInfo",
     # writing
+    "InspectRecords",
     "EvaluationRow",
     "EvaluationWriter",
     "EventWriter",
