@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lightning_fp import PrecisionFallback
 from lightning_fp.callbacks.replay import StepReplay
+from lightning_fp.demo import ByteBatches
 from lightning_fp.plugins import FP16Precision
 from lightning_fp.records import read_events
 from lightning_fp.stability.fallback import FallbackPolicy
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.overflow import STORM, WINDOW, OverflowState, OverflowWatch
-from tests.helper import LanguageModel, fit
+from tests.helper import CONTEXT, LanguageModel, fit, make_trainer, same_weights, text_rows
 
 
 class TooLarge(LanguageModel):
@@ -95,6 +96,45 @@ def test_a_scale_that_looks_for_its_level_is_no_incident(tmp_path: Path) -> None
     assert kinds.count("skip") > 4
     assert "suspect" not in kinds
     assert set(plugin.precision_map.formats().values()) == {"fp16"}
+
+
+class Saves(L.Callback):
+    """Saves a checkpoint after each of some steps."""
+
+    def __init__(self, directory: Path, steps: tuple[int, ...]) -> None:
+        self.directory, self.steps = directory, steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.directory / f"{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("step", [8, 13, 20], ids=["skipping", "in bf16", "back in fp16"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, step: int) -> None:
+    def train(directory: Path, ckpt: Path | None = None) -> tuple[TooLarge, FP16Precision]:
+        text = text_rows(3000).flatten()
+        batches = ByteBatches(text, batches=24, batch_size=4, context=CONTEXT, seed=0)
+        fallback = PrecisionFallback(
+            policy=FallbackPolicy(hold=8), probe_every_n_steps=None, dirpath=directory
+        )
+        plugin = FP16Precision(loss_scaling=LossScaling(init_scale=2.0**12, growth_interval=4))
+        callbacks = [fallback] if ckpt else [fallback, Saves(tmp_path, (step,))]
+        model = TooLarge(range(6, 15), forward=True)
+        trainer = make_trainer(plugin, max_epochs=1, callbacks=callbacks)
+        trainer.fit(model, batches, ckpt_path=ckpt)
+        return model, plugin
+
+    whole, plugin = train(tmp_path / "whole")
+    resumed, other = train(tmp_path / "resumed", tmp_path / f"{step}.ckpt")
+    assert same_weights(whole, resumed)
+    assert plugin.scaler is not None
+    assert other.scaler is not None
+    assert plugin.scaler.state.numbers() == other.scaler.state.numbers()
+    assert plugin.precision_map.formats() == other.precision_map.formats()
+    told = [(e.step, e.kind) for e in read_events(tmp_path / "whole") if e.step > step]
+    again = [(e.step, e.kind) for e in read_events(tmp_path / "resumed") if e.step > step]
+    assert told == again
+    assert {kind for _, kind in told} >= ({"promote"} if step < 18 else set())
 
 
 class Replays(L.Callback):
