@@ -7,14 +7,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from lightning_fp import PrecisionFallback
 from lightning_fp.plugins import FP16Precision, half_policy
 from lightning_fp.stability.loss_scaling import LossScaling
+from tests.callbacks.test_fp16_fallback import TooLarge
 from tests.helper import LanguageModel, make_trainer, text_loader
 
 
@@ -53,6 +56,38 @@ def run(model: LanguageModel, base: Any, strategy: Any) -> dict[str, Any]:
     }
 
 
+class TooLargeOnOneRank(TooLarge):
+    """From step 4 on rank 1's activations are beyond FP16."""
+
+    def factor(self) -> float:
+        return super().factor() if self.global_rank == 1 else 1.0
+
+
+class Formats(L.Callback):
+    """Notes the formats of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def on_before_backward(self, trainer: Any, *_: Any) -> None:
+        self.seen.append(set(trainer.precision_plugin.precision_map.formats().values()))
+
+
+def fall_back(directory: Path) -> dict[str, Any]:
+    model, formats = TooLargeOnOneRank(range(4, 99), forward=True), Formats()
+    fallback = PrecisionFallback(probe_every_n_steps=None, dirpath=directory)
+    trainer = make_trainer(
+        FP16Precision(loss_scaling=LossScaling(init_scale=2.0**10)),
+        max_steps=14,
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        callbacks=[fallback, formats],
+    )
+    trainer.fit(model, text_loader())
+    weights = sum(float(w.double().abs().sum()) for w in model.state_dict().values())
+    return {"formats": formats.seen, "weights": weights, "phase": fallback.phase}
+
+
 def main(directory: Path, rank: int) -> None:
     dist.init_process_group(
         "gloo",
@@ -67,6 +102,7 @@ def main(directory: Path, rank: int) -> None:
             Sharded(), "16-true", ModelParallelStrategy(2, 1, process_group_backend="gloo")
         ),
     }
+    results["fallback"] = fall_back(directory / "run")
     torch.save(results, directory / f"rank{rank}.pt")
     dist.destroy_process_group()
 

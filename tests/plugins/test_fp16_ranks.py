@@ -1,4 +1,4 @@
-"""An overflow on one of two ranks: both leave the step out, both scales fall, weights agree."""
+"""An overflow on one of two ranks: both leave the step out, both scales fall, both fall back."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def test_an_overflow_on_one_rank_is_all_ranks(tmp_path: Path) -> None:
         assert (seen["made"], seen["skipped"], seen["scale"]) == (3, 1, 2.0**9)
         assert list(seen["named"]) == [2]
         assert seen["dtypes"] == {torch.float32}
+    fallback = one["fallback"]
+    assert fallback == other["fallback"]
+    assert fallback["formats"][0] == {"fp16"}
+    assert fallback["formats"][-1] == {"bf16"}
+    assert fallback["phase"] == "probation"
