@@ -51,7 +51,7 @@ def demo(args: list[str]) -> int:
 def test(args: list[str]) -> int:
     """Run all but the slow tests, and the examples in README.md and docs/ (options of pytest)."""
     install(TEST_EXTRAS)
-    return pytest("-m", "not slow", *args)
+    return pytest("-m", "not slow", "--durations", "20", *args)
 
 
 def proof(args: list[str]) -> int:
