@@ -272,6 +272,7 @@ def rank_trace(directory: Path, rank: int) -> Trace:
         callbacks,
         seed=rank,
         steps=100,
+        blocks=1,
         devices=2,
         strategy=DDPStrategy(),
         use_distributed_sampler=False,
@@ -281,7 +282,7 @@ def rank_trace(directory: Path, rank: int) -> Trace:
 
 def two_ranks_trace(directory: Path) -> Trace:
     """DDP over gloo, the fault on one rank: both do the same."""
-    run_on_two_ranks("tests.golden.ranks", directory)
+    run_on_two_ranks("tests.golden.ranks", directory, timeout=1200)
     told = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
     for name in ("formats", "steps", "weights", "optimizers"):
         if told[0][name] != told[1][name]:

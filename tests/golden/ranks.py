@@ -22,7 +22,7 @@ def main(directory: Path) -> None:
         init_method=f"file://{directory}/store",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=600),
     )
     told = rank_trace(directory, rank)
     (directory / f"rank{rank}.json").write_text(json.dumps(told))

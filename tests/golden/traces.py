@@ -25,8 +25,9 @@ from torch import Tensor
 from lightning_fp.demo import read_sources
 from lightning_fp.records import read_statistics, read_steps
 
-NOT_TRACED = {"time", "seconds", "position", "path"}
-"""Fields that differ from run to run; `position` is how many bytes of events, times among them."""
+NOT_TRACED = {"time", "seconds", "position", "content"}
+"""Fields that differ from run to run. `position` is how many bytes of events, times among them;
+`content` of a snapshot has gaps that align its tensors, in which there is anything."""
 
 LOSS_EVERY = 8
 """One step in so many has its loss in the trace: enough to see where two runs part."""
