@@ -15,8 +15,8 @@ import torch
 from side_by_side import cpu_seconds, report
 from torch import nn
 
-from lightning_fp.callbacks.sampling import SampledSteps, StepSampler
-from lightning_fp.callbacks.summary import summary
+from lightning_fp.callbacks.clamp.sampling import SampledSteps, StepSampler
+from lightning_fp.callbacks.clamp.summary import summary
 from lightning_fp.layers import FPLinear, convert
 from lightning_fp.records import StatisticsWriter, read_statistics, statistics_rows
 from lightning_fp.records.tables import SCHEMA

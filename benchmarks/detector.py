@@ -12,7 +12,7 @@ from side_by_side import cpu_seconds, report
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_fp import DivergenceDetector
-from tests.stability.curves import (
+from tests.stability.detect.curves import (
     FAULTS,
     HEALING,
     NOISES,

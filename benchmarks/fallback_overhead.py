@@ -14,8 +14,8 @@ import torch
 from side_by_side import cpu_seconds, report
 
 from lightning_fp import FP8Precision, PrecisionFallback
-from lightning_fp.callbacks.rescue import Rescue
-from lightning_fp.callbacks.trajectory import TrajectoryReplay
+from lightning_fp.callbacks.fallback.rescue import Rescue
+from lightning_fp.callbacks.fallback.trajectory import TrajectoryReplay
 from lightning_fp.demo.model import ByteGPT
 
 SKIP, STEPS, BATCH, CONTEXT = 81, 128, 8, 64

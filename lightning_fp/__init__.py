@@ -28,9 +28,9 @@ from lightning_fp.plugins import (
 )
 from lightning_fp.recipes import Gate, RolloutRecipe, Stage
 from lightning_fp.stability import DivergenceDetector
-from lightning_fp.stability.fallback import FallbackPolicy
-from lightning_fp.stability.limits import LayerLimit
 from lightning_fp.stability.loss_scaling import LossScaleError, LossScaling
+from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
+from lightning_fp.stability.respond.limits import LayerLimit
 
 __version__ = "0.1.0.dev0"
 

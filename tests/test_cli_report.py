@@ -9,7 +9,8 @@ import pytest
 
 from lightning_fp.cli import main
 from lightning_fp.records import LossRow, LossWriter
-from lightning_fp.report import heatmaps, page_parts, run_records, sparkline
+from lightning_fp.report.draw import heatmaps, sparkline
+from lightning_fp.report.read import run_records
 from tests.report.large_run import write_large_run
 
 
@@ -57,7 +58,7 @@ def test_refusals(
     assert "useful" in captured.out  # the summary needs none
 
 
-@pytest.mark.parametrize("module", [heatmaps, page_parts, run_records, sparkline])
+@pytest.mark.parametrize("module", [heatmaps, parts, run_records, sparkline])
 def test_examples(module: object) -> None:
     found = doctest.testmod(module)  # pyright: ignore[reportArgumentType]
     assert found.attempted > 0

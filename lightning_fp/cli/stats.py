@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lightning_fp.cli.output import console, table
 from lightning_fp.records import read_statistics
-from lightning_fp.report.sparkline import sparkline
+from lightning_fp.report.draw.sparkline import sparkline
 
 _RANKINGS = {
     "clamped_mass": ("clamped mass", "descending"),

@@ -17,9 +17,13 @@ from lightning_fp.kernels import (
     TorchaoMXKernel,
 )
 from lightning_fp.kernels.hardware import cuda_mx_refusal
-from lightning_fp.kernels.te_recipe import FORMAT_OF_KIND, Kind, RecipeSettings
 from lightning_fp.kernels.torchao import import_float8
-from lightning_fp.kernels.transformer_engine import NVFP4_CASTS, TransformerEngineKernel, refusal
+from lightning_fp.kernels.transformer_engine.kernel import (
+    NVFP4_CASTS,
+    TransformerEngineKernel,
+    refusal,
+)
+from lightning_fp.kernels.transformer_engine.recipe import FORMAT_OF_KIND, Kind, RecipeSettings
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.numerics import float_format
 

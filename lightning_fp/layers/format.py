@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from lightning_fp.kernels.te_recipe import FORMAT_OF_KIND, GivenRecipe, is_recipe, read_recipe
+from lightning_fp.kernels.transformer_engine.recipe import (
+    FORMAT_OF_KIND,
+    GivenRecipe,
+    is_recipe,
+    read_recipe,
+)
 from lightning_fp.numerics import Rounding, float_format
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, NativeKernel, OperandMemory
-from lightning_fp.kernels.transformer_engine import Engine, TransformerEngineKernel
+from lightning_fp.kernels.transformer_engine.kernel import Engine, TransformerEngineKernel
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.observe import OperandStatistics, observe
 from lightning_fp.layers.switchable import Phase

@@ -21,8 +21,8 @@ from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_r
 from lightning_fp.layers.rules import compile_pattern, no_match_message
 from lightning_fp.layers.scale_history import ScaleHistory
 from lightning_fp.layers.switchable import Phase, SwitchableLayer
-from lightning_fp.layers.te_scales import EngineScales
-from lightning_fp.layers.te_setup import check_delayed_is_eager, give_engines
+from lightning_fp.layers.transformer_engine.scales import EngineScales
+from lightning_fp.layers.transformer_engine.setup import check_delayed_is_eager, give_engines
 from lightning_fp.numerics import DelayedScaling
 
 log = logging.getLogger(__name__)

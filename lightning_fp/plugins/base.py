@@ -32,10 +32,10 @@ from lightning_fp.layers import (
     kernel_for,
     linear_format,
 )
-from lightning_fp.layers.flops import example_flops
+from lightning_fp.layers.convert.flops import example_flops
 from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
 from lightning_fp.layers.rules import layer_rules
-from lightning_fp.layers.te_setup import check_device
+from lightning_fp.layers.transformer_engine.setup import check_device
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base_precision import Base, HalfMixed, HalfTrue, base_plugin
 from lightning_fp.plugins.guard import StepGuard, gradient_norm, unwrapped

@@ -12,12 +12,12 @@ from lightning_fp.recipes.builtin import (
     names,
     read,
 )
-from lightning_fp.recipes.course import StageFormats, course
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.rollout import Rollout, RolloutDecision, RolloutSignals, RolloutState
 from lightning_fp.recipes.schema import json_schema
 from lightning_fp.recipes.stage import Stage
+from lightning_fp.recipes.stage_formats import StageFormats, course
 
 __all__ = [
     # recipes

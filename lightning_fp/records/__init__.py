@@ -24,7 +24,7 @@ from lightning_fp.records.events import (
     read_events,
 )
 from lightning_fp.records.loss import Loss, LossRow, LossWriter, read_loss, read_steps, write_loss
-from lightning_fp.records.mismatch import MismatchWriter, read_mismatch
+from lightning_fp.records.mismatch_rows import MismatchWriter, read_mismatch
 from lightning_fp.records.parity import read_parity
 from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fp import __version__
-from lightning_fp.report.compare import comparison
-from lightning_fp.report.cost import RunCost, run_cost
-from lightning_fp.report.headline import headline, key_figures, low_precision
-from lightning_fp.report.page_parts import Chart, Section
-from lightning_fp.report.run_records import RunRecords, names_of, read_records
-from lightning_fp.report.sections import sections
+from lightning_fp.report.draw.parts import Chart, Section
+from lightning_fp.report.read.cost import RunCost, run_cost
+from lightning_fp.report.read.run_records import RunRecords, names_of, read_records
+from lightning_fp.report.sections.compare import comparison
+from lightning_fp.report.sections.every_section import sections
+from lightning_fp.report.sections.headline import headline, key_figures, low_precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_fp.report.advice import advise, limits_of
-from lightning_fp.report.compare import differences
-from lightning_fp.report.cost import RunCost
-from lightning_fp.report.format_courses import format_courses, last_formats, layer_groups
-from lightning_fp.report.headline import headline, key_figures
-from lightning_fp.report.heatmaps import NAMES, worst_cells
-from lightning_fp.report.marks import events_table
+from lightning_fp.report.draw.heatmaps import NAMES, worst_cells
+from lightning_fp.report.draw.marks import events_table
+from lightning_fp.report.draw.parts import Table, number
+from lightning_fp.report.draw.sparkline import sparkline
 from lightning_fp.report.page import read_runs
-from lightning_fp.report.page_parts import Table, number
-from lightning_fp.report.run_records import RunRecords
-from lightning_fp.report.sparkline import sparkline
+from lightning_fp.report.read.cost import RunCost
+from lightning_fp.report.read.format_history import format_courses, last_formats, layer_groups
+from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.advice import advise, limits_of
+from lightning_fp.report.sections.compare import differences
+from lightning_fp.report.sections.headline import headline, key_figures
 
 _EVENTS = 10
 _TELLING = (

@@ -1,16 +1,25 @@
 """What a run can be asked about itself. Without Lightning: usable from any training loop."""
 
-from lightning_fp.stability.batch_ring import BatchRing, MicroBatch, RecordedStep
-from lightning_fp.stability.decision import Cause, Decision
-from lightning_fp.stability.detector import DivergenceDetector
-from lightning_fp.stability.detector_state import DetectorState
-from lightning_fp.stability.mismatch import MismatchDecision, MismatchDetector, MismatchState
-from lightning_fp.stability.parity import LayerParity, Parity, ReplayFailedError, measure_parity
-from lightning_fp.stability.random_state import RandomState
-from lightning_fp.stability.replay import Comparison, GradientGap, Replay, compare, replay
-from lightning_fp.stability.snapshot import Snapshot, restore, stated_bytes, take
-from lightning_fp.stability.snapshots import Snapshots
-from lightning_fp.stability.untouched import untouched
+from lightning_fp.stability.detect.decision import Cause, Decision
+from lightning_fp.stability.detect.detector import DivergenceDetector
+from lightning_fp.stability.detect.detector_state import DetectorState
+from lightning_fp.stability.detect.mismatch_detector import (
+    MismatchDecision,
+    MismatchDetector,
+    MismatchState,
+)
+from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
+from lightning_fp.stability.keep.random_state import RandomState
+from lightning_fp.stability.keep.snapshot import Snapshot, restore, stated_bytes, take
+from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.replay.one_step import Comparison, GradientGap, Replay, compare, replay
+from lightning_fp.stability.replay.parity import (
+    LayerParity,
+    Parity,
+    ReplayFailedError,
+    measure_parity,
+)
+from lightning_fp.stability.replay.untouched import untouched
 
 __all__ = [
     # divergence

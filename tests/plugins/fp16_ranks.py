@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_fp import PrecisionFallback
 from lightning_fp.plugins import FP16Precision, half_policy
 from lightning_fp.stability.loss_scaling import LossScaling
-from tests.callbacks.test_fp16_fallback import TooLarge
+from tests.callbacks.fallback.test_fp16_fallback import TooLarge
 from tests.helper import LanguageModel, make_trainer, text_loader
 
 

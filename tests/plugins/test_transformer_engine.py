@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from lightning_fp import ClampMonitor, DelayedScaling, FP8Precision, ParityProbe, PrecisionFallback
-from lightning_fp.kernels.transformer_engine import use_library
+from lightning_fp.kernels.transformer_engine.kernel import use_library
 from lightning_fp.plugins.base import STATE_KEY
 from lightning_fp.records import read_events, read_parity, read_statistics
 from lightning_fp.records.events import Demotion
-from tests.callbacks.test_precision_fallback import LAYER, Reversed, SuspectAt, batches
+from tests.callbacks.fallback.test_precision_fallback import LAYER, Reversed, SuspectAt, batches
 from tests.helper import LanguageModel, fit, make_trainer, same_weights, text_loader, text_rows
 from tests.te_stub.fake import State, fake_library
 

@@ -17,9 +17,9 @@ from lightning_fp.records import EventWriter, LossRow, LossWriter, StageChange
 from lightning_fp.records.events import GateResult
 from lightning_fp.records.run import LayerInfo, RunInfo, write_run
 from lightning_fp.report import read_records, terminal_summary, write_report
-from lightning_fp.report.cost import run_cost
 from lightning_fp.report.page import read_runs
-from lightning_fp.report.sections import sections
+from lightning_fp.report.read.cost import run_cost
+from lightning_fp.report.sections.every_section import sections
 
 SECTIONS = 12
 

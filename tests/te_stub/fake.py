@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fp.kernels import NativeKernel, OperandMemory
-from lightning_fp.kernels.te_library import Library
+from lightning_fp.kernels.transformer_engine.library import Library
 from lightning_fp.numerics import FORMATS, tensor_amax
 
 

@@ -12,17 +12,17 @@ from typing import Literal
 import lightning as L
 
 from lightning_fp.callbacks import PrecisionFallback
-from lightning_fp.callbacks.investigation import Case, Findings
-from lightning_fp.callbacks.rescue import Rescue
+from lightning_fp.callbacks.fallback.investigation import Case, Findings
+from lightning_fp.callbacks.fallback.rescue import Rescue
 from lightning_fp.demo.faults.cases import CASES, FaultCase
 from lightning_fp.demo.faults.run import STEPS, FaultRun, fault_plugin, fault_run
 from lightning_fp.layers import linear_format
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.events import FormatChange, Rollback, SkippedStep, read_events
-from lightning_fp.stability.fallback import FallbackState
-from lightning_fp.stability.ladder import LADDER
-from lightning_fp.stability.verdict import Finding
+from lightning_fp.stability.respond.fallback_policy import FallbackState
+from lightning_fp.stability.respond.ladder import LADDER
+from lightning_fp.stability.respond.verdict import Finding
 
 Arm = Literal["high precision", "unprotected", "skip-step", "rollback and skip", "fallback"]
 """What a run is protected by: nothing to protect, nothing, leaving non-finite steps out, going back

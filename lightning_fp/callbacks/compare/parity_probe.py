@@ -1,0 +1,232 @@
+"""ParityProbe: what the current formats do to a training step, against high precision."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
+from lightning_fp.callbacks.run.run_log import RunCallback, begin_run, end_run, run_directory
+from lightning_fp.layers import PrecisionMap
+from lightning_fp.plugins import FP16Precision, LayerPrecision
+from lightning_fp.records.parity import FILE
+from lightning_fp.stability import LayerParity, Parity, measure_parity
+
+log = logging.getLogger(__name__)
+
+_MOST_KEPT = 100
+
+
+class ParityProbe(RunCallback):
+    """Every so often, runs the batch at hand in the current formats and in high precision.
+
+    Both run on the weights before the step, from the same random state. Nothing of it remains:
+    weights, gradients, statistics, logs and random numbers are those of a run without the probe,
+    bit for bit. A probe costs 3 + `worst` steps run eagerly, and memory for two more sets of
+    gradients; docs/parity-probe.md says how to read the numbers.
+
+    >>> ParityProbe(every_n_steps=1000, worst=2).results
+    {}
+
+    Args:
+        every_n_steps: one probe per so many optimizer steps.
+        worst: how many layers to put into high precision one at a time, to see how much of the
+            gap each of them removes.
+        dirpath: where to write `parity.jsonl`; None takes the trainer's log directory.
+        log_layers: globs over layer names; these layers go to the loggers as well.
+        seed: chooses the step within each `every_n_steps`, so that nothing periodic in the run
+            hides from the probe; None takes the first.
+
+    Raises:
+        ValueError: for a bad argument; at setup without a precision plugin of this package, for
+            a glob that matches nothing, or for a training step that cannot be replayed.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        worst: int = 4,
+        *,
+        dirpath: str | Path | None = None,
+        log_layers: Sequence[str] = (),
+        seed: int | None = 0,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        if worst < 0:
+            raise ValueError(f"worst must not be negative, got {worst}")
+        if isinstance(log_layers, str):
+            raise ValueError(f"log_layers must be a list of globs, got {log_layers!r}")
+        self.results: dict[int, Parity] = {}
+        """The last 100 probes by `global_step`, the same on every rank."""
+        self._every_n_steps, self._worst, self._seed = every_n_steps, worst, seed
+        self.dirpath = dirpath
+        self._globs = tuple(log_layers)
+        self._log_layers: set[str] = set()
+        self._path: Path | None = None
+        self._last = -1
+        self._failed = False
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {
+            "every_n_steps": self._every_n_steps,
+            "worst": self._worst,
+            "log_layers": list(self._globs),
+            "seed": self._seed,
+        }
+
+    # -- setup ----------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _plugin(trainer)
+            check_replayable(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        table = _plugin(trainer).precision_map
+        self._log_layers = {name for glob in self._globs for name in table.matching(glob)}
+        self._path = run_directory(trainer, self) / FILE
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        begin_run(trainer, self)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            end_run(trainer)
+
+    # -- when -----------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Whether the period that `step` is in still has its probe to come, and it is time."""
+        period = step // self._every_n_steps
+        if period == self._last:
+            return False
+        start = period * self._every_n_steps
+        if self._seed is None:
+            return step >= start
+        # Of its own and a function of the period alone: it touches no other generator, and goes
+        # on the same after a resume.
+        chosen = random.Random(f"{self._seed}/{period}").randrange(self._every_n_steps)
+        return step >= start + chosen
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        between_steps = batch_idx % trainer.accumulate_grad_batches == 0
+        if not between_steps or not self.due(step):
+            return
+        try:
+            table = _plugin(trainer).precision_map
+            run = StepReplay(trainer, table, batch, batch_idx)
+            if not run.possible:
+                return
+            self._last = step // self._every_n_steps
+            table.apply()  # what waits for this step takes effect now instead of a moment later
+            self._probe(trainer, run, table, step)
+        except Exception as error:
+            if not self._failed:
+                message = "the parity probe failed at step %d, training goes on: %s"
+                log.warning(message, step, error, exc_info=True)
+            self._failed = True
+
+    # -- what -----------------------------------------------------------------------------------
+
+    def _probe(self, trainer: Trainer, run: StepReplay, table: PrecisionMap, step: int) -> None:
+        began = time.perf_counter()
+        high = _plugin(trainer).high_precision
+        parity = measure_parity(run, run.model, table, high, worst=self._worst)
+        self.results[step] = parity
+        while len(self.results) > _MOST_KEPT:
+            del self.results[next(iter(self.results))]
+        if not trainer.is_global_zero:
+            return
+        row = {"step": step, "seconds": time.perf_counter() - began, **asdict(parity)}
+        self._write(row)
+        metrics = _metrics(parity, self._log_layers)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    # -- state ----------------------------------------------------------------------------------
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(every_n_steps=self._every_n_steps, seed=self._seed)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": 1, "last": self._last}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last = int(state_dict["last"])
+
+
+def _plugin(trainer: Trainer) -> LayerPrecision:
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, LayerPrecision):
+        raise ValueError(
+            "ParityProbe needs a precision plugin of lightning_fp, got"
+            f" {type(plugin).__name__}; take Trainer(plugins=FP8Precision(...))"
+        )
+    if isinstance(plugin, FP16Precision):
+        raise ValueError(
+            "ParityProbe compares FP8 with what the run falls back to, which for FP16Precision is"
+            " bf16, the coarser of the two; take FP16Monitor to see what FP16 does to gradients"
+        )
+    return plugin
+
+
+def _metrics(parity: Parity, layers: set[str]) -> dict[str, float]:
+    """What goes to the loggers; the first three have the same names in every run."""
+    metrics = {
+        "precision/parity/loss_gap": parity.loss_gap,
+        "precision/parity/grad_cosine": parity.grad_cosine,
+        "precision/parity/grad_norm_ratio": parity.grad_norm_ratio,
+    }
+    for layer in parity.layers:
+        if layer.layer in layers:
+            metrics.update(_layer_metrics(layer))
+    return metrics
+
+
+def _layer_metrics(layer: LayerParity) -> dict[str, float]:
+    prefix = f"precision/parity/{layer.layer}"
+    return {
+        f"{prefix}/grad_cosine": layer.cosine,
+        f"{prefix}/grad_norm_ratio": layer.norm_ratio,
+        f"{prefix}/cast_error": layer.cast_error,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON, which has neither inf nor NaN: null for both."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,134 @@
+"""Layer limits over sampled steps: which layers climb."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
+from lightning_fp.callbacks.clamp.sampling import SampledSteps, StepSampler
+from lightning_fp.layers import FPLinear, LinearFormat, PrecisionMap
+from lightning_fp.layers.statistics_table import over_ranks
+from lightning_fp.stability.respond.limits import Excess, LayerLimit, LimitWatch
+
+STRIDE = 8
+"""SQNR looks at every so many rows, as ClampMonitor does."""
+
+
+class LayerWatch:
+    """Looks at sampled steps, through a ClampMonitor if there is one: only one can observe.
+
+    Args:
+        limit: the limits.
+        every_n_steps: one in so many steps is looked at.
+        seed: of the steps that are looked at.
+    """
+
+    def __init__(self, limit: LayerLimit, every_n_steps: int, seed: int) -> None:
+        self._limit = limit
+        self._steps = SampledSteps(every_n_steps, seed)
+        self._sampler: StepSampler | None = None
+        self._monitor: ClampMonitor | None = None
+        self._limits = LimitWatch(limit, 0)
+        self._state = self._limits.init()
+        self._looks: list[tuple[list[str], Tensor]] = []
+
+    def start(self, trainer: L.Trainer, table: PrecisionMap) -> None:
+        """Observe the layers from here on."""
+        self._limits = LimitWatch(self._limit, len(table.layers))
+        callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        monitors = [c for c in callbacks if isinstance(c, ClampMonitor)]
+        if monitors:
+            self._monitor = monitors[0]
+            self._monitor.listeners.append(self._look)
+            return
+        linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
+        self._sampler = StepSampler(linears, STRIDE, self._steps, listeners=[self._look])
+
+    def close(self) -> None:
+        """Leave the layers as they were."""
+        if self._sampler is not None:
+            self._sampler.close()
+        if self._monitor is not None and self._look in self._monitor.listeners:
+            self._monitor.listeners.remove(self._look)
+        self._sampler = self._monitor = None
+
+    # -- sampled steps --------------------------------------------------------------------------
+
+    def before_batch(self, step: int) -> None:
+        """Begin to collect, if this step is sampled."""
+        if self._sampler is not None:
+            self._sampler.before_batch(step)
+
+    def after_backward(self) -> None:
+        """Take in what backward recorded."""
+        if self._sampler is not None:
+            self._sampler.after_backward()
+
+    def after_step(self, step: int) -> None:
+        """End a sampled step."""
+        if self._sampler is not None:
+            self._sampler.after_batch(step)
+
+    def _look(
+        self, step: int, table: Tensor, names: list[str], formats: Sequence[LinearFormat]
+    ) -> None:
+        """Keep one sampled step until it is known whether the step was sound."""
+        low = [i for i, format in enumerate(formats) if not format.is_high_precision]
+        self._looks.append(([names[i] for i in low], over_ranks(table[low])))
+
+    def look_again(self) -> None:
+        """The next step too, out of turn."""
+        if self._monitor is not None:
+            self._monitor.sample_next()
+        else:
+            self._steps.asked = True
+
+    # -- between steps --------------------------------------------------------------------------
+
+    def judge(self, *, sound: bool, armed: bool) -> list[Excess]:
+        """What the looks since the last time say.
+
+        Args:
+            sound: whether all steps since then were made. In a step that was left out inf and NaN
+                are everywhere, and say nothing about the layer they are seen in.
+            armed: whether layers may climb.
+
+        Returns:
+            The layers that climb.
+        """
+        looks, self._looks = self._looks, []
+        if not (sound and armed):
+            return []
+        climbing: list[Excess] = []
+        for names, table in looks:
+            excesses = self._limits.excesses(table, names)
+            self._state, climbs = self._limits.step(self._state, excesses, names)
+            climbing += climbs
+        if self._limits.watching(self._state):
+            self.look_again()
+        return climbing
+
+    def forget(self, layers: Collection[str]) -> None:
+        """Layers whose formats were changed begin anew."""
+        self._state = self._limits.forget(self._state, layers)
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and which steps are sampled."""
+        return {
+            "limits": self._limits.state_dict(self._state),
+            "sampled_at": self._steps.last,
+            "asked": self._steps.asked,
+            "looks": [{"names": names, "table": table.cpu()} for names, table in self._looks],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`."""
+        self._state = self._limits.load_state_dict(state["limits"])
+        self._steps.last, self._steps.asked = state["sampled_at"], state["asked"]
+        self._looks = [(look["names"], look["table"]) for look in state["looks"]]

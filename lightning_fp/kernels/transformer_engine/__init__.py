@@ -1,0 +1,1 @@
+"""Transformer Engine's products: its library, its recipes, the kernel over both."""

@@ -1,0 +1,328 @@
+"""Transformer Engine's linear layer, with the weights of ours.
+
+Its module is built without weights (on the meta device) and is no part of the model: a layer lends
+it weight and bias for the length of a call. So names, tying, sharding, hooks, master weights and
+checkpoint keys stay what they are, there is no `_extra_state`, and high precision is nn.Linear
+itself and not one more region of an autocast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_fp.kernels.base import Kernel, compute_dtype
+from lightning_fp.kernels.block import BlockKernel
+from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
+from lightning_fp.kernels.transformer_engine.library import (
+    FORMATS,
+    Library,
+    availability,
+    library,
+    refusal,
+    use_library,
+)
+from lightning_fp.kernels.transformer_engine.recipe import RecipeSettings, make_recipe, read_recipe
+from lightning_fp.numerics import DelayedScaling, FloatFormat, float_format, tensor_amax
+
+__all__ = [
+    "FORMATS",
+    "Engine",
+    "Library",
+    "RecipeSettings",
+    "TransformerEngineKernel",
+    "availability",
+    "library",
+    "make_recipe",
+    "read_recipe",
+    "refusal",
+    "use_library",
+]
+
+TOKENS = {"mxfp8": 32, "nvfp4": 16}
+"""What the product of an input's leading dimensions must be a multiple of; 8 for other recipes
+(`assert_dim_for_fp8_exec` in Transformer Engine 2.20). Features are checked at setup, against
+`lightning_fp.kernels.hardware.ALIGNMENTS`."""
+
+_E2M1 = float_format("e2m1")
+
+NVFP4_CASTS = BlockKernel(input=_E2M1, weight=_E2M1, grad_output=_E2M1, length=16)
+"""How NVFP4 casts, for the statistics: but that its scales are rounded to e4m3, and gradients
+rotated and rounded stochastically first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerEngineKernel:
+    """Transformer Engine under one recipe."""
+
+    settings: RecipeSettings
+    """The recipe."""
+
+    shadow: Kernel | None
+    """A kernel of ours that casts as this recipe does, for the statistics; None: there is none."""
+
+    @property
+    def name(self) -> str:
+        """See `Kernel.name`."""
+        return "Transformer Engine"
+
+    @property
+    def runs_on_fp8_hardware(self) -> bool:
+        """See `Kernel.runs_on_fp8_hardware`."""
+        return True
+
+    @property
+    def delayed(self) -> bool:
+        """Whether scales come from earlier steps."""
+        return self.settings.kind == "delayed"
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
+        """See `Kernel.__call__`; a layer that is called again and again keeps an `Engine`."""
+        engine = Engine(weight.shape[1], weight.shape[0], bias=bias is not None, layer=layer)
+        return engine(self, input, weight, bias)
+
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
+        """See `Kernel.cast_of`."""
+        if self.shadow is None:
+            raise TypeError(f"the casts of {self.settings.kind} recipes are not known")
+        return self.shadow.cast_of(operand, x, scales)
+
+    def check_tokens(self, input: Tensor, layer: str) -> None:
+        """Refuse what Transformer Engine cannot multiply, naming the layer.
+
+        Args:
+            input: [..., in_features].
+            layer: the layer's name.
+
+        Raises:
+            ValueError: naming the dimension.
+        """
+        multiple = TOKENS.get(self.settings.kind, 8)
+        tokens = input.numel() // input.shape[-1]
+        if tokens % multiple:
+            raise ValueError(
+                f"layer {layer!r}: tokens (the product of the input's leading dimensions) must be a"
+                f" multiple of {multiple} for Transformer Engine, got {tokens}; pad the batch, drop"
+                f" the last one, or leave the layer in high precision with"
+                f" layers={{{layer!r}: 'bf16'}}"
+            )
+
+
+@dataclass
+class Remembered:
+    """What one layer keeps under delayed scaling; written by `EngineScales`."""
+
+    cold: bool = True
+    """Whether there are no scales yet. The layer then runs in high precision and is watched."""
+
+    seen: Tensor | None = None
+    """float32 [3]: amax of input, weight and grad_output since it is cold."""
+
+    pending: dict[str, list[Tensor]] | None = None
+    """Scales and history to begin with, as `reset_fp8_meta_tensors` takes them."""
+
+    module: Any = None
+    """The te.Linear that has them; None before its first call."""
+
+
+class Engine:
+    """What one layer needs of Transformer Engine: a te.Linear per recipe, without weights.
+
+    One per recipe, because a te.Linear that comes back to delayed scaling has new scales which no
+    update reaches (they are registered for it once, with the first ones).
+
+    Args:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        bias: whether there is one.
+        layer: the layer's name, for messages and for Transformer Engine's own debugging tools.
+        sharded: whether FSDP2 gathers the weight for each call, so that no cast of it may be kept.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, layer: str, sharded: bool = False
+    ) -> None:
+        self._shape = in_features, out_features, bias
+        self.layer = layer
+        self.sharded = sharded
+        self.memory: Remembered | None = None
+        """Set while the layer is under delayed scaling; without it scales are dynamic."""
+        self._modules: dict[tuple[RecipeSettings, int], Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or one in another process, begins anew: it may not share scales."""
+        return _restart, (*self._shape, self.layer, self.sharded)
+
+    def __call__(
+        self,
+        kernel: TransformerEngineKernel,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        evaluating: bool = False,
+    ) -> Tensor:
+        """The product; never compiled, so that a compiled model has a graph break here.
+
+        Args:
+            kernel: which recipe.
+            input: [..., in_features].
+            weight: [out_features, in_features].
+            bias: [out_features] or None.
+            evaluating: whether amaxes of this call must not reach a history.
+
+        Returns:
+            [..., out_features], as `Kernel.__call__`.
+        """
+        return _eagerly(self, kernel, input, weight, bias, evaluating)
+
+    def multiply(
+        self,
+        kernel: TransformerEngineKernel,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        evaluating: bool,
+    ) -> Tensor:
+        """See `__call__`, which does not let dynamo in here."""
+        if input.numel() == 0 or weight.numel() == 0:
+            return F.linear(input, weight, bias)
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                f"layer {self.layer!r}: its weight must be whole where it is multiplied, got a"
+                " DTensor; tensor parallelism works with backend='auto', not with Transformer"
+                " Engine"
+            )
+        kernel.check_tokens(input, self.layer)
+        input = input.to(compute_dtype(input))
+        if kernel.delayed and self.memory is not None and not evaluating:
+            return self._delayed(kernel, self.memory, input, weight, bias)
+        engine = library()
+        recipe = dynamic_recipe(kernel.settings, engine)
+        with engine.region(recipe):
+            return self._lend(self._module(kernel.settings, engine), input, weight, bias)
+
+    def scales(self) -> Tensor | None:
+        """The scales of input, weight and grad_output under delayed scaling, float32 [3]."""
+        memory = self.memory
+        if memory is None or memory.cold or memory.pending is not None or memory.module is None:
+            return None
+        return torch.cat([scale for scale, _ in states(memory.module)])
+
+    def _delayed(
+        self,
+        kernel: TransformerEngineKernel,
+        memory: Remembered,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        engine = library()
+        if not engine.delayed_region:
+            raise RuntimeError(
+                f"layer {self.layer!r}: under fp8-delayed Transformer Engine must see the whole"
+                " forward in one region. In a plain loop open it with `with"
+                " table.forward_context():`. In activation checkpointing, which repeats the forward"
+                " after its end, take transformer_engine.pytorch.checkpoint(function, ...) with a"
+                " function that is not a module, or 'fp8-dynamic'"
+            )
+        if memory.cold:
+            return _watched(memory, input, weight, F.linear(input, weight, bias))
+        module = memory.module = self._module(kernel.settings, engine)
+        if memory.pending is not None:
+            module.init_fp8_metadata()
+            module.reset_fp8_meta_tensors(memory.pending)
+            memory.pending = None
+        return self._lend(module, input, weight, bias)
+
+    def _module(self, settings: RecipeSettings, engine: Library) -> Any:
+        key = settings, id(engine)
+        if key not in self._modules:
+            in_features, out_features, bias = self._shape
+            module = engine.pytorch.Linear(
+                in_features, out_features, bias=bias, device="meta", name=self.layer
+            )
+            # Its own look at FSDP2 goes by the module, which is not the one that was sharded.
+            module._is_fsdp2 = self.sharded
+            self._modules[key] = module
+        return self._modules[key]
+
+    def _lend(self, module: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        parameters: dict[str, Any] = module._parameters
+        kept = dict(parameters)
+        parameters["weight"] = weight
+        if bias is not None:
+            parameters["bias"] = bias
+        try:
+            return module(input)
+        finally:  # a gathered weight must not be kept alive from here
+            parameters.update(kept)
+
+
+def _multiply(
+    engine: Engine,
+    kernel: TransformerEngineKernel,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    evaluating: bool,
+) -> Tensor:
+    return engine.multiply(kernel, input, weight, bias, evaluating)
+
+
+_eagerly: Any = torch.compiler.disable(_multiply)
+
+
+def states(module: Any) -> list[tuple[Tensor, Tensor]]:
+    """Where a te.Linear keeps scales and histories, its own tensors.
+
+    Args:
+        module: it, after its first call under delayed scaling.
+
+    Returns:
+        Of input and weight together, then of grad_output: float32 scale [k] and amax history
+        [history_len, k], views.
+    """
+    forward, backward = module.fp8_meta["scaling_fwd"], module.fp8_meta["scaling_bwd"]
+    return [
+        (forward.scale[:2], forward.amax_history[:, :2]),
+        (backward.scale[:1], backward.amax_history[:, :1]),
+    ]
+
+
+def _restart(in_features: int, out_features: int, bias: bool, layer: str, sharded: bool) -> Engine:
+    return Engine(in_features, out_features, bias=bias, layer=layer, sharded=sharded)
+
+
+def _watched(memory: Remembered, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+    """Note the amax of the operands of a call in high precision, in backward too."""
+    seen = torch.zeros(3, device=input.device) if memory.seen is None else memory.seen
+    seen[INPUT] = torch.maximum(seen[INPUT], tensor_amax(input))
+    seen[WEIGHT] = torch.maximum(seen[WEIGHT], tensor_amax(weight))
+    memory.seen = seen
+
+    def note(gradient: Tensor) -> None:
+        seen[GRAD_OUTPUT] = torch.maximum(seen[GRAD_OUTPUT], tensor_amax(gradient))
+
+    if output.requires_grad:
+        output.register_hook(note)
+    return output
+
+
+@cache
+def dynamic_recipe(settings: RecipeSettings, engine: Library) -> Any:
+    """The recipe of a layer without a history; for delayed scaling that is current scaling.
+
+    Args:
+        settings: which.
+        engine: whose.
+    """
+    if settings.kind == "delayed":
+        settings = RecipeSettings(kind="current", grad_output=settings.grad_output)
+    return make_recipe(settings, DelayedScaling(), engine)

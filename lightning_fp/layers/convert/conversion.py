@@ -1,0 +1,289 @@
+"""Convert a model's linear layers in place, report what happened, and take it back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_fp.kernels.hardware import ALIGNMENT, ALIGNMENTS, check_alignment, cuda_has_fp8
+from lightning_fp.layers.backends import Backend, backend_refusal, check_backend, kernel_for
+from lightning_fp.layers.convert.flops import CONVOLUTIONS, example_flops, flops_per_token
+from lightning_fp.layers.convert.report import ConversionReport, LayerReport
+from lightning_fp.layers.format import (
+    NAMED_FORMATS,
+    FormatLike,
+    LinearFormat,
+    linear_format,
+)
+from lightning_fp.layers.linear import (
+    FPLinear,
+    is_plain_linear,
+    is_switchable_linear,
+    make_plain,
+    make_switchable,
+)
+from lightning_fp.layers.precision_map import PrecisionMap
+from lightning_fp.layers.rules import (
+    Rule,
+    check_rules_apply,
+    clean_name,
+    default_exclusion,
+    gains_nothing,
+    layer_rules,
+)
+from lightning_fp.layers.transformer_engine.setup import check_model
+from lightning_fp.numerics import DelayedScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to convert, and to what."""
+
+    format: LinearFormat
+    """The format of the layers that no rule names."""
+
+    rules: tuple[Rule, ...] = ()
+    """The user's rules, in order; the first match wins."""
+
+    backend: Backend = "auto"
+    """Which kernels to use."""
+
+    high_precision: LinearFormat = NAMED_FORMATS["high"]
+    """The format of the layers that the defaults leave in high precision."""
+
+    cuda_fp8: bool = False
+    """Whether CUDA tensors can go to FP8 tensor cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One layer's format, and the reason if it is high precision."""
+
+    format: LinearFormat
+    reason: str | None
+    by_default: bool = False
+    """Whether a default, not the user, chose high precision."""
+
+
+def convert(
+    model: nn.Module,
+    format: FormatLike = "fp8-dynamic",
+    layers: Mapping[str, FormatLike] | None = None,
+    *,
+    backend: Backend = "auto",
+    fp8_eval: bool = False,
+    delayed: DelayedScaling | None = None,
+    example_input: Any = None,
+) -> ConversionReport:
+    """Convert the linear layers of a model in place, for plain loops and `configure_model`.
+
+    Parameters, hooks, tied weights and checkpoint keys stay. `model.eval()` switches to high
+    precision. To change formats later, write to `report.precision_map` and call its `apply()`
+    between optimizer steps.
+
+    Args:
+        model: any module; also on the meta device, also after `fully_shard`.
+        format: the format of all layers that no rule and no default says otherwise of.
+        layers: `{pattern: format}`, first match wins; overrules the defaults.
+        backend: "auto", "native", "torchao" or "transformer-engine".
+        fp8_eval: whether evaluation runs in FP8 as well.
+        delayed: how delayed scales follow from their history.
+        example_input: arguments of one forward, to measure each layer's share of the FLOPs.
+
+    Returns:
+        The report: every layer's format, kernel and share, and why the others were left alone.
+
+    Raises:
+        ValueError: if a rule matches nothing, a backend cannot run a format, or there is nothing
+            to convert.
+    """
+    conversion = Conversion(
+        format=linear_format(format),
+        rules=layer_rules(layers),
+        backend=backend,
+        cuda_fp8=cuda_has_fp8(),
+    )
+    table = PrecisionMap(
+        backend=backend, cuda_fp8=conversion.cuda_fp8, fp8_eval=fp8_eval, delayed=delayed
+    )
+    return convert_into(table, model, conversion, example_input=example_input)
+
+
+def convert_into(
+    table: PrecisionMap, model: nn.Module, conversion: Conversion, *, example_input: Any = None
+) -> ConversionReport:
+    """Convert `model` and fill `table` with its layers; see `convert`.
+
+    Layers that were converted before get their format anew, so the last conversion counts.
+    """
+    decisions = decide(model, conversion)
+    switchable: dict[str, FPLinear] = {}
+    for fqn, module in model.named_modules():
+        name = clean_name(fqn)
+        if is_plain_linear(module):
+            switchable[name] = make_switchable(module, name, table.phase)
+        elif is_switchable_linear(module):
+            module.phase = table.phase
+            switchable[name] = module
+    table.fill(model, switchable, {name: decisions[name].format for name in switchable})
+    report = _report(model, table, decisions)
+    if example_input is not None:
+        report = report.with_flops(example_flops(model, example_input))
+    return report
+
+
+def revert(model: nn.Module) -> int:
+    """Turn every converted layer back into a plain nn.Linear, in place.
+
+    Args:
+        model: a model that `convert` or a precision plugin converted.
+
+    Returns:
+        How many layers were turned back.
+    """
+    converted = [module for module in model.modules() if is_switchable_linear(module)]
+    for module in converted:
+        make_plain(module)
+    return len(converted)
+
+
+def decide(model: nn.Module, conversion: Conversion) -> dict[str, Decision]:
+    """Which format each linear layer gets, without changing anything.
+
+    Returns:
+        A decision for every layer whose format can change, by name.
+
+    Raises:
+        ValueError: as `convert`.
+    """
+    check_backend(conversion.backend)
+    linears: dict[str, nn.Linear] = {}
+    fixed: dict[str, str] = {}
+    for fqn, module in model.named_modules():
+        if is_plain_linear(module) or is_switchable_linear(module):
+            linears[clean_name(fqn)] = module
+        else:
+            fixed[clean_name(fqn)] = _why_not_convertible(module)
+    check_rules_apply(conversion.rules, linears, fixed)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decisions = {
+        name: _decide_one(name, linear, conversion, tied=id(linear.weight) in embeddings)
+        for name, linear in linears.items()
+    }
+    _check_something_to_do(decisions)
+    if conversion.backend == "transformer-engine":
+        _check_transformer_engine(model, conversion.backend, decisions)
+    return decisions
+
+
+def _check_transformer_engine(
+    model: nn.Module, backend: Backend, decisions: Mapping[str, Decision]
+) -> None:
+    low = {name: d.format for name, d in decisions.items() if not d.format.is_high_precision}
+    for format in dict.fromkeys(low.values()):
+        if (refusal := backend_refusal(format, backend)) is not None:
+            raise ValueError(
+                f"format {format.name!r} cannot run with backend {backend!r}: {refusal}"
+            )
+    if low:
+        check_model(model, [name for name, format in low.items() if format.scaling == "delayed"])
+
+
+def _decide_one(name: str, linear: nn.Linear, conversion: Conversion, *, tied: bool) -> Decision:
+    for rule in conversion.rules:
+        if rule.matches(name):
+            _check_runs(name, linear, rule.format, conversion)
+            high = rule.format.is_high_precision
+            reason = f"rule {rule.pattern!r}: {rule.format.name!r}" if high else None
+            return Decision(format=rule.format, reason=reason)
+    format = conversion.format
+    kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
+    if format.is_high_precision:
+        return Decision(format=format, reason="the format of the run")
+    too_small = kernel.runs_on_fp8_hardware and gains_nothing(
+        format, linear.in_features, linear.out_features
+    )
+    # Emulated blocks may be ragged: only hardware leaves such layers alone by default.
+    multiple = ALIGNMENTS[format.granularity] if kernel.runs_on_fp8_hardware else ALIGNMENT
+    reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
+    if reason is not None:
+        return Decision(format=conversion.high_precision, reason=reason, by_default=True)
+    return Decision(format=format, reason=None)
+
+
+def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: Conversion) -> None:
+    """An explicit rule overrules the defaults, but not the hardware."""
+    kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
+    if kernel.runs_on_fp8_hardware:
+        check_alignment(
+            name,
+            tokens=0,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            multiple=ALIGNMENTS[format.granularity],
+        )
+
+
+def _check_something_to_do(decisions: Mapping[str, Decision]) -> None:
+    if not decisions:
+        raise ValueError(
+            "nothing to convert: the model has no nn.Linear layer that could change its format"
+        )
+    if all(decision.reason is not None for decision in decisions.values()) and any(
+        decision.by_default for decision in decisions.values()
+    ):
+        shown = [f"{name}: {decision.reason}" for name, decision in decisions.items()][:8]
+        raise ValueError(
+            "nothing to convert: every linear layer was left in high precision ("
+            + "; ".join(shown)
+            + "); name the layers to convert with layers={pattern: format}"
+        )
+
+
+def _why_not_convertible(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"{type(module).__name__}, a subclass of nn.Linear with a forward of its own"
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention multiplies with its weights directly"
+    if isinstance(module, CONVOLUTIONS):
+        return f"{type(module).__name__}: only linear layers are converted"
+    return f"a {type(module).__name__}, not an nn.Linear"
+
+
+def _report(
+    model: nn.Module, table: PrecisionMap, decisions: Mapping[str, Decision]
+) -> ConversionReport:
+    """Every layer with weights to multiply, in the order of the model."""
+    rows: list[tuple[LayerReport, int]] = []
+    for fqn, module in model.named_modules():
+        name = clean_name(fqn)
+        if is_switchable_linear(module):
+            format, kernel, reason = module.format.name, module.kernel.name, decisions[name].reason
+        elif isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+            format, kernel, reason = "high", type(module).__name__, _why_not_convertible(module)
+        elif isinstance(module, CONVOLUTIONS):
+            format, kernel, reason = (
+                "not linear",
+                type(module).__name__,
+                _why_not_convertible(module),
+            )
+        else:
+            continue
+        layer = LayerReport(
+            name=name,
+            format=format,
+            kernel=kernel,
+            parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+            flops_share=0.0,
+            reason=reason,
+        )
+        rows.append((layer, flops_per_token(module)))
+    per_token = {layer.name: flops for layer, flops in rows}
+    per_token[""] = sum(per_token.values())
+    layers = [layer for layer, _ in rows]
+    report = ConversionReport(layers=layers, measured=False, precision_map=table)
+    return dataclasses.replace(report.with_flops(per_token), measured=False)

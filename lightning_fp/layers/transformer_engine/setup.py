@@ -1,0 +1,87 @@
+"""What must be so before Transformer Engine multiplies a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from lightning_fp.kernels.transformer_engine.kernel import Engine
+from lightning_fp.kernels.transformer_engine.library import library
+from lightning_fp.layers.linear import FPLinear
+from lightning_fp.layers.regions import compiled_regions
+from lightning_fp.layers.switchable import SwitchableLayer
+
+
+def check_model(model: nn.Module, delayed: Iterable[str]) -> None:
+    """Refuse models that it cannot work in.
+
+    Args:
+        model: the model.
+        delayed: the layers to be put under delayed scaling.
+
+    Raises:
+        ValueError: naming what is in the way, and the alternative.
+    """
+    library()
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "backend 'transformer-engine' must not be used under FSDP1, which flattens the weights;"
+            " use FSDP2 (ModelParallelStrategy, fully_shard) or DDP"
+        )
+    check_delayed_is_eager(model, delayed)
+
+
+def check_delayed_is_eager(model: nn.Module | None, layers: Iterable[str]) -> None:
+    """Refuse delayed scaling in compiled code: its scales are updated outside of any graph.
+
+    Args:
+        model: the model, if there is one yet.
+        layers: the layers under delayed scaling.
+
+    Raises:
+        ValueError: naming the compiled module.
+    """
+    regions = [] if model is None else compiled_regions(model, dict.fromkeys(layers))
+    if regions:
+        where = regions[0].name or "the model"
+        raise ValueError(
+            f"format 'fp8-delayed' must not be used in compiled code with Transformer Engine, and"
+            f" {where} is compiled; take 'fp8-dynamic', or compile other modules"
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a run on a device that it does not multiply on.
+
+    Args:
+        device: the type of the device, e.g. "cpu".
+
+    Raises:
+        ValueError: naming both.
+    """
+    theirs = library().device
+    if device != theirs:
+        raise ValueError(
+            f"backend 'transformer-engine' needs the model on a {theirs} device, got {device!r};"
+            " set Trainer(accelerator='gpu'), or take backend='auto'"
+        )
+
+
+def give_engines(layers: Mapping[str, SwitchableLayer]) -> None:
+    """Give every layer what Transformer Engine needs of its own.
+
+    Args:
+        layers: the layers by name; those that have it already get it anew.
+    """
+    for name, layer in layers.items():
+        if isinstance(layer, FPLinear):
+            layer.__dict__["engine"] = Engine(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                layer=name,
+                sharded=isinstance(layer.weight, DTensor),
+            )

@@ -1,0 +1,1 @@
+"""The sections of the report, by the question that each answers."""

@@ -1,0 +1,188 @@
+"""What the statistics advise: which operand to cast otherwise, and what that would have lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_fp.layers import linear_format
+from lightning_fp.report.draw.heatmaps import LIMITS
+from lightning_fp.report.draw.parts import Table, share
+from lightning_fp.report.read.digest import WHAT_IF, Digest, Ranking, Totals
+
+_GAIN = 0.5
+"""Another scaling is advised where it would have flushed at most this share of what was."""
+
+_SAFE_DELAYED = 1e-4
+"""Clamped mass up to which delayed scaling would have been harmless: a hundredth of the limit."""
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One operand, and what to do about it."""
+
+    of: Totals
+    badness: float
+    """How many times over its limit."""
+    what: str
+    do: str
+
+
+def limits_of(settings: Mapping[str, Mapping[str, Any]]) -> dict[Ranking, float]:
+    """The limits that a run was watched by, or the usual ones.
+
+    Args:
+        settings: options by class, as `RunRecords.settings`.
+    """
+    warned: Mapping[str, Any] = settings.get("ClampMonitor", {}).get("limits") or {}
+    layer: Mapping[str, Any] = settings.get("PrecisionFallback", {}).get("limit") or {}
+    own: dict[Ranking, Any] = {
+        "clamped_mass": warned.get("clamped_mass"),
+        "underflow_fraction": warned.get("underflow"),
+        "sqnr_db": layer.get("sqnr_db"),
+    }
+    return {name: LIMITS[name] if value is None else float(value) for name, value in own.items()}
+
+
+def advise(
+    digest: Digest, limits: Mapping[Ranking, float], now: Mapping[str, str] | None = None
+) -> list[Advice]:
+    """What is over a limit throughout, the worst first; one bad interval is no reason to change.
+
+    Args:
+        digest: the run's statistics.
+        limits: by ranking.
+        now: each layer's format at the end of the run; a layer that has left the format in which
+            it was over a limit needs no change, and comes last.
+    """
+    # Imports Lightning, which nothing else in a report needs.
+    from lightning_fp.callbacks.clamp.remedies import remedy
+
+    found: list[Advice] = []
+    for of in digest.totals:
+        try:
+            format = linear_format(of.format)
+        except ValueError:  # a format of a later version
+            continue
+        arguments = of.layer, of.operand, format
+        clamped, flushed = of.mean["clamped_mass"] or 0.0, of.mean["underflow_fraction"] or 0.0
+        if of.nonfinite:
+            what = f"{of.nonfinite:,} inf or NaN"
+            do = remedy("nonfinite", *arguments)
+            found.append(Advice(of=of, badness=float("inf"), what=what, do=do))
+        if clamped >= limits["clamped_mass"]:
+            what = f"clamped mass {share(clamped)} on average"
+            do = remedy("clamped_mass", *arguments) + _dynamic_loses(of)
+            badness = clamped / limits["clamped_mass"]
+            found.append(Advice(of=of, badness=badness, what=what, do=do))
+        if flushed >= limits["underflow_fraction"]:
+            what = f"underflow {share(flushed)} on average"
+            do = _evidence(of, flushed) or remedy("underflow_fraction", *arguments)
+            badness = flushed / limits["underflow_fraction"]
+            found.append(Advice(of=of, badness=badness, what=what, do=do))
+    for index, advice in enumerate(found):
+        last = (now or {}).get(advice.of.layer, advice.of.format)
+        if last != advice.of.format:
+            done = f"nothing: the run has moved it to {last}"
+            found[index] = replace(advice, badness=0.0, do=done)
+    return sorted(found, key=lambda advice: (-advice.badness, advice.of.layer, advice.of.operand))
+
+
+def advice_table(advice: Sequence[Advice]) -> Table:
+    """What to change, and why."""
+    rows = [[a.of.layer, a.of.operand, a.of.format, a.what, a.do] for a in advice[:_SHOWN]]
+    more = len(advice) - len(rows)
+    return Table(
+        title="",
+        columns=("layer", "operand", "format", "what is wrong", "what to do"),
+        rows=rows,
+        note=f"{more} more operands are over a limit." if more else "",
+    )
+
+
+def what_if_table(digest: Digest) -> Table | None:
+    """What other scalings would have lost on the same tensors; None if that was not recorded."""
+    known = [of for of in digest.totals if any(of.mean[name] is not None for name in WHAT_IF)]
+    if not known:
+        return None
+
+    def loss(of: Totals) -> float:
+        return (of.mean["clamped_mass"] or 0.0) + (of.mean["underflow_fraction"] or 0.0)
+
+    rows = [
+        [
+            of.layer,
+            of.operand,
+            of.format,
+            *(share(of.mean[name]) for name in ("clamped_mass", "underflow_fraction", *WHAT_IF)),
+        ]
+        for of in sorted(known, key=lambda of: (-loss(of), of.layer, of.operand))[:_SHOWN]
+    ]
+    columns = (
+        "layer",
+        "operand",
+        "format",
+        "clamped mass",
+        "underflow",
+        "delayed: clamped mass",
+        "delayed: underflow",
+        "dynamic: underflow",
+        "rowwise: underflow",
+        "other 8-bit format: underflow",
+    )
+    return Table(
+        title="What other scalings would have lost on the same tensors",
+        columns=columns,
+        rows=rows,
+        numbers=frozenset(range(3, len(columns))),
+        note="Means over the run, of the operands that lost most. Dynamic scaling cannot clamp.",
+    )
+
+
+def delayed_would_do(digest: Digest) -> str:
+    """A sentence about the dynamic layers that delayed scaling would not have clamped, or ""."""
+    worst: dict[str, float] = {}
+    for of in digest.totals:
+        clamped = of.mean["what_if_delayed_clamped_mass"]
+        if of.format.startswith("fp8-dynamic") and clamped is not None:
+            worst[of.layer] = max(worst.get(of.layer, 0.0), clamped)
+    safe = [layer for layer, clamped in worst.items() if clamped <= _SAFE_DELAYED]
+    if not safe:
+        return ""
+    return (
+        f"{len(safe)} of {len(worst)} layers in fp8-dynamic would have clamped next to nothing"
+        " under delayed scaling, which needs no pass for the amax: fp8-delayed is an option there."
+        " It is known to fail late, at about 200B tokens: no short run settles it for a long one."
+    )
+
+
+def _dynamic_loses(of: Totals) -> str:
+    flushed = of.mean["what_if_dynamic_underflow_fraction"]
+    return "" if flushed is None else f" (it would have flushed {share(flushed)} to zero)"
+
+
+def _evidence(of: Totals, flushed: float) -> str:
+    """The scaling that would have lost least, if it was measured and is much better."""
+    tried = {
+        "fp8-rowwise": of.mean["what_if_rowwise_underflow_fraction"],
+        f"{_other(of)}": of.mean["what_if_other_underflow_fraction"],
+    }
+    measured = {name: value for name, value in tried.items() if name and value is not None}
+    if not measured:
+        return ""
+    best = min(measured, key=lambda name: measured[name])
+    if measured[best] > flushed * _GAIN:
+        return ""
+    set_it = f"set layers={{{of.layer!r}: {best!r}}}"
+    return f"{set_it}: it would have flushed {share(measured[best])}"
+
+
+def _other(of: Totals) -> str:
+    """fp8-dynamic with the other 8-bit format for this operand."""
+    format = linear_format(of.format)
+    own = getattr(format, of.operand, "")
+    other = {"e4m3": "e5m2", "e5m2": "e4m3"}.get(own, "")
+    return f"fp8-dynamic[{of.operand}={other}]" if other and format.is_fp8 else ""

@@ -1,0 +1,226 @@
+"""What the formats did: what casts lost, what replays measured, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lightning_fp.report.draw.curves import curve, panel, panels, points
+from lightning_fp.report.draw.heatmaps import heatmap, worst_cells
+from lightning_fp.report.draw.parts import (
+    Chart,
+    Section,
+    Table,
+    not_recorded,
+    number,
+    share,
+)
+from lightning_fp.report.read.digest import RANKINGS, Course
+from lightning_fp.report.read.format_history import last_formats
+from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.advice import (
+    advice_table,
+    advise,
+    delayed_would_do,
+    limits_of,
+    what_if_table,
+)
+
+_COURSES = 6
+"""Operands whose course is drawn."""
+_ATTRIBUTED = 10
+
+
+def casts_section(records: RunRecords) -> Section:
+    """What the casts lost: heatmaps, and the exact worst cells."""
+    about = Section(
+        id="casts",
+        title="What the casts lost",
+        look="Layers from top to bottom, steps from left to right; blue is fine, orange is not.",
+    )
+    digest = records.statistics
+    if digest is None:
+        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+    limits = limits_of(records.settings)
+    charts = [
+        {
+            **heatmap(digest, ranking, limits[ranking]),
+            "table": worst_cells(digest.worst[ranking], ranking),
+        }
+        for ranking in RANKINGS
+    ]
+    cut = f"{digest.rows:,} rows, {len(digest.layers):,} layers, {digest.intervals:,} intervals."
+    return replace(about, charts=charts, text=(cut,))
+
+
+def worst_section(records: RunRecords) -> Section:
+    """The worst operands over the steps."""
+    about = Section(
+        id="worst",
+        title="Worst operands over time",
+        look="Whether the worst is getting worse, is over, or was one moment.",
+    )
+    digest = records.statistics
+    if digest is None:
+        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+    limits = limits_of(records.settings)
+    charts = [_course(course, limits, records) for course in _chosen(digest.courses)]
+    return replace(
+        about, charts=charts, small=True, text=() if charts else ("No operand has lost anything.",)
+    )
+
+
+def parity_section(records: RunRecords) -> Section:
+    """The same batch in the current formats and in high precision, and who is to blame."""
+    about = Section(
+        id="parity",
+        title="Against high precision",
+        look=(
+            "The same batch in the current formats and in high precision: an error that grows"
+            " means that the formats fit less and less."
+        ),
+    )
+    probes = {row["step"]: row for row in records.parity}
+    blamed = _blamed(records)
+    if not probes and not blamed.rows:
+        return replace(about, missing=not_recorded("add ParityProbe() to the Trainer's callbacks"))
+    charts: list[Chart] = []
+    if probes:
+        at = list(probes)
+        fields = [
+            panel(
+                "gradient error",
+                [
+                    points("of the formats", at, [p["grad_error"] for p in probes.values()]),
+                    points("noise", at, [p["noise"] for p in probes.values()], color=2),
+                ],
+                log=False,
+                height=130,
+            ),
+            panel(
+                "loss gap",
+                [points("low minus high", at, [p["loss_gap"] for p in probes.values()], color=1)],
+                log=False,
+                height=110,
+            ),
+        ]
+        look = (
+            "Gradient error: norm of the difference over the norm in high precision. What is not"
+            " well above the noise means nothing. The loss gap should scatter around 0."
+        )
+        charts.append(panels("Parity by optimizer step", look, fields, last=records.last_step))
+    tables = [table for table in (_removed(records.parity), blamed) if table.rows]
+    return replace(about, charts=charts, tables=tables)
+
+
+def advice_section(records: RunRecords) -> Section:
+    """What the statistics advise."""
+    about = Section(
+        id="advice",
+        title="What to change",
+        look="Advice from this run's own numbers. Change one thing at a time.",
+    )
+    digest = records.statistics
+    if digest is None:
+        remedy = "add ClampMonitor(what_if=True) to the Trainer's callbacks"
+        return replace(about, missing=not_recorded(remedy))
+    advice = advise(digest, limits_of(records.settings), last_formats(records))
+    text = [] if advice else ["No operand is over a limit on average: nothing needs to change."]
+    tables = [advice_table(advice)] if advice else []
+    compared = what_if_table(digest)
+    if compared is None:
+        text.append(
+            "What other scalings would have lost is not recorded: ClampMonitor(what_if=True) does."
+        )
+    else:
+        tables.append(compared)
+        text.append(delayed_would_do(digest))
+    return replace(about, tables=tables, text=[sentence for sentence in text if sentence])
+
+
+def _chosen(courses: Sequence[Course]) -> list[Course]:
+    """Some of each ranking's worst: they come ranking by ranking, the worst first."""
+    each = max(1, len(courses) // _COURSES)
+    return list(courses[::each])[:_COURSES]
+
+
+def _course(course: Course, limits: Mapping[Any, float], records: RunRecords) -> Chart:
+    steps = torch.tensor(course.steps)
+    fields: list[dict[str, Any]] = []
+    for color, (name, title, unit) in enumerate(
+        (
+            ("clamped_mass", "clamped mass", "%"),
+            ("underflow_fraction", "underflow", "%"),
+            ("sqnr_db", "SQNR", "dB"),
+        )
+    ):
+        factor = 100.0 if unit == "%" else 1.0
+        values = torch.tensor(
+            [float("nan") if v is None else v * factor for v in course.values[name]]
+        )
+        if values.isfinite().any() and (unit == "dB" or values.nan_to_num().max() > 0):
+            limit = (limits[name] * factor, "limit")
+            line = curve(title, steps, values, color=color)
+            fields.append(panel(title, [line], unit=unit, log=False, limit=limit, height=90))
+    formats = ", then ".join(dict.fromkeys(course.formats))
+    title = f"{course.layer}, {course.operand}"
+    return panels(title, f"In {formats}.", fields, last=records.last_step)
+
+
+def _removed(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The layers whose high precision alone took most of the gradients' error away."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        value = row["removed_error"]
+        if (
+            value is not None
+            and value > best.get(row["layer"], {"removed_error": -1})["removed_error"]
+        ):
+            best[row["layer"]] = row
+    worst = sorted(best.values(), key=lambda row: -row["removed_error"])[:_ATTRIBUTED]
+    return Table(
+        title="Error that is gone when this layer alone runs in high precision",
+        columns=("layer", "format", "step", "error removed", "its own casts' error"),
+        rows=[
+            [
+                row["layer"],
+                row["format"],
+                f"{row['step']:,}",
+                share(row["removed_error"]),
+                number(row["cast_error"], ".3g"),
+            ]
+            for row in worst
+        ],
+        numbers=frozenset({2, 3, 4}),
+        note="By ParityProbe. Healthy layers remove a small share each; one that removes most of it"
+        " is the one to put into another format.",
+    )
+
+
+def _blamed(records: RunRecords) -> Table:
+    """Whom the fallback's attribution named."""
+    rows: list[list[str]] = []
+    for event in records.events:
+        alone = {
+            name.removeprefix("alone/"): value
+            for name, value in event.numbers.items()
+            if name.startswith("alone/")
+        }
+        for layer, value in sorted(alone.items(), key=lambda item: -item[1]):
+            all_of_it = event.numbers.get("grad_error")
+            rows.append([f"{event.step:,}", layer, number(value, ".3f"), number(all_of_it, ".3f")])
+    return Table(
+        title="Blamed for an incident",
+        columns=(
+            "step",
+            "layer",
+            "gradient error, alone in low precision",
+            "of all layers together",
+        ),
+        rows=rows[:_ATTRIBUTED],
+        numbers=frozenset({0, 2, 3}),
+        note="By PrecisionFallback, on the batch that was looked into.",
+    )

@@ -1,0 +1,146 @@
+"""A run in one sentence, and in a handful of figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from lightning_fp.layers import linear_format
+from lightning_fp.records import Demotion, Event, Verdict
+from lightning_fp.report.draw.parts import duration, number, share
+from lightning_fp.report.read.cost import RunCost
+from lightning_fp.report.read.format_history import HIGH, changed_formats, last_formats
+from lightning_fp.report.read.run_records import RunRecords
+
+
+def headline(records: RunRecords, cost: RunCost) -> str:
+    """A few short sentences that need no knowledge of the package.
+
+    Args:
+        records: the run's.
+        cost: what it cost.
+    """
+    parts = [_end(records), _incidents(records)]
+    if cost.effective_speedup is not None:
+        gain = cost.effective_speedup
+        parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
+        if emulated(records):
+            parts.append(
+                "FP8 was emulated: its losses are those of FP8 hardware, its times are not."
+            )
+    elif cost.attempted and cost.useful < cost.attempted:
+        parts.append(f"{cost.useful:,} of {cost.attempted:,} steps were useful.")
+    return " ".join(part for part in parts if part)
+
+
+def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]]:
+    """What, how much, and a remark, for the top of a page."""
+    steps = records.steps
+    loss = steps.final_loss() if steps else None
+    low, all, now = low_precision(records)
+    raw, effective = cost.raw_speedup, cost.effective_speedup
+    unknown = "no baseline"
+    against = f"against {cost.baseline}" if raw else unknown
+    if raw and emulated(records):
+        against = "FP8 emulated"
+    return [
+        ("steps", f"{cost.attempted:,}", f"{cost.useful:,} useful"),
+        ("final loss", number(loss) or "unknown", "mean of the last steps"),
+        ("in low precision", f"{low} of {all}" if all else "unknown", now or "layers at the end"),
+        ("time per step", duration(cost.step_seconds), "median"),
+        ("speed-up per step", f"{raw:.2f}x" if raw else "unknown", against),
+        (
+            "effective speed-up",
+            f"{effective:.2f}x" if effective else "unknown",
+            "after all losses" if effective else unknown,
+        ),
+    ]
+
+
+def low_precision(records: RunRecords) -> tuple[int, int, str]:
+    """Layers in low precision at the end, all layers, and the former's share of FLOPs in words."""
+    ends = last_formats(records)
+    low = [layer for layer, format in ends.items() if is_low(format)]
+    flops = {info.name: info.flops_share for info in records.layers}
+    known = [flops.get(layer) for layer in low]
+    shares = [value for value in known if value is not None]
+    whole = bool(low) and len(shares) == len(low)
+    return len(low), len(ends), f"{share(sum(shares))} of FLOPs" if whole else ""
+
+
+def emulated(records: RunRecords) -> bool:
+    """Whether low precision was emulated, so that times say nothing about hardware that has it."""
+    return any("emulated" in layer.kernel for layer in records.layers)
+
+
+def is_low(format: str) -> bool:
+    """Whether a format's name means low precision; of one that is not known, yes."""
+    if format == HIGH:
+        return False
+    try:
+        return not linear_format(format).is_high_precision
+    except ValueError:
+        return True
+
+
+def updated(records: RunRecords) -> float | None:
+    """Unix time of the newest record."""
+    files = [path for path in records.path.glob("*") if path.suffix in (".csv", ".jsonl")]
+    files += list((records.path / "statistics").glob("*.parquet"))
+    return max((path.stat().st_mtime for path in files), default=None)
+
+
+def _end(records: RunRecords) -> str:
+    loss = records.steps.final_loss() if records.steps else None
+    with_loss = f" with a loss of {loss:.4g}" if loss is not None else ""
+    if records.finished is not None:
+        return f"The run ended after {records.last_step:,} steps{with_loss}."
+    if not records.last_step:
+        return "Nothing is recorded of this run's steps yet."
+    when = updated(records)
+    at = "" if when is None else time.strftime(" (%Y-%m-%d %H:%M)", time.localtime(when))
+    if not any(event.kind == "started" for event in records.events):
+        return f"The run is recorded up to step {records.last_step:,}{with_loss}."
+    return (
+        "No end is recorded: the run still goes on, or was stopped, after"
+        f" {records.last_step:,} steps{with_loss}{at}."
+    )
+
+
+def _incidents(records: RunRecords) -> str:
+    """What the fallback found and did."""
+    events = records.events
+    convicted = _steps(events, "precision")
+    demotions = [
+        event for event in events if isinstance(event, Demotion) and changed_formats(event)
+    ]
+    if convicted:
+        times = "once" if len(convicted) == 1 else f"{len(convicted)} times"
+        layers = {layer for event in demotions for layer in event.formats}
+        named = next(iter(layers)) if len(layers) == 1 else f"{len(layers)} layers"
+        at = ", ".join(f"{step:,}" for step in convicted[:3])
+        what = f"Low precision was proved to harm it {times}, at step {at}"
+        return f"{what}; {named} got a safer format.{_climbs(events)}" if layers else f"{what}."
+    cleared = _steps(events, "not precision")
+    if cleared:
+        times = "once" if len(cleared) == 1 else f"{len(cleared)} times"
+        return f"Something went wrong {times}, and replays showed that precision was not to blame."
+    if climbs := _climbs(events):
+        return climbs.strip()
+    if any(event.kind in ("suspect", "skip", "demote", "rollback") for event in events):
+        return "Something unusual happened; the events say what was done about it."
+    if any(event.kind == "started" for event in events):
+        return "Nothing went wrong."
+    return ""
+
+
+def _climbs(events: Sequence[Event]) -> str:
+    climbed = [event for event in events if event.kind == "limit" and changed_formats(event)]
+    layers = {layer for event in climbed for layer in event.layers}
+    many = "1 layer was" if len(layers) == 1 else f"{len(layers)} layers were"
+    return f" {many} over a limit and got a safer format." if layers else ""
+
+
+def _steps(events: Sequence[object], verdict: str) -> list[int]:
+    found = [e.step for e in events if isinstance(e, Verdict) and e.verdict == verdict]
+    return list(dict.fromkeys(found))

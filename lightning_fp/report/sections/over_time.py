@@ -1,0 +1,187 @@
+"""How the run went: its losses and events, the formats over time, the stages of a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning_fp.records import StageChange
+from lightning_fp.records.events import GateResult
+from lightning_fp.report.draw.curves import curve, panel, panels
+from lightning_fp.report.draw.marks import events_table, lanes
+from lightning_fp.report.draw.parts import (
+    Chart,
+    Section,
+    Table,
+    not_recorded,
+    number,
+)
+from lightning_fp.report.read.format_history import format_courses, layer_groups
+from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.headline import is_low
+
+_GATES = 60
+
+
+def loss_section(records: RunRecords) -> Section:
+    """Loss and gradient norm, with every event."""
+    steps, events = records.steps, records.events
+    look = "The loss should fall; a jump with a mark beneath it is explained by that event."
+    marks = lanes(events, records.last_step)
+    about = Section(id="loss", title="Loss and gradient norm", look=look)
+    if steps is None and not marks:
+        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+    fields: list[dict[str, Any]] = []
+    notes: list[str] = []
+    if steps is not None:
+        fields.append(
+            panel("loss", [curve("loss", steps.steps, steps.losses, smooth=True)], height=220)
+        )
+        if steps.grad_norms.isfinite().any():
+            line = curve("gradient norm", steps.steps, steps.grad_norms, color=1, smooth=True)
+            fields.append(panel("gradient norm", [line], height=130))
+        else:
+            notes.append(
+                "The gradient norm is not recorded: call monitor.note_grad_norm(norm) where it is"
+                " computed, or add PrecisionFallback()."
+            )
+        bad = int((~steps.losses.isfinite()).sum())
+        if bad:
+            notes.append(f"{bad:,} steps had a loss of inf or NaN; they are marked at the top.")
+    else:
+        notes.append("The loss is not recorded: add ClampMonitor() to the Trainer's callbacks.")
+    chart = panels(
+        "Loss, gradient norm and events by optimizer step",
+        "Faint: every step. Strong: running mean. Beneath: what happened, one lane for each kind.",
+        fields,
+        last=records.last_step,
+        lanes=marks,
+    )
+    return replace(about, charts=(chart,), text=notes)
+
+
+def events_section(records: RunRecords) -> Section:
+    """What happened, as a table."""
+    about = Section(
+        id="events",
+        title="What happened",
+        look="Every decision about precision, with its reason, in the order of the steps.",
+    )
+    if not records.events:
+        return replace(
+            about, missing=not_recorded("add PrecisionFallback() to the Trainer's callbacks")
+        )
+    table = events_table(records.events)
+    return replace(about, tables=(table,), text=() if table.rows else ("Nothing has happened.",))
+
+
+def formats_section(records: RunRecords) -> Section:
+    """The format of every layer over time."""
+    about = Section(
+        id="formats",
+        title="Formats over time",
+        look="One row for each group of layers that changed alike; grey is high precision.",
+    )
+    courses = format_courses(records)
+    if not courses:
+        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+    last = max(records.last_step, 1)
+    groups = layer_groups(courses)
+    used = list(dict.fromkeys(format for group in groups for _, format in group.course))
+    rows = [
+        {
+            "label": group.label,
+            "title": f"{len(group.layers)} layers" if len(group.layers) > 1 else group.label,
+            "segments": _segments(group.course, last),
+        }
+        for group in groups
+    ]
+    chart: Chart = {
+        "type": "strips",
+        "title": "Format by layer and optimizer step",
+        "look": "A change of colour is a change of format; the table above says why it was made.",
+        "last": last,
+        "rows": rows,
+        "names": [{"name": name, "high": not is_low(name)} for name in used],
+    }
+    ends = [(course[0][1], course[-1][1], len(course) - 1) for course in courses.values()]
+    counts = {key: ends.count(key) for key in dict.fromkeys(ends)}
+    table = Table(
+        title="Layers by format",
+        columns=("at first", "at the end", "changes", "layers"),
+        rows=[[a, b, f"{n}", f"{many:,}"] for (a, b, n), many in counts.items()],
+        numbers=frozenset({2, 3}),
+    )
+    left = [
+        [info.name, info.format, info.reason] for info in records.layers if info.reason is not None
+    ]
+    alone = Table(
+        title="Left in high precision",
+        columns=("layer", "format", "why"),
+        rows=left[:50],
+        note=f"{len(left) - 50} more." if len(left) > 50 else "",
+        folded=True,
+    )
+    inferred = () if records.layers else ("Inferred from the statistics, interval by interval.",)
+    tables = (table, alone) if left else (table,)
+    return replace(about, charts=(chart,), tables=tables, text=inferred)
+
+
+def stages_section(records: RunRecords) -> Section:
+    """The stages of a rollout, and its gates."""
+    about = Section(
+        id="stages",
+        title="Rollout stages and gates",
+        look="Each stage puts more layers into low precision; a gate that fails holds it back.",
+    )
+    stages = [event for event in records.events if isinstance(event, StageChange)]
+    gates = [event for event in records.events if isinstance(event, GateResult)]
+    if not stages and not gates:
+        return replace(about, missing=not_recorded("train with StagedRollout(recipe)"))
+    last = max(records.last_step, 1)
+    course = [(event.step, event.stage) for event in stages]
+    if stages and stages[0].previous and stages[0].step > 0:
+        course.insert(0, (0, stages[0].previous))
+    names = list(dict.fromkeys(name for _, name in course))
+    chart: Chart = {
+        "type": "strips",
+        "title": "Stage by optimizer step",
+        "look": "How long each stage lasted; the marks beneath are the gates that were asked.",
+        "last": last,
+        "rows": [{"label": "stage", "title": "stage", "segments": _segments(course, last)}],
+        "names": [{"name": name, "high": False} for name in names],
+        "lanes": lanes(gates, last),
+    }
+    rows = [
+        [
+            f"{gate.step:,}",
+            gate.stage,
+            gate.statistic,
+            number(gate.numbers.get("value")),
+            " and ".join(
+                f"{bound} {number(gate.numbers[bound])}"
+                for bound in ("above", "below")
+                if bound in gate.numbers
+            ),
+            "passed" if gate.passed else "held",
+            gate.reason,
+        ]
+        for gate in gates
+    ]
+    table = Table(
+        title="Gates",
+        columns=("step", "stage", "statistic", "value", "must be", "result", "why"),
+        rows=rows[-_GATES:],
+        numbers=frozenset({0, 3}),
+        note=f"The last {_GATES} of {len(rows)}." if len(rows) > _GATES else "",
+    )
+    return replace(about, charts=(chart,) if course else (), tables=(table,) if rows else ())
+
+
+def _segments(course: Sequence[tuple[int, str]], last: int) -> list[dict[str, Any]]:
+    ends = [step for step, _ in course[1:]] + [max(last, course[-1][0])]
+    return [
+        {"from": step, "to": end, "name": name}
+        for (step, name), end in zip(course, ends, strict=True)
+    ]

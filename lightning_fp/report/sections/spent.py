@@ -1,0 +1,189 @@
+"""What came of it: evaluation in both precisions, the mismatch in RL, cost, how it was run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from lightning_fp.report.draw.curves import curve, panel, panels, points
+from lightning_fp.report.draw.parts import (
+    Section,
+    Table,
+    duration,
+    not_recorded,
+    number,
+    share,
+    size,
+)
+from lightning_fp.report.read.cost import RunCost
+from lightning_fp.report.read.run_records import RunRecords
+
+
+def evaluation_section(records: RunRecords) -> Section:
+    """What serving in another precision would cost."""
+    about = Section(
+        id="evaluation",
+        title="Evaluation gap",
+        look=(
+            "The same validation batches in the training formats and in high precision. A gap away"
+            " from 0 means that the model has fitted itself to its formats."
+        ),
+    )
+    columns = records.evaluation
+    if not {"loss", "loss_high"} <= columns.keys():
+        return replace(
+            about, missing=not_recorded("add EvaluationGap() to the Trainer's callbacks")
+        )
+    at = columns["step"].tolist()
+    loss, high = columns["loss"], columns["loss_high"]
+    gap = columns.get("gap", (loss - high) / high.abs())
+    fields = [
+        panel(
+            "validation loss",
+            [
+                points("training formats", at, loss.tolist()),
+                points("high precision", at, high.tolist(), color=2),
+            ],
+            height=140,
+        ),
+        panel(
+            "gap",
+            [points("gap", at, (gap * 100).tolist(), color=1)],
+            unit="%",
+            log=False,
+            height=100,
+        ),
+    ]
+    look = "Where the two lines part, one of the two ways to serve the model is worse."
+    chart = panels("Validation loss in two precisions", look, fields, last=records.last_step)
+    return replace(about, charts=(chart,))
+
+
+def mismatch_section(records: RunRecords) -> Section:
+    """How far rollout and training are apart in reinforcement learning."""
+    about = Section(
+        id="mismatch",
+        title="Training-inference mismatch",
+        look=(
+            "In reinforcement learning: how far the probabilities of the rollout are from those of"
+            " training. Growth comes before collapse."
+        ),
+    )
+    columns = {name: v for name, v in records.mismatch.items() if name != "step"}
+    drawn = {name: values for name, values in columns.items() if values.isfinite().any()}
+    if not drawn:
+        remedy = "add MismatchMonitor() to the Trainer's callbacks, in reinforcement learning"
+        return replace(about, missing=not_recorded(remedy))
+    steps = records.mismatch["step"].long()
+    usual = ("k3_kl", "abs_r", "k1_kl")
+    first = [n for n in drawn if n in usual or n.removeprefix("mismatch/") in usual]
+    names = [*first, *(name for name in drawn if name not in first)][:6]
+    fields = [
+        panel(name, [curve(name, steps, drawn[name], color=i % 5)], height=110)
+        for i, name in enumerate(names)
+    ]
+    look = "Each metric by itself; the page on training-inference mismatch says what is usual."
+    chart = panels("Mismatch by optimizer step", look, fields, last=records.last_step)
+    ends = [
+        [name, number(values[-1].item()), number(values.max().item())]
+        for name, values in drawn.items()
+    ]
+    table = Table(
+        title="All metrics",
+        columns=("metric", "last", "largest"),
+        rows=ends,
+        numbers=frozenset({1, 2}),
+        folded=True,
+    )
+    return replace(about, charts=(chart,), tables=(table,))
+
+
+def cost_section(records: RunRecords, cost: RunCost) -> Section:
+    """What the run cost."""
+    known = records.steps is not None and cost.seconds is not None
+    facts: list[tuple[str, str]] = [
+        ("steps attempted", f"{cost.attempted:,}"),
+        (
+            "useful",
+            f"{cost.useful:,}" + (f" ({share(cost.useful_share)})" if cost.attempted else ""),
+        ),
+        ("skipped", f"{cost.skipped:,}"),
+        ("rolled back", f"{cost.rolled_back:,}, of these {cost.made_good:,} made good"),
+        ("with layers in a safer format", f"{cost.in_fallback:,}"),
+        ("repeated after a resume", f"{cost.repeated:,}"),
+        (
+            "replays",
+            f"{cost.replays:,}"
+            + ("" if cost.replayed_steps is None else f", {cost.replayed_steps:,} training steps"),
+        ),
+        ("time in all", duration(cost.seconds)),
+        ("time per step, median", duration(cost.step_seconds)),
+        ("sampled steps took more", _part(cost.telemetry_seconds, cost.seconds)),
+        ("parity probes took", _part(cost.probe_seconds, cost.seconds)),
+        ("incidents took", _part(cost.incident_seconds, cost.seconds)),
+        ("baseline's time per step, median", duration(cost.baseline_step_seconds)),
+        ("speed-up per step", _times(cost.raw_speedup)),
+        ("speed-up after all losses", _times(cost.effective_speedup)),
+        *((f"memory: {what}", size(value)) for what, value in cost.memory.items()),
+    ]
+    text = [cost.sentence()]
+    if not known:
+        text.append("Times are not recorded: add ClampMonitor() to the Trainer's callbacks.")
+    if records.finished is None and cost.attempted:
+        text.append("The run has not said what became of its steps: this is made from its events.")
+    return Section(
+        id="cost",
+        title="What the run cost",
+        look=(
+            "Speed-up after all losses is what counts: the time the baseline takes for as many"
+            " useful steps, over all the time of this run."
+        ),
+        facts=facts,
+        text=text,
+    )
+
+
+def settings_section(records: RunRecords) -> Section:
+    """How the run was set up."""
+    about = Section(id="settings", title="How it was run", look="Everything to run it again.")
+    if not records.starts:
+        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+    info = records.starts[-1]
+    resumed = ", ".join(f"{start.step:,}" for start in records.starts[1:])
+    facts = [
+        ("directory", str(records.path)),
+        ("device", info.device or "unknown"),
+        ("processes", f"{info.world_size} ({info.strategy})"),
+        ("parameters", f"{info.parameters:,}"),
+        *(("resumed at step", resumed) for _ in [0] if resumed),
+        *((name, version) for name, version in info.versions.items()),
+    ]
+    tables = [
+        Table(
+            title=name,
+            columns=("option", "value"),
+            rows=[[key, _plain(value)] for key, value in options.items()],
+            folded=True,
+        )
+        for name, options in info.settings.items()
+    ]
+    return replace(about, facts=facts, tables=[table for table in tables if table.rows])
+
+
+def _part(seconds: float | None, all: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return duration(seconds) + (f" ({share(seconds / all)})" if all else "")
+
+
+def _times(factor: float | None) -> str:
+    return (
+        "unknown: record a baseline with lightning-fp baseline"
+        if factor is None
+        else f"{factor:.2f}x"
+    )
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)

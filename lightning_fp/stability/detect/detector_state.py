@@ -1,0 +1,87 @@
+"""All that the divergence detector remembers, and its form in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from lightning_fp.stability.detect.decision import Cause
+from lightning_fp.stability.detect.incident import Evidence, Incident
+from lightning_fp.stability.detect.signal_level import Baseline
+
+VERSION = 1
+"""Of the plain form."""
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorState:
+    """All that the detector remembers: never changed, each step makes a new one."""
+
+    loss: Baseline = field(default_factory=Baseline)
+
+    grad_norm: Baseline = field(default_factory=Baseline)
+    """Of its logarithm."""
+
+    update_ratio: Baseline = field(default_factory=Baseline)
+    """Of its logarithm."""
+
+    lr: float | None = None
+    """The lowest learning rate since the level was learned."""
+
+    nonfinite: int = 0
+    """Steps in a row."""
+
+    grace: int = 0
+    """Steps left in which baselines are kept and only far outliers count."""
+
+    evidence: Evidence = field(default_factory=Evidence)
+
+    incident: Incident | None = None
+
+
+def to_plain(state: DetectorState) -> dict[str, Any]:
+    """As numbers, strings, lists and dicts."""
+    return {"version": VERSION, **_plain(asdict(state))}
+
+
+def from_plain(plain: Mapping[str, Any]) -> DetectorState:
+    """The state that `to_plain` was given, to the bit.
+
+    Raises:
+        ValueError: if it is of another version, or no detector's.
+    """
+    if plain.get("version") != VERSION:
+        raise ValueError(
+            f"version of the detector's state must be {VERSION}, got {plain.get('version')!r}; it"
+            " is of another release: start with detector.init()"
+        )
+    parts: dict[str, Any] = {name: part for name, part in plain.items() if name != "version"}
+    for name in ("loss", "grad_norm", "update_ratio"):
+        parts[name] = _record(Baseline, parts.get(name))
+    parts["evidence"] = _record(Evidence, parts.get("evidence"))
+    if parts.get("incident") is not None:
+        incident = _record(Incident, parts["incident"])
+        parts["incident"] = replace(incident, cause=Cause[str(incident.cause)])
+    return _record(DetectorState, parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return value.name if isinstance(value, Cause) else value
+
+
+def _record(kind: type[Record], values: Any) -> Record:
+    """A record of the given kind from plain values."""
+    names = {part.name for part in fields(kind)}  # pyright: ignore[reportArgumentType]
+    if not isinstance(values, Mapping) or set(values) != names:
+        raise ValueError(
+            f"state_dict must have {sorted(names)} for {kind.__name__}, got {values!r}; pass what"
+            " detector.state_dict(state) returned"
+        )
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

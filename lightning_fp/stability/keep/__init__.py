@@ -1,0 +1,1 @@
+"""What a run can go back to: snapshots of its state, and the batches since."""

@@ -1,0 +1,319 @@
+"""The last steps' micro-batches in host memory: what a trajectory is replayed with."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fp.stability.keep.host_batch import batch_bytes, host_copy, is_plain_batch
+from lightning_fp.stability.keep.random_state import RandomState
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+Hyperparameters = list[list[dict[str, Any]]]
+"""By optimizer and parameter group, its plain numbers by name: lr, betas, weight_decay, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One batch as the training step got it, and from where it drew random numbers."""
+
+    batch: Any
+    """A copy on the CPU."""
+
+    batch_idx: int
+
+    rng: RandomState
+    """Before the training step."""
+
+    dataloader_idx: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return batch_bytes(self.batch) + self.rng.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStep:
+    """All that an optimizer step was made from, and what came of it."""
+
+    step: int
+    """Optimizer steps done before it."""
+
+    micro_batches: list[MicroBatch] = field(default_factory=list[MicroBatch])
+    """In order; several with gradient accumulation."""
+
+    hyperparameters: Hyperparameters = field(default_factory=list[list[dict[str, Any]]])
+    """As the optimizers stepped with them."""
+
+    loss: float | None = None
+    """Mean over micro-batches; None while it is not known."""
+
+    grad_norm: float | None = None
+    """Before clipping; None while it is not known."""
+
+    skipped: bool = False
+    """Whether the optimizers did not step."""
+
+
+class BatchRing:
+    """Records steps and drops the oldest when memory is used up.
+
+    Call `begin`, `add` before each training step, and `end`, for every step: numbers may jump, so
+    one that is left out is not noticed. A step that cannot be recorded, since its batches alone are
+    larger than the bound, or cannot be copied, is a gap: with it all steps before it are of no use
+    any more and are dropped.
+
+    Args:
+        max_bytes: bound on host memory, see `nbytes`.
+        max_steps: bound on the number of steps; None: only memory counts.
+    """
+
+    def __init__(self, *, max_bytes: int = 2**30, max_steps: int | None = None) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 or None, got {max_steps}")
+        self.max_bytes, self.max_steps = max_bytes, max_steps
+        self._waiting: list[Any] = []
+        self._warned = False
+        self.clear()
+
+    # -- recording ------------------------------------------------------------------------------
+
+    def begin(self, step: int, hyperparameters: Hyperparameters | None = None) -> None:
+        """A step begins. What was recorded of this and of later steps is dropped.
+
+        Args:
+            step: optimizer steps done.
+            hyperparameters: see `RecordedStep`.
+        """
+        if self._open is not None and self._open.step < step:
+            self._gap()  # it did not come to its end, and nobody knows what it did
+        self.drop_from(step)
+        if self._since is None:
+            self._since = step
+        self._open = RecordedStep(step=step, hyperparameters=hyperparameters or [])
+
+    def add(self, batch: Any, batch_idx: int, rng: RandomState, *, dataloader_idx: int = 0) -> None:
+        """Copy a micro-batch of the step that has begun.
+
+        Args:
+            batch: as the training step gets it; see `host_copy`.
+            batch_idx: its index.
+            rng: the random state before the training step.
+            dataloader_idx: the loader it is from.
+        """
+        if self._open is None:
+            return
+        nbytes = batch_bytes(batch) + rng.nbytes
+        while self.nbytes + nbytes > self.max_bytes and self._steps:
+            self._drop_oldest()
+        if self.nbytes + nbytes > self.max_bytes:
+            self._gap()
+            return
+        try:
+            copied = host_copy(batch)
+        except Exception as error:  # whatever an object may raise that does not want to be copied
+            if not self._warned:
+                log.warning("batches of this kind cannot be copied and not be replayed: %r", error)
+            self._warned = True
+            self._gap()
+            return
+        if torch.cuda.is_initialized():
+            self._waiting.append(torch.cuda.current_stream().record_event())
+        micro = MicroBatch(
+            batch=copied, batch_idx=batch_idx, rng=rng, dataloader_idx=dataloader_idx
+        )
+        self._open.micro_batches.append(micro)
+        self.nbytes += nbytes
+        self._sizes[self._open.step] = self._sizes.get(self._open.step, 0) + nbytes
+
+    def set_hyperparameters(self, hyperparameters: Hyperparameters) -> None:
+        """What the optimizers really stepped with, if a hook has changed it since `begin`."""
+        if self._open is not None:
+            self._open = replace(self._open, hyperparameters=hyperparameters)
+
+    def end(
+        self,
+        *,
+        loss: float | None = None,
+        grad_norm: float | None = None,
+        skipped: bool = False,
+    ) -> None:
+        """The step has ended."""
+        if self._open is None:
+            return
+        step = replace(self._open, loss=loss, grad_norm=grad_norm, skipped=skipped)
+        self._steps.append(step)
+        self._open = None
+        while self.max_steps is not None and len(self._steps) > self.max_steps:
+            self._drop_oldest()
+
+    def set_results(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        grad_norm: float | None = None,
+        skipped: bool = False,
+    ) -> None:
+        """What came of a step, where that is known only later; nothing if it is not kept."""
+        for index, recorded in enumerate(self._steps):
+            if recorded.step == step:
+                self._steps[index] = replace(
+                    recorded, loss=loss, grad_norm=grad_norm, skipped=skipped
+                )
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def since(self, step: int) -> list[RecordedStep] | None:
+        """All steps from `step` on that have ended, without a gap; None if some are not there."""
+        if self._since is None or step < self._since:
+            return None
+        self._synchronize()
+        return [recorded for recorded in self._steps if recorded.step >= step]
+
+    @property
+    def first(self) -> RecordedStep | None:
+        """The oldest step that is kept."""
+        self._synchronize()
+        return self._steps[0] if self._steps else None
+
+    @property
+    def last(self) -> RecordedStep | None:
+        """The last step that has ended."""
+        self._synchronize()
+        return self._steps[-1] if self._steps else None
+
+    def rates(self) -> list[float]:
+        """The learning rate of each step that is kept, of the first group; oldest first."""
+        groups = [step.hyperparameters[0][0] for step in self._steps if step.hyperparameters]
+        return [float(group["lr"]) for group in groups if "lr" in group]
+
+    # -- dropping -------------------------------------------------------------------------------
+
+    def drop_before(self, step: int) -> None:
+        """Forget earlier steps: no snapshot needs them."""
+        while self._steps and self._steps[0].step < step:
+            self._drop_oldest()
+
+    def drop_from(self, step: int) -> None:
+        """Forget this and later steps, as after a rollback to before it."""
+        if self._open is not None and self._open.step >= step:
+            self._forget(self._open)
+            self._open = None
+        while self._steps and self._steps[-1].step >= step:
+            self._forget(self._steps.pop())
+        if self._since is not None and step < self._since:
+            self._since = None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._steps: deque[RecordedStep] = deque()
+        self._open: RecordedStep | None = None
+        self._sizes: dict[int, int] = {}
+        self._since: int | None = None
+        self.nbytes = 0
+        """Bytes of host memory in use: batches, and the random state of each."""
+
+    def _drop_oldest(self) -> None:
+        step = self._steps.popleft()
+        self._since = step.step + 1
+        self._forget(step)
+
+    def _forget(self, step: RecordedStep) -> None:
+        self.nbytes -= self._sizes.pop(step.step, 0)
+
+    def _gap(self) -> None:
+        """The open step is lost, and so is the use of all before it."""
+        assert self._open is not None
+        gap = self._open.step
+        self.clear()
+        self._since = gap + 1
+
+    def _synchronize(self) -> None:
+        """Wait for the copies from CUDA."""
+        for event in self._waiting[-1:]:
+            event.synchronize()
+        self._waiting.clear()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that have ended, as plain values; their tensors are shared, not copied.
+
+        If batches have anything but tensors, numbers and text in dicts, lists and tuples, none are
+        saved, because the checkpoint would not load with `weights_only=True`.
+        """
+        self._synchronize()
+        plain = all(is_plain_batch(m.batch) for step in self._steps for m in step.micro_batches)
+        if not plain:
+            log.warning(
+                "recorded batches are not saved: they have objects that cannot be loaded with"
+                " weights_only=True; after a resume the steps before it cannot be replayed"
+            )
+        return {
+            "version": STATE_VERSION,
+            "since": self._since if plain else None,
+            "steps": [_step_to_state(step) for step in self._steps] if plain else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the steps of a checkpoint; the oldest are dropped if there are too many.
+
+        Raises:
+            ValueError: if the state is of a version this package does not know.
+        """
+        version = state.get("version")
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"batch ring's state must have version {STATE_VERSION}, got {version!r};"
+                " resume with the lightning_fp version that wrote the checkpoint, or a later one"
+            )
+        self.clear()
+        self._since = state["since"]
+        for step in map(_step_from_state, state["steps"]):
+            self._steps.append(step)
+            self._sizes[step.step] = sum(micro.nbytes for micro in step.micro_batches)
+            self.nbytes += self._sizes[step.step]
+        bound = len(self._steps) if self.max_steps is None else self.max_steps
+        while self._steps and (self.nbytes > self.max_bytes or len(self._steps) > bound):
+            self._drop_oldest()
+
+
+def _step_to_state(step: RecordedStep) -> dict[str, Any]:
+    micro_batches = [{**vars(micro), "rng": micro.rng.state_dict()} for micro in step.micro_batches]
+    return {**vars(step), "micro_batches": micro_batches}
+
+
+def _step_from_state(state: Mapping[str, Any]) -> RecordedStep:
+    micro_batches = [
+        MicroBatch(
+            batch=_on_cpu(micro["batch"]),
+            batch_idx=micro["batch_idx"],
+            dataloader_idx=micro["dataloader_idx"],
+            rng=RandomState.from_state_dict(micro["rng"]),
+        )
+        for micro in state["micro_batches"]
+    ]
+    values: dict[str, Any] = {**state, "micro_batches": micro_batches}
+    return RecordedStep(**values)
+
+
+def _on_cpu(batch: Any) -> Any:
+    """A checkpoint may have been loaded with `map_location`."""
+    if isinstance(batch, Tensor):
+        return batch.cpu()
+    if isinstance(batch, dict):
+        return type(batch)((key, _on_cpu(value)) for key, value in batch.items())
+    return type(batch)(map(_on_cpu, batch)) if isinstance(batch, (list, tuple)) else batch

@@ -1,0 +1,189 @@
+"""Run a batch again in other formats, as a transaction, and compare what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_fp.layers import FormatLike, FPLinear, PrecisionMap
+from lightning_fp.layers.statistics_table import StatisticsTable
+from lightning_fp.stability.keep.random_state import RandomState
+from lightning_fp.stability.replay.untouched import untouched
+
+Outcome = Literal["done", "no loss", "out of memory", "failed on another rank"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """One forward and backward of which nothing else is left."""
+
+    outcome: Outcome = "done"
+    """Whether it ran to its end. Anything but "done" comes without numbers."""
+
+    loss: Tensor | None = None
+    """Scalar, on the device."""
+
+    gradients: Sequence[Tensor | None] = ()
+    """One per parameter, in the order of `model.parameters()`, on the device in their dtype."""
+
+    casts: Mapping[str, Tensor] | None = None
+    """By layer, if asked for: float64 [operands, statistics] of this rank, see
+    `lightning_fp.layers.statistics_table`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientGap:
+    """How far one gradient is from another, over all ranks."""
+
+    cosine: float
+    """Of the angle between the two; NaN where one is zero or not finite."""
+
+    norm_ratio: float
+    """Norm of the first over norm of the second."""
+
+    error: float
+    """Norm of the difference over norm of the second; 0 for equal ones, also where both are 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One replay against another."""
+
+    losses: tuple[float, float]
+    """Mean over ranks, of the first and of the second."""
+
+    all: GradientGap
+    """Of all parameters together."""
+
+    layers: Mapping[str, GradientGap]
+    """Of each switchable layer's own parameters."""
+
+
+def replay(
+    step: Callable[[], Tensor | None],
+    model: nn.Module,
+    table: PrecisionMap,
+    *,
+    formats: Mapping[str, FormatLike] | None = None,
+    rng: RandomState | None = None,
+    observe: bool = False,
+) -> Replay:
+    """Run forward and backward of one batch and leave no trace; see `untouched`.
+
+    Args:
+        step: runs both and returns the loss; None if there was none.
+        model: what `step` calls, with its wrappers.
+        table: the formats of its layers.
+        formats: other formats for this time, by exact layer name.
+        rng: the random state to run from; None takes the present one.
+        observe: whether to look at the casts too.
+
+    Returns:
+        The loss and the gradients, or that memory did not suffice. Gradients are this rank's,
+        unless the strategy cannot run without exchanging them (FSDP).
+    """
+    try:
+        with untouched(model), table.overridden(formats or {}):
+            if rng is not None:
+                rng.restore()
+            casts = _observe(table) if observe else None
+            loss = step()
+            gradients = [parameter.grad for parameter in model.parameters()]
+            return Replay(
+                outcome="no loss" if loss is None else "done",
+                loss=None if loss is None else loss.detach(),
+                gradients=gradients,
+                casts=None if casts is None else dict(zip(casts.names, casts.take(), strict=True)),
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler, which kept the frames of the step and with them its tensors.
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return Replay(outcome="out of memory")
+
+
+def _observe(table: PrecisionMap) -> StatisticsTable:
+    """Look at the casts of all rows; leaving `untouched` ends it."""
+    layers = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
+    casts = StatisticsTable(layers, stride=1)
+    casts.collect(True)
+    return casts
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "can't allocate memory" in str(error)  # the CPU's allocator has no class of its own
+    )
+
+
+@torch.no_grad()
+def compare(one: Replay, other: Replay, model: nn.Module, table: PrecisionMap) -> Comparison:
+    """The first replay's loss and gradients against the second's; a collective if distributed.
+
+    Args:
+        one: a replay that is done.
+        other: the replay to measure it by.
+        model: the model of both.
+        table: the layers of which to give the gap.
+
+    Returns:
+        Numbers over all ranks, alike on all.
+    """
+    layer_of = {id(p): name for name, layer in table.layers.items() for p in _parameters(layer)}
+    names = [layer_of.get(id(parameter)) for parameter in model.parameters()]
+    sums = [_sums(a, b) for a, b in zip(one.gradients, other.gradients, strict=True)]
+    losses = [replay.loss.double() for replay in (one, other) if replay.loss is not None]
+    device = losses[0].device
+    everything = [*losses, torch.ones((), device=device), *(s.to(device) for s in sums)]
+    flat = torch.cat([value.double().reshape(-1) for value in everything])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat)
+    values: list[float] = flat.tolist()
+    ranks, rows = values[2], [values[i : i + 3] for i in range(3, len(values), 3)]
+    by_layer: dict[str, list[list[float]]] = {name: [] for name in table.layers}
+    for name, row in zip(names, rows, strict=True):
+        if name is not None:
+            by_layer[name].append(row)
+    return Comparison(
+        losses=(values[0] / ranks, values[1] / ranks),
+        all=_gap(rows),
+        layers={name: _gap(rows) for name, rows in by_layer.items()},
+    )
+
+
+def _parameters(layer: object) -> list[nn.Parameter]:
+    return list(layer.parameters()) if isinstance(layer, nn.Module) else []
+
+
+def _sums(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """float64 [3]: squared norms of a, of b and of their difference; None counts as zero."""
+    some = a if a is not None else b
+    if some is None:
+        return torch.zeros(3, dtype=torch.float64)
+    a, b = (torch.zeros_like(some) if x is None else x for x in (a, b))
+    # FSDP2: this rank's shard. The sums over ranks are then those of the whole.
+    a, b = (x.to_local() if hasattr(x, "to_local") else x for x in (a, b))  # pyright: ignore
+    difference = (a.float() if a.element_size() < 4 else a) - b
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in (a, b, difference)]
+    return torch.stack(norms).square()
+
+
+def _gap(rows: Sequence[Sequence[float]]) -> GradientGap:
+    a, b, difference = (sum(row[column] for row in rows) for column in range(3))
+    if difference == 0:
+        return GradientGap(cosine=1.0, norm_ratio=1.0, error=0.0)
+    # From the difference: exact where the two are close, which is where it matters.
+    norms = (a * b) ** 0.5
+    return GradientGap(
+        cosine=(a + b - difference) / 2 / norms if norms > 0 else float("nan"),
+        norm_ratio=(a / b) ** 0.5 if b > 0 else float("inf"),
+        error=(difference / b) ** 0.5 if b > 0 else float("inf"),
+    )

@@ -1,0 +1,183 @@
+"""Run a training step and leave no trace of it in the model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_fp.stability.keep.random_state import RandomState
+
+Undo = Callable[[], object]
+
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set))
+_UNCHANGING = frozenset((bool, int, float, str, type(None)))
+_DEPTH = 2
+"""How deep containers are looked into: `self.outputs = {"loss": [...]}` is two deep."""
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Generator[None, None, None]:
+    """Undo on leaving what a forward and backward of the block did, also after an exception.
+
+    Undone are: gradients (moved aside, not copied), all buffers and tensor attributes of all
+    modules, torchmetrics states, other attributes (numbers, lists, dicts) with what was put into
+    them, training flags and `requires_grad`, and the random state. Parameters that no optimizer
+    trains, such as an averaged teacher's, are copied if they are no larger than the trained ones;
+    weights in training are not. Call it between optimizer steps, when no graph waits for its
+    backward. Within, gradients are enabled, and nothing is compiled.
+
+    Args:
+        model: the module that is called, with its wrappers.
+    """
+    with ExitStack() as undo:
+        undo.callback(RandomState.capture().restore)
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        undo.enter_context(_parameters_kept(list(model.parameters())))
+        undo.enter_context(_modules_kept(model))
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _parameters_kept(parameters: list[nn.Parameter]) -> Generator[None, None, None]:
+    """Gradients aside; no optimizer steps inside a backward hook; frozen parameters copied."""
+    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = [p for p in parameters if not p.requires_grad]
+    few = sum(p.numel() for p in frozen) <= trained
+    undo = [_keep_tensor(parameter) for parameter in frozen] if few else []
+    for parameter in parameters:
+        parameter.grad = None
+        undo += _hooks_aside(parameter)
+    try:
+        yield
+    finally:
+        for parameter, grad, requires_grad in kept:
+            parameter.grad = grad
+            parameter.requires_grad_(requires_grad)
+        for step in undo:
+            step()
+
+
+def _hooks_aside(parameter: nn.Parameter) -> list[Undo]:
+    """Users' hooks that run when a gradient is ready, and may step an optimizer; not torch's."""
+    hooks: dict[int, Any] | None = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    if not hooks:
+        return []
+    before = dict(hooks)
+    for key, hook in before.items():
+        if not str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+            del hooks[key]
+    return [partial(hooks.update, before)]
+
+
+@contextmanager
+def _modules_kept(model: nn.Module) -> Generator[None, None, None]:
+    seen: set[int] = set()
+    undo = [step for module in model.modules() for step in _keep_module(module, seen)]
+    try:
+        yield
+    except BaseException:
+        _recover_sharded(model)
+        raise
+    finally:
+        for step in undo:
+            step()
+
+
+def _keep_module(module: nn.Module, seen: set[int]) -> list[Undo]:
+    """Attributes by reference, and the contents of those that a step may write into."""
+    if id(module) in seen:
+        return []
+    seen.add(id(module))
+    attributes = vars(module)
+    before = dict(attributes)
+
+    def restore() -> None:
+        for name in attributes.keys() - before.keys():
+            del attributes[name]
+        for name, value in before.items():
+            if attributes.get(name, restore) is not value:
+                attributes[name] = value
+
+    undo: list[Undo] = [restore]
+    undo += [_keep_tensor(buffer) for buffer in module.buffers(recurse=False)]
+    for name, value in before.items():
+        if name != "_parameters":  # FSDP2 exchanges them as it gathers and frees
+            undo += _keep(value, seen, _DEPTH)
+    return undo
+
+
+def _keep(value: Any, seen: set[int], depth: int) -> list[Undo]:
+    """What takes `value` back to its contents of now; empty where they are not looked into."""
+    kind = type(value)
+    if kind in _CONTAINERS:
+        if depth == 0 or id(value) in seen:
+            return []
+        seen.add(id(value))
+        undo: list[Undo] = [partial(_refill, value, _contents(value), value.copy())]
+        if value:
+            inside = list(value.values() if isinstance(value, dict) else value)
+            undo += [step for item in inside for step in _keep(item, seen, depth - 1)]
+        return undo
+    if kind in _UNCHANGING:
+        return []
+    if isinstance(value, nn.Module):
+        return [step for module in value.modules() for step in _keep_module(module, seen)]
+    if isinstance(value, Tensor):
+        attribute = depth == _DEPTH and not isinstance(value, nn.Parameter)
+        return [_keep_tensor(value)] if attribute else []
+    if isinstance(value, torch.Generator):
+        return [partial(value.set_state, value.get_state())]
+    return []
+
+
+def _refill(container: Any, contents: list[Any], before: Any) -> None:
+    """The same objects in the same order; untouched where they are."""
+    now = _contents(container)
+    if len(now) == len(contents) and all(map(is_, now, contents)):
+        return
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(before)
+    else:
+        container.extend(before)
+
+
+def _contents(container: Any) -> list[Any]:
+    if not container:
+        return []
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _keep_tensor(value: Tensor) -> Undo:
+    """The same tensor with the same contents."""
+    before = value.detach().clone()
+
+    def restore() -> None:
+        # In any case: not all who write into a tensor count its version up, and to compare would
+        # wait for the device.
+        with torch.no_grad(), torch.inference_mode(value.is_inference()):
+            value.copy_(before)
+
+    return restore
+
+
+def _recover_sharded(model: nn.Module) -> None:
+    """After an exception in mid-pass FSDP2 has parameters gathered and events waiting."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            reset = getattr(module, "reset_iter_state", None)  # torch >= 2.12
+            if reset is not None:
+                reset()
+            return

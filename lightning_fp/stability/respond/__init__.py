@@ -1,0 +1,1 @@
+"""What follows from a suspicion: limits, verdicts, attribution, the ladder, the policy."""

@@ -1,0 +1,219 @@
+"""Attribution: which layers' formats cause the error of a gradient, and how safe they must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_fp.layers import LinearFormat, PrecisionMap
+from lightning_fp.stability.replay.one_step import Comparison, Replay, compare
+from lightning_fp.stability.replay.parity import Run, cast_errors
+from lightning_fp.stability.respond.ladder import rungs_above
+
+SHARE = 0.2
+"""Share of the squared error from which on a group of layers is looked into."""
+
+CURED = 0.25
+"""Share of the squared error that may be left when the culprits are in high precision; where more
+is left, they are not all."""
+
+AS_GOOD = 2.0
+"""A rung is safe enough if its squared error is at most so many times that of high precision."""
+
+RESERVE = 8
+"""Replays of the budget that the search leaves over, to check what it found and to find a rung."""
+
+STILL = 2.0
+"""Times the healthy error that must be left for more culprits to be looked for."""
+
+ENOUGH = 0.3
+"""Share of the error that may be left without more culprits being looked for."""
+
+HEALTHY_ERROR = 0.15
+"""`gradient_error` below which there is nothing to attribute. Measured on a tiny GPT: casts to e4m3
+and e5m2 make 5% to 8% with 2 blocks and 6% to 12% with 8, in the worst layer."""
+
+
+def gradient_error(gap: Comparison) -> float:
+    """The largest relative error of gradients: of all together, or of one layer's own.
+
+    Optimizers such as Adam scale every parameter's step by itself: a layer whose gradients are
+    small learns as little from wrong ones as any other, and shows in no norm over all layers. One
+    whose gradients were clamped away (its own error 95%) made 13% of a tiny GPT's.
+
+    Args:
+        gap: the current formats against high precision.
+
+    Returns:
+        inf if loss or gradients are not finite.
+    """
+    if not (math.isfinite(gap.losses[0]) and math.isfinite(gap.all.error)):
+        return math.inf
+    # Layers without a gradient in high precision have no relative error.
+    own = [layer.error for layer in gap.layers.values() if math.isfinite(layer.error)]
+    return max(gap.all.error, *own, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """Who is to blame for one batch's gradient error."""
+
+    error: float
+    """`gradient_error` of the current formats; inf where they give inf or NaN."""
+
+    culprits: Mapping[str, float]
+    """By layer, worst first: the same error with this layer alone in low precision. Empty where
+    no few layers explain the error."""
+
+    rest: float
+    """The error that is left with the culprits in high precision."""
+
+    formats: Mapping[str, LinearFormat]
+    """The least safe formats in which the culprits no longer matter."""
+
+    cast_errors: Mapping[str, float]
+    """By layer, its casts' and its product's largest relative error: what statistics say."""
+
+    replays: int
+    """How many times the batch was run."""
+
+
+class Attributor:
+    """Runs one batch in many patterns of formats.
+
+    A group of layers is tried alone in low precision, all others in high; groups that make much of
+    the error are halved. One culprit among n layers takes 2 log2 n replays.
+
+    Args:
+        run: replays the batch, alike on all ranks.
+        model: what it calls.
+        table: the current formats.
+        high: the high precision of this run.
+        budget: most replays.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        table: PrecisionMap,
+        high: LinearFormat,
+        *,
+        budget: int = 48,
+    ) -> None:
+        self._run, self._model, self._table, self._high = run, model, table, high
+        self._low = [n for n, layer in table.layers.items() if not layer.format.is_high_precision]
+        self._left = budget
+        self._budget = budget
+        self._reference: Replay | None = None
+
+    def attribute(self, healthy: float = HEALTHY_ERROR) -> Attribution | None:
+        """Find the culprits, and the lowest rung on which they do no harm.
+
+        Args:
+            healthy: the error that these formats make in a healthy run.
+
+        Returns:
+            None if the batch cannot be run, or gives inf or NaN in high precision too.
+        """
+        reference = self._replay(dict.fromkeys(self._low, self._high))
+        if reference is None:
+            return None
+        self._reference = reference
+        if not math.isfinite(self._error_of(reference)):
+            return None
+        current = self._replay({}, observe=True)
+        if current is None:
+            return None
+        error = self._error_of(current)
+        casts = cast_errors(current)
+        del current
+        culprits: dict[str, float] = {}
+        rest = error
+        enough = max(STILL * healthy, ENOUGH * min(error, 1.0))
+        while rest > (enough if culprits else healthy):
+            # with the worst aside the next stand out
+            found = self._search([name for name in self._low if name not in culprits], rest)
+            if culprits:  # what a healthy layer makes is much of what is left by now
+                found = {name: alone for name, alone in found.items() if alone > enough}
+            left = self._error(dict.fromkeys((*culprits, *found), self._high)) if found else None
+            if left is None:
+                break
+            culprits.update(found)
+            rest = left
+        culprits = dict(sorted(culprits.items(), key=lambda item: -item[1]))
+        # An error of more than 1, inf above all, is not the better for coming down to 1.
+        if rest**2 > max(CURED * min(error, 1.0) ** 2, AS_GOOD * healthy**2):
+            culprits = {}
+        formats = self._rungs(list(culprits), max(rest, healthy)) if culprits else {}
+        return Attribution(
+            error=error,
+            culprits=culprits,
+            rest=rest,
+            formats=formats,
+            cast_errors=casts,
+            replays=self._budget - self._left,
+        )
+
+    def _search(self, group: Sequence[str], error: float) -> dict[str, float]:
+        """The layers in a group that make much of the error by themselves."""
+        if len(group) == 1:
+            alone = self._alone(group)
+            return {group[0]: alone} if _much(alone, error) else {}
+        found: dict[str, float] = {}
+        middle = len(group) // 2
+        for half in (group[:middle], group[middle:]):
+            if len(half) == 1 or _much(self._alone(half), error):
+                found.update(self._search(half, error))
+        return found
+
+    def _alone(self, group: Sequence[str]) -> float:
+        """The error with a group in its formats and all others in high precision."""
+        if self._left <= RESERVE:
+            return 0.0
+        error = self._without([name for name in self._low if name not in set(group)])
+        return 0.0 if error is None else error
+
+    def _without(self, layers: Iterable[str]) -> float | None:
+        """The error with these layers in high precision."""
+        return self._error(dict.fromkeys(layers, self._high))
+
+    def _rungs(self, culprits: Sequence[str], least: float) -> dict[str, LinearFormat]:
+        """For each the first rung at which the error is about as small as in high precision."""
+        formats = dict.fromkeys(culprits, self._high)
+        for name in culprits:
+            layer = self._table.layers[name]
+            for rung in rungs_above(layer.format, self._high, self._table, layer)[:-1]:
+                error = self._error({**dict.fromkeys(culprits, self._high), name: rung})
+                if error is not None and error**2 <= AS_GOOD * least**2:
+                    formats[name] = rung
+                    break
+        return formats
+
+    def _error(self, formats: Mapping[str, LinearFormat]) -> float | None:
+        replay = self._replay(formats)
+        return None if replay is None else self._error_of(replay)
+
+    def _error_of(self, replay: Replay) -> float:
+        if self._reference is None:
+            raise RuntimeError("the reference comes first")
+        return gradient_error(compare(replay, self._reference, self._model, self._table))
+
+    def _replay(
+        self, formats: Mapping[str, LinearFormat], *, observe: bool = False
+    ) -> Replay | None:
+        """None if it could not be done, or the budget is spent; alike on all ranks."""
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        replay = self._run(formats, observe=observe)
+        return replay if replay.outcome == "done" else None
+
+
+def _much(part: float, error: float) -> bool:
+    if not math.isfinite(error):
+        return not math.isfinite(part)
+    return part**2 >= SHARE * error**2

@@ -1,0 +1,126 @@
+"""PrecisionFallback on two real ranks with gloo, the fault on one: test_fallback_ranks.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lightning_fp import FP8Precision, PrecisionFallback
+from tests.callbacks.fallback.test_precision_fallback import LAYER, Reversed, SuspectAt, batches
+from tests.helper import LanguageModel, make_trainer
+
+
+class ReversedOnOneRank(Reversed):
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_rank == 1:
+            super().on_train_start(trainer, pl_module)
+
+    def on_train_end(self, *_: Any) -> None:
+        pass
+
+
+class StuckOnOneRank(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        history = trainer.precision_plugin.precision_map.scale_history
+        if trainer.global_rank == 1 and trainer.global_step >= 70 and LAYER in history.names:
+            index = history.names.index(LAYER)
+            amax = history._history[index, 2].amax()
+            history._scales[index, 2] = 256 * history._limits[index, 2] / amax
+
+
+class PoisonedOnOneRank(LanguageModel):
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        return loss * float("nan") if self.global_rank == 1 and index == 30 else loss
+
+
+class Sharded(LanguageModel):
+    """FSDP2, each block by itself."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+def run(
+    directory: Path,
+    scaling: str,
+    steps: int,
+    fault: L.Callback | None,
+    model: LanguageModel,
+    strategy: Any = None,
+) -> dict[str, Any]:
+    fallback = PrecisionFallback(dirpath=directory)
+    suspect = [SuspectAt(fallback, 60, lasting=40)] if isinstance(fault, Reversed) else []
+    trainer = make_trainer(
+        FP8Precision(scaling, base="32-true"),
+        max_epochs=1,
+        callbacks=[*([] if fault is None else [fault]), *suspect, fallback],
+        default_root_dir=directory,
+        devices=2,
+        strategy=DDPStrategy() if strategy is None else strategy,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(model, batches(steps, seed=trainer.global_rank))
+    table = trainer.precision_plugin.precision_map
+    weights: Any = model.state_dict().items()
+    return {
+        "formats": table.formats(),
+        "changes": [(c.layer, c.before, c.after, c.reason) for c in table.changes],
+        "steps": fallback.steps.sentence(),
+        "phase": fallback.phase,
+        "weights": {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in weights},
+        "optimizer_steps": [
+            float(state["step"]) for state in trainer.optimizers[0].state_dict()["state"].values()
+        ],
+    }
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning_fp").setLevel(logging.ERROR)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),
+    )
+    told = {
+        "incident": run(
+            directory / "incident", "dynamic", 64, ReversedOnOneRank(), LanguageModel()
+        ),
+        "limit": run(directory / "limit", "delayed", 80, StuckOnOneRank(), LanguageModel()),
+        "sharded": run(
+            directory / "sharded",
+            "dynamic",
+            64,
+            ReversedOnOneRank(),
+            Sharded(),
+            ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        ),
+        "skip": run(directory / "skip", "dynamic", 34, None, PoisonedOnOneRank()),
+    }
+    torch.save(told, directory / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

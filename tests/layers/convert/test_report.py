@@ -1,0 +1,154 @@
+"""ConversionReport: rows, shares of FLOPs, JSON and the text a user reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_fp import ConversionReport, convert
+from lightning_fp.layers.convert.flops import counting_flops
+from tests.helper import TinyGPT, text_rows
+
+
+class Vision(nn.Module):
+    """A convolution, attention in both of torch's ways, and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 4, stride=4)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.qkv = nn.Linear(32, 96)
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.fc(F.scaled_dot_product_attention(q, k, v))
+
+
+def test_rows_without_an_example() -> None:
+    report = convert(TinyGPT())
+    assert isinstance(report, ConversionReport)
+    assert [layer.name for layer in report.layers[:4]] == [
+        f"blocks.0.{name}" for name in ("qkv", "proj", "fc1", "fc2")
+    ]
+    fc1 = report.layers[2]
+    assert (fc1.format, fc1.kernel, fc1.reason) == ("fp8-dynamic", "native (emulated)", None)
+    assert fc1.parameters == 32 * 64 + 64
+    head = report.layers[-1]
+    assert (head.name, head.format, head.kernel) == ("lm_head", "high", "nn.Linear")
+    assert head.reason == "output head"
+    assert sum(layer.flops_share for layer in report.layers) == pytest.approx(1)
+    linear = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 64)
+    assert report.flops_share == pytest.approx(linear / (linear + 32 * 256))
+    assert not report.measured
+    assert len(report.converted) == 8
+
+
+def test_shares_of_the_model_with_an_example() -> None:
+    model = Vision()
+    model.fc.eval()
+    report = convert(model, example_input=torch.randn(2, 3, 32, 32))
+    assert report.measured
+    tokens, width = 2 * 64, 32
+    flops = {
+        "patch": 2 * tokens * width * 3 * 16,
+        # in and out projection, and the products of queries, keys and values
+        "attention": 2 * tokens * width * 4 * width + 2 * 2 * 2 * 64 * 64 * width,
+        "attention.out_proj": 0,  # its weight is used by the parent directly
+        "qkv": 2 * tokens * width * 3 * width,
+        "fc": 2 * tokens * width * width,
+    }
+    whole = sum(flops.values()) + 2 * 2 * 2 * 64 * 64 * width
+    assert {layer.name for layer in report.layers} == set(flops)
+    for layer in report.layers:
+        assert layer.flops_share == pytest.approx(flops[layer.name] / whole), layer.name
+    assert report.flops_share == pytest.approx((flops["qkv"] + flops["fc"]) / whole)
+    # measuring leaves no trace
+    assert not model.fc.training
+    assert model.qkv.training
+    assert not model.qkv._forward_hooks
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_forms_of_an_example(form: str) -> None:
+    tokens = text_rows(2)[:, :-1]
+    example = {"tensor": tokens, "tuple": (tokens,), "dict": {"tokens": tokens}}[form]
+    report = convert(TinyGPT(), example_input=example)
+    assert report.measured
+    assert 0.4 < report.flops_share < 0.9
+
+
+def test_measuring_on_the_meta_device_and_the_random_state() -> None:
+    with torch.device("meta"):
+        model = TinyGPT(dropout=0.5)
+    before = torch.get_rng_state()
+    assert convert(model, example_input=text_rows(2)[:, :-1]).measured
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_of_a_torch_transformer_are_counted() -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    report = convert(nn.TransformerEncoder(layer, 2), example_input=torch.randn(2, 8, 32))
+    # per token and layer: in and out projection, scores and sums of 8 keys, two linear layers
+    whole = 2 * (4 * 32 * 32 + 2 * 8 * 32 + 2 * 32 * 64)
+    linear1 = next(row for row in report.layers if row.name == "layers.1.linear1")
+    assert linear1.flops_share == pytest.approx(2 * 32 * 64 / (2 * whole))
+    assert report.flops_share == pytest.approx(2 * 2 * 32 * 64 / whole)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_counting_a_layer_that_runs_twice() -> None:
+    linear = nn.Linear(32, 32)
+    model = nn.Sequential(linear, linear)
+    with counting_flops(model) as flops:
+        model(torch.randn(8, 32))
+    assert flops["0"] == flops[""] == 2 * 2 * 8 * 32 * 32
+
+
+def test_json() -> None:
+    report = convert(TinyGPT())
+    data = json.loads(report.to_json())
+    assert data["measured"] is False
+    assert data["flops_share"] == pytest.approx(report.flops_share)
+    assert data["layers"][-1] == {
+        "name": "lm_head",
+        "format": "high",
+        "kernel": "nn.Linear",
+        "parameters": 8192,
+        "flops_share": report.layers[-1].flops_share,
+        "reason": "output head",
+    }
+
+
+def test_summary_says_what_runs_and_what_was_left_alone() -> None:
+    class Model(TinyGPT):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 3, 3)
+
+    report = convert(Model(), layers={"blocks.1.fc?": "fp8-rowwise"})
+    assert str(report) == report.summary()
+    assert report.summary().splitlines() == [
+        "8 of 9 linear layers in low precision, 66.7% of its linear layers' FLOPs",
+        "  fp8-dynamic: 6 layers, kernel native (emulated)",
+        "  fp8-rowwise: 2 layers, kernel torchao (emulated)",
+        "  left in high precision: lm_head (output head)",
+        "  left alone: conv (Conv1d: only linear layers are converted)",
+    ]
+
+
+def test_summary_shortens_long_lists_and_names_a_model_that_is_one_layer() -> None:
+    heads = nn.ModuleDict(
+        {f"head{i}": nn.ModuleDict({"head": nn.Linear(32, 32)}) for i in range(6)}
+    )
+    heads["body"] = nn.Linear(32, 32)
+    text = convert(heads).summary()
+    assert "head0.head, head1.head, head2.head, head3.head and 2 more (output head)" in text
+    text = convert(nn.Linear(32, 32), layers={"": "bf16"}).summary()
+    assert "left in bf16: (the model itself) (rule '': 'bf16')" in text
