@@ -42,7 +42,7 @@ def interval_seconds(layers: int = 1_000) -> float:
 
         def interval() -> None:
             sampler._sampled = list(kept)
-            rows = statistics_rows(sampler.over_ranks(), history.take_watched())
+            rows = statistics_rows(sampler.over_ranks(), history.take_amax_record())
             summary(rows)
             writer.append(rows.columns(16))
 

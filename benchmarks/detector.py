@@ -18,8 +18,8 @@ from tests.stability.detect.curves import (
     NOISES,
     RECORDED,
     SCHEDULES,
+    AmaxRecord,
     Curve,
-    Watched,
     healthy,
     recorded,
     watch,
@@ -27,7 +27,7 @@ from tests.stability.detect.curves import (
 )
 
 PLACES = {"recorded": 40, "made up": 6}
-Found = dict[str, dict[str, list[Watched]]]
+Found = dict[str, dict[str, list[AmaxRecord]]]
 
 
 def measure(curves: dict[str, list[Curve]]) -> tuple[dict[str, tuple[int, int, int]], Found]:

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_fp.cli import main
 from lightning_fp.records import LossRow, LossWriter
-from lightning_fp.report.draw import heatmaps, sparkline
+from lightning_fp.report.draw import heatmaps, parts, sparkline
 from lightning_fp.report.read import run_records
 from tests.report.large_run import write_large_run
 

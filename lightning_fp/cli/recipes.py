@@ -123,7 +123,7 @@ def follow(recipe: RolloutRecipe, configured: Mapping[str, str]) -> list[StageFo
         ValueError: for a pattern that matches nothing.
     """
     low = [n for n, f in configured.items() if not linear_format(f).is_high_precision]
-    return recipes.course(recipe, configured, high=_HIGH, movable=low or None)
+    return recipes.formats_by_stage(recipe, configured, high=_HIGH, movable=low or None)
 
 
 def remarks_on(stages: Sequence[StageFormats]) -> list[str]:

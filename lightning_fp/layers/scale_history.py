@@ -26,7 +26,7 @@ _MOST_KEPT = 64
 
 
 @dataclass(frozen=True)
-class Watched:
+class AmaxRecord:
     """What was seen at every step of layers whose amax history is kept.
 
     For a layer under another scaling, which `fp8-auto` follows, headroom is what delayed scaling
@@ -64,12 +64,12 @@ class ScaleHistory:
         self._scales = torch.zeros(0, 3)
         self._limits = torch.zeros(0, 3)
         self._grad_record = torch.zeros(0, 2, dtype=torch.float64)
-        self._watched = torch.zeros(0, 3, 4)
-        self._watched_before: list[Watched] = []
+        self._recorded = torch.zeros(0, 3, 4)
+        self._earlier_records: list[AmaxRecord] = []
         self._memory: list[OperandMemory] = []
         self._any_cold = False
         self.headroom = torch.zeros(0, 3)
-        """float32 [layers, operands]: bits left in the last step; see `Watched.values`."""
+        """float32 [layers, operands]: bits left in the last step; see `AmaxRecord.values`."""
         self._cold_steps = 0
         self._sharing = False
         self.share_weight_casts = False
@@ -101,7 +101,7 @@ class ScaleHistory:
             if name in kept:
                 history[index] = self._history[kept[name]]
         if self._layers:  # a layer leaves because of what was seen of it: keep that
-            self._watched_before = [*self._watched_before[-_MOST_KEPT:], self._watched_now()]
+            self._earlier_records = [*self._earlier_records[-_MOST_KEPT:], self._amax_record()]
         self._layers = dict(layers)
         self._formats = [layer.format for layer in layers.values()]
         self._use(history)
@@ -124,7 +124,7 @@ class ScaleHistory:
         for layer, memory in zip(self._layers.values(), self._memory, strict=True):
             layer.record, layer.memory = True, memory
         self._share(self._memory)
-        self._watched = _nothing_watched(self._scales)
+        self._recorded = _nothing_recorded(self._scales)
         if not history.is_meta:  # a model without values, as plans are made for
             self._cool_down()
         self._any_cold = any(_kernel(layer).cold for layer in self._layers.values())
@@ -171,7 +171,7 @@ class ScaleHistory:
     def _watch(self, amax: Tensor, nonfinite: Tensor) -> None:
         """Keep what must be exact at every step: a single huge value may not be missed."""
         self.headroom = headroom = self._headroom(amax)
-        largest, least, count, scale = self._watched.unbind(-1)
+        largest, least, count, scale = self._recorded.unbind(-1)
         torch.maximum(largest, torch.where(torch.isfinite(amax), amax, 0.0), out=largest)
         torch.minimum(least, headroom, out=least)
         count += nonfinite
@@ -183,24 +183,24 @@ class ScaleHistory:
         return torch.where(known, torch.log2(left), torch.inf)
 
     @torch.no_grad()
-    def take_watched(self) -> Watched:
+    def take_amax_record(self) -> AmaxRecord:
         """All of it since the last time, over all ranks; then start anew. Call alike on all."""
-        parts = [*self._watched_before, self._watched_now()]
-        self._watched_before.clear()
-        self._watched = _nothing_watched(self._scales)
+        parts = [*self._earlier_records, self._amax_record()]
+        self._earlier_records.clear()
+        self._recorded = _nothing_recorded(self._scales)
         values = torch.cat([part.values.to(self._scales.device) for part in parts])
         if values.numel() and _many_ranks():
             nonfinite = values[..., 2].contiguous()
             dist.all_reduce(nonfinite, op=dist.ReduceOp.SUM)
             values[..., 2] = nonfinite
-        return Watched(
+        return AmaxRecord(
             layers=[layer for part in parts for layer in part.layers],
             formats=[format for part in parts for format in part.formats],
             values=values,
         )
 
-    def _watched_now(self) -> Watched:
-        return Watched(list(self._layers), self._formats, self._watched)
+    def _amax_record(self) -> AmaxRecord:
+        return AmaxRecord(list(self._layers), self._formats, self._recorded)
 
     @property
     def names(self) -> list[str]:
@@ -241,7 +241,7 @@ class ScaleHistory:
     def _follow(self, device: torch.device) -> None:
         """Move to the device where the layers' own memories already are."""
         self._history, self._limits = self._history.to(device), self._limits.to(device)
-        self._grad_record, self._watched = self._grad_record.to(device), self._watched.to(device)
+        self._grad_record, self._recorded = self._grad_record.to(device), self._recorded.to(device)
         self._scales = self._scales.to(device)
         self._memory = [layer.memory for layer in self._layers.values() if layer.memory is not None]
         for memory, scales in zip(self._memory, self._scales.unbind(0), strict=True):
@@ -275,7 +275,7 @@ def _many_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _nothing_watched(scales: Tensor) -> Tensor:
+def _nothing_recorded(scales: Tensor) -> Tensor:
     """[..., 4] for scales of shape [...]."""
     nothing = torch.zeros_like(scales)
     return torch.stack([nothing, torch.full_like(scales, torch.inf), nothing, nothing], dim=-1)

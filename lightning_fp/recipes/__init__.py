@@ -17,7 +17,7 @@ from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.rollout import Rollout, RolloutDecision, RolloutSignals, RolloutState
 from lightning_fp.recipes.schema import json_schema
 from lightning_fp.recipes.stage import Stage
-from lightning_fp.recipes.stage_formats import StageFormats, course
+from lightning_fp.recipes.stage_formats import StageFormats, formats_by_stage
 
 __all__ = [
     # recipes
@@ -42,5 +42,5 @@ __all__ = [
     "RolloutSignals",
     "RolloutState",
     "StageFormats",
-    "course",
+    "formats_by_stage",
 ]

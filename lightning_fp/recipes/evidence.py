@@ -16,7 +16,7 @@ Answer = Literal["passed", "failed", "no data", "too early"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class GateVerdict:
     """What one gate says now."""
 
     gate: Gate
@@ -56,7 +56,7 @@ def extend(
     }
 
 
-def judge(gate: Gate, evidence: Mapping[str, Series], *, step: int, lasted: int) -> Verdict:
+def judge(gate: Gate, evidence: Mapping[str, Series], *, step: int, lasted: int) -> GateVerdict:
     """What a gate says.
 
     Args:
@@ -66,10 +66,10 @@ def judge(gate: Gate, evidence: Mapping[str, Series], *, step: int, lasted: int)
         lasted: how many of them in the stage.
     """
     if lasted < gate.window:
-        return Verdict(gate=gate, answer="too early")
+        return GateVerdict(gate=gate, answer="too early")
     series = evidence.get(gate.statistic, ())
     values = [value for at, value in series if at > step - gate.window]
     if not values:
-        return Verdict(gate=gate, answer="no data")
+        return GateVerdict(gate=gate, answer="no data")
     value = gate.value(values)
-    return Verdict(gate=gate, answer="passed" if gate.passes(value) else "failed", value=value)
+    return GateVerdict(gate=gate, answer="passed" if gate.passes(value) else "failed", value=value)

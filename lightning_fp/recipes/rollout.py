@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from lightning_fp.recipes.evidence import Series, Verdict, extend, judge
+from lightning_fp.recipes.evidence import GateVerdict, Series, extend, judge
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import Stage
 
@@ -89,7 +89,7 @@ class RolloutDecision:
     reason: str = ""
     """A sentence."""
 
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[GateVerdict, ...] = ()
     """What gates say that they have not said before."""
 
 
@@ -181,7 +181,7 @@ class Rollout:
         step: int,
         action: Action,
         reason: str,
-        verdicts: tuple[Verdict, ...] = (),
+        verdicts: tuple[GateVerdict, ...] = (),
     ) -> tuple[RolloutState, RolloutDecision]:
         state = replace(
             state,
@@ -200,8 +200,8 @@ class Rollout:
         state: RolloutState,
         stage: Stage,
         step: int,
-        failed: Verdict,
-        verdicts: tuple[Verdict, ...],
+        failed: GateVerdict,
+        verdicts: tuple[GateVerdict, ...],
     ) -> tuple[RolloutState, RolloutDecision]:
         tries = state.tries.get(stage.name, 0) + 1
         final = tries >= stage.max_tries
@@ -214,7 +214,7 @@ class Rollout:
         return state, decision
 
     def _end(
-        self, state: RolloutState, reason: str, verdicts: tuple[Verdict, ...] = ()
+        self, state: RolloutState, reason: str, verdicts: tuple[GateVerdict, ...] = ()
     ) -> tuple[RolloutState, RolloutDecision]:
         state = replace(state, ended=reason, evidence={}, answers={}, held="")
         return state, RolloutDecision(action="stop", reason=reason, verdicts=verdicts)
@@ -232,8 +232,8 @@ class Rollout:
         return replace(state, evidence=evidence, last=signals.step, held="")
 
     def _answers(
-        self, state: RolloutState, verdicts: list[Verdict]
-    ) -> tuple[RolloutState, tuple[Verdict, ...]]:
+        self, state: RolloutState, verdicts: list[GateVerdict]
+    ) -> tuple[RolloutState, tuple[GateVerdict, ...]]:
         """Which gates say something else than last time."""
         told = {f"{i}": verdict.answer for i, verdict in enumerate(verdicts)}
         new = tuple(

@@ -1,4 +1,4 @@
-"""The course of a recipe over a model: which layer has which format in each of its stages."""
+"""A recipe over a model: which layer has which format in each of its stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StageFormats:
     """Patterns that decide about no layer: those before take all that they match."""
 
 
-def course(
+def formats_by_stage(
     recipe: RolloutRecipe,
     configured: Mapping[str, str],
     *,

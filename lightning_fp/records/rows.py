@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fp.kernels.memory import combine
 from lightning_fp.layers import LinearFormat
-from lightning_fp.layers.scale_history import Watched
+from lightning_fp.layers.scale_history import AmaxRecord
 from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics import (
     COLUMN,
@@ -79,7 +79,7 @@ class StatisticsRows:
         }
 
 
-def statistics_rows(sampled: Sequence[Sampled], watched: Watched) -> StatisticsRows:
+def statistics_rows(sampled: Sequence[Sampled], watched: AmaxRecord) -> StatisticsRows:
     """One interval's rows.
 
     Args:
@@ -144,8 +144,8 @@ def _sums(
     return sums, steps
 
 
-def _every_step(watched: Watched, keys: dict[tuple[str, LinearFormat], int]) -> Tensor:
-    """float64 [keys, operands, 4], as `Watched.values`."""
+def _every_step(watched: AmaxRecord, keys: dict[tuple[str, LinearFormat], int]) -> Tensor:
+    """float64 [keys, operands, 4], as `AmaxRecord.values`."""
     index = torch.tensor([keys[key] for key in zip(watched.layers, watched.formats, strict=True)])
     amax, headroom, nonfinite, scale = watched.values.cpu().double().unbind(-1)
     values = torch.zeros(4, len(keys), len(CAST), dtype=torch.float64)

@@ -16,7 +16,7 @@ from lightning_fp.report.draw.parts import Table, number
 from lightning_fp.report.draw.sparkline import sparkline
 from lightning_fp.report.page import read_runs
 from lightning_fp.report.read.cost import RunCost
-from lightning_fp.report.read.format_history import format_courses, last_formats, layer_groups
+from lightning_fp.report.read.format_history import format_histories, last_formats, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import advise, limits_of
 from lightning_fp.report.sections.compare import differences
@@ -99,14 +99,14 @@ def _print_events(run: RunRecords, console: Console) -> None:
 
 
 def _print_formats(run: RunRecords, console: Console) -> None:
-    groups = layer_groups(format_courses(run))
-    groups.sort(key=lambda group: (-len(group.course), -len(group.layers)))
+    groups = layer_groups(format_histories(run))
+    groups.sort(key=lambda group: (-len(group.history), -len(group.layers)))
     for group in groups[:_GROUPS]:
-        course = " -> ".join(
+        history = " -> ".join(
             format if not i else f"{format} (step {step:,})"
-            for i, (step, format) in enumerate(group.course)
+            for i, (step, format) in enumerate(group.history)
         )
-        console.print(Text("format: ", style="dim"), Text(f"{group.label}: {course}"), sep="")
+        console.print(Text("format: ", style="dim"), Text(f"{group.label}: {history}"), sep="")
     if len(groups) > _GROUPS:
         console.print(Text(f"        {len(groups) - _GROUPS} more groups of layers", style="dim"))
 

@@ -12,7 +12,13 @@ from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, Record
 from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.keep.snapshot import Snapshot, restore, stated_bytes, take
 from lightning_fp.stability.keep.snapshots import Snapshots
-from lightning_fp.stability.replay.one_step import Comparison, GradientGap, Replay, compare, replay
+from lightning_fp.stability.replay.one_step import (
+    Comparison,
+    GradientGap,
+    Replay,
+    compare,
+    replay_step,
+)
 from lightning_fp.stability.replay.parity import (
     LayerParity,
     Parity,
@@ -33,7 +39,7 @@ __all__ = [
     # replay
     "RandomState",
     "Replay",
-    "replay",
+    "replay_step",
     "untouched",
     # snapshots and recorded steps
     "BatchRing",

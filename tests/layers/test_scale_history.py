@@ -101,7 +101,7 @@ class TestValues:
         x, g = torch.randn(8, 32), torch.randn(8, 16)
         for _ in range(3):
             step(model, x, g, table)
-        table.scale_history.take_watched()
+        table.scale_history.take_amax_record()
         before = histories(table)
         bad = {"input": x, "weight": model.weight.detach(), "grad_output": g}
         bad[operand].view(-1)[17] = value
@@ -115,7 +115,7 @@ class TestValues:
             assert product.isnan().all().item() is (operand in operands[name].split()), name
         table.step()
         index = ("input", "weight", "grad_output").index(operand)
-        count = table.scale_history.take_watched().values[0, :, 2]
+        count = table.scale_history.take_amax_record().values[0, :, 2]
         assert count[index] == 1
         after = histories(table)
         assert torch.equal(after[0, index], before[0, index])  # the old scale stays
@@ -127,11 +127,11 @@ class TestValues:
         x, g = torch.randn(8, 32), torch.randn(8, 16)
         for _ in range(2):
             step(model, x, g, table)
-        table.scale_history.take_watched()
+        table.scale_history.take_amax_record()
         step(model, x, g, table)
         step(model, x * 8, g, table)
         step(model, x, g, table)
-        amax, headroom = table.scale_history.take_watched().values[0, INPUT, :2]
+        amax, headroom = table.scale_history.take_amax_record().values[0, INPUT, :2]
         assert amax.item() == pytest.approx(8 * x.abs().amax().item())
         assert headroom.item() == pytest.approx(-3, abs=1e-4)
 

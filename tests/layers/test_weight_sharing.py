@@ -95,7 +95,7 @@ def train(
         optimizer.zero_grad()
         table.step()
         history = table.scale_history
-        left += [table.state_dict()["scales"]["history"], history.take_watched().values]
+        left += [table.state_dict()["scales"]["history"], history.take_amax_record().values]
     return left
 
 

@@ -20,7 +20,7 @@ from lightning_fp.recipes import (
     RolloutSignals,
     RolloutState,
     Stage,
-    course,
+    formats_by_stage,
 )
 from lightning_fp.recipes.evidence import judge
 from lightning_fp.recipes.rollout import LOSS_WINDOW
@@ -288,14 +288,14 @@ def test_a_recipe_may_gain_stages_around_the_one_a_run_is_in() -> None:
         other.load_state_dict({**saved, "version": 7})
 
 
-# -- the course over a model ----------------------------------------------------------------------
+# -- formats by stage over a model ---------------------------------------------------------------
 
 MODEL = {f"blocks.{i}.{part}": "fp8-dynamic" for i in range(4) for part in ("up", "down")}
 MODEL["head"] = "bf16"
 
 
 def low_blocks(name: str, **options: Any) -> list[set[int]]:
-    entries = course(recipes.get(name, **options), MODEL, high="bf16")
+    entries = formats_by_stage(recipes.get(name, **options), MODEL, high="bf16")
     assert all(entry.formats["head"] == "bf16" for entry in entries)
     return [
         {int(n.split(".")[1]) for n, format in entry.formats.items() if format != "bf16"}
@@ -310,14 +310,14 @@ def test_built_in_recipes_do_what_they_say() -> None:
     assert low_blocks("aggressive") == [set(), everything]
     assert low_blocks("first-last-bf16") == [{1, 2}]
     assert low_blocks("bf16-cooldown") == [everything, set()]
-    entries = course(recipes.get("delayed-after-dynamic"), MODEL, high="bf16")
+    entries = formats_by_stage(recipes.get("delayed-after-dynamic"), MODEL, high="bf16")
     assert [entry.formats["blocks.0.up"] for entry in entries] == [
         "fp8-dynamic",
         "fp8-delayed",
         "fp8-dynamic",
     ]
     half = dict.fromkeys(MODEL, "fp16")
-    entries = course(recipes.get("fp16-rl"), half, high="bf16")
+    entries = formats_by_stage(recipes.get("fp16-rl"), half, high="bf16")
     assert [set(entry.formats.values()) for entry in entries] == [{"bf16"}, {"fp16"}]
 
 
@@ -330,7 +330,7 @@ def test_layers_keep_what_no_pattern_takes() -> None:
             Stage(name="three", layers={"blocks[0]": "configured", "blocks[-1].up": "fp32"}),
         ),
     )
-    one, two, three = course(recipe, MODEL, high="bf16")
+    one, two, three = formats_by_stage(recipe, MODEL, high="bf16")
     assert one.changes == tuple(f"blocks.{i}.up" for i in range(4))
     assert two.formats["blocks.1.up"] == "bf16"
     assert two.changes == ("blocks.0.up", "blocks.0.down")
@@ -341,7 +341,7 @@ def test_layers_keep_what_no_pattern_takes() -> None:
 def test_patterns_that_match_nothing() -> None:
     def first(pattern: str) -> Any:
         stage = Stage(name="one", layers={pattern: "high"})
-        return course(RolloutRecipe(name="a", stages=(stage,)), MODEL, high="bf16")[0]
+        return formats_by_stage(RolloutRecipe(name="a", stages=(stage,)), MODEL, high="bf16")[0]
 
     with pytest.raises(ValueError, match=r"stage 'one': layers: .*'blok.*' matches no .*blocks.3"):
         first("blok.*")
@@ -350,4 +350,4 @@ def test_patterns_that_match_nothing() -> None:
     assert first("blocks[9]").idle == ("blocks[9]",)  # of a model that is larger
     stage = Stage(name="one", layers={"blocks[0]": "high"})
     with pytest.raises(ValueError, match="no module of this model has numbered blocks"):
-        course(RolloutRecipe(name="a", stages=(stage,)), {"fc": "e8m3"}, high="bf16")
+        formats_by_stage(RolloutRecipe(name="a", stages=(stage,)), {"fc": "e8m3"}, high="bf16")

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lightning_fp.layers import linear_format
-from lightning_fp.layers.scale_history import Watched
+from lightning_fp.layers.scale_history import AmaxRecord
 from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics import COLUMN, STATISTICS
 from lightning_fp.records import Sampled, StatisticsRows, statistics_rows
 
-NOTHING = Watched([], [], torch.zeros(0, 3, 4))
+NOTHING = AmaxRecord([], [], torch.zeros(0, 3, 4))
 
 
 def sampled(*formats: str, steps: int = 2, **sums: float) -> Sampled:
@@ -26,10 +26,10 @@ def sampled(*formats: str, steps: int = 2, **sums: float) -> Sampled:
     return Sampled(list(formats), [linear_format(name) for name in formats], values, count)
 
 
-def watched(layers: list[str], values: list[float]) -> Watched:
+def watched(layers: list[str], values: list[float]) -> AmaxRecord:
     format = linear_format("fp8-delayed")
     repeated = torch.tensor(values).expand(len(layers), 3, 4)
-    return Watched(layers, [format] * len(layers), repeated)
+    return AmaxRecord(layers, [format] * len(layers), repeated)
 
 
 def find(rows: StatisticsRows, layer: str, operand: str = "input") -> dict[str, Any]:
@@ -101,7 +101,7 @@ class TestWatched:
         assert math.isnan(row["headroom_bits"])
 
     def test_a_layer_that_left_and_came_back(self) -> None:
-        both = Watched(
+        both = AmaxRecord(
             ["a", "a"],
             [linear_format("fp8-delayed")] * 2,
             torch.stack(
@@ -118,7 +118,7 @@ class TestWatched:
     def test_of_a_dynamic_layer_whose_history_is_kept(self) -> None:
         """Its amax is exact; scale and headroom are its own, not those of the history."""
         part = sampled("fp8-dynamic", amax=2.0)
-        seen = Watched(
+        seen = AmaxRecord(
             part.layers, part.formats, torch.tensor([4.0, -1.0, 0.0, 9.0]).expand(1, 3, 4)
         )
         row = find(statistics_rows([part], seen), "fp8-dynamic")

@@ -155,7 +155,7 @@ class ClampMonitor(RunCallback):
         )
         if self.what_if:
             table.follow(True)
-        table.scale_history.take_watched()  # what was before this fit
+        table.scale_history.take_amax_record()  # what was before this fit
         if directory is not None:
             self._writer = StatisticsWriter(directory, step=step)
             self._loss_writer = LossWriter(directory)
@@ -231,7 +231,7 @@ class ClampMonitor(RunCallback):
 
     def _log_interval(self, trainer: L.Trainer, pl_module: L.LightningModule | None) -> None:
         sampled = [] if self._sampler is None else self._sampler.over_ranks()
-        watched = _precision_map(trainer).scale_history.take_watched()
+        watched = _precision_map(trainer).scale_history.take_amax_record()
         losses = self._losses.take(lambda x: trainer.strategy.reduce(x, reduce_op="mean"))
         if self._loss_writer is not None:
             self._loss_writer.append(losses)

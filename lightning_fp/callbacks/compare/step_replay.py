@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.loss_scaler import LossScaler
-from lightning_fp.stability import RandomState, Replay, replay
+from lightning_fp.stability import RandomState, Replay, replay_step
 from lightning_fp.stability.replay.one_step import Outcome
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -78,7 +78,7 @@ class StepReplay:
         """
         error: Exception | None = None
         try:
-            result = replay(
+            result = replay_step(
                 self._forward_backward,
                 self.model,
                 self._table,

@@ -27,7 +27,7 @@ from lightning_fp.records.events import (
 from lightning_fp.stability.detect.detector import Decision
 from lightning_fp.stability.detect.signals import StepSignals
 from lightning_fp.stability.respond.limits import Excess
-from lightning_fp.stability.respond.verdict import Verdict as Judgement
+from lightning_fp.stability.respond.verdict import Judgement
 
 log = logging.getLogger("lightning_fp.fallback")
 

@@ -23,12 +23,12 @@ from lightning_fp.stability.respond.attribution import (
     Attributor,
     gradient_error,
 )
-from lightning_fp.stability.respond.likely_cause import Evidence, looks_like
+from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
 from lightning_fp.stability.respond.verdict import (
     Anomaly,
     Finding,
+    Judgement,
     OneStep,
-    Verdict,
     judge_one_step,
     judge_trajectory,
 )
@@ -42,8 +42,8 @@ class Findings:
     """What an investigation has come to; alike on all ranks."""
 
     finding: Finding
-    one_step: Verdict | None = None
-    trajectory: Verdict | None = None
+    one_step: Judgement | None = None
+    trajectory: Judgement | None = None
 
     start: Snapshot | None = None
     """Where the trajectory began, or where the run has to go back to."""
@@ -128,7 +128,7 @@ class Investigation:
         finite = self._weights_finite()
         if not finite and start is None:
             reason = "the weights are not finite, and there is no snapshot to go back to"
-            unclear = Verdict(finding="unclear", reason=reason, numbers={})
+            unclear = Judgement(finding="unclear", reason=reason, numbers={})
             return Findings(finding="unclear", one_step=unclear, weights_finite=False)
         before: Snapshot | None = None
         if not finite and start is not None:  # nothing can be learned from such weights
@@ -155,7 +155,7 @@ class Investigation:
         else:
             likeness = "the loss does not suffer from the error"
             if case.risen:
-                likeness = looks_like(self._evidence(case, seen, steps))
+                likeness = likely_cause(self._evidence(case, seen, steps))
         return Findings(
             finding=finding,
             one_step=one_step,
@@ -189,7 +189,7 @@ class Investigation:
             said += "are finite" if held else "are not finite either"
         return Findings(
             finding=finding,
-            one_step=Verdict(finding=finding, reason=said, numbers=numbers),
+            one_step=Judgement(finding=finding, reason=said, numbers=numbers),
             start=None if finite else start,
             likeness="" if finding == "precision" else "inf or NaN comes from elsewhere",
             replayed=self._replayed,
@@ -211,7 +211,7 @@ class Investigation:
 
     # -- one step -------------------------------------------------------------------------------
 
-    def _one_step(self, anomaly: Anomaly) -> tuple[Verdict | None, OneStep | None]:
+    def _one_step(self, anomaly: Anomaly) -> tuple[Judgement | None, OneStep | None]:
         run = self._step_replay(self._ring.last)
         if run is None:
             return None, None
@@ -276,7 +276,7 @@ class Investigation:
 
     def _second_tier(
         self, case: Case, start: Snapshot | None, steps: Sequence[RecordedStep]
-    ) -> tuple[Verdict | None, Trajectory]:
+    ) -> tuple[Judgement | None, Trajectory]:
         nothing = Trajectory(outcome="failed")
         if start is None or not steps:
             return None, nothing
@@ -285,7 +285,7 @@ class Investigation:
         self._replayed += len(trajectory.losses)
         if trajectory.outcome != "done":
             reason = "memory does not suffice for a replay in high precision"
-            return Verdict(finding="unclear", reason=reason, numbers={}), trajectory
+            return Judgement(finding="unclear", reason=reason, numbers={}), trajectory
         # The last step's loss may still be on its way from the device, which says nothing; a step
         # that was left out says much.
         losses = [math.nan if step.skipped else step.loss for step in steps]
@@ -318,10 +318,10 @@ class Investigation:
 
     def _evidence(
         self, case: Case, seen: OneStep | None, steps: Sequence[RecordedStep]
-    ) -> Evidence:
+    ) -> CauseEvidence:
         oldest = self._ring.first
         older = self._older(oldest)
-        return Evidence(
+        return CauseEvidence(
             floor=None if seen is None else seen.floor,
             high_finite=seen is None or seen.high_finite,
             older_finite=older is None or math.isfinite(older),
@@ -349,7 +349,7 @@ class Investigation:
         return bool(self._trainer.strategy.reduce_boolean_decision(finite, all=True))
 
 
-def _together(one_step: Verdict | None, trajectory: Verdict | None) -> Finding:
+def _together(one_step: Judgement | None, trajectory: Judgement | None) -> Finding:
     """The trajectory weighs more; one step alone acquits only where there is no trajectory."""
     first = "unclear" if one_step is None else one_step.finding
     if trajectory is None:

@@ -36,10 +36,10 @@ from lightning_fp.recipes import (
     RolloutSignals,
     RolloutState,
     StageFormats,
-    course,
+    formats_by_stage,
     read,
 )
-from lightning_fp.recipes.evidence import Verdict
+from lightning_fp.recipes.evidence import GateVerdict
 from lightning_fp.recipes.text import as_plain
 from lightning_fp.records.events import GateResult, Note, StageChange
 
@@ -376,7 +376,7 @@ class StagedRollout(RunCallback):
 
     # -- what is said ---------------------------------------------------------------------------
 
-    def _tell_gates(self, step: int, state: RolloutState, verdicts: Sequence[Verdict]) -> None:
+    def _tell_gates(self, step: int, state: RolloutState, verdicts: Sequence[GateVerdict]) -> None:
         stage = self._rollout.stage(state)
         if stage is None:
             return
@@ -490,7 +490,7 @@ _CONSEQUENCE = {
 
 
 def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
-    """A recipe's course over the layers of a plugin's table.
+    """A recipe's formats by stage over the layers of a plugin's table.
 
     Args:
         recipe: the recipe.
@@ -514,7 +514,7 @@ def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
             " leave every layer in high precision; configure it with the formats that the run is"
             " to come to"
         )
-    stages = course(recipe, configured, high=high, movable=movable)
+    stages = formats_by_stage(recipe, configured, high=high, movable=movable)
     for entry in stages:
         for name in entry.changes:
             format = table.known_format(entry.formats[name])

@@ -115,7 +115,7 @@ class TransformerEngineKernel:
 
 
 @dataclass
-class Remembered:
+class EngineMemory:
     """What one layer keeps under delayed scaling; written by `EngineScales`."""
 
     cold: bool = True
@@ -151,7 +151,7 @@ class Engine:
         self._shape = in_features, out_features, bias
         self.layer = layer
         self.sharded = sharded
-        self.memory: Remembered | None = None
+        self.memory: EngineMemory | None = None
         """Set while the layer is under delayed scaling; without it scales are dynamic."""
         self._modules: dict[tuple[RecipeSettings, int], Any] = {}
 
@@ -218,7 +218,7 @@ class Engine:
     def _delayed(
         self,
         kernel: TransformerEngineKernel,
-        memory: Remembered,
+        memory: EngineMemory,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -233,7 +233,7 @@ class Engine:
                 " function that is not a module, or 'fp8-dynamic'"
             )
         if memory.cold:
-            return _watched(memory, input, weight, F.linear(input, weight, bias))
+            return _recorded(memory, input, weight, F.linear(input, weight, bias))
         module = memory.module = self._module(kernel.settings, engine)
         if memory.pending is not None:
             module.init_fp8_metadata()
@@ -300,7 +300,7 @@ def _restart(in_features: int, out_features: int, bias: bool, layer: str, sharde
     return Engine(in_features, out_features, bias=bias, layer=layer, sharded=sharded)
 
 
-def _watched(memory: Remembered, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+def _recorded(memory: EngineMemory, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
     """Note the amax of the operands of a call in high precision, in backward too."""
     seen = torch.zeros(3, device=input.device) if memory.seen is None else memory.seen
     seen[INPUT] = torch.maximum(seen[INPUT], tensor_amax(input))

@@ -60,7 +60,7 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
+class LayerDecision:
     """One layer's format, and the reason if it is high precision."""
 
     format: LinearFormat
@@ -151,7 +151,7 @@ def revert(model: nn.Module) -> int:
     return len(converted)
 
 
-def decide(model: nn.Module, conversion: Conversion) -> dict[str, Decision]:
+def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]:
     """Which format each linear layer gets, without changing anything.
 
     Returns:
@@ -181,7 +181,7 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, Decision]:
 
 
 def _check_transformer_engine(
-    model: nn.Module, backend: Backend, decisions: Mapping[str, Decision]
+    model: nn.Module, backend: Backend, decisions: Mapping[str, LayerDecision]
 ) -> None:
     low = {name: d.format for name, d in decisions.items() if not d.format.is_high_precision}
     for format in dict.fromkeys(low.values()):
@@ -193,17 +193,19 @@ def _check_transformer_engine(
         check_model(model, [name for name, format in low.items() if format.scaling == "delayed"])
 
 
-def _decide_one(name: str, linear: nn.Linear, conversion: Conversion, *, tied: bool) -> Decision:
+def _decide_one(
+    name: str, linear: nn.Linear, conversion: Conversion, *, tied: bool
+) -> LayerDecision:
     for rule in conversion.rules:
         if rule.matches(name):
             _check_runs(name, linear, rule.format, conversion)
             high = rule.format.is_high_precision
             reason = f"rule {rule.pattern!r}: {rule.format.name!r}" if high else None
-            return Decision(format=rule.format, reason=reason)
+            return LayerDecision(format=rule.format, reason=reason)
     format = conversion.format
     kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
     if format.is_high_precision:
-        return Decision(format=format, reason="the format of the run")
+        return LayerDecision(format=format, reason="the format of the run")
     too_small = kernel.runs_on_fp8_hardware and gains_nothing(
         format, linear.in_features, linear.out_features
     )
@@ -211,8 +213,8 @@ def _decide_one(name: str, linear: nn.Linear, conversion: Conversion, *, tied: b
     multiple = ALIGNMENTS[format.granularity] if kernel.runs_on_fp8_hardware else ALIGNMENT
     reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
     if reason is not None:
-        return Decision(format=conversion.high_precision, reason=reason, by_default=True)
-    return Decision(format=format, reason=None)
+        return LayerDecision(format=conversion.high_precision, reason=reason, by_default=True)
+    return LayerDecision(format=format, reason=None)
 
 
 def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: Conversion) -> None:
@@ -228,7 +230,7 @@ def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: 
         )
 
 
-def _check_something_to_do(decisions: Mapping[str, Decision]) -> None:
+def _check_something_to_do(decisions: Mapping[str, LayerDecision]) -> None:
     if not decisions:
         raise ValueError(
             "nothing to convert: the model has no nn.Linear layer that could change its format"
@@ -255,7 +257,7 @@ def _why_not_convertible(module: nn.Module) -> str:
 
 
 def _report(
-    model: nn.Module, table: PrecisionMap, decisions: Mapping[str, Decision]
+    model: nn.Module, table: PrecisionMap, decisions: Mapping[str, LayerDecision]
 ) -> ConversionReport:
     """Every layer with weights to multiply, in the order of the model."""
     rows: list[tuple[LayerReport, int]] = []

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.transformer_engine.kernel import (
-    Remembered,
+    EngineMemory,
     TransformerEngineKernel,
     states,
 )
@@ -20,7 +20,7 @@ from lightning_fp.kernels.transformer_engine.library import library
 from lightning_fp.kernels.transformer_engine.recipe import RecipeSettings, delayed_of, make_recipe
 from lightning_fp.layers.format import LinearFormat
 from lightning_fp.layers.linear import FPLinear
-from lightning_fp.layers.scale_history import Watched
+from lightning_fp.layers.scale_history import AmaxRecord
 from lightning_fp.numerics import DelayedScaling, float_format, history_scale
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ class EngineScales:
         self.share_weight_casts = False
         """Without effect here."""
         self.headroom = torch.zeros(0, 3)
-        """float32 [layers, operands]: bits left in the last backward; see `Watched.values`."""
+        """float32 [layers, operands]: bits left in the last backward; see `AmaxRecord.values`."""
         self._layers: dict[str, FPLinear] = {}
         self._formats: list[LinearFormat] = []
         self._limits = torch.zeros(0, 3)
-        self._watched = torch.zeros(0, 3, 4)
-        self._watched_before: list[Watched] = []
+        self._recorded = torch.zeros(0, 3, 4)
+        self._earlier_records: list[AmaxRecord] = []
         self._used: Tensor | None = None
         self._settings: RecipeSettings | None = None
         self._recipes: dict[RecipeSettings, Any] = {}
@@ -88,9 +88,9 @@ class EngineScales:
                 layer.engine.memory = None
         for layer in layers.values():
             if layer.engine is not None and layer.engine.memory is None:
-                layer.engine.memory = Remembered()
+                layer.engine.memory = EngineMemory()
         if self._layers:
-            self._watched_before = [*self._watched_before[-_MOST_KEPT:], self._watched_now()]
+            self._earlier_records = [*self._earlier_records[-_MOST_KEPT:], self._amax_record()]
         self._settings = next(iter(settings), None)
         given = None if self._settings is None else self._settings.given
         if given is not None:
@@ -105,7 +105,7 @@ class EngineScales:
             ],
             device=None if device.type == "meta" else device,
         ).reshape(-1, 3)
-        self._watched = _nothing_watched(self._limits)
+        self._recorded = _nothing_recorded(self._limits)
         self._used = None
 
     # -- steps ----------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class EngineScales:
         left = self._limits.to(used.device) / (amax * used)
         known = torch.isfinite(left) & (amax > 0) & torch.isfinite(amax)
         self.headroom = torch.where(known, torch.log2(left), torch.inf)
-        largest, least, count, scale = self._watched.unbind(-1)
+        largest, least, count, scale = self._recorded.unbind(-1)
         torch.maximum(largest, torch.where(torch.isfinite(amax), amax, 0.0), out=largest)
         torch.minimum(least, self.headroom, out=least)
         count += (~torch.isfinite(amax)).float()  # whether, not how many: it keeps no count
@@ -197,20 +197,20 @@ class EngineScales:
     # -- what was seen --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def take_watched(self) -> Watched:
+    def take_amax_record(self) -> AmaxRecord:
         """All of it since the last time, over all ranks; then start anew. Call alike on all."""
-        parts = [*self._watched_before, self._watched_now()]
-        self._watched_before.clear()
-        self._watched = _nothing_watched(self._limits)
+        parts = [*self._earlier_records, self._amax_record()]
+        self._earlier_records.clear()
+        self._recorded = _nothing_recorded(self._limits)
         device = self._limits.device
-        return Watched(
+        return AmaxRecord(
             layers=[layer for part in parts for layer in part.layers],
             formats=[format for part in parts for format in part.formats],
             values=torch.cat([part.values.to(device) for part in parts]),
         )
 
-    def _watched_now(self) -> Watched:
-        return Watched(list(self._layers), self._formats, self._watched)
+    def _amax_record(self) -> AmaxRecord:
+        return AmaxRecord(list(self._layers), self._formats, self._recorded)
 
     # -- replays --------------------------------------------------------------------------------
 
@@ -219,11 +219,11 @@ class EngineScales:
         """Whatever runs in the block leaves no trace in histories and scales."""
         state = self._copy()
         used, self._used = self._used, None
-        headroom, watched = self.headroom, self._watched.clone()
+        headroom, watched = self.headroom, self._recorded.clone()
         try:
             yield
         finally:
-            self.headroom, self._watched, self._used = headroom, watched, used
+            self.headroom, self._recorded, self._used = headroom, watched, used
             for memory, before in zip(self._memories(), state, strict=True):
                 cold, seen, pending, tensors = before
                 memory.cold, memory.seen = cold, seen
@@ -285,7 +285,7 @@ class EngineScales:
             else:
                 memory.cold, memory.seen, memory.pending = True, None, None
 
-    def _read(self, memory: Remembered) -> tuple[Tensor, Tensor]:
+    def _read(self, memory: EngineMemory) -> tuple[Tensor, Tensor]:
         """History [3, history_len], newest first, and scales [3]; zeros while there are none."""
         device, width = self._limits.device, self.config.history_len
         if memory.pending is not None:
@@ -301,7 +301,7 @@ class EngineScales:
         history[:, :-1] = theirs[1:].flip(0).t()
         return history, scales.clone()
 
-    def _memories(self) -> list[Remembered]:
+    def _memories(self) -> list[EngineMemory]:
         engines = [layer.engine for layer in self._layers.values()]
         return [e.memory for e in engines if e is not None and e.memory is not None]
 
@@ -319,7 +319,7 @@ class EngineScales:
         return torch.zeros(3, device=self._limits.device) if scales is None else scales
 
 
-def _lives(memory: Remembered) -> bool:
+def _lives(memory: EngineMemory) -> bool:
     """Whether Transformer Engine itself has the layer's scales by now."""
     return memory.module is not None and memory.pending is None and not memory.cold
 
@@ -328,7 +328,7 @@ def _many_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _nothing_watched(like: Tensor) -> Tensor:
+def _nothing_recorded(like: Tensor) -> Tensor:
     nothing = torch.zeros_like(like)
     return torch.stack([nothing, torch.full_like(like, torch.inf), nothing, nothing], dim=-1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.records import Event, Rollback, Started
-from lightning_fp.report.read.format_history import format_courses, steps_away_from
+from lightning_fp.report.read.format_history import format_histories, steps_away_from
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.read.steps import Steps
 
@@ -123,7 +123,7 @@ def run_cost(records: RunRecords, baseline: RunRecords | None = None) -> RunCost
     """
     steps, last = records.steps, records.last_step
     counts = _counts(records)
-    away = steps_away_from(format_courses(records), records.events, last)
+    away = steps_away_from(format_histories(records), records.events, last)
     usual = steps.seconds_per_step() if steps else None
     against = baseline.steps.seconds_per_step() if baseline and baseline.steps else None
     probes = {row["step"]: row.get("seconds") for row in records.parity}

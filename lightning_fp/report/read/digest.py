@@ -73,7 +73,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Course:
+class OperandHistory:
     """One operand over the steps."""
 
     layer: str
@@ -118,7 +118,7 @@ class Digest:
     worst: dict[Ranking, list[Cell]] = field(default_factory=dict[Ranking, list[Cell]])
     """The worst cell of each of the worst operands, the worst first."""
 
-    courses: list[Course] = field(default_factory=list[Course])
+    histories: list[OperandHistory] = field(default_factory=list[OperandHistory])
     """Of the operands in `worst`."""
 
     def in_order(self, names: Sequence[str]) -> Digest:
@@ -159,7 +159,7 @@ def read_digest(run_dir: Path) -> Digest | None:
         del rows  # else it stays until the next one is there
     totals = _totals(partial)
     ranked: dict[Ranking, list[Totals]] = {name: _worst_of(totals, name) for name in RANKINGS}
-    cells, courses = _courses(run_dir, ranked)
+    cells, histories = _histories(run_dir, ranked)
     edges = torch.arange(len(steps)) * width // len(steps)
     bounds = [steps[edges == column] for column in range(width)]
     return Digest(
@@ -172,7 +172,7 @@ def read_digest(run_dir: Path) -> Digest | None:
         format_names=tuple(sums.formats),
         totals=totals,
         worst=cells,
-        courses=courses,
+        histories=histories,
     )
 
 
@@ -335,10 +335,10 @@ def _worst_of(totals: Sequence[Totals], ranking: Ranking) -> list[Totals]:
     return sorted(lossy, key=lambda of: (-badness(of), of.layer, of.operand))[:_SHOWN]
 
 
-def _courses(
+def _histories(
     run_dir: Path, ranked: dict[Ranking, list[Totals]]
-) -> tuple[dict[Ranking, list[Cell]], list[Course]]:
-    """The exact worst cells of the operands given, and their courses."""
+) -> tuple[dict[Ranking, list[Cell]], list[OperandHistory]]:
+    """The exact worst cells of the operands given, and their histories."""
     wanted = list(dict.fromkeys((of.layer, of.operand) for all in ranked.values() for of in all))
     if not wanted:
         return {ranking: [] for ranking in ranked}, []
@@ -346,7 +346,7 @@ def _courses(
     names = ["step", *_KEYS, *RANKINGS]
     chosen = pc.field("layer").isin(layers) & (pc.field("operand") != "output")
     table = read_statistics(run_dir, columns=names, filters=chosen).sort_by("step")
-    courses: dict[tuple[str, str], Course] = {}
+    histories: dict[tuple[str, str], OperandHistory] = {}
     cells: dict[Ranking, dict[tuple[str, str, str], Cell]] = {name: {} for name in ranked}
     worst = {(name, of.layer, of.operand, of.format): of for name in ranked for of in ranked[name]}
     columns = [table[name].to_pylist() for name in names]
@@ -355,11 +355,11 @@ def _courses(
         key = row["layer"], row["operand"]
         if key not in wanted:
             continue
-        empty = Course(
+        empty = OperandHistory(
             layer=key[0], operand=key[1], steps=[], formats=[], values={n: [] for n in RANKINGS}
         )
-        course = courses.setdefault(key, empty)
-        _add(course, row)
+        history = histories.setdefault(key, empty)
+        _add(history, row)
         for name in ranked:
             of = worst.get((name, *key, row["format"]))
             if of is not None and row[name] is not None and row[name] == of.worst[name]:
@@ -373,18 +373,18 @@ def _courses(
         ]
         for name, operands in ranked.items()
     }
-    return found, [courses[key] for key in wanted if key in courses]
+    return found, [histories[key] for key in wanted if key in histories]
 
 
-def _add(course: Course, row: dict[str, Any]) -> None:
+def _add(history: OperandHistory, row: dict[str, Any]) -> None:
     """Add a row; of two formats in one interval the worse counts."""
-    again = bool(course.steps) and course.steps[-1] == row["step"]
+    again = bool(history.steps) and history.steps[-1] == row["step"]
     if not again:
-        course.steps.append(row["step"])
-    course.formats.append(row["format"])
+        history.steps.append(row["step"])
+    history.formats.append(row["format"])
     for name in RANKINGS:
         value = None if row[name] is None else min(row[name], _MOST_DB)
         if again:
-            both = [v for v in (course.values[name].pop(), value) if v is not None]
+            both = [v for v in (history.values[name].pop(), value) if v is not None]
             value = (min if name == "sqnr_db" else max)(both, default=None)
-        course.values[name].append(value)
+        history.values[name].append(value)

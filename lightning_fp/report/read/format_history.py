@@ -12,7 +12,7 @@ from lightning_fp.report.read.run_records import RunRecords
 HIGH = "high precision"
 """What a layer is in where the statistics have no row of it."""
 
-FormatCourse: TypeAlias = tuple[tuple[int, str], ...]
+FormatHistory: TypeAlias = tuple[tuple[int, str], ...]
 """From which step on which format, ascending."""
 
 _MANY = 40
@@ -24,7 +24,7 @@ class LayerGroup:
     """Layers that had the same formats at the same time."""
 
     layers: tuple[str, ...]
-    course: FormatCourse
+    history: FormatHistory
 
     @property
     def label(self) -> str:
@@ -38,7 +38,7 @@ def changed_formats(event: Event) -> bool:
     return isinstance(event, FormatChange) and not event.action.startswith("dry run")
 
 
-def format_courses(records: RunRecords) -> dict[str, FormatCourse]:
+def format_histories(records: RunRecords) -> dict[str, FormatHistory]:
     """The format of each layer over the steps.
 
     From the layers that the run began with and the events since then; where nobody wrote these
@@ -49,16 +49,16 @@ def format_courses(records: RunRecords) -> dict[str, FormatCourse]:
     """
     if not records.layers:
         return _from_statistics(records)
-    courses = {layer.name: [(records.starts[0].step, layer.format)] for layer in records.layers}
+    histories = {layer.name: [(records.starts[0].step, layer.format)] for layer in records.layers}
 
     def change(step: int, layer: str, format: str) -> None:
-        course = courses.setdefault(layer, [(records.starts[0].step, format)])
-        if course[-1][1] == format:
+        history = histories.setdefault(layer, [(records.starts[0].step, format)])
+        if history[-1][1] == format:
             return
-        if course[-1][0] >= step:  # two changes between the same two steps: the last one counts
-            course.pop()
-        if not course or course[-1][1] != format:
-            course.append((step, format))
+        if history[-1][0] >= step:  # two changes between the same two steps: the last one counts
+            history.pop()
+        if not history or history[-1][1] != format:
+            history.append((step, format))
 
     events = [event for event in records.events if changed_formats(event)]
     for start in records.starts[1:]:
@@ -69,48 +69,48 @@ def format_courses(records: RunRecords) -> dict[str, FormatCourse]:
             change(start.step, layer.name, layer.format)
     for event in events:
         _apply(event, change)
-    return {layer: tuple(course) for layer, course in courses.items()}
+    return {layer: tuple(history) for layer, history in histories.items()}
 
 
 def last_formats(records: RunRecords) -> dict[str, str]:
     """Each layer's format at the end, or as far as the records go."""
-    return {layer: course[-1][1] for layer, course in format_courses(records).items()}
+    return {layer: history[-1][1] for layer, history in format_histories(records).items()}
 
 
-def layer_groups(courses: Mapping[str, FormatCourse], most: int = 200) -> list[LayerGroup]:
-    """Layers with equal courses in one row each.
+def layer_groups(histories: Mapping[str, FormatHistory], most: int = 200) -> list[LayerGroup]:
+    """Layers with equal histories in one row each.
 
-    Neighbours are grouped; where that leaves many rows, all layers of one course.
+    Neighbours are grouped; where that leaves many rows, all layers of one history.
 
     Args:
-        courses: what `format_courses` returned.
+        histories: what `format_histories` returned.
         most: rows at most; those that changed most often are kept.
     """
-    neighbours: list[tuple[FormatCourse, list[str]]] = []
-    for layer, course in courses.items():
-        if neighbours and neighbours[-1][0] == course:
+    neighbours: list[tuple[FormatHistory, list[str]]] = []
+    for layer, history in histories.items():
+        if neighbours and neighbours[-1][0] == history:
             neighbours[-1][1].append(layer)
         else:
-            neighbours.append((course, [layer]))
+            neighbours.append((history, [layer]))
     if len(neighbours) > _MANY:
-        same: dict[FormatCourse, list[str]] = {}
-        for layer, course in courses.items():
-            same.setdefault(course, []).append(layer)
+        same: dict[FormatHistory, list[str]] = {}
+        for layer, history in histories.items():
+            same.setdefault(history, []).append(layer)
         neighbours = list(same.items())
-    groups = [LayerGroup(layers=tuple(names), course=course) for course, names in neighbours]
+    groups = [LayerGroup(layers=tuple(names), history=history) for history, names in neighbours]
     if len(groups) > most:
-        kept = sorted(groups, key=lambda group: -len(group.course))[:most]
+        kept = sorted(groups, key=lambda group: -len(group.history))[:most]
         groups = [group for group in groups if group in kept]
     return groups
 
 
 def steps_away_from(
-    courses: Mapping[str, FormatCourse], events: Sequence[Event], last: int
+    histories: Mapping[str, FormatHistory], events: Sequence[Event], last: int
 ) -> list[tuple[int, int]]:
     """Stretches of steps in which a demotion or a limit kept some layer in a safer format.
 
     Args:
-        courses: only their layers count; all if there are none.
+        histories: only their layers count; all if there are none.
         events: those of the run.
         last: the last step.
 
@@ -125,7 +125,7 @@ def steps_away_from(
             continue
         was_away = bool(away)
         for layer, (before, after) in event.formats.items():
-            if courses and layer not in courses:
+            if histories and layer not in histories:
                 continue
             if event.kind in ("demote", "limit"):
                 away.setdefault(layer, before)
@@ -146,16 +146,16 @@ def _apply(event: Event, change: object) -> None:
         change(event.step, layer, after)
 
 
-def _from_statistics(records: RunRecords) -> dict[str, FormatCourse]:
+def _from_statistics(records: RunRecords) -> dict[str, FormatHistory]:
     digest = records.statistics
     if digest is None:
         return {}
-    courses: dict[str, FormatCourse] = {}
+    histories: dict[str, FormatHistory] = {}
     for layer, row in zip(digest.layers, digest.formats.tolist(), strict=True):
-        course: list[tuple[int, str]] = []
+        history: list[tuple[int, str]] = []
         for (first, _), code in zip(digest.columns, row, strict=True):
             format = digest.format_names[code] if code >= 0 else HIGH
-            if not course or course[-1][1] != format:
-                course.append((first if course else 0, format))
-        courses[layer] = tuple(course)
-    return courses
+            if not history or history[-1][1] != format:
+                history.append((first if history else 0, format))
+        histories[layer] = tuple(history)
+    return histories

@@ -18,7 +18,7 @@ from lightning_fp.report.draw.parts import (
     number,
     share,
 )
-from lightning_fp.report.read.digest import RANKINGS, Course
+from lightning_fp.report.read.digest import RANKINGS, OperandHistory
 from lightning_fp.report.read.format_history import last_formats
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import (
@@ -29,8 +29,8 @@ from lightning_fp.report.sections.advice import (
     what_if_table,
 )
 
-_COURSES = 6
-"""Operands whose course is drawn."""
+_HISTORIES = 6
+"""Operands whose history is drawn."""
 _ATTRIBUTED = 10
 
 
@@ -67,7 +67,7 @@ def worst_section(records: RunRecords) -> Section:
     if digest is None:
         return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
     limits = limits_of(records.settings)
-    charts = [_course(course, limits, records) for course in _chosen(digest.courses)]
+    charts = [_history(history, limits, records) for history in _chosen(digest.histories)]
     return replace(
         about, charts=charts, small=True, text=() if charts else ("No operand has lost anything.",)
     )
@@ -141,14 +141,14 @@ def advice_section(records: RunRecords) -> Section:
     return replace(about, tables=tables, text=[sentence for sentence in text if sentence])
 
 
-def _chosen(courses: Sequence[Course]) -> list[Course]:
+def _chosen(histories: Sequence[OperandHistory]) -> list[OperandHistory]:
     """Some of each ranking's worst: they come ranking by ranking, the worst first."""
-    each = max(1, len(courses) // _COURSES)
-    return list(courses[::each])[:_COURSES]
+    each = max(1, len(histories) // _HISTORIES)
+    return list(histories[::each])[:_HISTORIES]
 
 
-def _course(course: Course, limits: Mapping[Any, float], records: RunRecords) -> Chart:
-    steps = torch.tensor(course.steps)
+def _history(history: OperandHistory, limits: Mapping[Any, float], records: RunRecords) -> Chart:
+    steps = torch.tensor(history.steps)
     fields: list[dict[str, Any]] = []
     for color, (name, title, unit) in enumerate(
         (
@@ -159,14 +159,14 @@ def _course(course: Course, limits: Mapping[Any, float], records: RunRecords) ->
     ):
         factor = 100.0 if unit == "%" else 1.0
         values = torch.tensor(
-            [float("nan") if v is None else v * factor for v in course.values[name]]
+            [float("nan") if v is None else v * factor for v in history.values[name]]
         )
         if values.isfinite().any() and (unit == "dB" or values.nan_to_num().max() > 0):
             limit = (limits[name] * factor, "limit")
             line = curve(title, steps, values, color=color)
             fields.append(panel(title, [line], unit=unit, log=False, limit=limit, height=90))
-    formats = ", then ".join(dict.fromkeys(course.formats))
-    title = f"{course.layer}, {course.operand}"
+    formats = ", then ".join(dict.fromkeys(history.formats))
+    title = f"{history.layer}, {history.operand}"
     return panels(title, f"In {formats}.", fields, last=records.last_step)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning_fp.report.draw.curves import curve, panel, panels
 from lightning_fp.report.draw.parts import Section, Table, decibels, duration, number, share
 from lightning_fp.report.read.cost import RunCost
-from lightning_fp.report.read.format_history import format_courses
+from lightning_fp.report.read.format_history import format_histories
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.headline import low_precision
 
@@ -84,7 +84,7 @@ def differences(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Table:
 
 
 def _formats(run: RunRecords) -> str:
-    counts = Counter(course[-1][1] for course in format_courses(run).values())
+    counts = Counter(history[-1][1] for history in format_histories(run).values())
     return ", ".join(f"{many} {format}" for format, many in counts.most_common(4)) or "unknown"
 
 

@@ -17,7 +17,7 @@ from lightning_fp.report.draw.parts import (
     not_recorded,
     number,
 )
-from lightning_fp.report.read.format_history import format_courses, layer_groups
+from lightning_fp.report.read.format_history import format_histories, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.headline import is_low
 
@@ -83,17 +83,17 @@ def formats_section(records: RunRecords) -> Section:
         title="Formats over time",
         look="One row for each group of layers that changed alike; grey is high precision.",
     )
-    courses = format_courses(records)
-    if not courses:
+    histories = format_histories(records)
+    if not histories:
         return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
     last = max(records.last_step, 1)
-    groups = layer_groups(courses)
-    used = list(dict.fromkeys(format for group in groups for _, format in group.course))
+    groups = layer_groups(histories)
+    used = list(dict.fromkeys(format for group in groups for _, format in group.history))
     rows = [
         {
             "label": group.label,
             "title": f"{len(group.layers)} layers" if len(group.layers) > 1 else group.label,
-            "segments": _segments(group.course, last),
+            "segments": _segments(group.history, last),
         }
         for group in groups
     ]
@@ -105,7 +105,7 @@ def formats_section(records: RunRecords) -> Section:
         "rows": rows,
         "names": [{"name": name, "high": not is_low(name)} for name in used],
     }
-    ends = [(course[0][1], course[-1][1], len(course) - 1) for course in courses.values()]
+    ends = [(history[0][1], history[-1][1], len(history) - 1) for history in histories.values()]
     counts = {key: ends.count(key) for key in dict.fromkeys(ends)}
     table = Table(
         title="Layers by format",
@@ -140,16 +140,16 @@ def stages_section(records: RunRecords) -> Section:
     if not stages and not gates:
         return replace(about, missing=not_recorded("train with StagedRollout(recipe)"))
     last = max(records.last_step, 1)
-    course = [(event.step, event.stage) for event in stages]
+    history = [(event.step, event.stage) for event in stages]
     if stages and stages[0].previous and stages[0].step > 0:
-        course.insert(0, (0, stages[0].previous))
-    names = list(dict.fromkeys(name for _, name in course))
+        history.insert(0, (0, stages[0].previous))
+    names = list(dict.fromkeys(name for _, name in history))
     chart: Chart = {
         "type": "strips",
         "title": "Stage by optimizer step",
         "look": "How long each stage lasted; the marks beneath are the gates that were asked.",
         "last": last,
-        "rows": [{"label": "stage", "title": "stage", "segments": _segments(course, last)}],
+        "rows": [{"label": "stage", "title": "stage", "segments": _segments(history, last)}],
         "names": [{"name": name, "high": False} for name in names],
         "lanes": lanes(gates, last),
     }
@@ -176,12 +176,12 @@ def stages_section(records: RunRecords) -> Section:
         numbers=frozenset({0, 3}),
         note=f"The last {_GATES} of {len(rows)}." if len(rows) > _GATES else "",
     )
-    return replace(about, charts=(chart,) if course else (), tables=(table,) if rows else ())
+    return replace(about, charts=(chart,) if history else (), tables=(table,) if rows else ())
 
 
-def _segments(course: Sequence[tuple[int, str]], last: int) -> list[dict[str, Any]]:
-    ends = [step for step, _ in course[1:]] + [max(last, course[-1][0])]
+def _segments(history: Sequence[tuple[int, str]], last: int) -> list[dict[str, Any]]:
+    ends = [step for step, _ in history[1:]] + [max(last, history[-1][0])]
     return [
         {"from": step, "to": end, "name": name}
-        for (step, name), end in zip(course, ends, strict=True)
+        for (step, name), end in zip(history, ends, strict=True)
     ]

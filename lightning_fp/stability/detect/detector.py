@@ -15,13 +15,13 @@ from lightning_fp.stability.detect.incident import (
     NEAR,
     VOTES,
     WINDOW,
-    Evidence,
+    AnomalyScores,
     Incident,
     first_vote,
     votes,
     with_score,
 )
-from lightning_fp.stability.detect.signal_level import START, Baseline
+from lightning_fp.stability.detect.signal_level import START, SignalLevel
 
 _UNSETTLED = 2.0
 """While the level is learned again, outliers must be so many times farther off."""
@@ -50,7 +50,7 @@ class DivergenceDetector:
 
     cusum: float = 9.0
     """Suspicion when the sum of what scores (losses above the usual one, in standard deviations of
-    the noise) exceed `slack` by is above this. Multiplied with `Baseline.patience`."""
+    the noise) exceed `slack` by is above this. Multiplied with `SignalLevel.patience`."""
 
     slack: float = 0.75
     """Standard deviations that add nothing to the sum; half of the smallest lasting step that is to
@@ -176,7 +176,7 @@ class DivergenceDetector:
                 lr=lowest_lr,
                 nonfinite=nonfinite,
                 grace=max(0, state.grace - 1),
-                evidence=evidence if incident is None else Evidence(),
+                evidence=evidence if incident is None else AnomalyScores(),
                 incident=incident,
             )
         else:
@@ -190,7 +190,9 @@ class DivergenceDetector:
 
         What was usual before it stays in force, and is not learned from during the grace.
         """
-        return replace(state, evidence=Evidence(), incident=None, nonfinite=0, grace=self.grace)
+        return replace(
+            state, evidence=AnomalyScores(), incident=None, nonfinite=0, grace=self.grace
+        )
 
     def precision_changed(self, state: DetectorState) -> DetectorState:
         """After formats have changed: as `rolled_back`, so that a rise due to them is seen."""
@@ -232,7 +234,7 @@ class DivergenceDetector:
             loss=state.loss.forget_level(),
             grad_norm=state.grad_norm.forget_level(),
             update_ratio=state.update_ratio.forget_level(),
-            evidence=Evidence(),
+            evidence=AnomalyScores(),
             incident=None,
             grace=0,
         )
@@ -250,7 +252,7 @@ class DivergenceDetector:
         noise: float | None,
         grad_norm: float | None,
         update_ratio: float | None,
-    ) -> tuple[Evidence, Baseline, Baseline]:
+    ) -> tuple[AnomalyScores, SignalLevel, SignalLevel]:
         """The evidence with this step's, and the baselines of the logarithms if they may learn."""
         before = state.evidence
         scores, cusum = before.scores, before.cusum
@@ -267,7 +269,7 @@ class DivergenceDetector:
         update_after, update_scores = self._logarithm(
             state.update_ratio, update_ratio, before.update_scores
         )
-        evidence = Evidence(
+        evidence = AnomalyScores(
             cusum=cusum,
             climbing=climbing,
             drifting=drifting,
@@ -278,9 +280,9 @@ class DivergenceDetector:
         return evidence, grad_after, update_after
 
     def _logarithm(
-        self, baseline: Baseline, value: float | None, scores: tuple[float, ...]
-    ) -> tuple[Baseline, tuple[float, ...]]:
-        """Baseline and scores of a positive signal, with one more value of it."""
+        self, baseline: SignalLevel, value: float | None, scores: tuple[float, ...]
+    ) -> tuple[SignalLevel, tuple[float, ...]]:
+        """SignalLevel and scores of a positive signal, with one more value of it."""
         if value is None or not math.isfinite(value) or value <= 0:
             return baseline, scores
         logarithm = math.log(value)
@@ -290,7 +292,7 @@ class DivergenceDetector:
         return baseline.learn(logarithm, self.least_log_noise), scores
 
     def _suspect(
-        self, state: DetectorState, evidence: Evidence, noise: float | None, nonfinite: int
+        self, state: DetectorState, evidence: AnomalyScores, noise: float | None, nonfinite: int
     ) -> Incident | None:
         """An incident if there is reason for one."""
         usual, level = state.loss, state.loss.level
@@ -353,7 +355,7 @@ class DivergenceDetector:
         return replace(state, incident=incident)
 
     def _over(self, state: DetectorState, incident: Incident) -> DetectorState:
-        state = replace(state, incident=None, evidence=Evidence())
+        state = replace(state, incident=None, evidence=AnomalyScores())
         if incident.cause is Cause.GRADIENT:
             return replace(state, grad_norm=state.grad_norm.forget_level())
         if incident.cause is Cause.UPDATE:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from lightning_fp.stability.detect.decision import Cause
-from lightning_fp.stability.detect.incident import Evidence, Incident
-from lightning_fp.stability.detect.signal_level import Baseline
+from lightning_fp.stability.detect.incident import AnomalyScores, Incident
+from lightning_fp.stability.detect.signal_level import SignalLevel
 
 VERSION = 1
 """Of the plain form."""
@@ -20,12 +20,12 @@ Record = TypeVar("Record")
 class DetectorState:
     """All that the detector remembers: never changed, each step makes a new one."""
 
-    loss: Baseline = field(default_factory=Baseline)
+    loss: SignalLevel = field(default_factory=SignalLevel)
 
-    grad_norm: Baseline = field(default_factory=Baseline)
+    grad_norm: SignalLevel = field(default_factory=SignalLevel)
     """Of its logarithm."""
 
-    update_ratio: Baseline = field(default_factory=Baseline)
+    update_ratio: SignalLevel = field(default_factory=SignalLevel)
     """Of its logarithm."""
 
     lr: float | None = None
@@ -37,7 +37,7 @@ class DetectorState:
     grace: int = 0
     """Steps left in which baselines are kept and only far outliers count."""
 
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: AnomalyScores = field(default_factory=AnomalyScores)
 
     incident: Incident | None = None
 
@@ -60,8 +60,8 @@ def from_plain(plain: Mapping[str, Any]) -> DetectorState:
         )
     parts: dict[str, Any] = {name: part for name, part in plain.items() if name != "version"}
     for name in ("loss", "grad_norm", "update_ratio"):
-        parts[name] = _record(Baseline, parts.get(name))
-    parts["evidence"] = _record(Evidence, parts.get("evidence"))
+        parts[name] = _record(SignalLevel, parts.get(name))
+    parts["evidence"] = _record(AnomalyScores, parts.get("evidence"))
     if parts.get("incident") is not None:
         incident = _record(Incident, parts["incident"])
         parts["incident"] = replace(incident, cause=Cause[str(incident.cause)])

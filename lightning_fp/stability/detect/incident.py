@@ -1,4 +1,4 @@
-"""Evidence that something is wrong with a run, and the incident once it suffices."""
+"""AnomalyScores that something is wrong with a run, and the incident once it suffices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEAR = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence:
+class AnomalyScores:
     """What points at an anomaly so far. Empty to begin with, and after every incident."""
 
     cusum: float = 0.0

@@ -24,7 +24,7 @@ RECENT_SPAN = 32
 """The same of the noise of late, which takes over where noise grows."""
 
 BLOCK = 16
-"""Steps whose sum tells how noise adds up, see `Baseline.spread`."""
+"""Steps whose sum tells how noise adds up, see `SignalLevel.spread`."""
 
 BLOCKS_SPAN = 64
 """Blocks looked back: 1024 steps."""
@@ -68,7 +68,7 @@ _SPREAD_STEP = 9.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Baseline:
+class SignalLevel:
     """The usual level and noise of one signal: a few numbers, whatever the length of the run."""
 
     seen: int = 0
@@ -135,13 +135,13 @@ class Baseline:
             return 0.0
         return (self.averages[1] - self.floor) / noise
 
-    def forget_level(self) -> Baseline:
+    def forget_level(self) -> SignalLevel:
         """Learn the level again, keep the noise."""
-        return Baseline(
+        return SignalLevel(
             known=self.known, variance=self.variance, recent=self.recent, spread=self.spread
         )
 
-    def learn(self, value: float, least: float) -> Baseline:
+    def learn(self, value: float, least: float) -> SignalLevel:
         """With one more value.
 
         Args:
@@ -180,7 +180,7 @@ class Baseline:
         floor = self.floor
         if seen >= SETTLED:
             floor = _follow(floor, long, 1 / FLOOR_SPAN)
-        return Baseline(
+        return SignalLevel(
             seen=seen,
             last=value,
             averages=(short, middle, long),

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
-from lightning_fp.stability.keep.state_tree import Collected, Rebuilt, Tree
+from lightning_fp.stability.keep.state_tree import TensorCollector, Tree, TreeRestorer
 
 
-def collect_module(module: nn.Module, collected: Collected) -> Tree:
+def collect_module(module: nn.Module, collected: TensorCollector) -> Tree:
     """Parameters and buffers, also buffers that are not persistent or None."""
     slots = [[name, collected.tree(tensor)] for name, tensor in _tensors(module)]
     return ("module", slots)
 
 
 def rebuild_module(
-    part: str, module: nn.Module, tree: Tree, rebuilt: Rebuilt
+    part: str, module: nn.Module, tree: Tree, rebuilt: TreeRestorer
 ) -> Callable[[], object]:
     """Prepare to put them back: into the tensors that are there, or, of buffers, in new ones.
 

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_fp.stability.keep.host_memory import Layout
 from lightning_fp.stability.keep.random_state import RandomState
-from lightning_fp.stability.keep.state_tree import Collected, Rebuilt, Tree
+from lightning_fp.stability.keep.state_tree import TensorCollector, Tree, TreeRestorer
 
 
-def collect_optimizer(optimizer: Optimizer, collected: Collected) -> Tree:
+def collect_optimizer(optimizer: Optimizer, collected: TensorCollector) -> Tree:
     """State of each parameter and entries of each group; not the parameters."""
     optimizer = _unwrapped(optimizer)
     numbers = _numbers(optimizer)
@@ -34,7 +34,7 @@ def collect_optimizer(optimizer: Optimizer, collected: Collected) -> Tree:
     return ("optimizer", state, groups)
 
 
-def rebuild_optimizer(name: str, optimizer: Optimizer, tree: Tree, rebuilt: Rebuilt) -> Any:
+def rebuild_optimizer(name: str, optimizer: Optimizer, tree: Tree, rebuilt: TreeRestorer) -> Any:
     """Prepare to put the state back.
 
     Groups that were added since stay, with their parameters' state gone.
@@ -85,7 +85,7 @@ def rebuild_optimizer(name: str, optimizer: Optimizer, tree: Tree, rebuilt: Rebu
 def stepped_tensors(optimizer: Optimizer) -> Iterator[int]:
     """The `id` of what only the optimizer's step writes."""
     optimizer = _unwrapped(optimizer)
-    collected = Collected()
+    collected = TensorCollector()
     collected.tree(list(_parameters(optimizer)))
     collected.tree(list(optimizer.state.values()))
     return (id(tensor) for tensor in collected.tensors)
@@ -124,7 +124,7 @@ def _after_step_without_contents(optimizer: Optimizer) -> int:
     shell._optimizer_step_post_hooks = OrderedDict()
     type(optimizer).step(shell)
     tensors = [leaf for leaf in tree_leaves(list(shell.state.values())) if _is_tensor(leaf)]
-    collected = Collected()
+    collected = TensorCollector()
     collected.tree(tensors)
     return Layout.of(collected.tensors).nbytes
 

@@ -18,7 +18,13 @@ from lightning_fp.stability.keep.optimizer_state import (
     stepped_tensors,
 )
 from lightning_fp.stability.keep.random_state import RandomState
-from lightning_fp.stability.keep.state_tree import Collected, Rebuilt, Tree, Wrapped, is_plain
+from lightning_fp.stability.keep.state_tree import (
+    TensorCollector,
+    Tree,
+    TreeRestorer,
+    WrappedTensor,
+    is_plain,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +51,7 @@ class Snapshot:
         step: int,
         trees: Mapping[str, Tree],
         memory: HostMemory,
-        wrapped: list[Wrapped] | None = None,
+        wrapped: list[WrappedTensor] | None = None,
     ) -> None:
         self.step = step
         """Optimizer steps done when it was taken."""
@@ -117,12 +123,12 @@ class Snapshot:
         return snapshot
 
 
-class Present:
+class LiveState:
     """The state of the parts as it is now: looked at, not yet copied."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
-        self._collected = Collected()
+        self._collected = TensorCollector()
         self._trees = {name: _tree(name, part, self._collected) for name, part in parts.items()}
         self._layout = Layout.of(self._collected.tensors)
         self.nbytes = self._layout.nbytes
@@ -158,7 +164,7 @@ def stated_bytes(parts: Mapping[str, Part], *, stepped: bool = False) -> int:
         Bytes of host memory; exactly those of `Snapshot.nbytes`.
     """
     optimizers = [p for p in parts.values() if isinstance(p, Optimizer)] if stepped else []
-    return Present(parts).nbytes + sum(map(state_to_come, optimizers))
+    return LiveState(parts).nbytes + sum(map(state_to_come, optimizers))
 
 
 def take(parts: Mapping[str, Part], *, step: int = 0) -> Snapshot:
@@ -178,7 +184,7 @@ def take(parts: Mapping[str, Part], *, step: int = 0) -> Snapshot:
     Returns:
         The snapshot.
     """
-    return Present(parts).store(step)
+    return LiveState(parts).store(step)
 
 
 def restore(
@@ -205,7 +211,7 @@ def restore(
             f" got {missing}"
         )
     memory = snapshot.memory
-    rebuilt = Rebuilt(memory, snapshot.wrapped)
+    rebuilt = TreeRestorer(memory, snapshot.wrapped)
     put_back: list[Callable[[], object]] = []
     for name in names:
         part, tree = parts[name], snapshot.trees[name]
@@ -214,7 +220,9 @@ def restore(
         elif isinstance(part, Optimizer) and tree[0] == "optimizer":
             put_back.append(rebuild_optimizer(name, part, tree, rebuilt))
         elif tree[0] == "state":
-            put_back.append(_rebuild_state(part, Rebuilt(memory, snapshot.wrapped).value(tree[1])))
+            put_back.append(
+                _rebuild_state(part, TreeRestorer(memory, snapshot.wrapped).value(tree[1]))
+            )
         else:
             raise ValueError(
                 f"part {name!r} must be of the kind it was in the snapshot, {tree[0]}, got"
@@ -237,7 +245,7 @@ def _wait_before_step(optimizers: list[Optimizer]) -> None:
     handles += [optimizer.register_step_pre_hook(wait) for optimizer in optimizers]
 
 
-def _tree(name: str, part: Part, collected: Collected) -> Tree:
+def _tree(name: str, part: Part, collected: TensorCollector) -> Tree:
     if isinstance(part, nn.Module):
         return collect_module(part, collected)
     if isinstance(part, Optimizer):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_fp.stability.keep.host_memory import HostMemory
-from lightning_fp.stability.keep.snapshot import Part, Present, Snapshot, stated_bytes
+from lightning_fp.stability.keep.snapshot import LiveState, Part, Snapshot, stated_bytes
 
 STATE_VERSION = 1
 
@@ -108,7 +108,7 @@ class Snapshots:
         Raises:
             ValueError: if not even one is within `limit_bytes`.
         """
-        present = Present(parts)
+        present = LiveState(parts)
         nbytes = present.nbytes
         depth = self._fitting(nbytes)
         self.drop_after(step)

@@ -25,23 +25,23 @@ _PLAIN = frozenset((bool, int, float, str, bytes, type(None), torch.dtype, torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wrapped:
+class WrappedTensor:
     """How a tensor made of tensors is put together: a DTensor, a low-bit optimizer state."""
 
     kind: Any
     context: Any
     size: torch.Size
     stride: tuple[int, ...]
-    others: dict[str, Any]
+    attributes: dict[str, Any]
     """What is inside besides tensors, such as the device mesh."""
 
 
-class Collected:
+class TensorCollector:
     """The tensors of some trees, each once."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self.wrapped: list[Wrapped] = []
+        self.wrapped: list[WrappedTensor] = []
         self._numbers: dict[int, int] = {}
 
     def tree(self, value: Any) -> Tree:
@@ -61,14 +61,14 @@ class Collected:
     def _tensor(self, value: Tensor) -> Tree:
         if is_traceable_wrapper_subclass(value):
             # Of a Parameter too this is the tensor inside, which shares its storage.
-            inside, others = _inside(value)
+            inside, attributes = _inside(value)
             self.wrapped.append(
-                Wrapped(
+                WrappedTensor(
                     kind=type(value),
                     context=value.__tensor_flatten__()[1],
                     size=value.size(),
                     stride=value.stride(),
-                    others=others,
+                    attributes=attributes,
                 )
             )
             inner = {name: self._tensor(tensor) for name, tensor in inside.items()}
@@ -90,17 +90,17 @@ def is_plain(tree: Any) -> bool:
     return not isinstance(tree, (list, tuple)) or all(map(is_plain, tree))
 
 
-class Rebuilt:
+class TreeRestorer:
     """Values of trees again, in the tensors of now wherever these fit.
 
     Nothing is written before `write`.
 
     Args:
         memory: the copies.
-        wrapped: as of `Collected`; empty if they were loaded from a checkpoint.
+        wrapped: as of `TensorCollector`; empty if they were loaded from a checkpoint.
     """
 
-    def __init__(self, memory: HostMemory, wrapped: list[Wrapped]) -> None:
+    def __init__(self, memory: HostMemory, wrapped: list[WrappedTensor]) -> None:
         self._memory, self._wrapped = memory, wrapped
         self._into: dict[int, tuple[Tensor, int]] = {}
         self._made: dict[int, Tensor] = {}
@@ -167,7 +167,7 @@ class Rebuilt:
         wrapped = self._wrapped[number]
         tensors = {name: self.value(part) for name, part in inner.items()}
         return wrapped.kind.__tensor_unflatten__(
-            {**tensors, **wrapped.others}, wrapped.context, wrapped.size, wrapped.stride
+            {**tensors, **wrapped.attributes}, wrapped.context, wrapped.size, wrapped.stride
         )
 
 

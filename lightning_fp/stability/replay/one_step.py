@@ -64,7 +64,7 @@ class Comparison:
     """Of each switchable layer's own parameters."""
 
 
-def replay(
+def replay_step(
     step: Callable[[], Tensor | None],
     model: nn.Module,
     table: PrecisionMap,

@@ -11,7 +11,7 @@ unless it is being warmed up."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
+class CauseEvidence:
     """What was found besides the verdict."""
 
     floor: float | None = None
@@ -37,10 +37,10 @@ class Evidence:
     """Learning rates of the replayed steps."""
 
 
-def looks_like(evidence: Evidence) -> str:
+def likely_cause(evidence: CauseEvidence) -> str:
     """A sentence to start looking from; it proves nothing.
 
-    >>> looks_like(Evidence(rates=[1e-3, 1e-3, 3e-2]))
+    >>> likely_cause(CauseEvidence(rates=[1e-3, 1e-3, 3e-2]))
     'it looks like the learning rate: it grew from 0.001 to 0.03 within the steps looked at'
 
     Args:

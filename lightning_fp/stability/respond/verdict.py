@@ -31,7 +31,7 @@ differ by two thirds of that (`1 - RECOVERED`) once in 10 000 times."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Judgement:
     """A finding and the numbers it rests on."""
 
     finding: Finding
@@ -85,7 +85,7 @@ class OneStep:
     """`grad_error` of the current formats against themselves: what means nothing."""
 
 
-def judge_one_step(seen: OneStep, anomaly: Anomaly) -> Verdict:
+def judge_one_step(seen: OneStep, anomaly: Anomaly) -> Judgement:
     """What one batch says. It convicts only where nothing else can be the cause.
 
     Args:
@@ -101,23 +101,23 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly) -> Verdict:
     }
     if not seen.finite and seen.high_finite:
         reason = "the batch gives inf or NaN in the current formats and not in high precision"
-        return Verdict(finding="precision", reason=reason, numbers=numbers)
+        return Judgement(finding="precision", reason=reason, numbers=numbers)
     if not seen.finite and not seen.high_finite:
         reason = "the batch gives inf or NaN in high precision too"
-        return Verdict(finding="not precision", reason=reason, numbers=numbers)
+        return Judgement(finding="not precision", reason=reason, numbers=numbers)
     if anomaly.level is not None:
         baseline, noise = anomaly.level
         height, gap = seen.loss - baseline, seen.loss - seen.high_loss
         if height > LARGE * noise and gap > (1 - RECOVERED) * height:
             reason = f"high precision takes {gap / height:.0%} of the loss's rise away at once"
-            return Verdict(finding="precision", reason=reason, numbers=numbers)
+            return Judgement(finding="precision", reason=reason, numbers=numbers)
     reason = "one step in high precision does not tell"
-    return Verdict(finding="unclear", reason=reason, numbers=numbers)
+    return Judgement(finding="unclear", reason=reason, numbers=numbers)
 
 
 def judge_trajectory(
     losses: Sequence[float | None], high_losses: Sequence[float | None], anomaly: Anomaly
-) -> Verdict:
+) -> Judgement:
     """What the same batches say, trained on from the same snapshot in high precision.
 
     The two runs are compared step by step, which takes the batches' own differences out; what
@@ -137,14 +137,14 @@ def judge_trajectory(
     pairs = [(a, b) for a, b in both if a is not None and b is not None]
     if len(pairs) < 4:
         reason = f"a trajectory of {len(pairs)} steps is too short to tell"
-        return Verdict(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
+        return Judgement(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
     tail = pairs[-_tail(len(pairs)) :]
     bad, high_bad = (sum(not math.isfinite(value) for value in run) for run in _runs(tail))
     if high_bad:
         alike = 0 < bad <= 2 * high_bad
         reason = f"high precision meets inf or NaN as well, in {high_bad} of {len(tail)} steps"
         numbers: dict[str, float] = {"steps": len(pairs), "bad": bad, "high_bad": high_bad}
-        return Verdict(
+        return Judgement(
             finding="not precision" if alike else "unclear", reason=reason, numbers=numbers
         )
     if anomaly.level is None:
@@ -154,7 +154,7 @@ def judge_trajectory(
     return _judge_by_level(pairs, baseline, noise, least_rise=least_rise)
 
 
-def _judge_by_beginning(pairs: _Pairs) -> Verdict:
+def _judge_by_beginning(pairs: _Pairs) -> Judgement:
     """Take level and noise from the first four steps: of the run, or the replay if that blew up.
 
     They are little to go by, so the replay must not have risen by half of what it gains.
@@ -162,7 +162,7 @@ def _judge_by_beginning(pairs: _Pairs) -> Verdict:
     begun = [run for run in _runs(pairs[:4]) if all(map(math.isfinite, run))]
     if len(pairs) < 8 or not begun:
         reason = "nothing is known of the loss before, and too few steps were replayed to tell"
-        return Verdict(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
+        return Judgement(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
     baseline = fmean(begun[0])
     noise = max(map(stdev, begun))
     verdict = _judge_by_level(pairs, baseline, noise, least_rise=LARGE * noise)
@@ -170,10 +170,12 @@ def _judge_by_beginning(pairs: _Pairs) -> Verdict:
     if verdict.finding != "precision" or risen <= verdict.numbers["gain"] / 2:
         return verdict
     reason = f"{verdict.reason}, but there the loss rises too"
-    return Verdict(finding="unclear", reason=reason, numbers=verdict.numbers)
+    return Judgement(finding="unclear", reason=reason, numbers=verdict.numbers)
 
 
-def _judge_by_level(pairs: _Pairs, baseline: float, noise: float, *, least_rise: float) -> Verdict:
+def _judge_by_level(
+    pairs: _Pairs, baseline: float, noise: float, *, least_rise: float
+) -> Judgement:
     """The replay is finite in the last quarter, and the level before is known.
 
     A rise of up to `least_rise` is none: not more than the mean of a few steps may be off.
@@ -197,12 +199,12 @@ def _judge_by_level(pairs: _Pairs, baseline: float, noise: float, *, least_rise:
     if height <= least_rise:  # nothing to explain: does low precision cost anything worth it?
         if worth:
             reason = f"high precision learns the same batches to a loss {gain:.3g} lower"
-            return Verdict(finding="precision", reason=reason, numbers=numbers)
+            return Judgement(finding="precision", reason=reason, numbers=numbers)
         if gain + 3 * error < least:
             reason = f"high precision learns the same batches no better (loss lower by {gain:.3g})"
-            return Verdict(finding="not precision", reason=reason, numbers=numbers)
+            return Judgement(finding="not precision", reason=reason, numbers=numbers)
         reason = f"high precision lowers the loss by {gain:.3g}, within the noise"
-        return Verdict(finding="unclear", reason=reason, numbers=numbers)
+        return Judgement(finding="unclear", reason=reason, numbers=numbers)
     numbers["rise"] = height
     large, calm = height > LARGE * noise, level - baseline <= least_rise
     most = gain > (0.5 if calm else 1 - RECOVERED) * height
@@ -211,9 +213,9 @@ def _judge_by_level(pairs: _Pairs, baseline: float, noise: float, *, least_rise:
         return _if_recovered(reason, pairs, baseline, noise, numbers, height)
     if gain < SAME * height and (large or not worth):
         reason = f"the loss rises in high precision as well ({1 - gain / height:.0%} of the rise)"
-        return Verdict(finding="not precision", reason=reason, numbers=numbers)
+        return Judgement(finding="not precision", reason=reason, numbers=numbers)
     reason = f"high precision takes {gain / height:.0%} of the rise away, which does not tell"
-    return Verdict(finding="unclear", reason=reason, numbers=numbers)
+    return Judgement(finding="unclear", reason=reason, numbers=numbers)
 
 
 def _if_recovered(
@@ -223,7 +225,7 @@ def _if_recovered(
     noise: float,
     numbers: dict[str, float],
     height: float,
-) -> Verdict:
+) -> Judgement:
     """Convict only if the loss is back at its baseline and was never far from it.
 
     Two runs gone wild part by chance, and one of them may come by the baseline.
@@ -231,15 +233,15 @@ def _if_recovered(
     left = numbers["high_loss"] - baseline
     if left > max(3 * noise, RECOVERED * min(height, 10 * noise)):
         reason = f"{reason}, but the loss does not come back to its baseline"
-        return Verdict(finding="unclear", reason=reason, numbers=numbers)
+        return Judgement(finding="unclear", reason=reason, numbers=numbers)
     # Where neither was finite, it was the data.
     apart = [pair for pair in pairs if any(map(math.isfinite, pair))]
     peak, high_peak = (_peak(run, baseline) for run in _runs(apart))
     large = LARGE * noise
     if height > large and high_peak > max(large, min(peak / 4, 10 * noise)):
         reason = f"{reason}, but there the loss rose as well before it came back"
-        return Verdict(finding="unclear", reason=reason, numbers=numbers)
-    return Verdict(finding="precision", reason=reason, numbers=numbers)
+        return Judgement(finding="unclear", reason=reason, numbers=numbers)
+    return Judgement(finding="precision", reason=reason, numbers=numbers)
 
 
 def _tail(count: int) -> int:

@@ -107,10 +107,10 @@ def test_a_change_of_format_within_an_interval(tmp_path: Path) -> None:
         for row in found.formats.tolist()
     ]
     assert names == [["a", "b", "b", None], ["c"] * 4]
-    (course,) = found.courses
-    assert course.steps == [1, 2, 3]
-    assert course.values["clamped_mass"] == pytest.approx([0.1, 0.2, 0.3])
-    assert course.formats == ["a", "a", "b", "b"]
+    (history,) = found.histories
+    assert history.steps == [1, 2, 3]
+    assert history.values["clamped_mass"] == pytest.approx([0.1, 0.2, 0.3])
+    assert history.formats == ["a", "a", "b", "b"]
     assert found.worst["sqnr_db"] == []  # nothing was lost
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_fp.records import Demotion, Event, FormatChange, Promotion
 from lightning_fp.records.run import LayerInfo, RunInfo
 from lightning_fp.report import RunRecords, read_records
-from lightning_fp.report.read.format_history import HIGH, format_courses, layer_groups
+from lightning_fp.report.read.format_history import HIGH, format_histories, layer_groups
 
 
 def start(step: int, **formats: str) -> RunInfo:
@@ -34,23 +34,23 @@ def test_events_change_the_formats_that_the_run_began_with() -> None:
         change(9, "a", "x", "fp8"),  # between the same two steps
         Promotion(step=12, reason="", formats={"new": ("x", "y")}),
     ]
-    courses = format_courses(run([start(0, a="fp8", b="fp8")], events))
-    assert courses["a"] == ((0, "fp8"), (5, "bf16"), (9, "fp8"))
-    assert courses["b"] == ((0, "fp8"),)
+    histories = format_histories(run([start(0, a="fp8", b="fp8")], events))
+    assert histories["a"] == ((0, "fp8"), (5, "bf16"), (9, "fp8"))
+    assert histories["b"] == ((0, "fp8"),)
 
 
 def test_each_start_says_what_the_formats_are() -> None:
     starts = [start(0, a="fp8"), start(10, a="bf16"), start(20, a="bf16")]
-    courses = format_courses(run(starts, [change(15, "a", "bf16", "fp8")]))
-    assert courses["a"] == ((0, "fp8"), (10, "bf16"), (15, "fp8"), (20, "bf16"))
+    histories = format_histories(run(starts, [change(15, "a", "bf16", "fp8")]))
+    assert histories["a"] == ((0, "fp8"), (10, "bf16"), (15, "fp8"), (20, "bf16"))
 
 
 def test_without_layers_they_come_from_the_statistics(made_up: Path, tmp_path: Path) -> None:
     (tmp_path / "statistics").symlink_to(made_up / "statistics")
-    courses = format_courses(read_records(tmp_path))
-    assert len(courses) == 12
-    assert set(courses.values()) == {((0, "fp8-delayed"),)}
-    assert HIGH not in str(courses)
+    histories = format_histories(read_records(tmp_path))
+    assert len(histories) == 12
+    assert set(histories.values()) == {((0, "fp8-delayed"),)}
+    assert HIGH not in str(histories)
 
 
 def test_layers_with_one_course_share_a_row() -> None:

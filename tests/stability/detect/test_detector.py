@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import time
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
@@ -408,13 +408,20 @@ def test_options_are_checked(wrong: dict[str, float]) -> None:
         DivergenceDetector(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_step_costs_less_than_50_microseconds() -> None:
+def test_a_step_makes_few_calls() -> None:
+    # Its time is measured in benchmarks/detector.py. Calls are the same on every machine.
+    state, calls = DETECTOR.init(), 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
     losses = flat(400).loss.tolist()
-    best = math.inf
-    for _ in range(5):  # the best of five, for others may be using the machine
-        state = DETECTOR.init()
-        start = time.process_time()
+    sys.setprofile(count)
+    try:
         for loss in losses:
             state, _ = DETECTOR.step(state, loss=loss, grad_norm=1.0, lr=1e-3)
-        best = min(best, (time.process_time() - start) / len(losses))
-    assert best < 50e-6
+    finally:
+        sys.setprofile(None)
+    print(calls / len(losses))
+    assert calls < 150 * len(losses)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_fp import convert
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.stability import RandomState, Snapshot, restore, stated_bytes, take
-from lightning_fp.stability.keep.snapshot import Part, Present
+from lightning_fp.stability.keep.snapshot import LiveState, Part
 from tests.helper import TinyGPT, next_byte_loss, text_rows
 
 
@@ -675,7 +675,7 @@ class TestCUDA:
         memory = None
         for _ in range(5):
             before = self.picture(model, optimizer)
-            snapshot = take(parts) if memory is None else Present(parts).store(0, memory)
+            snapshot = take(parts) if memory is None else LiveState(parts).store(0, memory)
             assert snapshot.memory.content.is_pinned()
             for _ in range(3):
                 self.step(model, optimizer)
@@ -702,6 +702,6 @@ class TestCUDA:
         snapshot = take(parts)
         torch.cuda.synchronize()
         torch.cuda._sleep(10**9)
-        again = Present(parts).store(0, snapshot.drop())
+        again = LiveState(parts).store(0, snapshot.drop())
         assert not all(event.query() for event in again.memory._events)
         torch.cuda.synchronize()

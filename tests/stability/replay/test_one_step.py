@@ -23,7 +23,7 @@ from lightning_fp.stability import (
     ReplayFailedError,
     compare,
     measure_parity,
-    replay,
+    replay_step,
     untouched,
 )
 from tests.helper import TinyGPT, next_byte_loss, text_rows
@@ -211,7 +211,7 @@ def test_a_replay_is_the_step_and_leaves_the_table_alone() -> None:
     table.set("*fc1", "bf16", reason="waits for the boundary")
     forward_backward(model, slice(8, 12))()  # mid-accumulation: records and leaves are pending
     before, rng = table_state(table), RandomState.capture()
-    done = replay(forward_backward(model), model, table)
+    done = replay_step(forward_backward(model), model, table)
     assert_same(table_state(table), before)
     assert_same(torch.get_rng_state(), rng.torch)
 
@@ -236,7 +236,7 @@ def test_what_a_plugin_does_around_a_step_is_held_off() -> None:
         assert table.step() == []
         return loss
 
-    replay(step, model, table)
+    replay_step(step, model, table)
     assert_same(table_state(table), before)
     assert len(table.apply()) == 2
 
@@ -245,8 +245,8 @@ def test_a_replay_from_an_earlier_random_state() -> None:
     model, table = converted(dropout=0.5)
     rng = RandomState.capture()
     loss = forward_backward(model)()
-    assert torch.equal(replay(forward_backward(model), model, table, rng=rng).loss, loss)
-    assert not torch.equal(replay(forward_backward(model), model, table).loss, loss)
+    assert torch.equal(replay_step(forward_backward(model), model, table, rng=rng).loss, loss)
+    assert not torch.equal(replay_step(forward_backward(model), model, table).loss, loss)
 
 
 def test_formats_change_for_the_replay_only() -> None:
@@ -256,7 +256,7 @@ def test_formats_change_for_the_replay_only() -> None:
     for layer in table.layers:
         reference.get_submodule(layer).switch(NAMED_FORMATS["high"], model.lm_head.kernel)
     before = table_state(table)
-    done = replay(
+    done = replay_step(
         forward_backward(model), model, table, formats=dict.fromkeys(table.layers, "high")
     )
     assert_same(table_state(table), before)
@@ -281,7 +281,7 @@ def test_running_out_of_memory_is_a_result(where: str) -> None:
         handle = layer.weight.register_hook(exhaust)
     before = table_state(table)
     gradients = [id(p.grad) for p in model.parameters()]
-    done = replay(forward_backward(model), model, table)
+    done = replay_step(forward_backward(model), model, table)
     handle.remove()
     assert done == Replay(outcome="out of memory")
     assert_same(table_state(table), before)
@@ -298,7 +298,7 @@ def test_any_other_exception_comes_through_and_all_is_restored() -> None:
         raise RuntimeError("not about memory")
 
     with pytest.raises(RuntimeError, match="not about memory"):
-        replay(fail, model, table, formats={"blocks.0.fc1": "bf16"})
+        replay_step(fail, model, table, formats={"blocks.0.fc1": "bf16"})
     assert_same(table_state(table), before)
 
 
@@ -310,7 +310,7 @@ def test_nothing_is_compiled_and_compiled_graphs_stay_valid() -> None:
     graphs = dict(torch._dynamo.utils.counters["stats"])
     assert graphs["unique_graphs"] > 0
     for formats in ({}, {"blocks.0.fc1": "high"}, {"blocks.1.proj": "fp8-dynamic"}):
-        replay(forward_backward(model), model, table, formats=formats, observe=True)
+        replay_step(forward_backward(model), model, table, formats=formats, observe=True)
     train(model, table)
     assert dict(torch._dynamo.utils.counters["stats"]) == graphs
     assert table._budget.seen == {}
@@ -320,11 +320,11 @@ def test_nothing_is_compiled_and_compiled_graphs_stay_valid() -> None:
 def test_activation_checkpointing(reentrant: bool) -> None:
     model, table = converted(dropout=0.2)
     train(model, table)
-    plain = replay(forward_backward(model), model, table, observe=True)
+    plain = replay_step(forward_backward(model), model, table, observe=True)
     for block in model.blocks:
         inner = block.forward
         block.forward = lambda x, f=inner: checkpoint(f, x, use_reentrant=reentrant)
-    checkpointed = replay(forward_backward(model), model, table, observe=True)
+    checkpointed = replay_step(forward_backward(model), model, table, observe=True)
     assert compare(plain, checkpointed, model, table).all.error == 0
 
 
@@ -333,9 +333,9 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 
 def test_gaps_equal_a_computation_in_float64() -> None:
     model, table = converted("fp8-dynamic")
-    one = replay(forward_backward(model), model, table)
+    one = replay_step(forward_backward(model), model, table)
     high = dict.fromkeys(table.layers, "high")
-    other = replay(forward_backward(model), model, table, formats=high)
+    other = replay_step(forward_backward(model), model, table, formats=high)
     comparison = compare(one, other, model, table)
     names = [name for name, _ in model.named_parameters()]
     pairs = zip(one.gradients, other.gradients, strict=True)
@@ -382,7 +382,7 @@ def test_a_layer_that_clamps_is_found(name: str, operand: int) -> None:
 
     def run(formats: Any, *, observe: bool = False) -> Replay:
         step = forward_backward(model)
-        return replay(step, model, table, formats=formats, rng=rng, observe=observe)
+        return replay_step(step, model, table, formats=formats, rng=rng, observe=observe)
 
     parity = measure_parity(run, model, table, NAMED_FORMATS["high"], worst=2)
     assert parity.noise == 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_fp import PrecisionMap, convert
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.format import NAMED_FORMATS
-from lightning_fp.stability import GradientGap, RandomState, Replay, compare, replay
+from lightning_fp.stability import GradientGap, RandomState, Replay, compare, replay_step
 from lightning_fp.stability.replay.one_step import Comparison
 from lightning_fp.stability.respond.attribution import (
     HEALTHY_ERROR,
@@ -51,7 +51,7 @@ class Case:
 
     def run(self, formats: Mapping[str, LinearFormat], *, observe: bool = False) -> Replay:
         self.runs.append({name: format.name for name, format in formats.items()})
-        return replay(
+        return replay_step(
             self.step, self.model, self.table, formats=formats, rng=self.rng, observe=observe
         )
 
@@ -329,7 +329,7 @@ def test_a_model_of_one_layer() -> None:
         return loss
 
     def run(formats: Mapping[str, LinearFormat], *, observe: bool = False) -> Replay:
-        return replay(step, model, table, formats=formats, observe=observe)
+        return replay_step(step, model, table, formats=formats, observe=observe)
 
     found = Attributor(run, model, table, HIGH).attribute()
     assert found is not None

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from lightning_fp.stability.respond.likely_cause import Evidence, looks_like
+from lightning_fp.stability.respond.likely_cause import CauseEvidence as Evidence
+from lightning_fp.stability.respond.likely_cause import likely_cause
 
 
 @pytest.mark.parametrize(
@@ -20,18 +21,24 @@ from lightning_fp.stability.respond.likely_cause import Evidence, looks_like
         (Evidence(rates=[1e-3, 3e-2], high_finite=False), "the learning rate"),
         (Evidence(high_finite=False), "it looks like the data: this batch gives inf or NaN"),
         (Evidence(high_finite=False, older_finite=False), "it looks like the weights"),
-        (Evidence(older_finite=False, older_loss=math.nan, older_loss_then=2.0), "the weights"),
-        (Evidence(older_loss=2.0, older_loss_then=2.1), "it looks like the data: an older batch"),
+        (
+            Evidence(older_finite=False, older_loss=math.nan, older_loss_then=2.0),
+            "the weights",
+        ),
+        (
+            Evidence(older_loss=2.0, older_loss_then=2.1),
+            "it looks like the data: an older batch",
+        ),
         (Evidence(older_loss=2.2, older_loss_then=2.1, noise=0.05), "it looks like the data"),
         (Evidence(older_loss=2.3, older_loss_then=2.1, noise=0.05), "from 2.1 to 2.3"),
         (Evidence(older_loss=2.3, older_loss_then=2.1), "the optimization itself"),
         (Evidence(older_loss=2.3), "look at the data and the learning rate"),
     ],
 )
-def test_each_likeness(evidence: Evidence, expected: str) -> None:
-    assert expected in looks_like(evidence)
+def test_each_likely_cause(evidence: Evidence, expected: str) -> None:
+    assert expected in likely_cause(evidence)
 
 
 @pytest.mark.parametrize("rates", [[1e-3] * 9, [1e-3 * 0.9**i for i in range(40)], [0.0, 0.0], []])
 def test_a_smooth_schedule_is_not_blamed(rates: list[float]) -> None:
-    assert looks_like(Evidence(rates=rates)) == "look at the data and the learning rate"
+    assert likely_cause(Evidence(rates=rates)) == "look at the data and the learning rate"
