@@ -169,7 +169,7 @@ def run(
         "optimizers": [copy.deepcopy(o.state_dict()) for o in trainer.optimizers],
         "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
         "table": plugin.precision_map.state_dict(),
-        "watched": plugin.precision_map.scale_history._watched.clone(),
+        "watched": plugin.precision_map.scale_history._recorded.clone(),
         "changes": len(plugin.precision_map.changes),
         "losses": module.losses,
         "logged": {k: v for k, v in trainer.callback_metrics.items()},

@@ -199,7 +199,7 @@ def table_state(table: PrecisionMap) -> dict[str, Any]:
             "scales": [memory.scales for memory in memories],
             "formats": [(layer.format, layer.kernel, layer.record) for layer in layers],
             "folded": table.scale_history._grad_record,
-            "watched": table.scale_history._watched,
+            "watched": table.scale_history._recorded,
             "phase": table.phase.evaluating,
         }
     )
