@@ -24,6 +24,7 @@ from lightning_fp.layers.switchable import Phase, SwitchableLayer
 from lightning_fp.layers.transformer_engine.scales import EngineScales
 from lightning_fp.layers.transformer_engine.setup import check_delayed_is_eager, give_engines
 from lightning_fp.numerics import DelayedScaling
+from lightning_fp.state_version import check_version
 
 log = logging.getLogger(__name__)
 
@@ -382,12 +383,7 @@ class PrecisionMap:
         Raises:
             ValueError: if the state is of a version this package does not know.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"precision map state must have version {STATE_VERSION}, got {version!r};"
-                " resume with the lightning_fp version that wrote the checkpoint, or a later one"
-            )
+        check_version(state, STATE_VERSION, "precision map state must have version")
         self._loaded = dict(state)
         if self._model is not None:
             self._restore(self._loaded)

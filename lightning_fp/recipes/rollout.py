@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning_fp.recipes.evidence import GateVerdict, Series, extend, judge
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import Stage
+from lightning_fp.state_version import check_version
 
 STATE_VERSION = 1
 
@@ -284,13 +285,7 @@ class Rollout:
         Raises:
             ValueError: if the state is of another version, or the recipe lacks its stage.
         """
-        values = dict(saved)
-        version = values.pop("version", None)
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"rollout state must have version {STATE_VERSION}, got {version!r}; resume with"
-                " the lightning_fp version that wrote the checkpoint"
-            )
+        values = check_version(saved, STATE_VERSION, "rollout state must have version")
         name = values.pop("stage")
         try:
             stage = -1 if name is None else self.recipe.index(name)

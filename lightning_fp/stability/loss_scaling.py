@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_fp.state_version import check_version
+
 STATE_VERSION = 1
 
 OnMinScale = Literal["fallback", "raise"]
@@ -188,12 +190,7 @@ class LossScaling:
                 "clean": saved["_growth_tracker"],
                 "patience": self.hysteresis,
             }
-        if saved.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"loss scaling state must have version {STATE_VERSION}, got"
-                f" {saved.get('version')!r}; resume with the lightning_fp version that wrote the"
-                " checkpoint"
-            )
+        check_version(saved, STATE_VERSION, "loss scaling state must have version")
         scale = min(max(float(saved["scale"]), self.min_scale), self.max_scale)
         interval = self.growth_interval
         return self._state(

@@ -37,6 +37,7 @@ from lightning_fp.stability.respond.fallback_policy import Fallback, FallbackPol
 from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.respond.probe import Probe, ProbeState
 from lightning_fp.stability.respond.verdict import Anomaly
+from lightning_fp.state_version import check_version
 
 log = logging.getLogger(__name__)
 
@@ -493,12 +494,7 @@ class PrecisionFallback(RunCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this before the model is set up: it takes effect at the start."""
-        version = state_dict.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"PrecisionFallback state must have version {STATE_VERSION}, got {version!r};"
-                " resume with the lightning_fp version that wrote the checkpoint"
-            )
+        check_version(state_dict, STATE_VERSION, "PrecisionFallback state must have version")
         self._loaded = state_dict
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from lightning_fp.records.events import Suspicion
 from lightning_fp.records.mismatch_rows import MismatchWriter
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.detect.mismatch_detector import MismatchDecision, MismatchDetector
+from lightning_fp.state_version import check_version
 
 log = logging.getLogger(__name__)
 
@@ -382,12 +383,7 @@ class MismatchMonitor(RunCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        version = state_dict.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"MismatchMonitor state must have version {STATE_VERSION}, got {version!r};"
-                " resume with the lightning_fp version that wrote the checkpoint"
-            )
+        check_version(state_dict, STATE_VERSION, "MismatchMonitor state must have version")
         self._detected = self.detector.load_state_dict(state_dict["detector"])
         self._measured_at = int(state_dict["measured_at"])
         self._quiet_until = int(state_dict["quiet_until"])

@@ -42,6 +42,7 @@ from lightning_fp.recipes import (
 from lightning_fp.recipes.evidence import GateVerdict
 from lightning_fp.recipes.text import as_plain
 from lightning_fp.records.events import GateResult, Note, StageChange
+from lightning_fp.state_version import check_version
 
 log = logging.getLogger(__name__)
 
@@ -452,12 +453,7 @@ class StagedRollout(RunCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this before the model is set up: it takes effect at the start."""
-        version = state_dict.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"StagedRollout state must have version {STATE_VERSION}, got {version!r};"
-                " resume with the lightning_fp version that wrote the checkpoint"
-            )
+        check_version(state_dict, STATE_VERSION, "StagedRollout state must have version")
         self._state = self._rollout.load_state_dict(state_dict["rollout"])
         self._loaded = state_dict
 

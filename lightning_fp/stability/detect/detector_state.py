@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from lightning_fp.stability.detect.decision import Cause
 from lightning_fp.stability.detect.incident import AnomalyScores, Incident
 from lightning_fp.stability.detect.signal_level import SignalLevel
+from lightning_fp.state_version import check_version
 
 VERSION = 1
 """Of the plain form."""
@@ -53,12 +54,8 @@ def from_plain(plain: Mapping[str, Any]) -> DetectorState:
     Raises:
         ValueError: if it is of another version, or no detector's.
     """
-    if plain.get("version") != VERSION:
-        raise ValueError(
-            f"version of the detector's state must be {VERSION}, got {plain.get('version')!r}; it"
-            " is of another release: start with detector.init()"
-        )
-    parts: dict[str, Any] = {name: part for name, part in plain.items() if name != "version"}
+    must, do = "version of the detector's state must be", "start with detector.init()"
+    parts = check_version(plain, VERSION, must, do=f"it is of another release: {do}")
     for name in ("loss", "grad_norm", "update_ratio"):
         parts[name] = _record(SignalLevel, parts.get(name))
     parts["evidence"] = _record(AnomalyScores, parts.get("evidence"))

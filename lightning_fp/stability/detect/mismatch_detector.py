@@ -11,6 +11,7 @@ from typing import Any
 from lightning_fp.stability.detect.decision import Decision
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.detector_state import DetectorState
+from lightning_fp.state_version import check_version
 
 VERSION = 1
 """Of a state's plain form."""
@@ -199,11 +200,8 @@ class MismatchDetector:
         Raises:
             ValueError: if it is of another version, or no detector's.
         """
-        if state_dict.get("version") != VERSION:
-            raise ValueError(
-                f"version of the mismatch detector's state must be {VERSION}, got"
-                f" {state_dict.get('version')!r}; start with detector.init()"
-            )
+        must = "version of the mismatch detector's state must be"
+        check_version(state_dict, VERSION, must, do="start with detector.init()")
         of_abs_diff, of_k3 = self._detectors
         return MismatchState(
             abs_diff=of_abs_diff.load_state_dict(state_dict["abs_diff"]),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_fp.stability.keep.host_batch import batch_bytes, host_copy, is_plain_batch
 from lightning_fp.stability.keep.random_state import RandomState
+from lightning_fp.state_version import check_version
 
 log = logging.getLogger(__name__)
 
@@ -274,12 +275,7 @@ class BatchRing:
         Raises:
             ValueError: if the state is of a version this package does not know.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"batch ring's state must have version {STATE_VERSION}, got {version!r};"
-                " resume with the lightning_fp version that wrote the checkpoint, or a later one"
-            )
+        check_version(state, STATE_VERSION, "batch ring's state must have version")
         self.clear()
         self._since = state["since"]
         for step in map(_step_from_state, state["steps"]):

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_fp.stability.keep.host_memory import HostMemory
 from lightning_fp.stability.keep.snapshot import LiveState, Part, Snapshot, stated_bytes
+from lightning_fp.state_version import check_version
 
 STATE_VERSION = 1
 
@@ -198,12 +199,7 @@ class Snapshots:
         Raises:
             ValueError: if the state is of a version this package does not know.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"snapshots' state must have version {STATE_VERSION}, got {version!r};"
-                " resume with the lightning_fp version that wrote the checkpoint, or a later one"
-            )
+        check_version(state, STATE_VERSION, "snapshots' state must have version")
         self.clear()
         saved = [None if s is None else Snapshot.from_state_dict(s) for s in state["levels"]]
         self._levels = (saved + [None] * self.depth)[: self.depth]

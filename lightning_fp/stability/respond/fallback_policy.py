@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from lightning_fp.state_version import check_version
+
 Phase = Literal["warmup", "healthy", "suspect", "attribute", "demote", "probation", "permanent"]
 
 Action = Literal["none", "investigate", "promote"]
@@ -220,14 +222,8 @@ class Fallback:
         Raises:
             ValueError: if the state is of another version.
         """
-        values = dict(saved)
-        version = values.pop("version", None)
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"fallback state must have version {STATE_VERSION}, got {version!r}; resume with"
-                " the lightning_fp version that wrote the checkpoint"
-            )
-        return FallbackState(**values)
+        must = "fallback state must have version"
+        return FallbackState(**check_version(saved, STATE_VERSION, must))
 
 
 def _enter(state: FallbackState, phase: Phase, step: int) -> FallbackState:
