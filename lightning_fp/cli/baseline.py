@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_fp.cli.loading import factory_error, find_factory
 from lightning_fp.cli.output import console, table
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import Baseline, RunInfo, read_baseline, read_run
+from lightning_fp.records.jsonl import json_text
 
 HighPrecision = Literal["bf16-mixed", "bf16-true", "32-true"]
 
@@ -83,7 +83,7 @@ def run(
             " batches, and its training_step must return a finite loss"
         ) from error
     if json:
-        print(json_module.dumps({**asdict(baseline), "precision": precision}, indent=2))
+        print(json_text({**asdict(baseline), "precision": precision}))
         return 0
     screen.print(baseline_table(baseline, precision, read_run(output)))
     screen.print(f"Written to {output}: loss.csv, run.jsonl", markup=False, soft_wrap=True)

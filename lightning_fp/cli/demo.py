@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -13,6 +12,7 @@ from lightning_fp.demo import DemoOptions, run_demo
 from lightning_fp.demo.clamping import clamp_table
 from lightning_fp.demo.rollout import rollout_table, run_rollout
 from lightning_fp.demo.summary import findings, summary_table
+from lightning_fp.records.jsonl import json_text
 from lightning_fp.report import terminal_summary
 
 _DEFAULTS = DemoOptions()
@@ -82,7 +82,7 @@ def _rollout(output: Path, seed: int, screen: Console) -> bool:
     result = run_rollout(output, screen, seed=seed)
     screen.print()
     screen.print(rollout_table(result))
-    (output / "rollout.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    (output / "rollout.json").write_text(json_text(result.to_dict()) + "\n")
     terminal_summary([result.run_dir], screen, baseline=result.baseline)
     screen.print(f"• Step by step: {result.run_dir}/events.jsonl; docs/when-a-run-diverges.md")
     screen.print(f"• The report: {result.report}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +20,7 @@ from lightning_fp.cli.output import console, table
 from lightning_fp.cli.plan import parse_rules
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.metrics import TrainingInferenceMismatch
+from lightning_fp.records.jsonl import json_text
 
 FORMATS = "bf16,fp16,fp8-dynamic"
 
@@ -84,7 +83,7 @@ def run(
     rules = parse_rules(layers)
     compared = compare(policy, wanted, engine, rules)
     if json:
-        print(json_module.dumps(_as_json(policy, compared), indent=2, allow_nan=False))
+        print(json_text(_as_json(policy, compared)))
     else:
         _print(policy, compared)
     return 0
@@ -215,8 +214,7 @@ def _as_json(policy: Policy, compared: Sequence[Compared]) -> dict[str, Any]:
             name: _ratio(row.values[name], first[name])
             for name in ("logprob_abs_diff_mean", "k3_kl")
         }
-        finite = {n: v if math.isfinite(v) else None for n, v in row.values.items()}
-        rows.append({**asdict(row), "values": finite, "to_first": ratios})
+        rows.append({**asdict(row), "to_first": ratios})
     return {
         "sequences": policy.tokens.shape[0],
         "tokens": int(first["tokens"]),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json as json_module
-import math
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +12,7 @@ from rich.console import Console
 
 from lightning_fp.cli.output import console, table
 from lightning_fp.records import read_statistics
+from lightning_fp.records.jsonl import json_text
 from lightning_fp.report.draw.sparkline import sparkline
 
 _RANKINGS = {
@@ -66,13 +65,13 @@ def run(run: str, layer: str | None, top: int, json: bool) -> int:
     if layer is None:
         found = {name: worst(rows, name, top) for name in _RANKINGS}
         if json:
-            print(json_module.dumps(_plain({"run": run, "worst": found}), indent=2))
+            print(json_text({"run": run, "worst": found}))
         else:
             _print_worst(run, rows, found, console())
         return 0
     curves = courses(rows, layer)
     if json:
-        print(json_module.dumps(_plain({"run": run, "layers": curves}), indent=2))
+        print(json_text({"run": run, "layers": curves}))
     else:
         _print_courses(curves, console())
     return 0
@@ -183,12 +182,3 @@ def _print_courses(curves: dict[str, dict[str, dict[str, list[Any]]]], screen: C
 
 def _text(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _plain(value: Any) -> Any:
-    """The same without inf and NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

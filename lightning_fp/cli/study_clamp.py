@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning_fp.cli.plan import parse_rules
 from lightning_fp.cli.stats import sparkline
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import read_statistics
+from lightning_fp.records.jsonl import json_text
 from lightning_fp.study import ClampAB, ClampSpikes, SpikeRule, clamp_ab, clamp_spikes, read_loss
 from lightning_fp.study.alignment import Correction
 from lightning_fp.study.series import Statistic
@@ -142,7 +142,7 @@ def run(
                 output=output,
             )
         if json:
-            print(json_module.dumps(compared.to_dict(), indent=2))
+            print(json_text(compared.to_dict()))
         else:
             _print_ab(compared, output, console())
         return 0
@@ -163,7 +163,7 @@ def run(
         begin=begin,
     )
     if json:
-        print(json_module.dumps(found.to_dict(), indent=2))
+        print(json_text(found.to_dict()))
     else:
         _print_ties(found, top, console())
     return 0

@@ -7,17 +7,13 @@ out what an abandoned continuation has written.
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-log = logging.getLogger(__name__)
+from lightning_fp.records.jsonl import append_line, read_lines
 
 FILE = "events.jsonl"
 """Name of the file inside of a run's directory."""
@@ -297,15 +293,7 @@ class EventWriter:
         Raises:
             OSError: if the disk is full, for example.
         """
-        line = json.dumps(_to_json(event), allow_nan=False).encode() + b"\n"
-        # Opened anew each time: events are rare, and so nothing is left to close or to pickle.
-        with self.path.open("a+b", buffering=0) as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # what was cut short must not spoil this line too
-                    line = b"\n" + line
-            if (written := file.write(line)) != len(line):
-                raise OSError(f"wrote {written} of {len(line)} bytes to {str(self.path)!r}")
+        append_line(self.path, _to_json(event))
 
 
 def read_events(run_dir: str | Path, *, kinds: Collection[str] | None = None) -> list[Event]:
@@ -326,29 +314,13 @@ def read_events(run_dir: str | Path, *, kinds: Collection[str] | None = None) ->
     if kinds is not None and (wrong := sorted(set(kinds) - KINDS.keys())):
         raise ValueError(f"kinds must be among {sorted(KINDS)}, got {wrong}")
     path = Path(run_dir) / FILE
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise FileNotFoundError(
             f"no events in {str(run_dir)!r}: run_dir must be a directory that PrecisionFallback or"
             " StagedRollout wrote to (their dirpath, by default the trainer's log directory)"
-        ) from None
-    events = [event for _, event in _in_force(_lines(content, path))]
+        )
+    events = [event for _, event in _in_force(read_lines(path, _from_json))]
     return [event for event in events if kinds is None or event.kind in kinds]
-
-
-def _lines(content: bytes, path: Path) -> list[tuple[int, Event]]:
-    """Every event with the position at which its line begins; what cannot be read is left out."""
-    events: list[tuple[int, Event]] = []
-    position = 0
-    for line in content.splitlines(keepends=True):
-        if line.strip() and line.endswith(b"\n"):  # else it is still being written, or cut short
-            try:
-                events.append((position, _from_json(json.loads(line))))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                log.warning("%s: the line at byte %d is left out: %s", path, position, error)
-        position += len(line)
-    return events
 
 
 def _in_force(lines: Sequence[tuple[int, Event]]) -> list[tuple[int, Event]]:
@@ -371,14 +343,8 @@ def _listed(layers: Sequence[str]) -> str:
 
 def _to_json(event: Event) -> dict[str, Any]:
     values = {item.name: getattr(event, item.name) for item in fields(event)}
-    numbers = {name: _number_to_json(value) for name, value in event.numbers.items()}
+    numbers = {name: float(value) for name, value in event.numbers.items()}
     return {**values, "kind": event.kind, "numbers": numbers}
-
-
-def _number_to_json(value: float) -> float | str:
-    """As it is, or as "nan", "inf", "-inf", which JSON has no numbers for."""
-    value = float(value)
-    return value if math.isfinite(value) else str(value)
 
 
 def _from_json(values: dict[str, Any]) -> Event:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from lightning_fp.records.jsonl import append_line, read_lines
+from lightning_fp.records.resume import rows_in_force
 
 FILE = "gradients.jsonl"
 """Name of the file inside of a run's directory."""
@@ -46,10 +49,7 @@ def append_gradients(run_dir: str | Path, row: GradientRow) -> None:
         run_dir: the run's directory; made if it is not there.
         row: what was seen.
     """
-    path = Path(run_dir) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    append_line(Path(run_dir) / FILE, asdict(row))
 
 
 def read_gradients(run_dir: str | Path) -> list[GradientRow]:
@@ -61,16 +61,13 @@ def read_gradients(run_dir: str | Path) -> list[GradientRow]:
     Returns:
         By step; empty if there is no file.
     """
-    path = Path(run_dir) / FILE
-    if not path.is_file():
-        return []
-    rows: list[GradientRow] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # torn by a crash
-            continue
-        layers = {name: GradientShares(**shares) for name, shares in values["layers"].items()}
-        row = GradientRow(step=values["step"], scale=values["scale"], layers=layers)
-        rows = [*(before for before in rows if before.step < row.step), row]
-    return rows
+    rows = [row for _, row in read_lines(Path(run_dir) / FILE, _row)]
+    return rows_in_force(rows, lambda row: row.step)
+
+
+def _row(values: dict[str, Any]) -> GradientRow:
+    layers = {
+        name: GradientShares(**{share: float(value) for share, value in shares.items()})
+        for name, shares in values["layers"].items()
+    }
+    return GradientRow(step=values["step"], scale=float(values["scale"]), layers=layers)

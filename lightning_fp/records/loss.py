@@ -11,7 +11,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lightning_fp.records.step_rows import StepRows, in_force, numbers, read_csv, read_step_rows
+from lightning_fp.records.step_rows import (
+    StepRows,
+    numbers,
+    read_csv,
+    read_step_rows,
+    table_in_force,
+)
 
 FILE = "loss.csv"
 """Name of the loss record in a run's directory."""
@@ -132,7 +138,7 @@ def read_loss(
     names = table.column_names
     if tuple(names) == COLUMNS:
         step, column, first = "step", "loss", 0
-        table = in_force(table)
+        table = table_in_force(table)
     elif len(names) == 2:
         step, column = names
         first = 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-log = logging.getLogger(__name__)
+from lightning_fp.records.jsonl import append_line, plain, read_lines
+from lightning_fp.records.resume import rows_in_force
 
 FILE = "parity.jsonl"
 """Name of the file inside of a run's directory: one line per probe."""
@@ -40,6 +40,16 @@ is not finite."""
 _OF_LAYER = SCHEMA.names[SCHEMA.names.index("layer") : SCHEMA.names.index("loss")]
 
 
+def append_parity(run_dir: str | Path, probe: Mapping[str, Any]) -> None:
+    """Add a probe, null where a number is not finite; it is in the file when this returns.
+
+    Args:
+        run_dir: the run's directory; made if it is not there.
+        probe: the columns from "loss" on, and "layers", a sequence of the others.
+    """
+    append_line(Path(run_dir) / FILE, plain(probe))
+
+
 def read_parity(run_dir: str | Path) -> pa.Table:
     """The probes of a run, also of one that still runs or was killed.
 
@@ -50,30 +60,14 @@ def read_parity(run_dir: str | Path) -> pa.Table:
         A table with the columns of `SCHEMA`, by step; empty if there was no probe. Where a resumed
         run has repeated a step, the later probe counts.
     """
-    path = Path(run_dir) / FILE
-    probes: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(_lines(path), start=1):
-        try:
-            probe: dict[str, Any] = json.loads(line)
-            step = int(probe["step"])
-            layers = list(probe["layers"])
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("line %d of %s cannot be read and is left out: %s", number, path, error)
-            continue
-        # A run that went back has a past of its own from there on.
-        probes = {at: other for at, other in probes.items() if at < step}
-        probes[step] = {**probe, "layers": layers}
+    probes = [probe for _, probe in read_lines(Path(run_dir) / FILE, _probe)]
     rows = [
         {name: (layer if name in _OF_LAYER else probe).get(name) for name in SCHEMA.names}
-        for probe in probes.values()
+        for probe in rows_in_force(probes, lambda probe: probe["step"])
         for layer in probe["layers"]
     ]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _lines(path: Path) -> list[str]:
-    """All whole lines; a crash can have torn the last one."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+def _probe(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "step": int(values["step"]), "layers": list(values["layers"])}

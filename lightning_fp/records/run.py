@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+from lightning_fp.records.jsonl import append_line, read_lines
 
 FILE = "run.jsonl"
 """Name of the file inside of a run's directory."""
@@ -69,10 +67,7 @@ def write_run(run_dir: str | Path, info: RunInfo) -> None:
         run_dir: the run's directory; made if it is not there.
         info: what to write; settings that are not plain data are written as text.
     """
-    path = Path(run_dir) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(json.dumps(asdict(info), default=str).encode() + b"\n")
+    append_line(Path(run_dir) / FILE, asdict(info))
 
 
 def read_run(run_dir: str | Path) -> list[RunInfo]:
@@ -81,16 +76,10 @@ def read_run(run_dir: str | Path) -> list[RunInfo]:
     Args:
         run_dir: the directory that the run wrote to.
     """
-    path = Path(run_dir) / FILE
-    if not path.is_file():
-        return []
-    known = {item.name for item in fields(RunInfo)}
-    starts: list[RunInfo] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            values: dict[str, Any] = json.loads(line)
-            values["layers"] = tuple(LayerInfo(**layer) for layer in values["layers"])
-            starts.append(RunInfo(**{n: value for n, value in values.items() if n in known}))
-        except (ValueError, KeyError, TypeError) as error:  # cut short, or of a later version
-            log.warning("%s: line %d is left out: %s", path, number, error)
-    return starts
+    return [start for _, start in read_lines(Path(run_dir) / FILE, _start)]
+
+
+def _start(values: dict[str, Any]) -> RunInfo:
+    values["layers"] = tuple(LayerInfo(**layer) for layer in values["layers"])
+    known = {item.name for item in fields(RunInfo)}  # a later version may have more
+    return RunInfo(**{name: value for name, value in values.items() if name in known})

@@ -11,6 +11,8 @@ import pyarrow.csv
 import torch
 from torch import Tensor
 
+from lightning_fp.records.resume import in_force
+
 
 class StepRows:
     """Appends rows to a CSV file. One process writes, any number reads.
@@ -63,16 +65,13 @@ def read_csv(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     return pyarrow.csv.read_csv(pa.BufferReader(whole), convert_options=options)
 
 
-def in_force(table: pa.Table) -> pa.Table:
-    """Without the rows that a later one replaces: those from its step on.
+def table_in_force(table: pa.Table) -> pa.Table:
+    """Without the rows that a later one replaces.
 
     Args:
         table: what `StepRows` wrote, with a column "step".
     """
-    steps = numbers(table["step"])
-    later = torch.full_like(steps, torch.inf)
-    later[:-1] = steps.flip(0).cummin(0).values.flip(0)[1:]
-    return table.filter(pa.array((steps < later).tolist(), pa.bool_()))
+    return table.filter(pa.array(in_force(numbers(table["step"])).tolist(), pa.bool_()))
 
 
 def numbers(column: pa.ChunkedArray) -> Tensor:
@@ -104,6 +103,6 @@ def read_step_rows(path: Path, columns: Sequence[str]) -> pa.Table:
                 f"{str(path)!r} must have the columns {', '.join(columns)}, got"
                 f" {', '.join(table.column_names)}"
             )
-        return in_force(table)
+        return table_in_force(table)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error

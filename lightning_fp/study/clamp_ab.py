@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +12,8 @@ import torch
 
 from lightning_fp.layers import FormatLike
 from lightning_fp.plugins.scaling import ScalingLike
+from lightning_fp.records.jsonl import json_text, plain
 from lightning_fp.study.arms import Arm, Factory, run_arm, tail
-from lightning_fp.study.clamp_spikes import plain
 from lightning_fp.study.series import CLAMPS_FROM
 from lightning_fp.study.spikes import MAD_TO_SIGMA, SpikeRule
 
@@ -165,7 +164,7 @@ def clamp_ab(
         b=arms[1],
         loss_noise=_noise(*arms),
     )
-    (output / FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (output / FILE).write_text(json_text(result.to_dict()) + "\n", encoding="utf-8")
     return result
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_fp.records.jsonl import plain
 from lightning_fp.records.loss import Loss
 from lightning_fp.study.alignment import (
     Correction,
@@ -210,12 +211,3 @@ def _ties(
 def _closeness(tie: Tie) -> tuple[float, float, str, str]:
     score = -math.inf if math.isnan(tie.score) else tie.score
     return tie.p_corrected, -score, tie.layer, tie.operand
-
-
-def plain(value: Any) -> Any:
-    """The same without inf and NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replaya
 from lightning_fp.callbacks.run.run_log import RunCallback, begin_run, end_run, run_directory
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.plugins import FP16Precision, LayerPrecision
-from lightning_fp.records.parity import FILE
+from lightning_fp.records.parity import append_parity
 from lightning_fp.stability import LayerParity, Parity, measure_parity
 
 log = logging.getLogger(__name__)
@@ -73,7 +71,7 @@ class ParityProbe(RunCallback):
         self.dirpath = dirpath
         self._globs = tuple(log_layers)
         self._log_layers: set[str] = set()
-        self._path: Path | None = None
+        self._directory: Path | None = None
         self._last = -1
         self._failed = False
 
@@ -99,7 +97,7 @@ class ParityProbe(RunCallback):
         super().on_fit_start(trainer, pl_module)
         table = _plugin(trainer).precision_map
         self._log_layers = {name for glob in self._globs for name in table.matching(glob)}
-        self._path = run_directory(trainer, self) / FILE
+        self._directory = run_directory(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,17 +156,12 @@ class ParityProbe(RunCallback):
             del self.results[next(iter(self.results))]
         if not trainer.is_global_zero:
             return
-        row = {"step": step, "seconds": time.perf_counter() - began, **asdict(parity)}
-        self._write(row)
+        if self._directory is not None:
+            seconds = time.perf_counter() - began
+            append_parity(self._directory, {"step": step, "seconds": seconds, **asdict(parity)})
         metrics = _metrics(parity, self._log_layers)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -221,12 +214,3 @@ def _layer_metrics(layer: LayerParity) -> dict[str, float]:
         f"{prefix}/grad_norm_ratio": layer.norm_ratio,
         f"{prefix}/cast_error": layer.cast_error,
     }
-
-
-def _finite(value: Any) -> Any:
-    """Plain JSON, which has neither inf nor NaN: null for both."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,9 +13,10 @@ from torch import Tensor
 from lightning_fp.records import Event, Note, read_events, read_parity
 from lightning_fp.records.evaluation import FILE as EVALUATION_FILE
 from lightning_fp.records.mismatch_rows import FILE as MISMATCH_FILE
+from lightning_fp.records.resume import in_force, rows_in_force
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run
 from lightning_fp.report.read.digest import Digest, read_digest
-from lightning_fp.report.read.steps import Steps, in_force, read_columns, read_steps
+from lightning_fp.report.read.steps import Steps, read_columns, read_steps
 
 T = TypeVar("T")
 
@@ -106,7 +107,7 @@ def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
             return missing
 
     no_columns: Mapping[str, Tensor] = {}
-    starts = tuple(_in_force(read("run.jsonl", read_run, [])))
+    starts = tuple(rows_in_force(read("run.jsonl", read_run, []), lambda start: start.step))
     statistics: Digest | None = read("statistics/", read_digest, None)
     if statistics is not None and starts:
         statistics = statistics.in_order([layer.name for layer in starts[0].layers])
@@ -167,12 +168,3 @@ def _csv(name: str) -> Callable[[Path], Mapping[str, Tensor]]:
         return {column: values[counts] for column, values in columns.items()}
 
     return read
-
-
-def _in_force(starts: Sequence[RunInfo]) -> list[RunInfo]:
-    """Without those whose continuation was abandoned: a later one began before them."""
-    kept: list[RunInfo] = []
-    for start in starts:
-        kept = [earlier for earlier in kept if earlier.step < start.step]
-        kept.append(start)
-    return kept

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.records.loss import FILE, read_loss
+from lightning_fp.records.resume import in_force
 from lightning_fp.records.step_rows import numbers, read_csv
 
 
@@ -116,17 +117,3 @@ def read_columns(path: Path) -> Mapping[str, Tensor]:
         return {}
     table = read_csv(path)
     return {name: numbers(table[name]) for name in table.column_names}
-
-
-def in_force(steps: Tensor) -> Tensor:
-    """Which rows no later one replaces, as one of their step or before it does.
-
-    Args:
-        steps: float64 [rows], in the order they were written.
-
-    Returns:
-        bool [rows].
-    """
-    later = torch.full_like(steps, torch.inf)
-    later[:-1] = steps.flip(0).cummin(0).values.flip(0)[1:]
-    return steps < later
