@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from lightning_fp.records import read_statistics
+from lightning_fp.report.draw.terminal_table import table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,8 @@ def worst_of(scaling: str, directory: Path) -> Worst:
 def clamp_table(runs: tuple[Worst, ...]) -> Table:
     """The runs' worst operands, one below the other."""
     title = "What the casts did: the worst operand of each run"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for column in ("clamped mass", "headroom", "underflow", "SQNR"):
-        table.add_column(column, justify="right")
+    columns = ("clamped mass", "headroom", "underflow", "SQNR")
+    grid = table(title, "", *columns, right=columns)
     for run in runs:
         cells = (
             (f"{run.clamped_mass[0]:.3%}", run.clamped_mass[1]),
@@ -66,5 +64,5 @@ def clamp_table(runs: tuple[Worst, ...]) -> Table:
             (f"{run.underflow_fraction[0]:.1%}", run.underflow_fraction[1]),
             (f"{run.sqnr_db[0]:.1f} dB", run.sqnr_db[1]),
         )
-        table.add_row(run.scaling, *(f"{value}\n[dim]{whose}[/dim]" for value, whose in cells))
-    return table
+        grid.add_row(run.scaling, *(f"{value}\n[dim]{whose}[/dim]" for value, whose in cells))
+    return grid

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +33,7 @@ from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.plugins import FP8Precision
 from lightning_fp.records.events import Event, read_events
 from lightning_fp.report import write_report
+from lightning_fp.report.draw.terminal_table import table
 
 STEPS = 480
 BLOCKS = 4
@@ -167,13 +167,12 @@ def _run(plugin: FP8Precision | None, callbacks: Sequence[L.Callback], seed: int
 def rollout_table(result: RolloutResult) -> Table:
     """The three runs side by side."""
     title = "The same faults, three times"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("", "high precision", "fp8-delayed", f"{RECIPE}, with fallback"):
-        table.add_column(column, justify="left" if not column else "right")
+    columns = ("high precision", "fp8-delayed", f"{RECIPE}, with fallback")
+    grid = table(title, "", *columns, right=columns)
     runs = (result.high, result.unprotected, result.rescued)
-    table.add_row("training loss at the end", *(f"{run.final_loss:.4f}" for run in runs))
-    table.add_row("gap to high precision", "", *(f"{result.gap(run):+.2%}" for run in runs[1:]))
-    return table
+    grid.add_row("training loss at the end", *(f"{run.final_loss:.4f}" for run in runs))
+    grid.add_row("gap to high precision", "", *(f"{result.gap(run):+.2%}" for run in runs[1:]))
+    return grid
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,12 +10,13 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 from torch import Tensor
 
 from lightning_fp.demo.clamping import Worst
 from lightning_fp.layers import ConversionReport
+from lightning_fp.records.jsonl import json_text
+from lightning_fp.report.draw.terminal_table import table
 
 LAST_STEPS = 10
 """Steps that the training loss at the end is averaged over."""
@@ -140,29 +140,28 @@ def write(result: DemoResult, directory: Path) -> None:
         for step, loss in result.bf16.losses.items():
             resumed = result.resumed.losses.get(step, "")
             rows.writerow([step, loss, result.fp8.losses[step], result.other.losses[step], resumed])
-    (directory / "summary.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    (directory / "summary.json").write_text(json_text(result.to_dict()) + "\n")
 
 
 def summary_table(result: DemoResult) -> Table:
     """The runs side by side."""
     fp8 = result.fp8
     title = "BF16 and FP8 from the same seed"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("", "BF16", result.scaling, result.other_scaling, "resumed"):
-        table.add_column(column, justify="left" if not column else "right")
+    columns = ("BF16", result.scaling, result.other_scaling, "resumed")
+    grid = table(title, "", *columns, right=columns)
     runs = (result.bf16, fp8, result.other, result.resumed)
-    table.add_row(
+    grid.add_row(
         f"training loss, last {LAST_STEPS} steps", *(f"{run.training_loss:.4f}" for run in runs)
     )
-    table.add_row("validation loss", *(f"{run.validation_loss:.4f}" for run in runs))
-    table.add_row("gap to BF16", "", *(f"{result.gap(run):+.2%}" for run in runs[1:3]), "")
+    grid.add_row("validation loss", *(f"{run.validation_loss:.4f}" for run in runs))
+    grid.add_row("gap to BF16", "", *(f"{result.gap(run):+.2%}" for run in runs[1:3]), "")
     share = fp8.report.flops_share if fp8.report else 0.0
-    table.add_row("model FLOPs in FP8", "0.0%", *3 * (f"{share:.1%}",))
+    grid.add_row("model FLOPs in FP8", "0.0%", *3 * (f"{share:.1%}",))
     converted = len(fp8.report.converted) if fp8.report else 0
-    table.add_row("linear layers in FP8", "0", *3 * (f"{converted}",))
-    table.add_row("kernel", "nn.Linear", *3 * (", ".join(result.kernels),))
-    table.add_row("time per step", *(f"{run.seconds_per_step * 1000:.0f} ms" for run in runs))
-    return table
+    grid.add_row("linear layers in FP8", "0", *3 * (f"{converted}",))
+    grid.add_row("kernel", "nn.Linear", *3 * (", ".join(result.kernels),))
+    grid.add_row("time per step", *(f"{run.seconds_per_step * 1000:.0f} ms" for run in runs))
+    return grid
 
 
 def findings(result: DemoResult) -> list[str]:

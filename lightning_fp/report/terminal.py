@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -14,6 +13,7 @@ from lightning_fp.report.draw.heatmaps import NAMES, worst_cells
 from lightning_fp.report.draw.marks import events_table
 from lightning_fp.report.draw.parts import Table, number
 from lightning_fp.report.draw.sparkline import sparkline
+from lightning_fp.report.draw.terminal_table import table
 from lightning_fp.report.page import read_runs
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import format_histories, last_formats, layer_groups
@@ -52,7 +52,7 @@ def terminal_summary(
 def print_summary(runs: Sequence[RunRecords], costs: Sequence[RunCost], console: Console) -> None:
     """The same of records that have been read."""
     if len(runs) > 1:
-        _print_table(differences(runs, costs), console)
+        _print_differences(differences(runs, costs), console)
     for run, cost in zip(runs, costs, strict=True):
         _print_run(run, cost, console, short=len(runs) > 1)
 
@@ -111,12 +111,9 @@ def _print_formats(run: RunRecords, console: Console) -> None:
         console.print(Text(f"        {len(groups) - _GROUPS} more groups of layers", style="dim"))
 
 
-def _print_table(table: Table, console: Console) -> None:
-    grid = RichTable(
-        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
-    for index, name in enumerate(table.columns):
-        grid.add_column(name, justify="right" if index in table.numbers else "left")
-    for row in table.rows:
+def _print_differences(differ: Table, console: Console) -> None:
+    numbers = [differ.columns[index] for index in differ.numbers]
+    grid = table(differ.title, *differ.columns, right=numbers)
+    for row in differ.rows:
         grid.add_row(*row)
     console.print(grid)
