@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,8 @@ class Sampled:
     """float64 [layers, operands, statistics]."""
     steps: Tensor
     """int64 [layers], on the CPU: optimizer steps in which each layer was observed."""
+    at: tuple[int, ...] = ()
+    """The sampled steps: the number of each, 1 for the first."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class StatisticsRows:
     values: dict[str, Tensor]
     """float64 [rows] each, on the CPU, by column of `records.tables.SCHEMA`; NaN where a column
     does not apply or nothing was measured."""
+    sampled_at: list[str] = field(default_factory=list[str])
+    """The sampled steps of each row's interval in which its layer was in its format, with spaces
+    between them."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -75,6 +80,8 @@ class StatisticsRows:
             "layer": self.layers,
             "operand": self.operands,
             "format": [names[format] for format in self.formats],
+            "sampled": [steps != "" for steps in self.sampled_at],
+            "sampled_at": self.sampled_at,
             **{name: column.numpy() for name, column in self.values.items()},
         }
 
@@ -121,11 +128,17 @@ def statistics_rows(sampled: Sequence[Sampled], watched: AmaxRecord) -> Statisti
     seen = ((numel > 0) | (amax > 0) | (nonfinite > 0)).flatten()
     index = seen.nonzero().flatten().tolist()
     layers = [layer for layer, _ in keys]
+    at: list[list[int]] = [[] for _ in keys]
+    for part in sampled:
+        for key in zip(part.layers, part.formats, strict=True):
+            if key in keys:
+                at[keys[key]] += part.at
     return StatisticsRows(
         layers=[layers[i // len(OPERANDS)] for i in index],
         operands=[OPERANDS[i % len(OPERANDS)] for i in index],
         formats=[formats[i // len(OPERANDS)] for i in index],
         values={name: column.flatten()[seen] for name, column in values.items()},
+        sampled_at=[" ".join(map(str, at[i // len(OPERANDS)])) for i in index],
     )
 
 

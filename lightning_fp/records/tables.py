@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
         "layer": _TEXT,
         "operand": _TEXT,
         "format": _TEXT,
+        "sampled": pa.bool_(),
+        "sampled_at": _TEXT,
         "sampled_steps": pa.int32(),
         "amax": pa.float32(),
         "scale": pa.float32(),

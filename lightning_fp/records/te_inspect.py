@@ -112,6 +112,8 @@ class InspectRecords:
                 "layer": [layer for layer, _ in made],
                 "operand": [operand for _, operand in made],
                 "format": [formats.get(layer, "") for layer, _ in made],
+                "sampled": [True] * len(made),
+                "sampled_at": [str(self._iteration)] * len(made),
                 "sampled_steps": [1] * len(made),
                 **{name: [row.get(name, nan) for row in made.values()] for name in names},
             }

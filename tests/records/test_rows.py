@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,9 +73,24 @@ def test_nothing_at_all() -> None:
 
 def test_steps_in_the_same_format_are_one_row() -> None:
     parts = [sampled("e4m3", steps=2, clamped=1), sampled("e4m3", steps=3, clamped=4, amax=9.0)]
-    row = find(statistics_rows(parts, NOTHING), "e4m3")
+    rows = statistics_rows(parts, NOTHING)
+    row = find(rows, "e4m3")
     assert (row["sampled_steps"], row["numel"], row["amax"]) == (5, 20, 9)
     assert row["clamped_fraction"] == 5 / 20
+    assert rows.columns(7)["sampled_at"] == [""] * len(OPERANDS)
+
+
+def test_rows_say_which_steps_were_sampled() -> None:
+    parts = [
+        replace(sampled("e4m3"), at=(1, 5)),
+        replace(sampled("e4m3", "fp8-delayed"), at=(9,)),
+        replace(sampled("bf16"), at=(11,)),
+    ]
+    rows = statistics_rows(parts, watched(["a"], [7.0, math.inf, 0.0, 0.0]))
+    columns = rows.columns(12)
+    found = dict(zip(rows.layers, columns["sampled_at"], strict=True))
+    assert found == {"e4m3": "1 5 9", "fp8-delayed": "9", "a": ""}
+    assert columns["sampled"] == [bool(at) for at in columns["sampled_at"]]
 
 
 def test_the_output_is_not_cast() -> None:

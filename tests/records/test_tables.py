@@ -67,13 +67,17 @@ class TestRoundTrip:
         writer = StatisticsWriter(tmp_path)
         writer.append(row(1))
         writer.flush()
-        writer.append({**row(2), "what_if_block_underflow_fraction": [0.5]})
+        more = {"sampled": [True], "sampled_at": ["1 2"]}
+        writer.append({**row(2), **more, "what_if_block_underflow_fraction": [0.5]})
+        writer.append({**row(3), "sampled": [False], "sampled_at": [""]})
         writer.flush()
         table = read_statistics(tmp_path)
         assert table.column_names == SCHEMA.names
-        assert table["what_if_block_underflow_fraction"].to_pylist() == [None, 0.5]
+        assert table["what_if_block_underflow_fraction"].to_pylist() == [None, 0.5, None]
+        assert table["sampled"].to_pylist() == [None, True, False]
+        assert table["sampled_at"].to_pylist() == [None, "1 2", ""]
         old = read_statistics(tmp_path, columns=["scale_spread_bits"])
-        assert old["scale_spread_bits"].to_pylist() == [None, None]
+        assert old["scale_spread_bits"].to_pylist() == [None, None, None]
 
     def test_nothing_written(self, tmp_path: Path) -> None:
         StatisticsWriter(tmp_path).flush()

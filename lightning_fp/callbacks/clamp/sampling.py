@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -115,7 +116,7 @@ class StepSampler:
         """
         if self._began is None or step == self._began:
             return
-        self._began = None
+        at, self._began = (self._began + 1,), None
         self._table.collect(False)
         values, steps = self._table.take(), self._collected
         for listener in self.listeners:
@@ -123,15 +124,13 @@ class StepSampler:
         if self._sampled and self._sampled[-1].formats == self._formats:
             before = self._sampled.pop()
             values, steps = combine(before.values, values), before.steps + steps
-        self._sampled.append(Sampled(self._table.names, self._formats, values, steps))
+            at = before.at + at
+        self._sampled.append(Sampled(self._table.names, self._formats, values, steps, at))
 
     def over_ranks(self) -> list[Sampled]:
         """All steps sampled since the last time, over all ranks; a collective."""
         sampled, self._sampled = self._sampled, []
-        return [
-            Sampled(part.layers, part.formats, over_ranks(part.values), part.steps)
-            for part in sampled
-        ]
+        return [replace(part, values=over_ranks(part.values)) for part in sampled]
 
     def close(self) -> None:
         """Leave the layers as they were."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,15 +180,10 @@ def _all_seconds(steps: Steps | None, attempted: int) -> float | None:
 
 def _telemetry(records: RunRecords) -> float | None:
     """Sampled steps against the others, by medians, so that incidents do not count."""
-    settings: Mapping[str, Any] = records.settings.get("ClampMonitor", {})
-    steps = records.steps
-    if steps is None or not {"every_n_steps", "seed"} <= settings.keys():
+    steps, statistics = records.steps, records.statistics
+    if steps is None or statistics is None:
         return None
-    from lightning_fp.callbacks.clamp.sampling import SampledSteps
-
-    sampling = SampledSteps(settings["every_n_steps"], settings["seed"])
-    # The record counts a step when it is done, the sampler when it begins.
-    sampled = torch.tensor([sampling.take(step - 1) for step in steps.steps.tolist()])
+    sampled = torch.isin(steps.steps, statistics.sampled_at)
     known = steps.seconds.isfinite()
     with_it, without = steps.seconds[known & sampled], steps.seconds[known & ~sampled]
     if not len(with_it) or not len(without):
@@ -227,6 +221,4 @@ def _memory(records: RunRecords) -> dict[str, float]:
             for name, value in event.numbers.items():
                 if name in words:
                     found[words[name]] = value
-                elif "peak" in name and "bytes" in name:
-                    found[name.replace("_", " ").removesuffix(" bytes")] = value
     return found

@@ -103,6 +103,9 @@ class Digest:
     rows: int
     """Rows in the table."""
 
+    sampled_at: Tensor
+    """int64: the steps that were sampled, ascending; none where the table does not tell."""
+
     grids: dict[Ranking, Tensor]
     """float32 [layers, columns]: the worst of each layer's operands in a column's intervals; NaN
     where nothing was measured."""
@@ -143,11 +146,14 @@ def read_digest(run_dir: Path) -> Digest | None:
         OSError, RuntimeError, pyarrow.ArrowException: if they cannot be read.
     """
     try:
-        counts = _rows_by_step(run_dir)
+        table = read_statistics(run_dir, columns=["step", "sampled_at"])
     except FileNotFoundError:
         return None
+    counts = _rows_by_step(table)
     if not counts:
         return None
+    sampled_at = _steps_in(table["sampled_at"])
+    del table
     steps = torch.tensor(list(counts))
     width = min(COLUMNS, len(steps))
     sums = _Sums(steps, width)
@@ -167,6 +173,7 @@ def read_digest(run_dir: Path) -> Digest | None:
         columns=tuple((int(b[0]), int(b[-1])) for b in bounds),
         intervals=len(steps),
         rows=sum(counts.values()),
+        sampled_at=sampled_at,
         grids=sums.grids,
         formats=sums.last_formats(),
         format_names=tuple(sums.formats),
@@ -179,10 +186,17 @@ def read_digest(run_dir: Path) -> Digest | None:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def _rows_by_step(run_dir: Path) -> dict[int, int]:
+def _rows_by_step(table: pa.Table) -> dict[int, int]:
     """Number of rows by step, ascending."""
-    counted = pc.value_counts(read_statistics(run_dir, columns=["step"])["step"]).to_pylist()
+    counted = pc.value_counts(table["step"]).to_pylist()
     return dict(sorted((entry["values"], entry["counts"]) for entry in counted))
+
+
+def _steps_in(column: pa.ChunkedArray) -> Tensor:
+    """int64: all steps that a column of texts names, ascending."""
+    texts = column.unique().to_pylist()
+    steps = {int(step) for text in texts for step in (text or "").split()}
+    return torch.tensor(sorted(steps), dtype=torch.int64)
 
 
 def _chunks(run_dir: Path, counts: dict[int, int]) -> Iterator[pa.Table]:

@@ -259,6 +259,8 @@ class TestListeners:
             sampled = [values for step, values, *_ in heard if interval - 8 < step <= interval]
             row = rows(table, step=interval, layer="b", operand="weight")[0]
             assert row["sampled_steps"] == len(sampled)
+            at = [step for step in steps if interval - 8 < step <= interval]
+            assert row["sampled_at"] == " ".join(map(str, at))
             assert row["numel"] == sum(values[1, 1, COLUMN["numel"]] for values in sampled)
 
     def test_are_kept_over_fits(self, tmp_path: Path) -> None:

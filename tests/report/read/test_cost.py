@@ -19,8 +19,8 @@ from lightning_fp.records import (
     SkippedStep,
     Started,
 )
-from lightning_fp.records.run import RunInfo
 from lightning_fp.report import RunRecords, run_cost
+from lightning_fp.report.read.digest import Digest
 from lightning_fp.report.read.steps import Steps, read_steps
 
 
@@ -33,6 +33,19 @@ def steps(seconds: list[float], repeated: int = 0, repeated_seconds: float = 0.0
         seconds=torch.tensor(seconds, dtype=torch.float64),
         repeated=repeated,
         repeated_seconds=repeated_seconds,
+    )
+
+
+def digest(sampled: list[int]) -> Digest:
+    return Digest(
+        layers=(),
+        columns=((160, 160),),
+        intervals=1,
+        rows=1,
+        sampled_at=torch.tensor(sampled),
+        grids={},
+        formats=torch.zeros(0, 1),
+        format_names=(),
     )
 
 
@@ -113,9 +126,11 @@ def test_telemetry_is_what_sampled_steps_take_more() -> None:
     sampling = SampledSteps(8, 3)
     seconds = [0.15 if sampling.take(step) else 0.1 for step in range(160)]
     seconds[50] = 30.0  # an incident is no telemetry
-    settings = {"ClampMonitor": {"every_n_steps": 8, "seed": 3}}
-    run = records(seconds=seconds, starts=(RunInfo(step=0, settings=settings),))
+    sampled = [step for step, each in enumerate(seconds, start=1) if each == 0.15]
+    run = records(seconds=seconds, statistics=digest(sampled))
     assert run_cost(run).telemetry_seconds == pytest.approx(20 * 0.05)
+    # ... and unknown where the statistics do not tell
+    assert run_cost(records(seconds=seconds, statistics=digest([]))).telemetry_seconds is None
 
 
 def test_incidents_and_memory() -> None:

@@ -114,6 +114,16 @@ def test_a_change_of_format_within_an_interval(tmp_path: Path) -> None:
     assert found.worst["sqnr_db"] == []  # nothing was lost
 
 
+def test_the_sampled_steps(tmp_path: Path) -> None:
+    row = {"operand": ["input"] * 2, "format": ["a"] * 2, "layer": ["x", "y"]}
+    writer = StatisticsWriter(tmp_path)
+    writer.append({"step": [8, 8], **row})  # of an earlier version
+    writer.append({"step": [16, 16], **row, "sampled_at": ["", "11"]})
+    writer.append({"step": [24, 24], **row, "sampled_at": ["17 21", "21"]})
+    writer.flush()
+    assert digest_of(tmp_path).sampled_at.tolist() == [11, 17, 21]
+
+
 def test_no_statistics_and_none_yet(tmp_path: Path) -> None:
     assert read_digest(tmp_path) is None
     StatisticsWriter(tmp_path)
