@@ -76,8 +76,7 @@ def mismatch_section(records: RunRecords) -> Section:
         remedy = "add MismatchMonitor() to the Trainer's callbacks, in reinforcement learning"
         return replace(about, missing=not_recorded(remedy))
     steps = records.mismatch["step"].long()
-    usual = ("k3_kl", "abs_r", "k1_kl")
-    first = [n for n in drawn if n in usual or n.removeprefix("mismatch/") in usual]
+    first = [name for name in ("k3_kl", "logprob_abs_diff_mean", "kl") if name in drawn]
     names = [*first, *(name for name in drawn if name not in first)][:6]
     fields = [
         panel(name, [curve(name, steps, drawn[name], color=i % 5)], height=110)
