@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -15,6 +16,8 @@ from rich.console import Console
 
 from lightning_fp.records import EventWriter, LossRow, LossWriter, StageChange
 from lightning_fp.records.events import GateResult
+from lightning_fp.records.gradients import GradientRow, GradientShares, append_gradients
+from lightning_fp.records.mismatch_rows import COLUMNS, MismatchWriter
 from lightning_fp.records.run import LayerInfo, RunInfo, write_run
 from lightning_fp.report import read_records, terminal_summary, write_report
 from lightning_fp.report.page import read_runs
@@ -115,6 +118,37 @@ def test_evaluation_and_mismatch(tmp_path: Path) -> None:
     found = {s.id: s for s in sections(records, run_cost(records))}
     assert found["evaluation"].charts[0]["panels"][1]["series"][0]["values"] == [10.0, 0.0]
     assert found["mismatch"].tables[0].rows == [["k3_kl", "0.3", "0.3"]]
+
+
+def test_the_usual_measures_of_the_mismatch_come_first(tmp_path: Path) -> None:
+    values = dict.fromkeys(COLUMNS[1:], 0.5)
+    MismatchWriter(tmp_path).append(3, values)
+    records = read_records(tmp_path)
+    (chart,) = {s.id: s for s in sections(records, run_cost(records))}["mismatch"].charts
+    titles = [panel["title"] for panel in chart["panels"]]
+    assert titles[:3] == ["k3_kl", "logprob_abs_diff_mean", "kl"]
+    assert len(titles) == 6
+
+
+def test_gradients_in_fp16(made_up: Path, tmp_path: Path) -> None:
+    for step, scale, lost in ((0, 2.0**16, 0.0), (64, math.inf, 0.25)):
+        of = GradientShares(zero=0.125, subnormal=0.5, overflow=lost)
+        layers = {"a": of, "": GradientShares(zero=0.0, subnormal=0.0, overflow=0.0)}
+        append_gradients(tmp_path, GradientRow(step=step, scale=scale, layers=layers))
+    records = read_records(tmp_path)
+    section = {s.id: s for s in sections(records, run_cost(records))}["gradients"]
+    scale, shares = section.charts[0]["panels"]
+    assert scale["series"][0]["values"] == [2.0**16, None]
+    assert [line["values"] for line in shares["series"]] == [[12.5, 12.5], [50.0, 50.0]]
+    (table,) = section.tables
+    assert table.rows == [
+        ["a", "25.0%", "50.0%", "12.5%"],
+        ["the model itself", "0%", "0%", "0%"],
+    ]
+    text, page = page_of(tmp_path, to=tmp_path)
+    assert page.tags.count("section") == SECTIONS + 1
+    assert "Gradients in the range of FP16" in text
+    assert "gradients" not in page_of(made_up, to=tmp_path)[1].values("id")
 
 
 def test_runs_compared(made_up: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_fp.records import Event, Note, read_events, read_parity
 from lightning_fp.records.evaluation import FILE as EVALUATION_FILE
+from lightning_fp.records.gradients import FILE as GRADIENTS_FILE
+from lightning_fp.records.gradients import GradientRow, read_gradients
 from lightning_fp.records.mismatch_rows import FILE as MISMATCH_FILE
 from lightning_fp.records.resume import in_force, rows_in_force
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run
@@ -48,6 +50,9 @@ class RunRecords:
     mismatch: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Columns of `mismatch.csv`."""
 
+    gradients: tuple[GradientRow, ...] = ()
+    """What FP16Monitor saw."""
+
     unreadable: tuple[str, ...] = ()
     """What is there and cannot be read, as sentences."""
 
@@ -78,8 +83,9 @@ class RunRecords:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to report."""
-        recorded = (self.starts, self.events, self.parity, self.evaluation, self.mismatch)
-        return not any(recorded) and self.steps is None and self.statistics is None
+        measured = (self.parity, self.evaluation, self.mismatch, self.gradients)
+        recorded = any((self.starts, self.events, *measured))
+        return not recorded and self.steps is None and self.statistics is None
 
 
 def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
@@ -121,6 +127,7 @@ def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
         parity=tuple(read("parity.jsonl", _parity, [])),
         evaluation=read(EVALUATION_FILE, _csv(EVALUATION_FILE), no_columns),
         mismatch=read(MISMATCH_FILE, _csv(MISMATCH_FILE), no_columns),
+        gradients=tuple(read(GRADIENTS_FILE, read_gradients, [])),
         unreadable=tuple(unreadable),
     )
     if records.empty and not unreadable:

@@ -73,6 +73,43 @@ def worst_section(records: RunRecords) -> Section:
     )
 
 
+def gradients_section(records: RunRecords) -> Section:
+    """What the range of FP16 did to the gradients; only of a run that FP16Monitor looked at."""
+    rows = records.gradients
+    at = [row.step for row in rows]
+    zero, subnormal = (
+        [max((100 * getattr(of, name) for of in row.layers.values()), default=0.0) for row in rows]
+        for name in ("zero", "subnormal")
+    )
+    lines = [points("zero", at, zero), points("subnormal", at, subnormal, color=1)]
+    fields = [
+        panel("loss scale", [points("loss scale", at, [row.scale for row in rows])], height=90),
+        panel("worst layer", lines, unit="%", log=False, height=130),
+    ]
+    look = "Shares of the gradients under the loss scale of the step, of the layer with most."
+    chart = panels("Gradients in FP16 by optimizer step", look, fields, last=records.last_step)
+    largest: dict[str, tuple[float, ...]] = {}
+    for row in rows:
+        for layer, of in row.layers.items():
+            seen = (of.overflow, of.subnormal, of.zero)
+            largest[layer] = tuple(map(max, largest.get(layer, seen), seen))
+    ranked = sorted(largest.items(), key=lambda item: item[1], reverse=True)[:_ATTRIBUTED]
+    table = Table(
+        title="Layers by what they lost",
+        columns=("layer", "inf or NaN", "subnormal", "zero"),
+        rows=[[layer or "the model itself", *map(share, lost)] for layer, lost in ranked],
+        numbers=frozenset({1, 2, 3}),
+        note="The largest share of any step looked at. Zeros may have been zero to begin with.",
+    )
+    return Section(
+        id="gradients",
+        title="Gradients in the range of FP16",
+        look="Subnormal gradients lose bits, zeros may have been flushed: a larger scale helps.",
+        charts=(chart,),
+        tables=(table,),
+    )
+
+
 def parity_section(records: RunRecords) -> Section:
     """The same batch in the current formats and in high precision, and who is to blame."""
     about = Section(

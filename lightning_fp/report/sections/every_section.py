@@ -8,6 +8,7 @@ from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.casts import (
     advice_section,
     casts_section,
+    gradients_section,
     parity_section,
     worst_section,
 )
@@ -34,6 +35,7 @@ def sections(records: RunRecords, cost: RunCost) -> list[Section]:
         stages_section(records),
         casts_section(records),
         worst_section(records),
+        *([gradients_section(records)] if records.gradients else []),
         parity_section(records),
         advice_section(records),
         evaluation_section(records),
