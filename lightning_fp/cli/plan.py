@@ -23,7 +23,7 @@ from lightning_fp.layers import (
     convert_into,
     linear_format,
 )
-from lightning_fp.layers.convert.flops import example_flops
+from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.plugins.scaling import format_of_scaling
 

@@ -2,9 +2,9 @@
 
 from lightning_fp.layers.auto_scaling import AutoScaling
 from lightning_fp.layers.backends import Backend, kernel_for
-from lightning_fp.layers.convert.advice import ScalingAdvice, recommend_scaling
-from lightning_fp.layers.convert.conversion import Conversion, convert, convert_into, revert
-from lightning_fp.layers.convert.report import ConversionReport, LayerReport
+from lightning_fp.layers.conversion.advice import ScalingAdvice, recommend_scaling
+from lightning_fp.layers.conversion.convert import Conversion, convert, convert_into, revert
+from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.precision_map import Change, PrecisionMap

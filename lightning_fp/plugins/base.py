@@ -32,7 +32,7 @@ from lightning_fp.layers import (
     kernel_for,
     linear_format,
 )
-from lightning_fp.layers.convert.flops import example_flops
+from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.layers.transformer_engine.setup import check_device

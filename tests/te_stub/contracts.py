@@ -20,7 +20,7 @@ from lightning_fp.kernels.transformer_engine import library as te_library
 from lightning_fp.kernels.transformer_engine import recipe as te_recipe
 from lightning_fp.kernels.transformer_engine.kernel import use_library
 from lightning_fp.kernels.transformer_engine.recipe import RecipeSettings, make_recipe, read_recipe
-from lightning_fp.layers.convert.conversion import convert
+from lightning_fp.layers.conversion.convert import convert
 from lightning_fp.numerics import DelayedScaling
 from tests.te_stub import extension, fake
 

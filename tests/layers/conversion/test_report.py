@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fp import ConversionReport, convert
-from lightning_fp.layers.convert.flops import counting_flops
+from lightning_fp.layers.conversion.flops import counting_flops
 from tests.helper import TinyGPT, text_rows
 
 

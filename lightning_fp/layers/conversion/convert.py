@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_fp.kernels.hardware import ALIGNMENT, ALIGNMENTS, check_alignment, cuda_has_fp8
 from lightning_fp.layers.backends import Backend, backend_refusal, check_backend, kernel_for
-from lightning_fp.layers.convert.flops import CONVOLUTIONS, example_flops, flops_per_token
-from lightning_fp.layers.convert.report import ConversionReport, LayerReport
+from lightning_fp.layers.conversion.flops import CONVOLUTIONS, example_flops, flops_per_token
+from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
 from lightning_fp.layers.format import (
     NAMED_FORMATS,
     FormatLike,
