@@ -1,36 +1,59 @@
 """Low-precision training for PyTorch Lightning that is safe to turn on."""
 
-from lightning_fp.callbacks import (
-    ClampMonitor,
-    EvaluationGap,
-    FP16Monitor,
-    LossRecorder,
-    MismatchMonitor,
-    ParityProbe,
-    PrecisionFallback,
-    StagedRollout,
-)
-from lightning_fp.layers import (
-    ConversionReport,
-    LinearFormat,
-    PrecisionMap,
-    convert,
-    recommend_scaling,
-    revert,
-)
-from lightning_fp.numerics import DelayedScaling
-from lightning_fp.plugins import (
-    DynamicScaling,
-    FP8Precision,
-    FP16Precision,
-    half_policy,
-    precision_plugin,
-)
-from lightning_fp.recipes import Gate, RolloutRecipe, Stage
-from lightning_fp.stability import DivergenceDetector
-from lightning_fp.stability.loss_scaling import LossScaleError, LossScaling
-from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
-from lightning_fp.stability.respond.limits import LayerLimit
+from typing import TYPE_CHECKING
+
+from lightning_fp._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_fp.callbacks import (
+        ClampMonitor,
+        EvaluationGap,
+        FP16Monitor,
+        LossRecorder,
+        MismatchMonitor,
+        ParityProbe,
+        PrecisionFallback,
+        StagedRollout,
+    )
+    from lightning_fp.layers import (
+        ConversionReport,
+        LinearFormat,
+        PrecisionMap,
+        convert,
+        recommend_scaling,
+        revert,
+    )
+    from lightning_fp.numerics import DelayedScaling
+    from lightning_fp.plugins import (
+        DynamicScaling,
+        FP8Precision,
+        FP16Precision,
+        half_policy,
+        precision_plugin,
+    )
+    from lightning_fp.recipes import Gate, RolloutRecipe, Stage
+    from lightning_fp.stability import DivergenceDetector
+    from lightning_fp.stability.loss_scaling import LossScaleError, LossScaling
+    from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
+    from lightning_fp.stability.respond.limits import LayerLimit
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "callbacks": (
+                "ClampMonitor EvaluationGap FP16Monitor LossRecorder MismatchMonitor ParityProbe "
+                "PrecisionFallback StagedRollout"
+            ),
+            "layers": "ConversionReport LinearFormat PrecisionMap convert recommend_scaling revert",
+            "numerics": "DelayedScaling",
+            "plugins": "DynamicScaling FP8Precision FP16Precision half_policy precision_plugin",
+            "recipes": "Gate RolloutRecipe Stage",
+            "stability": "DivergenceDetector",
+            "stability.loss_scaling": "LossScaleError LossScaling",
+            "stability.respond.fallback_policy": "FallbackPolicy",
+            "stability.respond.limits": "LayerLimit",
+        },
+    )
 
 __version__ = "0.1.0.dev0"
 

@@ -1,14 +1,34 @@
 """Linear layers whose format can change, and the table that changes it."""
 
-from lightning_fp.layers.auto_scaling import AutoScaling
-from lightning_fp.layers.backends import Backend, kernel_for
-from lightning_fp.layers.conversion.advice import ScalingAdvice, recommend_scaling
-from lightning_fp.layers.conversion.convert import Conversion, convert, convert_into, revert
-from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
-from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
-from lightning_fp.layers.linear import FPLinear
-from lightning_fp.layers.precision_map import Change, PrecisionMap
-from lightning_fp.layers.switchable import Phase, SwitchableLayer
+from typing import TYPE_CHECKING
+
+from lightning_fp._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_fp.layers.auto_scaling import AutoScaling
+    from lightning_fp.layers.backends import Backend, kernel_for
+    from lightning_fp.layers.conversion.advice import ScalingAdvice, recommend_scaling
+    from lightning_fp.layers.conversion.convert import Conversion, convert, convert_into, revert
+    from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
+    from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+    from lightning_fp.layers.linear import FPLinear
+    from lightning_fp.layers.precision_map import Change, PrecisionMap
+    from lightning_fp.layers.switchable import Phase, SwitchableLayer
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "auto_scaling": "AutoScaling",
+            "backends": "Backend kernel_for",
+            "conversion.advice": "ScalingAdvice recommend_scaling",
+            "conversion.convert": "Conversion convert convert_into revert",
+            "conversion.report": "ConversionReport LayerReport",
+            "format": "FormatLike LinearFormat linear_format",
+            "linear": "FPLinear",
+            "precision_map": "Change PrecisionMap",
+            "switchable": "Phase SwitchableLayer",
+        },
+    )
 
 __all__ = [
     # formats

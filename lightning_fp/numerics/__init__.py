@@ -1,41 +1,63 @@
 """Number formats, casts and scales: pure functions over tensors, no modules, no state."""
 
-from lightning_fp.numerics.blocks import (
-    Block,
-    amax_to_e8m0,
-    block_amax,
-    spread_blocks,
-    times_blocks,
-)
-from lightning_fp.numerics.casting import (
-    Rounding,
-    round_to_format,
-    saturating_cast,
-    scaled_cast,
-)
-from lightning_fp.numerics.delayed import DelayedScaling, advance_history, history_scale
-from lightning_fp.numerics.formats import FORMATS, FloatFormat, float_format, format_of_dtype
-from lightning_fp.numerics.rounding import as_float16, round_in_range
-from lightning_fp.numerics.scaling import (
-    AMAX_LOWER_BOUND,
-    amax_to_scale,
-    nonfinite_count,
-    row_amax,
-    tensor_amax,
-)
-from lightning_fp.numerics.statistics import (
-    COLUMN,
-    STATISTICS,
-    WHAT_IF,
-    Casts,
-    Statistic,
-    casts_of,
-    operand_statistics,
-    output_statistics,
-    sampled_rows,
-    shares,
-)
-from lightning_fp.numerics.what_if import what_if_shares, what_if_statistics
+from typing import TYPE_CHECKING
+
+from lightning_fp._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_fp.numerics.blocks import (
+        Block,
+        amax_to_e8m0,
+        block_amax,
+        spread_blocks,
+        times_blocks,
+    )
+    from lightning_fp.numerics.casting import (
+        Rounding,
+        round_to_format,
+        saturating_cast,
+        scaled_cast,
+    )
+    from lightning_fp.numerics.delayed import DelayedScaling, advance_history, history_scale
+    from lightning_fp.numerics.formats import FORMATS, FloatFormat, float_format, format_of_dtype
+    from lightning_fp.numerics.rounding import as_float16, round_in_range
+    from lightning_fp.numerics.scaling import (
+        AMAX_LOWER_BOUND,
+        amax_to_scale,
+        nonfinite_count,
+        row_amax,
+        tensor_amax,
+    )
+    from lightning_fp.numerics.statistics import (
+        COLUMN,
+        STATISTICS,
+        WHAT_IF,
+        Casts,
+        Statistic,
+        casts_of,
+        operand_statistics,
+        output_statistics,
+        sampled_rows,
+        shares,
+    )
+    from lightning_fp.numerics.what_if import what_if_shares, what_if_statistics
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "blocks": "Block amax_to_e8m0 block_amax spread_blocks times_blocks",
+            "casting": "Rounding round_to_format saturating_cast scaled_cast",
+            "delayed": "DelayedScaling advance_history history_scale",
+            "formats": "FORMATS FloatFormat float_format format_of_dtype",
+            "rounding": "as_float16 round_in_range",
+            "scaling": "AMAX_LOWER_BOUND amax_to_scale nonfinite_count row_amax tensor_amax",
+            "statistics": (
+                "COLUMN STATISTICS WHAT_IF Casts Statistic casts_of operand_statistics "
+                "output_statistics sampled_rows shares"
+            ),
+            "what_if": "what_if_shares what_if_statistics",
+        },
+    )
 
 __all__ = [
     # formats

@@ -1,35 +1,67 @@
 """What a run leaves behind: tables and events, readable while it runs and after it was killed."""
 
-from lightning_fp.records.baseline import Baseline, read_baseline
-from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter, read_evaluation
-from lightning_fp.records.events import (
-    Demotion,
-    Event,
-    EventWriter,
-    FormatChange,
-    GateResult,
-    LayerClimb,
-    Note,
-    OtherEvent,
-    Promotion,
-    Replayed,
-    Resumed,
-    Rollback,
-    SkippedStep,
-    StageChange,
-    Started,
-    StateChange,
-    Suspicion,
-    Verdict,
-    read_events,
-)
-from lightning_fp.records.loss import Loss, LossRow, LossWriter, read_loss, read_steps, write_loss
-from lightning_fp.records.mismatch_rows import MismatchWriter, read_mismatch
-from lightning_fp.records.parity import read_parity
-from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
-from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
-from lightning_fp.records.tables import StatisticsWriter, read_statistics
-from lightning_fp.records.te_inspect import InspectRecords
+from typing import TYPE_CHECKING
+
+from lightning_fp._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_fp.records.baseline import Baseline, read_baseline
+    from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter, read_evaluation
+    from lightning_fp.records.events import (
+        Demotion,
+        Event,
+        EventWriter,
+        FormatChange,
+        GateResult,
+        LayerClimb,
+        Note,
+        OtherEvent,
+        Promotion,
+        Replayed,
+        Resumed,
+        Rollback,
+        SkippedStep,
+        StageChange,
+        Started,
+        StateChange,
+        Suspicion,
+        Verdict,
+        read_events,
+    )
+    from lightning_fp.records.loss import (
+        Loss,
+        LossRow,
+        LossWriter,
+        read_loss,
+        read_steps,
+        write_loss,
+    )
+    from lightning_fp.records.mismatch_rows import MismatchWriter, read_mismatch
+    from lightning_fp.records.parity import read_parity
+    from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
+    from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
+    from lightning_fp.records.tables import StatisticsWriter, read_statistics
+    from lightning_fp.records.te_inspect import InspectRecords
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "baseline": "Baseline read_baseline",
+            "evaluation": "EvaluationRow EvaluationWriter read_evaluation",
+            "events": (
+                "Demotion Event EventWriter FormatChange GateResult LayerClimb Note OtherEvent "
+                "Promotion Replayed Resumed Rollback SkippedStep StageChange Started StateChange "
+                "Suspicion Verdict read_events"
+            ),
+            "loss": "Loss LossRow LossWriter read_loss read_steps write_loss",
+            "mismatch_rows": "MismatchWriter read_mismatch",
+            "parity": "read_parity",
+            "rows": "Sampled StatisticsRows statistics_rows",
+            "run": "LayerInfo RunInfo read_run write_run",
+            "tables": "StatisticsWriter read_statistics",
+            "te_inspect": "InspectRecords",
+        },
+    )
 
 __all__ = [
     # reading

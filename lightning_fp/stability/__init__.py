@@ -1,31 +1,53 @@
 """What a run can be asked about itself. Without Lightning: usable from any training loop."""
 
-from lightning_fp.stability.detect.decision import Cause, Decision
-from lightning_fp.stability.detect.detector import DivergenceDetector
-from lightning_fp.stability.detect.detector_state import DetectorState
-from lightning_fp.stability.detect.mismatch_detector import (
-    MismatchDecision,
-    MismatchDetector,
-    MismatchState,
-)
-from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
-from lightning_fp.stability.keep.random_state import RandomState
-from lightning_fp.stability.keep.snapshot import Snapshot, restore, stated_bytes, take
-from lightning_fp.stability.keep.snapshots import Snapshots
-from lightning_fp.stability.replay.one_step import (
-    Comparison,
-    GradientGap,
-    Replay,
-    compare,
-    replay_step,
-)
-from lightning_fp.stability.replay.parity import (
-    LayerParity,
-    Parity,
-    ReplayFailedError,
-    measure_parity,
-)
-from lightning_fp.stability.replay.untouched import untouched
+from typing import TYPE_CHECKING
+
+from lightning_fp._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_fp.stability.detect.decision import Cause, Decision
+    from lightning_fp.stability.detect.detector import DivergenceDetector
+    from lightning_fp.stability.detect.detector_state import DetectorState
+    from lightning_fp.stability.detect.mismatch_detector import (
+        MismatchDecision,
+        MismatchDetector,
+        MismatchState,
+    )
+    from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
+    from lightning_fp.stability.keep.random_state import RandomState
+    from lightning_fp.stability.keep.snapshot import Snapshot, restore, stated_bytes, take
+    from lightning_fp.stability.keep.snapshots import Snapshots
+    from lightning_fp.stability.replay.one_step import (
+        Comparison,
+        GradientGap,
+        Replay,
+        compare,
+        replay_step,
+    )
+    from lightning_fp.stability.replay.parity import (
+        LayerParity,
+        Parity,
+        ReplayFailedError,
+        measure_parity,
+    )
+    from lightning_fp.stability.replay.untouched import untouched
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "detect.decision": "Cause Decision",
+            "detect.detector": "DivergenceDetector",
+            "detect.detector_state": "DetectorState",
+            "detect.mismatch_detector": "MismatchDecision MismatchDetector MismatchState",
+            "keep.batch_ring": "BatchRing MicroBatch RecordedStep",
+            "keep.random_state": "RandomState",
+            "keep.snapshot": "Snapshot restore stated_bytes take",
+            "keep.snapshots": "Snapshots",
+            "replay.one_step": "Comparison GradientGap Replay compare replay_step",
+            "replay.parity": "LayerParity Parity ReplayFailedError measure_parity",
+            "replay.untouched": "untouched",
+        },
+    )
 
 __all__ = [
     # divergence
