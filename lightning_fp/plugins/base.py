@@ -10,8 +10,8 @@ from typing import Any, cast, get_args
 import torch
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
@@ -37,8 +37,9 @@ from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.layers.transformer_engine.setup import check_device
 from lightning_fp.numerics import DelayedScaling
-from lightning_fp.plugins.base_precision import Base, HalfMixed, HalfTrue, base_plugin
-from lightning_fp.plugins.guard import StepGuard, gradient_norm, unwrapped
+from lightning_fp.plugins.base_precision import Base, base_plugin
+from lightning_fp.plugins.fp16_base import HalfMixed, HalfTrue
+from lightning_fp.plugins.guarded import GuardedPrecision
 from lightning_fp.plugins.half_checks import check_optimizers, check_sharding, check_weights
 from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.plugins.strategies import refuse_strategy
@@ -51,7 +52,7 @@ LOSS_SCALE = "loss_scale"
 """Where the plugin's state keeps the loss scale."""
 
 
-class LayerPrecision(Precision):
+class LayerPrecision(GuardedPrecision):
     """Linear layers in formats of their own, everything else in the base precision.
 
     What the plugins of this package share; a user takes one of them.
@@ -108,13 +109,8 @@ class LayerPrecision(Precision):
         """The table of formats: read it, write to it."""
         self.report: ConversionReport | None = None
         """What the conversion did; None before setup."""
-        self.scaler = LossScaler(loss_scaling or LossScaling()) if half else None
-        """Scales the loss, if the base is FP16."""
-        self._hold_schedulers = hold_schedulers
-        self.guard: StepGuard | None = None
-        """Looks at the gradients before each optimizer step, under FP16 or if asked to."""
-        self.stop_guarding()
-        self._base = base_plugin(base)
+        scaler = LossScaler(loss_scaling or LossScaling()) if half else None
+        super().__init__(base_plugin(base), scaler, hold_schedulers=hold_schedulers)
         self._empty = empty
         self._carried: dict[str, Any] = {}
         self._mid_accumulation = False
@@ -174,28 +170,6 @@ class LayerPrecision(Precision):
         fallen = any(layer.format.input == "bf16" for layer in layers)
         low = any(map(self._low, layers))
         return torch.bfloat16 if fallen and not low else torch.float16
-
-    # -- the guard ------------------------------------------------------------------------------
-
-    def start_guarding(self, *, skip_nonfinite: bool = True) -> StepGuard:
-        """The guard, which keeps a record of each step from here on.
-
-        Args:
-            skip_nonfinite: whether steps with inf or NaN gradients are left out; under a loss
-                scale they are in any case.
-        """
-        if self.guard is None:
-            self.guard = StepGuard()
-        self.guard.skip_nonfinite = skip_nonfinite or self.scaler is not None
-        self.guard.keeps_record = True
-        return self.guard
-
-    def stop_guarding(self) -> None:
-        """Nobody asks for the guard any more; FP16 needs one all the same."""
-        self.guard = None
-        if self.scaler is not None:
-            self.guard = StepGuard(scaler=self.scaler, hold_schedulers=self._hold_schedulers)
-            self.guard.keeps_record = False
 
     # -- setup ----------------------------------------------------------------------------------
 
@@ -258,16 +232,6 @@ class LayerPrecision(Precision):
         self._take_back()
 
     # -- the base precision ---------------------------------------------------------------------
-
-    @override
-    def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """As the base precision."""
-        return self._base.tensor_init_context()
-
-    @override
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        """As the base precision."""
-        return self._base.module_init_context()
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -406,32 +370,6 @@ class LayerPrecision(Precision):
         trainer = getattr(module, "_trainer", None)
         several = trainer is not None and trainer.accumulate_grad_batches > 1
         self.precision_map.share_weight_casts = several
-
-    @override
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
-    ) -> None:
-        """As Lightning's, of gradients without the loss scale, in manual optimization too."""
-        if self.scaler is not None and clip_val > 0:
-            self.scaler.unscale(unwrapped(optimizer))
-        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
-
-    @override
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
-        """As Lightning's; the guard hears of the norm, so that it is computed once."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self.main_params(optimizer)), clip_val)
-        if self.guard is not None:
-            self.guard.clipped(norm)
-
-    @override
-    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
-        """As Lightning's; the guard looks before, since inf is not to be seen afterwards."""
-        if self.guard is not None:
-            self.guard.clipped(gradient_norm(optimizer))
-        super().clip_grad_by_value(optimizer, clip_val)
 
     @override
     def val_step_context(self) -> AbstractContextManager[None]:
