@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.precision.utils import _convert_fp_tensor
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.rnn import RNNBase
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.layers import LinearFormat, PrecisionMap, linear_format
+from lightning_fp.plugins.base_precision import LOSS_SCALE, Autocast, BasePrecision
+from lightning_fp.plugins.guard import StepGuard
+from lightning_fp.plugins.half_checks import (
+    check_optimizers,
+    check_sharding,
+    check_switchable,
+    check_weights,
+)
+from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.plugins.working_copies import WorkingCopies
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from lightning_fp.stability.loss_scaling import LossScaling
 
 
-class HalfMixed(Precision):
-    """Autocast in 16 bits, of which kind can change while the run goes on."""
+class LentCopies(Precision):
+    """Everything computes in 16 bits, with copies of float32 weights.
 
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float16
+    Args:
+        dtype: of the copies and of what is computed.
+        copies: lends them.
+    """
 
-    @override
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast; as Lightning's, without a cache of cast weights."""
-        return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
-
-
-class HalfTrue(Precision):
-    """Everything computes in 16 bits, with copies of float32 weights."""
-
-    dtype: torch.dtype = torch.float16
-
-    def __init__(self) -> None:
-        self.copies = WorkingCopies()
+    def __init__(self, dtype: torch.dtype, copies: WorkingCopies) -> None:
+        self.dtype = dtype
+        self.copies = copies
         self.module: Module | None = None
 
     @override
@@ -75,3 +79,114 @@ class HalfTrue(Precision):
             stack.callback(torch.set_default_dtype, before)
             torch.set_default_dtype(self.dtype)
             yield
+
+
+class FP16Base(BasePrecision):
+    """FP16 with a scaled loss over float32 weights; bf16 while all layers have fallen there.
+
+    The dtype follows the table, so a write to the table, a replay in other formats and a
+    checkpoint all bring the base along.
+
+    Args:
+        name: "16-mixed", autocast, or "16-true", copies of the weights.
+        loss_scaling: how the loss scale moves.
+        hold_schedulers: whether learning rate schedulers wait where a step is left out.
+    """
+
+    plugin: Autocast | LentCopies
+    falls_back_whole = True
+
+    def __init__(
+        self,
+        name: Literal["16-mixed", "16-true"],
+        loss_scaling: LossScaling,
+        *,
+        hold_schedulers: bool,
+    ) -> None:
+        super().__init__(Autocast(torch.float16), "fp16", hold_schedulers=hold_schedulers)
+        if name == "16-true":
+            self.plugin = LentCopies(torch.float16, self.copies)
+        self.high_precision = linear_format("bf16")
+        self.scaler = LossScaler(loss_scaling)
+        self._name = name
+        self._logged = -1
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "loss_scaling": asdict(self.scaler.config)}
+
+    # -- setup ----------------------------------------------------------------------------------
+
+    @override
+    def check(self, module: Module) -> None:
+        check_weights(module)
+        check_sharding(module, self._name)
+
+    @override
+    def check_can_fall_back(self, module: Module) -> None:
+        check_switchable(module)
+
+    @override
+    def connect(self, optimizers: list[Optimizer]) -> None:
+        check_optimizers(optimizers)
+        self.scaler.optimizers = optimizers
+
+    @override
+    def guard(self) -> StepGuard:
+        guard = StepGuard(scaler=self.scaler, hold_schedulers=self.hold_schedulers)
+        guard.keeps_record = False
+        return guard
+
+    # -- what the table says --------------------------------------------------------------------
+
+    @override
+    def is_low(self, format: LinearFormat) -> bool:
+        return format.input == "fp16" or not format.is_high_precision
+
+    @override
+    def half_dtype(self, table: PrecisionMap) -> torch.dtype:
+        formats = [layer.format for layer in table.layers.values()]
+        fallen = any(format.input == "bf16" for format in formats)
+        low = any(map(self.is_low, formats))
+        return torch.bfloat16 if fallen and not low else torch.float16
+
+    @override
+    def follow(self, table: PrecisionMap) -> None:
+        self.plugin.dtype = self.half_dtype(table)
+        active = self.plugin.dtype is torch.float16
+        if active and not self.scaler.active and not table.frozen:
+            self.scaler.restart()  # back in FP16 the loss scale begins anew
+        self.scaler.active = active
+
+    # -- the run --------------------------------------------------------------------------------
+
+    @override
+    def lend_again(self, module: Module) -> None:
+        if self.copies.lent:
+            self.copies.lend(module, self.plugin.dtype)
+
+    @override
+    def log(self, trainer: Trainer) -> None:
+        """At every log interval, to all loggers, beside what Lightning logs for the step."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        due = (step + 1) % trainer.log_every_n_steps == 0  # pyright: ignore
+        if not due or step == self._logged:
+            return
+        self._logged = step
+        now = self.scaler.state.numbers()
+        values = {
+            "fp16/loss_scale": now["scale"] if self.scaler.active else 1.0,
+            "fp16/skipped_steps": float(now["skipped"]),
+            "fp16/effective_steps": float(now["made"]),
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+
+    @override
+    def save(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        checkpoint["MixedPrecision"] = self.scaler.grad_scaler_state()  # for Lightning's own
+        return {LOSS_SCALE: self.scaler.state_dict()}
+
+    @override
+    def load_loss_scale(self, state: Mapping[str, Any]) -> None:
+        self.scaler.load_state_dict(state)

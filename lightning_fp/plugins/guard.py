@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.plugins.loss_scaler import NoScaler
 from lightning_fp.plugins.overflows import first_overflow
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,11 @@ class StepGuard:
         self,
         *,
         skip_nonfinite: bool = True,
-        scaler: LossScaler | None = None,
+        scaler: NoScaler | None = None,
         hold_schedulers: bool = True,
     ) -> None:
         self.skip_nonfinite = skip_nonfinite
-        self.scaler = scaler
+        self.scaler = scaler or NoScaler()
         self.keeps_record = True
         """Whether somebody takes `steps` out."""
         self.steps: list[GuardedStep] = []
@@ -106,8 +106,7 @@ class StepGuard:
             unguarded: Any = Precision.optimizer_step
             return unguarded(plugin, optimizer, model, closure, **kwargs)
         result = closure()
-        if self.scaler is not None:
-            self.scaler.unscale(optimizer)
+        self.scaler.unscale(optimizer)
         norm = self._around_clipping(plugin, optimizer, model)
         if self.on_norm is not None and not self.replaying:
             self.on_norm(norm)
@@ -129,12 +128,11 @@ class StepGuard:
         if self.keeps_record:
             seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
-        if self.scaler is not None:
-            self.scaler.update(finite)
-            if model.automatic_optimization:
-                self.scaler.settle()
-            if not skipped.is_cuda and bool(skipped):
-                self.scaler.check()
+        self.scaler.update(finite)
+        if model.automatic_optimization:
+            self.scaler.settle()
+        if not skipped.is_cuda and bool(skipped):
+            self.scaler.check()
         return output
 
     def _name_overflow(self, trainer: Trainer, step: int) -> None:
@@ -195,15 +193,13 @@ class StepGuard:
         if late is not None and bool(late):
             self._hold.hold(trainer)
             self._name_overflow(trainer, trainer.global_step - 1)
-            if self.scaler is not None:
-                self.scaler.check()
+            self.scaler.check()
 
     def end_training_step(self, trainer: Trainer) -> None:
         """In manual optimization schedulers wait, and the loss scale stays, to the step's end."""
         if not trainer.lightning_module.automatic_optimization:
             self._hold.release(None)
-            if self.scaler is not None:
-                self.scaler.settle()
+            self.scaler.settle()
 
     def _warn(self, optimizer: Optimizer) -> None:
         if not self._warned:

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
-from lightning.pytorch.plugins.precision import Precision
+from lightning.fabric.utilities.types import Steppable
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.layers import LinearFormat
+from lightning_fp.plugins.base_precision import Autocast, Base, BasePrecision
+from lightning_fp.plugins.fp16_base import FP16Base
 from lightning_fp.plugins.guard import StepGuard, gradient_norm, unwrapped
 from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.stability.loss_scaling import LossScaling
 
 
 class GuardedPrecision(Precision):
     """A base precision, the loss scale that it may need, and the guard before optimizer steps.
 
     Args:
-        base: Lightning's own plugin for the base precision, or ours.
-        scaler: scales the loss, if the base is FP16.
+        base: the name of the base precision.
+        loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
         hold_schedulers: whether learning rate schedulers wait where a step is left out.
+
+    Raises:
+        ValueError: for an unknown base, or one that needs no loss scale and was given one.
     """
 
+    precision: Base  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
-        self, base: Precision, scaler: LossScaler | None, *, hold_schedulers: bool
+        self, base: Base, *, loss_scaling: LossScaling | None, hold_schedulers: bool
     ) -> None:
-        self._base = base
-        self.scaler = scaler
-        """Scales the loss, if the base is FP16."""
-        self._hold_schedulers = hold_schedulers
-        self.guard: StepGuard | None = None
+        self.base = _base_precision(base, loss_scaling, hold_schedulers=hold_schedulers)
+        """What everything but the layers computes in."""
+        self.precision = base
+        self.guard = self.base.guard()
         """Looks at the gradients before each optimizer step, under FP16 or if asked to."""
-        self.stop_guarding()
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """Scales the loss, if the base is FP16."""
+        scaler = self.base.scaler
+        return scaler if isinstance(scaler, LossScaler) else None
+
+    @property
+    def base_format(self) -> LinearFormat:
+        """The format of layers that are left alone: the base's."""
+        return self.base.format
+
+    @property
+    def high_precision(self) -> LinearFormat:
+        """The format to fall back to: the base's, or bf16 where the base is FP16."""
+        return self.base.high_precision
+
+    @property
+    def falls_back_whole(self) -> bool:
+        """Whether all layers fall back at once: FP16's range may be at fault between them too."""
+        return self.base.falls_back_whole
 
     # -- the guard ------------------------------------------------------------------------------
 
@@ -46,30 +78,52 @@ class GuardedPrecision(Precision):
         """
         if self.guard is None:
             self.guard = StepGuard()
-        self.guard.skip_nonfinite = skip_nonfinite or self.scaler is not None
+        self.guard.skip_nonfinite = skip_nonfinite or self.base.scaler.must_skip
         self.guard.keeps_record = True
         return self.guard
 
     def stop_guarding(self) -> None:
         """Nobody asks for the guard any more; FP16 needs one all the same."""
-        self.guard = None
-        if self.scaler is not None:
-            self.guard = StepGuard(scaler=self.scaler, hold_schedulers=self._hold_schedulers)
-            self.guard.keeps_record = False
+        self.guard = self.base.guard()
 
     # -- the base precision ---------------------------------------------------------------------
 
     @override
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """As the base precision."""
-        return self._base.tensor_init_context()
+        return self.base.plugin.tensor_init_context()
 
     @override
     def module_init_context(self) -> AbstractContextManager[Any]:
         """As the base precision."""
-        return self._base.module_init_context()
+        return self.base.plugin.module_init_context()
 
     # -- gradients ------------------------------------------------------------------------------
+
+    @override
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        tensor: Tensor,
+        model: LightningModule,
+        optimizer: Steppable | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Backward of the scaled loss; hooks have seen the loss itself."""
+        super().backward(self.base.scaler.scaled(tensor), model, optimizer, *args, **kwargs)
+
+    @override
+    def optimizer_step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        optimizer: Steppable,
+        model: LightningModule,
+        closure: Callable[[], Any],
+        **kwargs: Any,
+    ) -> Any:
+        """The optimizer's step, under the eyes of the guard if there is one."""
+        if self.guard is None:
+            return super().optimizer_step(optimizer, model, closure, **kwargs)
+        return self.guard.step(self, cast(Optimizer, optimizer), model, closure, **kwargs)
 
     @override
     def clip_gradients(
@@ -79,8 +133,8 @@ class GuardedPrecision(Precision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """As Lightning's, of gradients without the loss scale, in manual optimization too."""
-        if self.scaler is not None and clip_val > 0:
-            self.scaler.unscale(unwrapped(optimizer))
+        if clip_val > 0:
+            self.base.scaler.unscale(unwrapped(optimizer))
         super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
     @override
@@ -96,3 +150,22 @@ class GuardedPrecision(Precision):
         if self.guard is not None:
             self.guard.clipped(gradient_norm(optimizer))
         super().clip_grad_by_value(optimizer, clip_val)
+
+
+def _base_precision(
+    name: Base, loss_scaling: LossScaling | None, *, hold_schedulers: bool
+) -> BasePrecision:
+    if name not in get_args(Base):
+        raise ValueError(f"base must be one of {', '.join(get_args(Base))}, got {name!r}")
+    if name in ("16-mixed", "16-true"):
+        return FP16Base(name, loss_scaling or LossScaling(), hold_schedulers=hold_schedulers)
+    if loss_scaling is not None:
+        raise ValueError(
+            f"loss_scaling must be None unless the base is '16-mixed' or '16-true', got base"
+            f" {name!r}: only FP16 needs it"
+        )
+    if name == "32-true":
+        return BasePrecision(Precision(), "fp32", hold_schedulers=hold_schedulers)
+    mixed = name == "bf16-mixed"
+    plugin = Autocast(torch.bfloat16) if mixed else HalfPrecision("bf16-true")
+    return BasePrecision(plugin, "bf16", hold_schedulers=hold_schedulers)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_fp.stability.loss_scaling import (
     LossScaleError,
@@ -17,7 +18,34 @@ from lightning_fp.stability.loss_scaling import (
 )
 
 
-class LossScaler:
+class NoScaler:
+    """Losses as they are: a `LossScaler` where none is needed."""
+
+    must_skip = False
+    """Whether steps with inf or NaN gradients are left out in any case."""
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call backward on, which has to follow."""
+        return loss
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Take the scale out of an optimizer's gradients, if it is in them."""
+
+    def update(self, finite: Tensor) -> None:
+        """Hear whether a step's gradients were finite: bool scalar on any device."""
+
+    def settle(self) -> None:
+        """The scale moves. Call it where no loss of the same step is still to be scaled."""
+
+    def check(self) -> None:
+        """After a step was left out: end the run if that is what it has been asked for."""
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Leave no trace of what is scaled in the block."""
+        return nullcontext()
+
+
+class LossScaler(NoScaler):
     """Scales losses before backward, and takes the scale out of gradients, once for each step.
 
     Between backward passes every gradient is in one of two states: with the scale, or without, if
@@ -28,6 +56,8 @@ class LossScaler:
     Args:
         config: how the scale moves.
     """
+
+    must_skip = True
 
     def __init__(self, config: LossScaling) -> None:
         self.config = config
@@ -45,21 +75,24 @@ class LossScaler:
         """Where the scale stands, on its device."""
         return self._state
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call backward on, in float32: FP16 does not hold a scale of 2**16."""
-        if self._state.scale.device != loss.device:
-            self._state = self._state.to(loss.device)
-        return loss.float() * self._state.scale
+    @override
+    def scaled(self, loss: Tensor) -> Tensor:
+        """In float32: FP16 does not hold a scale of 2**16.
 
-    def before_backward(self) -> None:
-        """Gradients that this backward may add to get the scale back."""
+        Gradients that this backward may add to get the scale back.
+        """
+        if not self.active:
+            return loss
         for optimizer in self._unscaled:
             _multiply(_gradients(optimizer), self._state.scale)
         self._unscaled.clear()
         self._backward = True
+        if self._state.scale.device != loss.device:
+            self._state = self._state.to(loss.device)
+        return loss.float() * self._state.scale
 
+    @override
     def unscale(self, optimizer: Optimizer) -> None:
-        """Take the scale out of an optimizer's gradients, if it is in them."""
         if not self.active or optimizer in self._unscaled:
             return
         self._unscaled.add(optimizer)
@@ -81,12 +114,13 @@ class LossScaler:
     def _inverse(self) -> Tensor:
         return self._state.scale.double().reciprocal().float()
 
+    @override
     def update(self, finite: Tensor) -> None:
-        """Hear whether a step's gradients were finite: bool scalar on any device."""
         if self.active and self._backward:
             bad = ~finite.to(self._state.scale.device)
             self._found_inf = bad if self._found_inf is None else self._found_inf | bad
 
+    @override
     def settle(self) -> None:
         """The scale moves. Call it where no loss of the same step is still to be scaled.
 
@@ -101,6 +135,7 @@ class LossScaler:
         for optimizer in waiting:  # they accumulate on
             _multiply(_gradients(optimizer), self._state.scale / before)
 
+    @override
     def check(self) -> None:
         """After a step was left out: end the run if that is what it has been asked for.
 
@@ -126,9 +161,9 @@ class LossScaler:
             skipped=self._state.skipped,
         )
 
+    @override
     @contextmanager
     def untouched(self) -> Generator[None, None, None]:
-        """Leave no trace of what is scaled in the block."""
         before = dict(vars(self))
         self._unscaled, self._found_inf = set(), None
         try:

@@ -160,7 +160,7 @@ def test_a_scaler_takes_part() -> None:
         """Over a float32 base, where scaling by a power of two changes nothing."""
 
         def on_fit_start(self, *_: Any) -> None:
-            plugin.scaler, plugin.guard = scaler, StepGuard(scaler=scaler)
+            plugin.base.scaler, plugin.guard = scaler, StepGuard(scaler=scaler)
 
     scaled = fit(plugin, Poisoned((2,)), max_steps=4, gradient_clip_val=0.5, callbacks=[Scale()])
     numbers = scaler.state.numbers()

@@ -25,7 +25,6 @@ from lightning_fp.callbacks.fallback.run_state import RunState
 from lightning_fp.callbacks.run.run_log import RunCallback, end_run, run_log
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import GuardedStep, hyperparameters
-from lightning_fp.plugins.half_checks import check_switchable
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.detect.decision import Cause
 from lightning_fp.stability.detect.detector import DivergenceDetector
@@ -170,8 +169,7 @@ class PrecisionFallback(RunCallback):
             return
         plugin = _plugin(trainer)
         check_replayable(pl_module)
-        if plugin.scaler is not None:
-            check_switchable(pl_module)
+        plugin.base.check_can_fall_back(pl_module)
         plugin.start_guarding(skip_nonfinite=not self.dry_run)
 
     @override

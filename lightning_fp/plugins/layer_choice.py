@@ -1,0 +1,92 @@
+"""LayerChoice: which layers of a model get which format, and the model's table from that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn import Module
+
+from lightning_fp.kernels.hardware import cuda_has_fp8
+from lightning_fp.layers import (
+    Backend,
+    Conversion,
+    ConversionReport,
+    LinearFormat,
+    PrecisionMap,
+    convert_into,
+    kernel_for,
+)
+from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
+from lightning_fp.layers.rules import Rule
+from lightning_fp.layers.transformer_engine.setup import check_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """What a user asks for, before there is a model.
+
+    Raises:
+        ValueError: for a format that the backend cannot run.
+    """
+
+    format: LinearFormat
+    """Of the layers that no rule names."""
+
+    rules: tuple[Rule, ...]
+    """In order; the first match wins."""
+
+    backend: Backend
+
+    empty: bool
+    """Whether a model without a linear layer will do."""
+
+    def __post_init__(self) -> None:
+        for each in (self.format, *(rule.format for rule in self.rules)):
+            kernel_for(each, self.backend, cuda_fp8=False)  # refuses what it cannot run
+
+    def settings(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "backend": self.backend,
+            "layers": {rule.pattern: rule.format.name for rule in self.rules},
+        }
+
+    def check_device(self, device_type: str) -> None:
+        """Refuse a kind of device that the backend has nothing for."""
+        if self.backend == "transformer-engine":
+            check_device(device_type)
+
+    def apply(
+        self, table: PrecisionMap, module: Module, *, high: LinearFormat, on_cuda: bool
+    ) -> ConversionReport | None:
+        """Convert a model in place, and fill its table.
+
+        Args:
+            table: is filled.
+            module: the model.
+            high: the format of layers that are left alone.
+            on_cuda: whether the model will run on CUDA, if that is known.
+
+        Returns:
+            What was done; None if there was nothing to do.
+
+        Raises:
+            ValueError: for rules that do not fit the model, or if it has nothing to convert.
+        """
+        table.cuda_fp8 = cuda_has_fp8() and on_cuda
+        if self.empty and not any(map(_is_linear, module.modules())):
+            table.fill(module, {}, {})
+            return None
+        conversion = Conversion(
+            format=self.format,
+            rules=self.rules,
+            backend=self.backend,
+            high_precision=high,
+            cuda_fp8=table.cuda_fp8,
+        )
+        return convert_into(table, module, conversion)
+
+
+def _is_linear(module: Module) -> bool:
+    return is_plain_linear(module) or is_switchable_linear(module)
