@@ -33,6 +33,26 @@ FORMATS = (
 """One name of every kind of format."""
 
 
+UNIT = 2.0**-24
+"""Unit roundoff of float32."""
+
+
+def sum_rtol(*lengths: int) -> float:
+    """How far two float32 sums of the same terms of one sign may be apart, relatively.
+
+    Each is off by at most `length - 1` roundings, in whatever order a CPU adds (Higham, Accuracy
+    and Stability of Numerical Algorithms, 2002, 4.2). Where the terms are sums themselves, e.g.
+    elements of a product, the lengths add up.
+    """
+    return 2 * sum(lengths) * UNIT
+
+
+def assert_product(found: Tensor, a: Tensor, b: Tensor) -> None:
+    """`found` is `a @ b` in float32, summed in whatever order (Higham 2002, 3.5)."""
+    bound = sum_rtol(a.shape[-1]) * (a.abs().double() @ b.abs().double())
+    assert ((found.double() - a.double() @ b.double()).abs() <= bound).all()
+
+
 class Block(nn.Module):
     def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from lightning_fp import PrecisionMap, convert
 from lightning_fp.layers.observe import OUTPUT_FEATURES
 from lightning_fp.layers.statistics_table import OPERANDS, StatisticsTable
 from lightning_fp.numerics import COLUMN, float_format, operand_statistics, shares
-from tests.helper import saved_tensors
+from tests.helper import saved_tensors, sum_rtol
 
 FORMATS = ("fp8-dynamic", "fp8-delayed", "fp8-rowwise", "fp8-block", "mxfp8", "e4m3")
 
@@ -40,7 +40,8 @@ def backward(output: Tensor, weight: Tensor) -> None:
 
 
 def assert_equal(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    """Counts are equal, sums as far as their order lets them: 1,024 values, products of 32 each."""
+    torch.testing.assert_close(a, b, rtol=sum_rtol(1024, 32), atol=1e-9)
 
 
 @pytest.mark.parametrize("format", FORMATS)
