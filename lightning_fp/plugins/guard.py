@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_fp.plugins.loss_scaler import NoScaler
+from lightning_fp.plugins.loss_scaler import NoScaler, gradients_of
 from lightning_fp.plugins.overflows import first_overflow
 
 log = logging.getLogger(__name__)
@@ -105,26 +106,27 @@ class StepGuard:
             self._warn(optimizer)
             unguarded: Any = Precision.optimizer_step
             return unguarded(plugin, optimizer, model, closure, **kwargs)
-        result = closure()
-        self.scaler.unscale(optimizer)
-        norm = self._around_clipping(plugin, optimizer, model)
-        if self.on_norm is not None and not self.replaying:
-            self.on_norm(norm)
-        finite = torch.isfinite(norm)
         groups = hyperparameters(optimizer)
-        if self._takes_flag(optimizer, norm):
-            output = self._fused(optimizer, finite, result, kwargs)
-            skipped = ~finite if self.skip_nonfinite else torch.zeros_like(finite)
+        known = True  # at once, whether the step is left out
+        if closure is not do_nothing_closure and not _calls_closure_once(optimizer):
+            output, norm, skipped = self._inside(plugin, optimizer, model, closure, kwargs)
+            finite = ~skipped if self.skip_nonfinite else torch.isfinite(norm)
         else:
-            skip = self.skip_nonfinite and not bool(finite)
-            output = result if skip else optimizer.step(closure=lambda: result, **kwargs)
-            skipped = torch.tensor(skip)
-            if skip and not self.replaying:
-                self._hold.hold(model.trainer)
-                self._name_overflow(model.trainer, model.trainer.global_step)
+            result = closure()
+            norm, finite = self._look(plugin, optimizer, model)
+            if self._takes_flag(optimizer, norm):
+                known, output = False, self._fused(optimizer, finite, result, kwargs)
+                skipped = ~finite if self.skip_nonfinite else torch.zeros_like(finite)
+            else:
+                skip = self.skip_nonfinite and not bool(finite)
+                output = result if skip else optimizer.step(closure=lambda: result, **kwargs)
+                skipped = torch.tensor(skip)
         if self.replaying:
             self.replay_skipped = self.skip_nonfinite and not bool(finite)
             return output
+        if known and bool(skipped):
+            self._hold.hold(model.trainer)
+            self._name_overflow(model.trainer, model.trainer.global_step)
         if self.keeps_record:
             seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
@@ -134,6 +136,55 @@ class StepGuard:
         if not skipped.is_cuda and bool(skipped):
             self.scaler.check()
         return output
+
+    def _look(
+        self, plugin: Precision, optimizer: Optimizer, model: LightningModule
+    ) -> tuple[Tensor, Tensor]:
+        """What follows a backward: unscale, clip, and see whether the gradients are finite."""
+        self.scaler.unscale(optimizer)
+        norm = self._around_clipping(plugin, optimizer, model)
+        if self.on_norm is not None and not self.replaying:
+            self.on_norm(norm)
+        return norm, torch.isfinite(norm)
+
+    def _inside(
+        self,
+        plugin: Precision,
+        optimizer: Optimizer,
+        model: LightningModule,
+        closure: Callable[[], Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Tensor, Tensor]:
+        """The optimizer runs the closure when and as often as it likes, as without a guard.
+
+        Sharpness-aware optimizers do so twice, at different weights. Gradients that are not finite
+        end the step at its first pass. Later the optimizer must put its weights back, so it goes
+        on, with gradients of zero.
+
+        Returns:
+            The optimizer's output, the norm of the last pass, whether the step was left out.
+        """
+        norms: list[Tensor] = []
+        skipped = False
+
+        def guarded() -> Any:
+            nonlocal skipped
+            result = closure()
+            norm, finite = self._look(plugin, optimizer, model)
+            norms.append(norm)
+            if self.skip_nonfinite and not bool(finite):
+                skipped = True
+                if len(norms) == 1:
+                    raise _LeftOutError(result)
+                for gradient in gradients_of(optimizer):
+                    gradient.zero_()
+            return result
+
+        try:
+            output = optimizer.step(closure=guarded, **kwargs)
+        except _LeftOutError as left_out:
+            output = left_out.args[0]
+        return output, norms[-1] if norms else torch.zeros(()), torch.tensor(skipped)
 
     def _name_overflow(self, trainer: Trainer, step: int) -> None:
         """Gradients stay until the next backward, so a step that a kernel skipped has them too."""
@@ -268,10 +319,8 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
         Scalar on the gradients' device; 0 where there are none.
     """
     gradients = [
-        parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
+        gradient.coalesce().values() if gradient.is_sparse else gradient
+        for gradient in gradients_of(optimizer)
     ]
     if not gradients:
         return torch.zeros(())
@@ -313,3 +362,12 @@ def calls_closure_itself(optimizer: Optimizer) -> bool:
         return True
     step = inspect.signature(type(optimizer).step).parameters.get("closure")
     return step is not None and step.default is inspect.Parameter.empty
+
+
+def _calls_closure_once(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known to call its closure once, before all else: torch's own are."""
+    return (getattr(type(optimizer).step, "__module__", None) or "").startswith("torch.optim.")
+
+
+class _LeftOutError(Exception):
+    """Leaves an optimizer's step from inside of its closure; carries the closure's result."""

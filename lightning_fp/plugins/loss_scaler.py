@@ -84,7 +84,7 @@ class LossScaler(NoScaler):
         if not self.active:
             return loss
         for optimizer in self._unscaled:
-            _multiply(_gradients(optimizer), self._state.scale)
+            _multiply(gradients_of(optimizer), self._state.scale)
         self._unscaled.clear()
         self._backward = True
         if self._state.scale.device != loss.device:
@@ -96,7 +96,7 @@ class LossScaler(NoScaler):
         if not self.active or optimizer in self._unscaled:
             return
         self._unscaled.add(optimizer)
-        _multiply(_gradients(optimizer), self._inverse)
+        _multiply(gradients_of(optimizer), self._inverse)
 
     def unscale_all(self, parameters: Iterable[Tensor]) -> None:
         """Take the scale out of all gradients: the optimizers', and those of no optimizer."""
@@ -133,7 +133,7 @@ class LossScaler(NoScaler):
         self._found_inf, self._backward = None, False
         waiting = [o for o in self.optimizers if o not in self._unscaled]
         for optimizer in waiting:  # they accumulate on
-            _multiply(_gradients(optimizer), self._state.scale / before)
+            _multiply(gradients_of(optimizer), self._state.scale / before)
 
     @override
     def check(self) -> None:
@@ -187,7 +187,8 @@ class LossScaler(NoScaler):
         return self.config.grad_scaler_state(self._state)
 
 
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """All gradients of an optimizer's parameters."""
     parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fp import FP8Precision
+from lightning_fp import FP8Precision, FP16Precision
 from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.stability.loss_scaling import LossScaling
@@ -287,3 +287,69 @@ def test_lbfgs_steps_unguarded(caplog: pytest.LogCaptureFixture) -> None:
     assert plugin.guard is not None
     assert not plugin.guard.steps
     assert sum("LBFGS calls its closure itself" in r.message for r in caplog.records) == 1
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Two passes through the closure; `zeroing` ones drop the first pass's gradients themselves."""
+
+    def __init__(self, params: Any, *, zeroing: bool = False) -> None:
+        super().__init__(params, {"lr": 0.05})
+        self.zeroing = zeroing
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        moves = [p.grad * 0.05 for p in parameters]
+        torch._foreach_add_(parameters, moves)
+        if self.zeroing:
+            self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        torch._foreach_sub_(parameters, moves)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+        return loss
+
+
+class TestClosuresCalledTwice:
+    @pytest.mark.parametrize("zeroing", [False, True])
+    @pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 0.1}])
+    def test_as_without_a_guard(self, zeroing: bool, clip: dict[str, Any]) -> None:
+        def make(parameters: Any) -> torch.optim.Optimizer:
+            return SharpnessAware(parameters, zeroing=zeroing)
+
+        plain = fit(
+            FP8Precision("dynamic", base="32-true"), Poisoned((), make), max_steps=4, **clip
+        )
+        plugin = guarded()
+        watched = fit(plugin, Poisoned((), make), max_steps=4, **clip)
+        assert same_weights(plain, watched)
+        assert plain.losses == watched.losses
+        assert len(watched.losses) == 8
+        assert plugin.guard is not None
+        assert [bool(step.skipped) for step in plugin.guard.steps] == [False] * 4
+
+    @pytest.mark.parametrize("bad", [0, 1])
+    def test_what_is_not_finite_moves_nothing(self, bad: int) -> None:
+        class Bad(Poisoned):
+            def training_step(self, batch: Tensor, index: int) -> Tensor:
+                loss = super().training_step(batch, index)
+                return loss * float("nan") if len(self.losses) == 5 + bad else loss
+
+        plugin = guarded()
+        model = fit(plugin, Bad((), SharpnessAware), max_steps=4)
+        clean = fit(guarded(), Poisoned((), SharpnessAware), max_steps=2)
+        assert plugin.guard is not None
+        assert [bool(step.skipped) for step in plugin.guard.steps] == [False, False, True, False]
+        assert len(model.losses) == 8 - (bad == 0)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert model.losses[:4] == clean.losses
+
+    def test_under_a_loss_scale(self) -> None:
+        plain = fit(FP8Precision("bf16", base="32-true"), Poisoned((), SharpnessAware), max_steps=4)
+        scaled = fit(FP16Precision(), Poisoned((), SharpnessAware), max_steps=4)
+        assert scaled.losses == pytest.approx(plain.losses, rel=1e-2)
+        assert len(scaled.losses) == 8
