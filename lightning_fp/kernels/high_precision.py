@@ -31,9 +31,11 @@ class HighPrecisionKernel:
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`; a float32 layer under autocast returns float32."""
-        if self.dtype is None or compute_dtype(input) is self.dtype:
-            return F.linear(input, weight, bias)
         device = input.device.type
+        # Weights of another dtype: of a lazy layer, whose first batch made them within the step.
+        same = weight.dtype is input.dtype or torch.is_autocast_enabled(device)
+        if self.dtype is None or (compute_dtype(input) is self.dtype and same):
+            return F.linear(input, weight, bias)
         out_dtype = self.dtype if torch.is_autocast_enabled(device) else input.dtype
         bias = None if bias is None else bias.to(self.dtype)
         output = linear_without_autocast(input.to(self.dtype), weight.to(self.dtype), bias)

@@ -105,26 +105,34 @@ class FPLinear(nn.Linear):
         return f"{super().extra_repr()}, format={self.format.name}"
 
 
+class LazyFPLinear(nn.LazyLinear, FPLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """An nn.LazyLinear that becomes an FPLinear where it sees its first batch."""
+
+    cls_to_become = FPLinear  # pyright: ignore[reportAssignmentType]
+
+
 _ATTRIBUTES = tuple(name for name in FPLinear.__annotations__)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` is exactly nn.Linear, or exactly that under FSDP2's class mix-in.
+    """Whether `module` is exactly nn.Linear, lazy or not, or that under FSDP2's class mix-in.
 
     Subclasses are not: their forward may do anything (nn.MultiheadAttention's projection is a
     subclass whose forward is never called).
     """
-    return _without_fsdp(type(module)) is nn.Linear
+    return _without_fsdp(type(module)) in (nn.Linear, nn.LazyLinear)
 
 
 def is_switchable_linear(module: nn.Module) -> TypeGuard[FPLinear]:
     """Whether `module` is an FPLinear, with or without FSDP2's class mix-in."""
-    return _without_fsdp(type(module)) is FPLinear
+    return _without_fsdp(type(module)) in (FPLinear, LazyFPLinear)
 
 
 def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
     """Turn an nn.Linear into an FPLinear in place; it computes what it did until `switch`."""
-    linear.__class__ = _swap_base(type(linear), nn.Linear, FPLinear)
+    lazy = isinstance(linear, nn.LazyLinear)
+    old, new = (nn.LazyLinear, LazyFPLinear) if lazy else (nn.Linear, FPLinear)
+    linear.__class__ = _swap_base(type(linear), old, new)
     if not is_switchable_linear(linear):  # for the type checker; the line above made it so
         raise TypeError(f"{fqn!r} could not be converted")
     # Not through nn.Module.__setattr__, which looks for Parameters: ten times as slow.
@@ -145,7 +153,9 @@ def make_plain(linear: FPLinear) -> nn.Linear:
     """Turn an FPLinear back into the nn.Linear it was, in place."""
     for name in _ATTRIBUTES:
         delattr(linear, name)
-    linear.__class__ = _swap_base(type(linear), FPLinear, nn.Linear)
+    lazy = isinstance(linear, LazyFPLinear)
+    old, new = (LazyFPLinear, nn.LazyLinear) if lazy else (FPLinear, nn.Linear)
+    linear.__class__ = _swap_base(type(linear), old, new)
     return linear
 
 

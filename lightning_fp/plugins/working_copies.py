@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 
 class WorkingCopies:
@@ -52,7 +53,9 @@ class WorkingCopies:
 
 
 def _is_master(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and not isinstance(tensor, DTensor)
+    if isinstance(tensor, DTensor) or is_lazy(tensor):
+        return False
+    return tensor.dtype is torch.float32
 
 
 def _taking_back(slots: Any, name: str, tensor: Tensor, copy: Tensor) -> Callable[[], object]:

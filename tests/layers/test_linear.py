@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_fp import convert, revert
 from lightning_fp.layers import FPLinear, SwitchableLayer
 from lightning_fp.layers.statistics_table import StatisticsTable
-from tests.helper import FORMATS, TinyGPT, next_byte_loss, text_rows
+from tests.helper import FORMATS, TinyGPT, next_byte_loss, sqnr_db, text_rows
 
 
 def test_everything_but_the_class_stays() -> None:
@@ -176,3 +176,31 @@ def test_output_may_be_changed_in_place(format: str, bias: bool) -> None:
     statistics.collect(True)
     model(torch.randn(16, 32)).sum().backward()
     assert model[0].weight.grad is not None
+
+
+class TestLazy:
+    def model(self) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.LazyLinear(16))
+
+    @pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-delayed", "fp8-rowwise", "e8m3"])
+    def test_becomes_a_layer_of_the_table_with_its_first_batch(self, format: str) -> None:
+        x, lazy = torch.randn(8, 24), self.model()
+        table = convert(lazy, format, {"*": format}).precision_map
+        for _ in range(3):
+            output = lazy(x)
+            output.sum().backward()
+            table.step()
+        assert [type(m).__name__ for m in (lazy[0], lazy[2])] == ["FPLinear", "FPLinear"]
+        assert table.formats() == {"0": format, "2": format}
+        hidden = F.linear(x, lazy[0].weight, lazy[0].bias).relu()
+        exact = F.linear(hidden, lazy[2].weight, lazy[2].bias)
+        assert 10 < sqnr_db(exact, output) < 60  # in low precision, and right
+
+    def test_is_lazy_again_if_it_is_turned_back_before(self) -> None:
+        lazy = self.model()
+        convert(lazy)
+        assert revert(lazy) == 2
+        assert [type(m).__name__ for m in (lazy[0], lazy[2])] == ["LazyLinear", "LazyLinear"]
+        lazy(torch.randn(8, 24))
+        assert type(lazy[0]) is nn.Linear

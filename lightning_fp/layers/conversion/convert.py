@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_fp.kernels.hardware import ALIGNMENT, ALIGNMENTS, check_alignment, cuda_has_fp8
 from lightning_fp.layers.backends import Backend, backend_refusal, check_backend, kernel_for
-from lightning_fp.layers.conversion.flops import CONVOLUTIONS, example_flops, flops_per_token
+from lightning_fp.layers.conversion.flops import (
+    CONVOLUTIONS,
+    ITSELF,
+    example_flops,
+    flops_per_token,
+    multiplies,
+    size,
+)
 from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
 from lightning_fp.layers.format import (
     NAMED_FORMATS,
@@ -57,6 +64,9 @@ class Conversion:
 
     cuda_fp8: bool = False
     """Whether CUDA tensors can go to FP8 tensor cores."""
+
+
+_LAZY = "its size is unknown before its first batch; run one forward before the conversion"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,18 +173,22 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
     check_backend(conversion.backend)
     linears: dict[str, nn.Linear] = {}
     fixed: dict[str, str] = {}
+    multiplying: dict[str, str] = {}
     for fqn, module in model.named_modules():
+        name = clean_name(fqn)
         if is_plain_linear(module) or is_switchable_linear(module):
-            linears[clean_name(fqn)] = module
+            linears[name] = module
         else:
-            fixed[clean_name(fqn)] = _why_not_convertible(module)
+            fixed[name] = _why_not_convertible(module)
+            if multiplies(module):
+                multiplying[name] = fixed[name]
     check_rules_apply(conversion.rules, linears, fixed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decisions = {
         name: _decide_one(name, linear, conversion, tied=id(linear.weight) in embeddings)
         for name, linear in linears.items()
     }
-    _check_something_to_do(decisions)
+    _check_something_to_do(decisions, multiplying)
     if conversion.backend == "transformer-engine":
         _check_transformer_engine(model, conversion.backend, decisions)
     return decisions
@@ -211,7 +225,10 @@ def _decide_one(
     )
     # Emulated blocks may be ragged: only hardware leaves such layers alone by default.
     multiple = ALIGNMENTS[format.granularity] if kernel.runs_on_fp8_hardware else ALIGNMENT
-    reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
+    if is_lazy(linear.weight) and kernel.runs_on_fp8_hardware:
+        reason = _LAZY
+    else:
+        reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
     if reason is not None:
         return LayerDecision(format=conversion.high_precision, reason=reason, by_default=True)
     return LayerDecision(format=format, reason=None)
@@ -221,6 +238,8 @@ def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: 
     """An explicit rule overrules the defaults, but not the hardware."""
     kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
     if kernel.runs_on_fp8_hardware:
+        if is_lazy(linear.weight):
+            raise ValueError(f"layer {name!r} cannot run {format.name!r}: {_LAZY}")
         check_alignment(
             name,
             tokens=0,
@@ -230,10 +249,22 @@ def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: 
         )
 
 
-def _check_something_to_do(decisions: Mapping[str, LayerDecision]) -> None:
+def _check_something_to_do(
+    decisions: Mapping[str, LayerDecision], multiplying: Mapping[str, str]
+) -> None:
+    """Refuse a model in which nothing would change.
+
+    Args:
+        decisions: of the layers whose format can change.
+        multiplying: the modules that multiply otherwise, with the reason why theirs cannot.
+    """
+    shown = [f"{name or '(the model itself)'}: {why}" for name, why in multiplying.items()]
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    alone = f"; left alone: {'; '.join(shown[:4])}{more}" if shown else ""
     if not decisions:
         raise ValueError(
             "nothing to convert: the model has no nn.Linear layer that could change its format"
+            + alone
         )
     if all(decision.reason is not None for decision in decisions.values()) and any(
         decision.by_default for decision in decisions.values()
@@ -243,6 +274,7 @@ def _check_something_to_do(decisions: Mapping[str, LayerDecision]) -> None:
             "nothing to convert: every linear layer was left in high precision ("
             + "; ".join(shown)
             + "); name the layers to convert with layers={pattern: format}"
+            + alone
         )
 
 
@@ -265,27 +297,26 @@ def _report(
         name = clean_name(fqn)
         if is_switchable_linear(module):
             format, kernel, reason = module.format.name, module.kernel.name, decisions[name].reason
-        elif isinstance(module, (nn.Linear, nn.MultiheadAttention)):
-            format, kernel, reason = "high", type(module).__name__, _why_not_convertible(module)
-        elif isinstance(module, CONVOLUTIONS):
-            format, kernel, reason = (
-                "not linear",
-                type(module).__name__,
-                _why_not_convertible(module),
-            )
+        elif isinstance(module, (nn.Linear, nn.MultiheadAttention)) or multiplies(module):
+            linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))
+            format, kernel = "high" if linear else "not linear", type(module).__name__
+            reason = _why_not_convertible(module)
         else:
             continue
         layer = LayerReport(
             name=name,
             format=format,
             kernel=kernel,
-            parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+            parameters=size(module),
             flops_share=0.0,
             reason=reason,
         )
         rows.append((layer, flops_per_token(module)))
-    per_token = {layer.name: flops for layer, flops in rows}
+    per_token = {layer.name or ITSELF: flops for layer, flops in rows}
     per_token[""] = sum(per_token.values())
     layers = [layer for layer, _ in rows]
-    report = ConversionReport(layers=layers, measured=False, precision_map=table)
-    return dataclasses.replace(report.with_flops(per_token), measured=False)
+    whole = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
+    report = ConversionReport(
+        layers=layers, measured=False, parameters=sum(whole.values()), precision_map=table
+    )
+    return report.with_shares(per_token)

@@ -1,14 +1,22 @@
-"""How much of a model's arithmetic is in which layer."""
+"""How much of a model's arithmetic is in which layer.
+
+Known without running are linear layers alone. In a forward torch counts every product; what it does
+not see, because one operator does it all (recurrent layers, nn.Bilinear, grouped products), has a
+formula here.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_fp.layers.rules import clean_name
@@ -23,12 +31,66 @@ CONVOLUTIONS = (
 )
 
 
+ITSELF = "."
+"""Where the FLOPs are of a model that multiplies itself; under "" are those of everything."""
+
+
 def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-_NOT_IN_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+def _grouped(a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:
+    """Of `torch._grouped_mm`: every row of the tokens meets one group's matrix."""
+    rows = a_shape[1:] if len(a_shape) > len(b_shape) else a_shape
+    return 2 * math.prod(rows) * b_shape[-1]
+
+
+_NOT_IN_TORCH = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
+    torch.ops.aten._grouped_mm: _grouped,
+    torch.ops.aten._scaled_grouped_mm: _grouped,
+}
 """What torch's counter does not count by itself (2.11 to 2.13)."""
+
+
+def _recurrent(module: nn.RNNBase, input: Any) -> int:
+    """Every matrix of a recurrent layer meets every token."""
+    data = getattr(input, "data", input)  # of a PackedSequence
+    matrices = [p.numel() for p in module.parameters() if p.dim() == 2]
+    return 2 * sum(matrices) * (data.numel() // module.input_size)
+
+
+def _bilinear(module: nn.Bilinear, input: Any) -> int:
+    """Per row, `in1 x in2 x out` products, and `in2 x out` with their sums."""
+    rows = input.numel() // module.in1_features
+    return 2 * rows * module.out_features * module.in2_features * (module.in1_features + 1)
+
+
+def _formula(module: nn.Module, inputs: tuple[Any, ...]) -> int | None:
+    """FLOPs of a module that runs as one operator; None for all others."""
+    if isinstance(module, nn.RNNBase) and inputs:
+        return _recurrent(module, inputs[0])
+    if isinstance(module, nn.Bilinear) and inputs:
+        return _bilinear(module, inputs[0])
+    return None
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module has matrices of its own, by which it multiplies as far as one can see.
+
+    Lookups and norms do not, nor do Parameters of one row, as position embeddings are.
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)):
+        return False
+    return any(
+        is_lazy(p) or (p.dim() > 1 and p.shape[0] > 1 and math.prod(p.shape[1:]) > 1)
+        for p in module.parameters(recurse=False)
+    )
+
+
+def size(module: nn.Module) -> int:
+    """Elements of a module's own Parameters; those that wait for the first batch count as none."""
+    return sum(0 if is_lazy(p) else p.numel() for p in module.parameters(recurse=False))
 
 
 def flops_per_token(module: nn.Module) -> int:
@@ -50,24 +112,39 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
         model: the model whose forward runs in the block.
 
     Yields:
-        A dict that is complete when the block ends: FLOPs by name of every linear, attention and
-        convolution module, those of everything together under "".
+        A dict that is complete when the block ends: FLOPs by name of every module with matrices of
+        its own, without those of such modules inside (of the model itself under `ITSELF`); those
+        of everything together under "".
     """
     flops: dict[str, int] = defaultdict(int)
     counter = FlopCounterMode(display=False, custom_mapping=_NOT_IN_TORCH)
     hooks: list[torch.utils.hooks.RemovableHandle] = []
+    unseen = 0
+    running: list[list[int]] = []
+    """Of each module that runs now: the count where it began, the FLOPs of layers inside it."""
+
+    def count() -> int:
+        return counter.get_total_flops() + unseen
+
+    def before(*_: Any) -> None:
+        running.append([count(), 0])
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any, *, name: str) -> None:
+        nonlocal unseen
+        start, inside = running.pop()
+        formula = _formula(module, inputs)
+        if formula is not None:
+            unseen += formula - (count() - start)
+        flops[name] += count() - start - inside
+        if running:
+            running[-1][1] += count() - start
+
     for fqn, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)):
-            continue
-
-        def before(*_: Any, name: str = clean_name(fqn)) -> None:
-            flops[name] -= counter.get_total_flops()
-
-        def after(*_: Any, name: str = clean_name(fqn)) -> None:
-            flops[name] += counter.get_total_flops()
-
-        hooks.append(module.register_forward_pre_hook(before))
-        hooks.append(module.register_forward_hook(after))
+        if isinstance(module, nn.MultiheadAttention) or multiplies(module):
+            hooks.append(module.register_forward_pre_hook(before))
+            hooks.append(
+                module.register_forward_hook(partial(after, name=clean_name(fqn) or ITSELF))
+            )
     # In evaluation nn.MultiheadAttention and nn.TransformerEncoderLayer run one fused operator,
     # which the counter does not know and which skips the linear layers inside.
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -79,7 +156,7 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for hook in hooks:
             hook.remove()
-    flops[""] = counter.get_total_flops()
+    flops[""] = count()
 
 
 def example_flops(model: nn.Module, example_input: Any) -> dict[str, int]:

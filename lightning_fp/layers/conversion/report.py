@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_fp.layers.conversion.flops import ITSELF
 from lightning_fp.layers.format import HIGH_PRECISION
 
 if TYPE_CHECKING:
@@ -43,16 +44,23 @@ class LayerReport:
         return self.name or "(the model itself)"
 
 
+def _share(row: LayerReport, flops: Mapping[str, int]) -> float:
+    return flops.get(row.name or ITSELF, 0) / flops[""] if flops.get("") else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
     """What `convert` did. Prints as the table a user reads at the start of a run."""
 
     layers: list[LayerReport]
-    """Every linear and convolution layer, in the order of the model."""
+    """Every module that multiplies by Parameters of its own, in the order of the model."""
 
     measured: bool
     """Whether FLOPs were counted in a forward, attention and convolutions included; otherwise
     `flops_share` is a share of the linear layers' FLOPs."""
+
+    parameters: int = 0
+    """Elements of all Parameters of the model."""
 
     precision_map: PrecisionMap = dataclasses.field(repr=False, compare=False)
     """The table itself, to change formats later."""
@@ -68,19 +76,27 @@ class ConversionReport:
         return sum(layer.flops_share for layer in self.converted)
 
     def with_flops(self, flops: Mapping[str, int]) -> ConversionReport:
-        """The same report with shares of measured FLOPs.
+        """The same report with shares of measured FLOPs; without what multiplied nothing.
 
         Args:
             flops: FLOPs by layer name, the whole model under "".
         """
-        whole = flops.get("", 0)
-        if not whole:
+        if not flops.get("", 0):
             return self
-        layers = [
-            dataclasses.replace(layer, flops_share=flops.get(layer.name, 0) / whole)
-            for layer in self.layers
-        ]
-        return dataclasses.replace(self, layers=layers, measured=True)
+        measured = dataclasses.replace(self.with_shares(flops), measured=True)
+        ran = [row for row in measured.layers if row.flops_share or row.format != "not linear"]
+        return dataclasses.replace(measured, layers=ran)
+
+    def with_shares(self, flops: Mapping[str, int]) -> ConversionReport:
+        """The same report with other shares; see `with_flops`."""
+        layers = [dataclasses.replace(row, flops_share=_share(row, flops)) for row in self.layers]
+        return dataclasses.replace(self, layers=layers)
+
+    @property
+    def linear_parameters(self) -> float:
+        """Share of the model's parameters that lie in linear layers, 0 to 1."""
+        linear = sum(row.parameters for row in self.layers if row.format != "not linear")
+        return linear / self.parameters if self.parameters else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -98,6 +114,8 @@ class ConversionReport:
         """A few lines: what runs in which format and kernel, and what was left alone and why."""
         linear = [layer for layer in self.layers if layer.format != "not linear"]
         what = "the model's FLOPs" if self.measured else "its linear layers' FLOPs"
+        if not self.measured and len(linear) < len(self.layers):
+            what += f", which hold {self.linear_parameters:.0%} of its parameters"
         lines = [
             f"{len(self.converted)} of {len(linear)} linear layers in low precision,"
             f" {self.flops_share:.1%} of {what}"

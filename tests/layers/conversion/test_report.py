@@ -135,7 +135,8 @@ def test_summary_says_what_runs_and_what_was_left_alone() -> None:
     report = convert(Model(), layers={"blocks.1.fc?": "fp8-rowwise"})
     assert str(report) == report.summary()
     assert report.summary().splitlines() == [
-        "8 of 9 linear layers in low precision, 66.7% of its linear layers' FLOPs",
+        "8 of 9 linear layers in low precision, 66.7% of its linear layers' FLOPs,"
+        " which hold 74% of its parameters",
         "  fp8-dynamic: 6 layers, kernel native (emulated)",
         "  fp8-rowwise: 2 layers, kernel torchao (emulated)",
         "  left in high precision: lm_head (output head)",
@@ -152,3 +153,82 @@ def test_summary_shortens_long_lists_and_names_a_model_that_is_one_layer() -> No
     assert "head0.head, head1.head, head2.head, head3.head and 2 more (output head)" in text
     text = convert(nn.Linear(32, 32), layers={"": "bf16"}).summary()
     assert "left in bf16: (the model itself) (rule '': 'bf16')" in text
+
+
+class Sequence(nn.Module):
+    """A core that is no linear layer, and a small projection."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+        self.proj = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        core = self.core
+        hidden = core(x, x) if isinstance(core, nn.Bilinear) else core(x)
+        return self.proj(hidden[0] if isinstance(hidden, tuple) else hidden)
+
+
+class Experts(nn.Module):
+    """As mixture-of-experts models have them: one Parameter of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 16, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 16)
+        split = rows.view(4, -1, 16)
+        return torch.bmm(split, self.weight).view(*x.shape[:-1], 64)
+
+
+CORES = {
+    # multiplications and additions of a token, by hand
+    "LSTM": (lambda: nn.LSTM(16, 64, num_layers=2, batch_first=True), 8 * 64 * (16 + 64 + 128)),
+    "GRU": (lambda: nn.GRU(16, 32, bidirectional=True, batch_first=True), 12 * 32 * (16 + 32)),
+    "Bilinear": (lambda: nn.Bilinear(16, 16, 64), 2 * 64 * 16 * 17),
+    "Experts": (Experts, 2 * 16 * 64),
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_what_is_no_linear_layer_has_its_share_and_its_row(name: str) -> None:
+    make, per_token = CORES[name]
+    report = convert(Sequence(make()), example_input=torch.randn(4, 8, 16))
+    own = 2 * 64 * 16
+    assert report.flops_share == pytest.approx(own / (own + per_token))
+    row = next(row for row in report.layers if row.name == "core")
+    assert row.flops_share == pytest.approx(per_token / (own + per_token))
+    assert row.reason == f"a {name}, not an nn.Linear"
+    assert name in report.summary()
+
+
+def test_a_share_that_is_not_the_models_says_of_what_it_is() -> None:
+    model = Sequence(nn.LSTM(16, 64, batch_first=True))
+    parameters = sum(p.numel() for p in model.parameters())
+    report = convert(model)
+    assert report.flops_share == 1.0
+    assert report.linear_parameters == pytest.approx((64 * 16 + 16) / parameters)
+    first = report.summary().splitlines()[0]
+    assert first.endswith("100.0% of its linear layers' FLOPs, which hold 5% of its parameters")
+
+
+def test_what_multiplied_nothing_has_no_row() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(8, 16))
+            self.proj = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x + self.table)
+
+    assert [row.name for row in convert(Positions()).layers] == ["", "proj"]
+    measured = convert(Positions(), example_input=torch.randn(4, 8, 16))
+    assert [row.name for row in measured.layers] == ["proj"]
+    assert measured.flops_share == 1.0
+
+
+def test_nothing_to_convert_names_what_multiplies_instead() -> None:
+    with pytest.raises(ValueError, match=r"no nn.Linear layer .* left alone: core: a LSTM, not an"):
+        convert(nn.ModuleDict({"core": nn.LSTM(16, 64)}))
