@@ -15,9 +15,12 @@ from typing import Any
 import lightning
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
+from lightning_fp.format_table import AUTO, CANONICAL
 from lightning_fp.plugins import precision_plugin
 
-_OURS = re.compile(r"fp16|fp8-.*|mxfp8|nvfp4|e\d+m\d+.*")
+_NAMES = "|".join(re.escape(name) for name in (*CANONICAL, *AUTO) if name not in ("high", "bf16"))
+_OURS = re.compile(rf"({_NAMES})(\[.*\])?|fp8-.*|e\d+m\d+.*")
+"""Lightning has a "bf16" of its own."""
 _EXPECTED = {"self", "precision", "plugins"}
 _original: Any = None
 

@@ -29,7 +29,9 @@ def register() -> Iterator[ModuleType]:
     del sys.modules[module.__name__]  # the next import registers again
 
 
-@pytest.mark.parametrize("name", ["fp8-dynamic", "fp8-rowwise", "fp8-rowwise-gw-hp", "e8m3"])
+@pytest.mark.parametrize(
+    "name", ["fp8-dynamic", "rowwise", "fp8-rowwise-gw-hp", "fp8-auto", "mx", "e8m3"]
+)
 def test_names_reach_the_trainer(register: ModuleType, name: str) -> None:
     plugin = make_trainer(None, precision=name).precision_plugin
     assert isinstance(plugin, FP8Precision)

@@ -17,23 +17,12 @@ from torch import nn
 
 from lightning_fp.cli.fp16_scale import advice, load_loss, probe_scales
 from lightning_fp.cli.output import console, table
+from lightning_fp.format_table import TABLE
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
 from lightning_fp.kernels.transformer_engine.kernel import availability
 from lightning_fp.layers import LinearFormat, convert, linear_format
 
-FORMATS = (
-    "fp32",
-    "bf16",
-    "fp16",
-    "fp8-dynamic",
-    "fp8-delayed",
-    "fp8-rowwise",
-    "fp8-rowwise-gw-hp",
-    "fp8-block",
-    "mxfp8",
-    "nvfp4",
-    "e8m3",
-)
+FORMATS = (*(row.name for row in TABLE if row.name != "high"), "e8m3")
 """The formats of the table; e8m3 stands for every simulated e{X}m{Y}."""
 
 PACKAGES = ("torch", "lightning", "torchao", "torchmetrics", "transformer-engine")

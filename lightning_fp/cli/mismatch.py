@@ -19,6 +19,7 @@ from lightning_fp.cli.mismatch_sides import (
 from lightning_fp.cli.output import console, table
 from lightning_fp.cli.plan import parse_rules
 from lightning_fp.layers import LinearFormat, linear_format
+from lightning_fp.layers.scaling import read_scaling
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.records.jsonl import json_text
 
@@ -146,7 +147,7 @@ def _rules(format: LinearFormat, layers: dict[str, str] | None) -> dict[str, str
 
 
 def _format(name: str) -> LinearFormat:
-    format = linear_format(name)
+    format = read_scaling(name).format
     if format.scaling == "delayed":
         raise ValueError(
             f"format must not need a history, got {name!r}: one batch has none; take 'fp8-dynamic',"

@@ -25,7 +25,7 @@ from lightning_fp.layers import (
 )
 from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
-from lightning_fp.plugins.scaling import format_of_scaling
+from lightning_fp.layers.scaling import read_scaling
 
 _RULE = re.compile(r"(?P<pattern>.+)=(?P<format>[\w-]+(\[[^\]]*\])?)")
 
@@ -77,7 +77,7 @@ def run(
     user = load_model(factory)
     cuda_fp8 = cuda_fp8 or cuda_has_fp8()
     conversion = Conversion(
-        format=format_of_scaling(scaling),
+        format=read_scaling(scaling).format,
         rules=layer_rules(parse_rules(layers)),
         backend=backend,
         high_precision=linear_format("bf16"),

@@ -14,7 +14,7 @@ from lightning_fp.cli.output import console, table
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.layers import Conversion, ConversionReport, PrecisionMap, convert_into
 from lightning_fp.layers.format import linear_format
-from lightning_fp.plugins.scaling import format_of_scaling
+from lightning_fp.layers.scaling import read_scaling
 from lightning_fp.recipes import RolloutRecipe, Stage, StageFormats
 from lightning_fp.recipes.text import as_plain
 
@@ -89,7 +89,7 @@ def _check(file: str, model: str | None, scaling: str, *, json: bool) -> None:
     user = load_model(model)
     precision_map = PrecisionMap(cuda_fp8=cuda_has_fp8())
     conversion = Conversion(
-        format=format_of_scaling(scaling),
+        format=read_scaling(scaling).format,
         rules=(),
         backend="auto",
         high_precision=linear_format(_HIGH),

@@ -55,11 +55,13 @@ class DemoOptions:
         for field, least in (("steps", 4), ("batch_size", 1), ("context", 2), ("seed", 0)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}")
-        if linear_format(self.scaling).is_high_precision:
+        format = linear_format(self.scaling)
+        if format.is_high_precision:
             raise ValueError(
                 f"scaling must be a low-precision format, got {self.scaling!r}; BF16 is what the"
                 " demo compares with"
             )
+        object.__setattr__(self, "scaling", format.name)
 
     @property
     def flips(self) -> dict[int, str]:

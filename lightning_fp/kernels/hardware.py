@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from lightning_fp.format_table import ALIGNMENT
+
 FP8_MIN_CAPABILITY = (8, 9)
 """First NVIDIA architecture with FP8 tensor cores (Ada sm89; Hopper is sm90)."""
-
-ALIGNMENT = 16
-"""`torch._scaled_mm` wants every dimension of an FP8 product to be a multiple of 16."""
-
-ALIGNMENTS = {"tensor": ALIGNMENT, "row": ALIGNMENT, "block": 128, "mx": 32, "nv": 32}
-"""The same by what shares a scale: where blocks do, the hardware's casts take whole blocks only."""
 
 MX_CAPABILITIES = (10, 0), (12, 0)
 """NVIDIA architectures from the first to before the second multiply MX formats (sm100 to sm119)."""
@@ -79,7 +75,7 @@ def check_alignment(
         tokens: product of the input's leading dimensions.
         in_features: columns of the weight.
         out_features: rows of the weight.
-        multiple: what the sizes must be multiples of, see `ALIGNMENTS`.
+        multiple: what the sizes must be multiples of, see `lightning_fp.format_table`.
 
     Raises:
         ValueError: naming the layer and the dimension.

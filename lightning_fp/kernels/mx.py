@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
-from lightning_fp.kernels.hardware import ALIGNMENTS, check_alignment
+from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.torchao import import_quietly
 from lightning_fp.numerics import FloatFormat
 
@@ -74,7 +74,7 @@ class TorchaoMXKernel:
                 tokens=rows.shape[0],
                 in_features=weight.shape[1],
                 out_features=weight.shape[0],
-                multiple=ALIGNMENTS["mx"],
+                multiple=MX_BLOCK,
             )
         taken = torch.float32 if emulate and dtype is not torch.bfloat16 else torch.bfloat16
         with without_autocast(input.device.type):

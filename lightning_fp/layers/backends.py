@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lightning_fp.choices import check_choice
+from lightning_fp.format_table import TE_FORMATS
 from lightning_fp.kernels import (
     MX_EMULATION,
     BlockKernel,
@@ -23,7 +26,7 @@ from lightning_fp.kernels.transformer_engine.kernel import (
     TransformerEngineKernel,
     refusal,
 )
-from lightning_fp.kernels.transformer_engine.recipe import FORMAT_OF_KIND, Kind, RecipeSettings
+from lightning_fp.kernels.transformer_engine.recipe import RecipeSettings
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.numerics import float_format
 
@@ -39,8 +42,36 @@ def check_backend(backend: str) -> None:
     Raises:
         ValueError: naming the backends there are.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    check_choice("backend", backend, get_args(Backend))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A format with what multiplies it here: asked for once, and carried from there on."""
+
+    format: LinearFormat
+    kernel: Kernel
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this machine cannot run it, though there is a kernel; None if it can."""
+        if not isinstance(self.kernel, TransformerEngineKernel):
+            return None
+        return refusal(self.kernel.settings.format)
+
+    @property
+    def alignment(self) -> int:
+        """What in_features and out_features must be multiples of; 1 where it is emulated."""
+        return self.format.row.alignment if self.kernel.runs_on_fp8_hardware else 1
+
+    def fits(self, in_features: int, out_features: int) -> bool:
+        """Whether a layer of this shape can run it."""
+        return not (in_features % self.alignment or out_features % self.alignment)
+
+
+def resolve(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Resolved:
+    """A format with its kernel; see `kernel_for`."""
+    return Resolved(format=format, kernel=kernel_for(format, backend, cuda_fp8=cuda_fp8))
 
 
 @cache
@@ -114,35 +145,15 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
     )
 
 
-def backend_refusal(format: LinearFormat, backend: Backend) -> str | None:
-    """Why a backend that has a format cannot run it on this machine; None if it can.
-
-    Args:
-        format: one for which there is a kernel.
-        backend: the backend.
-    """
-    kernel = kernel_for(format, backend, cuda_fp8=False)
-    if not isinstance(kernel, TransformerEngineKernel):
-        return None
-    return refusal(FORMAT_OF_KIND[kernel.settings.kind])
-
-
 def _transformer_engine_kernel(format: LinearFormat) -> Kernel:
     """One of its recipes, which leave little to choose."""
-    kinds: dict[tuple[str, str], Kind] = {
-        ("delayed", "tensor"): "delayed",
-        ("dynamic", "tensor"): "current",
-        ("dynamic", "block"): "block",
-        ("dynamic", "mx"): "mxfp8",
-        ("dynamic", "nv"): "nvfp4",
-    }
-    kind = kinds.get((format.scaling, format.granularity))
-    recipes = ", ".join(FORMAT_OF_KIND[kind] for kind in kinds.values())
-    if kind is None or format.torchao is not None:
+    names = format.row.te
+    if names is None or format.torchao is not None:
         raise ValueError(
             f"backend 'transformer-engine' cannot run {format.name!r}: it has no such recipe; take"
-            f" one of {recipes}, or backend='auto'"
+            f" one of {', '.join(TE_FORMATS)}, or backend='auto'"
         )
+    kind = names.kind
     if kind == "nvfp4":
         if format != NAMED_FORMATS["nvfp4"]:
             raise ValueError(

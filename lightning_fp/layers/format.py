@@ -1,6 +1,7 @@
-"""The formats users type: "bf16", "fp8-dynamic", "fp8-rowwise", "e8m3", ...
+"""The formats users type: "bf16", "fp8-dynamic", "rowwise", "e8m3", ...
 
-A name stands for a `LinearFormat`; the record is accepted wherever a name is.
+A name stands for a `LinearFormat`; the record is accepted wherever a name is. Which names there are
+says `lightning_fp.format_table`.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from lightning_fp.kernels.transformer_engine.recipe import (
-    FORMAT_OF_KIND,
-    GivenRecipe,
-    is_recipe,
-    read_recipe,
+from lightning_fp.choices import check_choice, unknown
+from lightning_fp.format_table import (
+    AUTO,
+    CANONICAL,
+    TABLE,
+    FormatRow,
+    GradWeight,
+    Granularity,
+    Scaling,
+    base_row,
 )
-from lightning_fp.numerics import Rounding, float_format
+from lightning_fp.kernels.transformer_engine.recipe import GivenRecipe, is_recipe, read_recipe
+from lightning_fp.numerics import DelayedScaling, Rounding, float_format
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
-Scaling = Literal["none", "dynamic", "delayed"]
-Granularity = Literal["tensor", "row", "block", "mx", "nv"]
-GradWeight = Literal["fp8", "high"]
-
-HIGH_PRECISION = ("high", "fp32", "bf16", "fp16")
+HIGH_PRECISION = tuple(row.name for row in TABLE if row.is_high_precision)
 """Formats that run nn.Linear; "high" is whatever nn.Linear computes in where it stands."""
 
 
@@ -72,10 +75,10 @@ class LinearFormat:
     """The Transformer Engine recipe this format was read from, if it was."""
 
     def __post_init__(self) -> None:
-        _check_choice("scaling", self.scaling, ("none", "dynamic", "delayed"))
-        _check_choice("granularity", self.granularity, get_args(Granularity))
-        _check_choice("grad_weight", self.grad_weight, ("fp8", "high"))
-        _check_choice("rounding", self.rounding, ("nearest", "truncate"))
+        check_choice("scaling", self.scaling, get_args(Scaling))
+        check_choice("granularity", self.granularity, get_args(Granularity))
+        check_choice("grad_weight", self.grad_weight, get_args(GradWeight))
+        check_choice("rounding", self.rounding, get_args(Rounding))
         if self.scaling == "delayed" and self.granularity != "tensor":
             raise ValueError(
                 f"granularity must be 'tensor' with delayed scaling, got {self.granularity!r};"
@@ -115,6 +118,11 @@ class LinearFormat:
         return self.scaling != "none"
 
     @property
+    def row(self) -> FormatRow:
+        """The row of the table that it is, or changes something of."""
+        return base_row(self.scaling, self.granularity)
+
+    @property
     def name(self) -> str:
         """The shortest text that `linear_format` reads back to this format.
 
@@ -127,40 +135,35 @@ class LinearFormat:
         return f"LinearFormat({self.name!r})"
 
 
-def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+@dataclass(frozen=True)
+class DynamicScaling:
+    """Scales taken from the tensor that is cast."""
+
+    granularity: Literal["tensor", "row", "block"] = "tensor"
+    """What shares one scale."""
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("tensor", "row", "block"):
+            raise ValueError(
+                f"granularity must be 'tensor', 'row' or 'block', got {self.granularity!r}"
+            )
 
 
 def _simulated(operand: str) -> LinearFormat:
     return LinearFormat("none", "tensor", operand, operand, operand)
 
 
-_ROWWISE = LinearFormat("dynamic", "row", grad_output="e4m3", power_of_two=True)
 NAMED_FORMATS: dict[str, LinearFormat] = {
-    **{name: _simulated(name) for name in HIGH_PRECISION},
-    "fp8-dynamic": LinearFormat("dynamic", "tensor"),
-    "fp8-delayed": LinearFormat("delayed", "tensor"),
-    "fp8-rowwise": _ROWWISE,
-    "fp8-rowwise-gw-hp": dataclasses.replace(_ROWWISE, grad_weight="high"),
-    "fp8-block": LinearFormat("dynamic", "block", grad_output="e4m3"),
-    "mxfp8": LinearFormat("dynamic", "mx", grad_output="e4m3", power_of_two=True),
-    "nvfp4": LinearFormat("dynamic", "nv", "e2m1", "e2m1", "e2m1"),
+    row.name: LinearFormat(
+        row.scaling,
+        row.granularity,
+        *row.operands,
+        grad_weight=row.grad_weight,
+        power_of_two=row.power_of_two,
+    )
+    for row in TABLE
 }
 """What each name stands for; every e{X}m{Y} is a name too."""
-
-_BASES = {
-    ("dynamic", "tensor"): "fp8-dynamic",
-    ("delayed", "tensor"): "fp8-delayed",
-    ("dynamic", "row"): "fp8-rowwise",
-    ("dynamic", "block"): "fp8-block",
-    ("dynamic", "mx"): "mxfp8",
-    ("dynamic", "nv"): "nvfp4",
-}
-
-_NOT_HERE = {
-    "fp8-auto": "a choice for a whole run, not a format; write FP8Precision('auto', tokens=...)",
-}
 
 _WITH_CHANGES = re.compile(r"(?P<base>[\w-]+)\[(?P<changes>[^\]]*)\]")
 
@@ -177,7 +180,7 @@ def _name_of(format: LinearFormat) -> str:
     if format.scaling == "none":
         base, prefix = _simulated(format.input), format.input
     else:
-        prefix = _BASES[format.scaling, format.granularity]
+        prefix = format.row.name
         base = NAMED_FORMATS[prefix]
     changes = [
         f"{field.name}={_text(getattr(format, field.name))}"
@@ -187,38 +190,43 @@ def _name_of(format: LinearFormat) -> str:
     return f"{prefix}[{','.join(changes)}]" if changes else prefix
 
 
-FormatLike: TypeAlias = "str | LinearFormat | Float8LinearConfig"
+FormatLike: TypeAlias = "str | LinearFormat | DynamicScaling | Float8LinearConfig"
 
 
 def linear_format(value: FormatLike) -> LinearFormat:
     """The format that a user's value stands for.
 
     Args:
-        value: a name, a `LinearFormat`, a `torchao.float8.Float8LinearConfig`, or a recipe of
-            `transformer_engine.common.recipe`.
+        value: a name or an alias, a `LinearFormat`, a `DynamicScaling`, a
+            `torchao.float8.Float8LinearConfig`, or a recipe of `transformer_engine.common.recipe`.
 
     Returns:
         The format.
 
     Raises:
-        ValueError: if there is no such format, or not in this version; it lists the names.
+        ValueError: if there is no such format, or it is a choice for a whole run; it lists the
+            names.
     """
     if isinstance(value, LinearFormat):
         return value
+    if isinstance(value, DynamicScaling):
+        return NAMED_FORMATS[base_row("dynamic", value.granularity).name]
+    if isinstance(value, DelayedScaling) or value in AUTO:
+        raise ValueError(
+            f"format {value!r} cannot be used: a choice for a whole run, not a format; it is given"
+            " as scaling, e.g. FP8Precision('auto', tokens=...); take 'fp8-delayed' or"
+            " 'fp8-dynamic' here"
+        )
     if not isinstance(value, str):
         return _from_recipe(value) if is_recipe(value) else _from_torchao(value)
-    if value in NAMED_FORMATS:
-        return NAMED_FORMATS[value]
-    if value in _NOT_HERE:
-        raise ValueError(f"format {value!r} cannot be used: {_NOT_HERE[value]}")
+    if value in CANONICAL:
+        return NAMED_FORMATS[CANONICAL[value]]
     if found := _WITH_CHANGES.fullmatch(value):
         return _changed(linear_format(found["base"]), found["changes"], value)
     if re.fullmatch(r"e\d+m\d+\w*", value):
         return _simulated(float_format(value).name)
-    raise ValueError(
-        f"format must be one of {', '.join(NAMED_FORMATS)} or a simulated e{{X}}m{{Y}} such as"
-        f" 'e8m3', got {value!r}"
-    )
+    other = " or a simulated e{X}m{Y} such as 'e8m3'"
+    raise unknown("format", value, tuple(NAMED_FORMATS), other=other, aliases=tuple(CANONICAL))
 
 
 def _text(value: object) -> str:
@@ -231,12 +239,9 @@ def _changed(base: LinearFormat, changes: str, text: str) -> LinearFormat:
     values: dict[str, object] = {}
     for change in filter(None, changes.split(",")):
         field, _, value = change.partition("=")
-        if field not in known:
-            raise ValueError(
-                f"format {text!r}: field must be one of {', '.join(sorted(known))}, got {field!r}"
-            )
+        check_choice(f"format {text!r}: field", field, sorted(known))
         if field == "power_of_two":
-            _check_choice(field, value, ("true", "false"))
+            check_choice(field, value, ("true", "false"))
         values[field] = value == "true" if field == "power_of_two" else value
     return dataclasses.replace(base, **values)  # pyright: ignore[reportArgumentType]
 
@@ -244,9 +249,7 @@ def _changed(base: LinearFormat, changes: str, text: str) -> LinearFormat:
 def _from_recipe(recipe: Any) -> LinearFormat:
     """Read a recipe of Transformer Engine; the object itself is kept and used as it is."""
     settings = read_recipe(recipe)
-    base = NAMED_FORMATS.get(FORMAT_OF_KIND[settings.kind])
-    if base is None:
-        raise ValueError(f"recipe {type(recipe).__name__} cannot be used: it is no 8-bit format")
+    base = NAMED_FORMATS[settings.format]
     return dataclasses.replace(
         base,
         grad_output=settings.grad_output,

@@ -12,9 +12,8 @@ from typing import Any
 from torch import nn
 
 from lightning_fp.kernels import NativeKernel
-from lightning_fp.kernels.hardware import ALIGNMENTS
 from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState
-from lightning_fp.layers.backends import Backend, backend_refusal, kernel_for
+from lightning_fp.layers.backends import Backend, Resolved, resolve
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
@@ -88,6 +87,7 @@ class PrecisionMap:
         self._layers: dict[str, SwitchableLayer] = {}
         self._configured: dict[str, str] = {}
         self._known: dict[str, LinearFormat] = {}
+        self._resolved: dict[tuple[LinearFormat, bool], Resolved] = {}
         self._pending: list[Write] = []
         self._loaded: dict[str, Any] | None = None
         self._budget = PatternBudget()
@@ -147,7 +147,7 @@ class PrecisionMap:
 
         Args:
             pattern: a glob over the whole name, or a regular expression after "re:".
-            format: a format name, a `LinearFormat`, or a torchao config.
+            format: a format name, a `LinearFormat`, a `DynamicScaling`, or a torchao config.
             reason: a sentence for the log.
 
         Returns:
@@ -158,13 +158,13 @@ class PrecisionMap:
             ValueError: if nothing matches, or a layer cannot run the format here.
         """
         format = linear_format(format)
-        kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+        resolved = self._resolve(format)
         self._known[format.name] = format
         write = Write(pattern=pattern, format=format.name, reason=reason)
         names: list[str] = []
         if self._model is not None:
             names = self.matching(pattern)
-            self._check_shapes(names, format)
+            self._check(names, resolved)
         else:
             compile_pattern(pattern)
         self._pending.append(write)
@@ -202,7 +202,7 @@ class PrecisionMap:
             if format == layer.format:
                 continue
             before = layer.format.name
-            layer.switch(format, kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8))
+            layer.switch(format, self._resolve(format).kernel)
             changes.append(
                 Change(layer=name, before=before, after=format.name, reason=reasons.get(name, ""))
             )
@@ -263,10 +263,10 @@ class PrecisionMap:
         Raises:
             ValueError: if a layer cannot run its format here.
         """
-        switches: dict[str, LinearFormat] = {}
+        switches: dict[str, Resolved] = {}
         for name, format in formats.items():
-            switches[name] = linear_format(format)
-            self._check_shapes([name], switches[name])
+            switches[name] = self._resolve(linear_format(format))
+            self._check([name], switches[name])
         kept = [(layer, layer.format, layer.kernel) for layer in self._layers.values()]
         linears = [layer for layer in self._layers.values() if isinstance(layer, FPLinear)]
         flags = [(layer, layer.record, layer.collect) for layer in linears]
@@ -274,11 +274,10 @@ class PrecisionMap:
         self._frozen = True
         scales = self._scales
         try:
-            for name, format in switches.items():
+            for name, other in switches.items():
                 layer = self._layers[name]
-                if format != layer.format:  # equal ones keep their kernel, which may be warm
-                    kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
-                    layer.switch(format, kernel)
+                if other.format != layer.format:  # equal ones keep their kernel, which may be warm
+                    layer.switch(other.format, other.kernel)
             for layer in linears:
                 layer.record = layer.collect = False
             with scales.untouched() if isinstance(scales, EngineScales) else nullcontext():
@@ -333,28 +332,31 @@ class PrecisionMap:
         self,
         model: nn.Module,
         layers: Mapping[str, SwitchableLayer],
-        formats: Mapping[str, LinearFormat],
+        formats: Mapping[str, Resolved],
     ) -> None:
         """Take over a model's layers and give them their configured formats.
 
         Args:
             model: the model, to find its compiled regions.
             layers: its switchable layers by name.
-            formats: the configured format of each.
+            formats: the configured format of each, with its kernel on this device.
         """
         raise_recompile_limit()
         self._model = model
         self._layers = dict(layers)
         if self._backend == "transformer-engine":
             give_engines(self._layers)
-        self._configured = {name: format.name for name, format in formats.items()}
-        self._known.update({format.name: format for format in formats.values()})
-        self._write(formats, {})
+        for each in formats.values():
+            self._known[each.format.name] = each.format
+            self._resolved[each.format, self.cuda_fp8] = each
+        self._configured = {name: each.format.name for name, each in formats.items()}
+        self._write({name: each.format for name, each in formats.items()}, {})
         self.changes.clear()
         if self._loaded is not None:
             self._restore(self._loaded)
         for write in self._pending:
-            self._check_shapes(self.matching(write.pattern), self.known_format(write.format))
+            resolved = self._resolve(self.known_format(write.format))
+            self._check(self.matching(write.pattern), resolved)
 
     def clear(self) -> None:
         """Forget the model, as after `revert`."""
@@ -420,28 +422,30 @@ class PrecisionMap:
     def can_run(self, layer: SwitchableLayer, format: LinearFormat) -> bool:
         """Whether a layer can run a format with this backend, on this hardware, in its shape."""
         try:
-            kernel = kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
+            resolved = self._resolve(format)
         except ValueError:
             return False
-        if backend_refusal(format, self._backend) is not None:
-            return False
-        multiple = ALIGNMENTS[format.granularity]
-        aligned = not (layer.in_features % multiple or layer.out_features % multiple)
-        return aligned or not kernel.runs_on_fp8_hardware
+        return resolved.refusal is None and resolved.fits(layer.in_features, layer.out_features)
 
-    def _check_shapes(self, names: list[str], format: LinearFormat) -> None:
+    def _resolve(self, format: LinearFormat) -> Resolved:
+        """A format with its kernel here: asked for once, by a write's check, and then known."""
+        key = format, self.cuda_fp8
+        if key not in self._resolved:
+            self._resolved[key] = resolve(format, self._backend, cuda_fp8=self.cuda_fp8)
+        return self._resolved[key]
+
+    def _check(self, names: list[str], resolved: Resolved) -> None:
         """FP8 hardware multiplies whole blocks only: refuse here, not in the next step."""
-        kernel_for(format, self._backend, cuda_fp8=self.cuda_fp8)
-        if (refusal := backend_refusal(format, self._backend)) is not None:
+        format = resolved.format
+        if (refusal := resolved.refusal) is not None:
             raise ValueError(f"format {format.name!r} cannot run here: {refusal}")
         if self._backend == "transformer-engine" and format.scaling == "delayed":
             check_delayed_is_eager(self._model, names)
-        multiple = ALIGNMENTS[format.granularity]
         for name in names:
             layer = self._layers[name]
-            if not self.can_run(layer, format):
+            if not resolved.fits(layer.in_features, layer.out_features):
                 raise ValueError(
                     f"layer {name!r} cannot run {format.name!r}: in_features and out_features must"
-                    f" be multiples of {multiple}, got {layer.in_features} and"
+                    f" be multiples of {resolved.alignment}, got {layer.in_features} and"
                     f" {layer.out_features}; leave it in high precision"
                 )

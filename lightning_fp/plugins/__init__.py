@@ -1,11 +1,11 @@
 """Precision plugins for the Lightning Trainer."""
 
+from lightning_fp.layers.format import DynamicScaling
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.plugins.fp8 import FP8Precision
 from lightning_fp.plugins.fp16 import FP16Precision
 from lightning_fp.plugins.half_checks import half_policy
 from lightning_fp.plugins.names import precision_plugin
-from lightning_fp.plugins.scaling import DynamicScaling
 
 __all__ = [
     "DynamicScaling",

@@ -9,10 +9,9 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_fp.layers import AutoScaling, Backend, FormatLike
-from lightning_fp.numerics import DelayedScaling
+from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.plugins.base_precision import Base
-from lightning_fp.plugins.scaling import ScalingLike, format_of_scaling
 from lightning_fp.stability.loss_scaling import LossScaling
 
 
@@ -25,9 +24,9 @@ class FP8Precision(LayerPrecision):
     {}
 
     Args:
-        scaling: "dynamic", "delayed", "auto", "rowwise", "rowwise-gw-hp" (or "fp8-" before it),
-            any format name, a `LinearFormat`, a `DynamicScaling`, a `DelayedScaling`, or a
-            torchao `Float8LinearConfig`.
+        scaling: "dynamic", "delayed", "auto", "rowwise", "rowwise-gw-hp", "block", "mx" (or "fp8-"
+            before it), any format name, a `LinearFormat`, a `DynamicScaling`, a `DelayedScaling`,
+            or a torchao `Float8LinearConfig`.
         backend: "auto" takes our kernel for per-tensor scales and torchao's for rows; "native",
             "torchao" or "transformer-engine" insist.
         base: the precision of everything else, as Lightning's own plugins define it.
@@ -60,24 +59,18 @@ class FP8Precision(LayerPrecision):
                 "base must not be '16-true' with FP8 layers, which cast from the float32 weights;"
                 " take '16-mixed'"
             )
-        automatic = scaling in ("auto", "fp8-auto")
-        if tokens is not None and not automatic:
+        self._scaling, self._tokens = read_scaling(scaling), tokens
+        if tokens is not None and not self._scaling.auto:
             raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
-        if automatic and backend in ("torchao", "transformer-engine"):
-            raise ValueError(
-                f"backend must be 'auto' or 'native' with scaling 'auto', got {backend!r}, which"
-                " has no delayed scaling to compare with while a layer is under dynamic scaling"
-            )
-        self._delayed = scaling if isinstance(scaling, DelayedScaling) else None
-        self._is_auto, self._tokens = automatic, tokens
+        self._scaling.check_backend(backend)
         super().__init__(
-            format_of_scaling(scaling),
+            self._scaling.format,
             base=base,
             backend=backend,
             layers=layers,
             fp8_eval=fp8_eval,
-            delayed=self._delayed,
-            auto=AutoScaling(tokens=tokens) if automatic else None,
+            delayed=self._scaling.delayed,
+            auto=AutoScaling(tokens=tokens) if self._scaling.auto else None,
             loss_scaling=loss_scaling,
         )
 
@@ -86,10 +79,10 @@ class FP8Precision(LayerPrecision):
         """See `LayerPrecision.settings`."""
         shared = super().settings()
         scaling: dict[str, Any] = {
-            "scaling": "auto" if self._is_auto else shared["format"],
+            "scaling": "auto" if self._scaling.auto else shared["format"],
         }
-        if self._delayed is not None:
-            scaling["delayed"] = dataclasses.asdict(self._delayed)
+        if self._scaling.delayed is not None:
+            scaling["delayed"] = dataclasses.asdict(self._scaling.delayed)
         if self._tokens is not None:
             scaling["tokens"] = self._tokens
         del shared["format"]

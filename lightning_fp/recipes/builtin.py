@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_fp.choices import unknown
 from lightning_fp.layers.auto_scaling import DELAYED_TOKEN_LIMIT
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
@@ -258,7 +259,7 @@ def get(name: str, **options: Any) -> RolloutRecipe:
         ValueError: if there is no such recipe or option.
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        raise unknown("recipe", name, RECIPES)
     recipe = RECIPES[name]
     known = recipe.__kwdefaults__ or {}
     for option in options:

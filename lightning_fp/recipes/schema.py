@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from lightning_fp.layers.format import NAMED_FORMATS
+from lightning_fp.format_table import TABLE
 from lightning_fp.recipes.builtin import RECIPES
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
@@ -23,7 +23,11 @@ _BOUNDS: Mapping[tuple[type[Any], str], dict[str, Any]] = {
     (RolloutRecipe, "name"): {"pattern": r"^[\w.-]+$", "examples": list(RECIPES)},
     (Stage, "layers"): {
         "minProperties": 1,
-        "additionalProperties": {"type": "string", "examples": [CONFIGURED, *NAMED_FORMATS]},
+        "additionalProperties": {
+            "type": "string",
+            "description": "; ".join(f"{row.name}: {row.help}" for row in TABLE),
+            "examples": [CONFIGURED, *(row.name for row in TABLE)],
+        },
     },
     (Stage, "max_tries"): {"minimum": 1},
     (Gate, "window"): {"minimum": 1},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, cast, get_args
 
 from lightning_fp.layers import LinearFormat, linear_format
+from lightning_fp.layers.format import DynamicScaling
 from lightning_fp.recipes.blocks import check_pattern
 from lightning_fp.recipes.gate import Gate, is_count, is_number
 
@@ -124,18 +125,15 @@ class Stage:
         return checked
 
     def _checked_format(self, pattern: str, format: object) -> str:
-        if isinstance(format, LinearFormat):
-            return format.name
         if format == CONFIGURED:
             return CONFIGURED
         where = f"{self}: layers[{pattern!r}]"
-        if not isinstance(format, str):
+        if not isinstance(format, (str, LinearFormat, DynamicScaling)):
             raise ValueError(f"{where}: format must be a name, got {format!r}")
         try:
-            linear_format(format)
+            return linear_format(format).name
         except ValueError as error:
             raise ValueError(f"{where}: {error}, or {CONFIGURED!r}") from error
-        return format
 
     def _checked_until(self) -> Until:
         until: Any = self.until

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Hashable
 from dataclasses import MISSING, fields
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lightning_fp.choices import did_you_mean
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import Stage
@@ -134,8 +134,7 @@ def _list(document: Any, where: str) -> list[Any]:
 
 
 def _meant(key: object, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+    return did_you_mean(key, known) or f"; it has {', '.join(known)}"
 
 
 # -- writing --------------------------------------------------------------------------------------

@@ -13,17 +13,13 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from lightning_fp.format_table import TE_FORMATS
 from lightning_fp.records.tables import StatisticsWriter
 
 OPERANDS = {"activation": "input", "weight": "weight", "gradient": "grad_output"}
 """Our name for each tensor that is cast; their statistics of products have no row here."""
 
-RECIPES = {
-    "fp8_delayed_scaling": "fp8-delayed",
-    "fp8_current_scaling": "fp8-dynamic",
-    "fp8_block_scaling": "fp8-block",
-    "mxfp8": "mxfp8",
-}
+RECIPES = {names.inspect: name for name, names in TE_FORMATS.items() if names.inspect}
 """Our name for each recipe that a statistic may be of."""
 
 _WHAT_IF = {

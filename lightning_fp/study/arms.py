@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from lightning_fp.callbacks import ClampMonitor
 from lightning_fp.layers import FormatLike
+from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.plugins import FP8Precision
-from lightning_fp.plugins.scaling import ScalingLike
 from lightning_fp.records import read_statistics
 from lightning_fp.records.loss import Loss
 from lightning_fp.study.spikes import SpikeRule, find_spikes

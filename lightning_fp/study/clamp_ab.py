@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_fp.layers import FormatLike
-from lightning_fp.plugins.scaling import ScalingLike
+from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.records.jsonl import json_text, plain
 from lightning_fp.study.arms import Arm, Factory, run_arm, tail
 from lightning_fp.study.series import CLAMPS_FROM

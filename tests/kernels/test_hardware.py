@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
+from lightning_fp.format_table import base_row
 from lightning_fp.kernels.hardware import (
-    ALIGNMENTS,
     check_alignment,
     cuda_fp8_refusal,
     cuda_has_fp8,
@@ -65,11 +65,12 @@ def test_the_oldest_device_decides(
 def test_blocks_must_be_whole(granularity: str) -> None:
     multiple = {"tensor": 16, "row": 16, "block": 128, "mx": 32}[granularity]
     sizes = {"tokens": 2 * multiple, "in_features": multiple, "out_features": 3 * multiple}
-    check_alignment("layer", **sizes, multiple=ALIGNMENTS[granularity])
+    assert base_row("dynamic", granularity).alignment == multiple  # pyright: ignore
+    check_alignment("layer", **sizes, multiple=multiple)
     for name in sizes:
         odd = {**sizes, name: sizes[name] + multiple // 2}
         with pytest.raises(ValueError, match=f"{name}.* must be a multiple of {multiple} .*got"):
-            check_alignment("layer", **odd, multiple=ALIGNMENTS[granularity])
+            check_alignment("layer", **odd, multiple=multiple)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_fp.format_table import TE_FORMATS
 from lightning_fp.kernels.base import Kernel, compute_dtype
 from lightning_fp.kernels.block import BlockKernel
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
@@ -44,11 +45,6 @@ __all__ = [
     "refusal",
     "use_library",
 ]
-
-TOKENS = {"mxfp8": 32, "nvfp4": 16}
-"""What the product of an input's leading dimensions must be a multiple of; 8 for other recipes
-(`assert_dim_for_fp8_exec` in Transformer Engine 2.20). Features are checked at setup, against
-`lightning_fp.kernels.hardware.ALIGNMENTS`."""
 
 _E2M1 = float_format("e2m1")
 
@@ -96,6 +92,8 @@ class TransformerEngineKernel:
     def check_tokens(self, input: Tensor, layer: str) -> None:
         """Refuse what Transformer Engine cannot multiply, naming the layer.
 
+        Features are checked at setup.
+
         Args:
             input: [..., in_features].
             layer: the layer's name.
@@ -103,7 +101,7 @@ class TransformerEngineKernel:
         Raises:
             ValueError: naming the dimension.
         """
-        multiple = TOKENS.get(self.settings.kind, 8)
+        multiple = TE_FORMATS[self.settings.format].tokens
         tokens = input.numel() // input.shape[-1]
         if tokens % multiple:
             raise ValueError(

@@ -12,16 +12,9 @@ from typing import Any
 
 import torch
 
-EXTRA = 'pip install "lightning-fp[te]"'
+from lightning_fp.format_table import TE_FORMATS
 
-_SUPPORT = {
-    "fp8-delayed": "is_fp8_available",
-    "fp8-dynamic": "is_fp8_available",
-    "fp8-block": "is_fp8_block_scaling_available",
-    "mxfp8": "is_mxfp8_available",
-    "nvfp4": "is_nvfp4_available",
-}
-"""The formats Transformer Engine has, and its function that knows whether this machine runs it."""
+EXTRA = 'pip install "lightning-fp[te]"'
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,14 +83,14 @@ class Library:
         Args:
             format: one of `FORMATS`.
         """
-        ask = getattr(self.pytorch, _SUPPORT[format], None)
+        ask = getattr(self.pytorch, TE_FORMATS[format].support, None)
         if ask is None:
             return f"Transformer Engine {self.version} does not have it"
         able, reason = ask(return_reason=True)
         return None if able else f"Transformer Engine says: {reason}"
 
 
-FORMATS = tuple(_SUPPORT)
+FORMATS = tuple(TE_FORMATS)
 """The formats Transformer Engine can be asked for."""
 
 _given: list[Library] = []

@@ -11,27 +11,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_fp.format_table import TE_FORMATS, Kind
 from lightning_fp.kernels.transformer_engine.library import Library, library
 from lightning_fp.numerics import DelayedScaling
 
-Kind = Literal["delayed", "current", "block", "mxfp8", "nvfp4"]
-
-CLASSES: dict[Kind, str] = {
-    "delayed": "DelayedScaling",
-    "current": "Float8CurrentScaling",
-    "block": "Float8BlockScaling",
-    "mxfp8": "MXFP8BlockScaling",
-    "nvfp4": "NVFP4BlockScaling",
-}
+CLASSES: dict[Kind, str] = {names.kind: names.recipe for names in TE_FORMATS.values()}
 """Transformer Engine's name for each kind of recipe."""
 
-FORMAT_OF_KIND: dict[Kind, str] = {
-    "delayed": "fp8-delayed",
-    "current": "fp8-dynamic",
-    "block": "fp8-block",
-    "mxfp8": "mxfp8",
-    "nvfp4": "nvfp4",
-}
+FORMAT_OF_KIND: dict[Kind, str] = {names.kind: name for name, names in TE_FORMATS.items()}
 """Our name for each kind."""
 
 _QUANTIZED = ("fp8_quant_fwd_inp", "fp8_quant_fwd_weight", "fp8_quant_bwd_grad")
@@ -75,6 +62,11 @@ class RecipeSettings:
 
     given: GivenRecipe | None = None
     """The user's own recipe, used as it is."""
+
+    @property
+    def format(self) -> str:
+        """Our name for its kind."""
+        return FORMAT_OF_KIND[self.kind]
 
 
 def make_recipe(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_fp.kernels.hardware import ALIGNMENT, ALIGNMENTS, check_alignment, cuda_has_fp8
-from lightning_fp.layers.backends import Backend, backend_refusal, check_backend, kernel_for
+from lightning_fp.format_table import ALIGNMENT
+from lightning_fp.kernels.hardware import check_alignment, cuda_has_fp8
+from lightning_fp.layers.auto_scaling import AutoScaling
+from lightning_fp.layers.backends import Backend, Resolved, check_backend, resolve
 from lightning_fp.layers.conversion.flops import (
     CONVOLUTIONS,
     ITSELF,
@@ -20,12 +23,7 @@ from lightning_fp.layers.conversion.flops import (
     size,
 )
 from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
-from lightning_fp.layers.format import (
-    NAMED_FORMATS,
-    FormatLike,
-    LinearFormat,
-    linear_format,
-)
+from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat
 from lightning_fp.layers.linear import (
     FPLinear,
     is_plain_linear,
@@ -42,6 +40,7 @@ from lightning_fp.layers.rules import (
     gains_nothing,
     layer_rules,
 )
+from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.layers.transformer_engine.setup import check_model
 from lightning_fp.numerics import DelayedScaling
 
@@ -65,23 +64,36 @@ class Conversion:
     cuda_fp8: bool = False
     """Whether CUDA tensors can go to FP8 tensor cores."""
 
+    def resolve(self, format: LinearFormat) -> Resolved:
+        """A format with what multiplies it here.
+
+        Raises:
+            ValueError: if the backend cannot run it.
+        """
+        return resolve(format, self.backend, cuda_fp8=self.cuda_fp8)
+
 
 _LAZY = "its size is unknown before its first batch; run one forward before the conversion"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDecision:
-    """One layer's format, and the reason if it is high precision."""
+    """One layer's format and kernel, and the reason if it is high precision."""
 
-    format: LinearFormat
+    resolved: Resolved
     reason: str | None
     by_default: bool = False
     """Whether a default, not the user, chose high precision."""
 
+    @property
+    def format(self) -> LinearFormat:
+        """The layer's format."""
+        return self.resolved.format
+
 
 def convert(
     model: nn.Module,
-    format: FormatLike = "fp8-dynamic",
+    format: ScalingLike = "fp8-dynamic",
     layers: Mapping[str, FormatLike] | None = None,
     *,
     backend: Backend = "auto",
@@ -97,11 +109,13 @@ def convert(
 
     Args:
         model: any module; also on the meta device, also after `fully_shard`.
-        format: the format of all layers that no rule and no default says otherwise of.
+        format: the format of all layers that no rule and no default says otherwise of; all that
+            `FP8Precision` takes as `scaling`.
         layers: `{pattern: format}`, first match wins; overrules the defaults.
         backend: "auto", "native", "torchao" or "transformer-engine".
         fp8_eval: whether evaluation runs in FP8 as well.
-        delayed: how delayed scales follow from their history.
+        delayed: how delayed scales follow from their history, also of layers that come to delayed
+            scaling later.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
     Returns:
@@ -111,14 +125,25 @@ def convert(
         ValueError: if a rule matches nothing, a backend cannot run a format, or there is nothing
             to convert.
     """
+    scaling = read_scaling(format)
+    scaling.check_backend(backend)
+    if delayed is not None and scaling.delayed is not None:
+        raise ValueError(
+            f"delayed must be None where format says how scales follow from their history, got"
+            f" {delayed!r} and {scaling.delayed!r}"
+        )
     conversion = Conversion(
-        format=linear_format(format),
+        format=scaling.format,
         rules=layer_rules(layers),
         backend=backend,
         cuda_fp8=cuda_has_fp8(),
     )
     table = PrecisionMap(
-        backend=backend, cuda_fp8=conversion.cuda_fp8, fp8_eval=fp8_eval, delayed=delayed
+        backend=backend,
+        cuda_fp8=conversion.cuda_fp8,
+        fp8_eval=fp8_eval,
+        delayed=delayed or scaling.delayed,
+        auto=AutoScaling() if scaling.auto else None,
     )
     return convert_into(table, model, conversion, example_input=example_input)
 
@@ -139,7 +164,7 @@ def convert_into(
         elif is_switchable_linear(module):
             module.phase = table.phase
             switchable[name] = module
-    table.fill(model, switchable, {name: decisions[name].format for name in switchable})
+    table.fill(model, switchable, {name: decisions[name].resolved for name in switchable})
     report = _report(model, table, decisions)
     if example_input is not None:
         report = report.with_flops(example_flops(model, example_input))
@@ -183,9 +208,10 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
             if multiplies(module):
                 multiplying[name] = fixed[name]
     check_rules_apply(conversion.rules, linears, fixed)
+    resolved = cache(conversion.resolve)  # asked once for each format
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decisions = {
-        name: _decide_one(name, linear, conversion, tied=id(linear.weight) in embeddings)
+        name: _decide_one(name, linear, conversion, resolved, tied=id(linear.weight) in embeddings)
         for name, linear in linears.items()
     }
     _check_something_to_do(decisions, multiplying)
@@ -197,56 +223,60 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
 def _check_transformer_engine(
     model: nn.Module, backend: Backend, decisions: Mapping[str, LayerDecision]
 ) -> None:
-    low = {name: d.format for name, d in decisions.items() if not d.format.is_high_precision}
-    for format in dict.fromkeys(low.values()):
-        if (refusal := backend_refusal(format, backend)) is not None:
+    low = {name: d.resolved for name, d in decisions.items() if not d.format.is_high_precision}
+    for each in dict.fromkeys(low.values()):
+        if (refusal := each.refusal) is not None:
             raise ValueError(
-                f"format {format.name!r} cannot run with backend {backend!r}: {refusal}"
+                f"format {each.format.name!r} cannot run with backend {backend!r}: {refusal}"
             )
     if low:
-        check_model(model, [name for name, format in low.items() if format.scaling == "delayed"])
+        check_model(model, [name for name, low in low.items() if low.format.scaling == "delayed"])
 
 
 def _decide_one(
-    name: str, linear: nn.Linear, conversion: Conversion, *, tied: bool
+    name: str,
+    linear: nn.Linear,
+    conversion: Conversion,
+    resolved: Callable[[LinearFormat], Resolved],
+    *,
+    tied: bool,
 ) -> LayerDecision:
     for rule in conversion.rules:
         if rule.matches(name):
-            _check_runs(name, linear, rule.format, conversion)
+            chosen = resolved(rule.format)
+            _check_runs(name, linear, chosen)
             high = rule.format.is_high_precision
             reason = f"rule {rule.pattern!r}: {rule.format.name!r}" if high else None
-            return LayerDecision(format=rule.format, reason=reason)
-    format = conversion.format
-    kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
-    if format.is_high_precision:
-        return LayerDecision(format=format, reason="the format of the run")
-    too_small = kernel.runs_on_fp8_hardware and gains_nothing(
-        format, linear.in_features, linear.out_features
+            return LayerDecision(resolved=chosen, reason=reason)
+    chosen = resolved(conversion.format)
+    if chosen.format.is_high_precision:
+        return LayerDecision(resolved=chosen, reason="the format of the run")
+    too_small = chosen.kernel.runs_on_fp8_hardware and gains_nothing(
+        chosen.format, linear.in_features, linear.out_features
     )
     # Emulated blocks may be ragged: only hardware leaves such layers alone by default.
-    multiple = ALIGNMENTS[format.granularity] if kernel.runs_on_fp8_hardware else ALIGNMENT
-    if is_lazy(linear.weight) and kernel.runs_on_fp8_hardware:
+    multiple = max(chosen.alignment, ALIGNMENT)
+    if is_lazy(linear.weight) and chosen.kernel.runs_on_fp8_hardware:
         reason = _LAZY
     else:
         reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
     if reason is not None:
-        return LayerDecision(format=conversion.high_precision, reason=reason, by_default=True)
-    return LayerDecision(format=format, reason=None)
+        high = resolved(conversion.high_precision)
+        return LayerDecision(resolved=high, reason=reason, by_default=True)
+    return LayerDecision(resolved=chosen, reason=None)
 
 
-def _check_runs(name: str, linear: nn.Linear, format: LinearFormat, conversion: Conversion) -> None:
+def _check_runs(name: str, linear: nn.Linear, chosen: Resolved) -> None:
     """An explicit rule overrules the defaults, but not the hardware."""
-    kernel = kernel_for(format, conversion.backend, cuda_fp8=conversion.cuda_fp8)
-    if kernel.runs_on_fp8_hardware:
-        if is_lazy(linear.weight):
-            raise ValueError(f"layer {name!r} cannot run {format.name!r}: {_LAZY}")
-        check_alignment(
-            name,
-            tokens=0,
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            multiple=ALIGNMENTS[format.granularity],
-        )
+    if is_lazy(linear.weight) and chosen.kernel.runs_on_fp8_hardware:
+        raise ValueError(f"layer {name!r} cannot run {chosen.format.name!r}: {_LAZY}")
+    check_alignment(
+        name,
+        tokens=0,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        multiple=chosen.alignment,
+    )
 
 
 def _check_something_to_do(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_fp.format_table import TABLE
 from lightning_fp.layers import Backend
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base import LayerPrecision
@@ -133,11 +134,7 @@ def _from_torchao_options(options: Options, blocks: Sequence[str]) -> Migration:
     if not options.take("enabled", True):
         return Migration(arguments={"scaling": "bf16"})
     recipe = options.take("recipe_name") or "tensorwise"
-    formats = {
-        "tensorwise": "fp8-dynamic",
-        "rowwise": "fp8-rowwise",
-        "rowwise_with_gw_hp": "fp8-rowwise-gw-hp",
-    }
+    formats = {row.torchao: row.name for row in TABLE if row.torchao}
     if recipe not in formats:
         raise options.refuse("recipe_name", recipe, f"take one of {', '.join(formats)}")
     name = "enable_fsdp_float8_all_gather"

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 
+from lightning_fp.format_table import TE_FORMATS
 from lightning_fp.layers import Backend
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base import LayerPrecision
@@ -20,13 +21,7 @@ from lightning_fp.plugins.migration.options import (
 )
 from lightning_fp.stability.loss_scaling import LossScaling
 
-_RECIPE_CLASSES = {
-    "DelayedScaling": "delayed",
-    "Float8CurrentScaling": "tensorwise",
-    "Float8BlockScaling": "blockwise",
-    "MXFP8BlockScaling": "mxfp8",
-    "NVFP4BlockScaling": "nvfp4",
-}
+_RECIPE_CLASSES = {names.recipe: names.megatron for names in TE_FORMATS.values()}
 
 
 def from_lightning(plugin: Precision, *, backend: Backend = "auto") -> LayerPrecision:

@@ -6,15 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_fp.format_table import TE_FORMATS
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.numerics import DelayedScaling
 
 RECIPES = {
-    "delayed": "fp8-delayed",
-    "tensorwise": "fp8-dynamic",
+    **{names.megatron: name for name, names in TE_FORMATS.items()},
     "blockwise": "fp8-block[power_of_two=true]",
-    "mxfp8": "mxfp8",
-    "nvfp4": "nvfp4",
 }
 """Megatron's names of Transformer Engine's recipes; its block scales are powers of two unless an
 environment variable says otherwise."""

@@ -15,14 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from lightning_fp.format_table import LADDER
 from lightning_fp.layers import LinearFormat, PrecisionMap, SwitchableLayer
 from lightning_fp.layers.format import NAMED_FORMATS
-
-LADDER = ("fp8-delayed", "fp8-dynamic", "fp8-rowwise", "fp8-rowwise-gw-hp")
-"""The rungs below high precision, the most daring first."""
-
-BLOCKS = ("block", "mx", "nv")
-"""Granularities that stand beside the ladder."""
 
 
 def rungs_above(
@@ -41,7 +36,7 @@ def rungs_above(
     """
     if format.is_high_precision:
         return []
-    if format.granularity in BLOCKS:
+    if format.is_fp8 and format.row.rung is None:  # beside the ladder
         above = [dataclasses.replace(format, grad_weight="high")]
     else:
         above = [_like(format, NAMED_FORMATS[name]) for name in LADDER[_rung(format) + 1 :]]
@@ -53,9 +48,13 @@ def _rung(format: LinearFormat) -> int:
     """Where a format stands, also one that the user has changed in details."""
     if not format.is_fp8 or format.torchao is not None or format.recipe is not None:
         return len(LADDER) - 1
-    if format.granularity == "tensor":
-        return 0 if format.scaling == "delayed" else 1
-    return 2 if format.grad_weight == "fp8" else 3
+    rungs = [NAMED_FORMATS[name] for name in LADDER]
+    return max(
+        index
+        for index, rung in enumerate(rungs)
+        if (rung.scaling, rung.granularity) == (format.scaling, format.granularity)
+        and rung.grad_weight in ("fp8", format.grad_weight)
+    )
 
 
 def _like(format: LinearFormat, rung: LinearFormat) -> LinearFormat:

@@ -1,0 +1,51 @@
+"""Values that must be one of a few names, and the one error for those that are not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def check_choice(field: str, value: object, known: Collection[str]) -> None:
+    """Refuse a value that is none of the names.
+
+    Args:
+        field: what the value is for, as the user knows it.
+        value: the value.
+        known: the names.
+
+    Raises:
+        ValueError: see `unknown`.
+    """
+    if value not in known:
+        raise unknown(field, value, known)
+
+
+def unknown(
+    field: str,
+    value: object,
+    known: Collection[str],
+    *,
+    other: str = "",
+    aliases: Collection[str] = (),
+) -> ValueError:
+    """The error for a name that does not exist.
+
+    >>> str(unknown("backend", "nativ", ("auto", "native")))
+    "backend must be one of auto, native, got 'nativ'; did you mean 'native'?"
+
+    Args:
+        field: what the value is for, as the user knows it.
+        value: the value.
+        known: the names there are.
+        other: what else would do, after the names.
+        aliases: names that would do and are not listed.
+    """
+    hint = did_you_mean(value, (*known, *aliases))
+    return ValueError(f"{field} must be one of {', '.join(known)}{other}, got {value!r}{hint}")
+
+
+def did_you_mean(value: object, known: Collection[str]) -> str:
+    """What a misspelled name may have meant, to be put after a message; "" if nothing is near."""
+    near = difflib.get_close_matches(str(value), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
