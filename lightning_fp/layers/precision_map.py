@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -42,6 +42,14 @@ class Change:
     after: str
     reason: str
 
+    author: str = "user"
+    """Who wrote it: "user", "auto", "rollout", "fallback", "mismatch", "study"; "checkpoint"
+    where a table is restored, "table" where it has widened somebody's write."""
+
+
+Listener: TypeAlias = Callable[[Sequence[Change]], object]
+"""Told the writes that took effect together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Write:
@@ -50,6 +58,7 @@ class Write:
     pattern: str
     format: str
     reason: str
+    author: str = "user"
 
 
 class PrecisionMap:
@@ -57,7 +66,7 @@ class PrecisionMap:
 
     Reads are immediate. Writes wait for the next boundary between optimizer steps, where the
     precision plugin calls `apply`; in a plain loop call it yourself. Call `set` alike on all
-    ranks.
+    ranks. Whoever wrote, the table itself tells what took effect to those who `subscribe`.
 
     Args:
         backend: which kernels to use.
@@ -80,6 +89,7 @@ class PrecisionMap:
         self.changes: list[Change] = []
         """Every change of format since the table was filled, oldest first."""
 
+        self._listeners: dict[object, Listener] = {}
         self._backend: Backend = backend
         self.cuda_fp8 = cuda_fp8
         """Whether CUDA tensors can go to FP8 tensor cores; known when a device is."""
@@ -142,13 +152,16 @@ class PrecisionMap:
 
     # -- writing --------------------------------------------------------------------------------
 
-    def set(self, pattern: str, format: FormatLike, *, reason: str = "") -> list[str]:
+    def set(
+        self, pattern: str, format: FormatLike, *, reason: str = "", author: str = "user"
+    ) -> list[str]:
         """Change the format of all layers that match, at the next step boundary.
 
         Args:
             pattern: a glob over the whole name, or a regular expression after "re:".
             format: a format name, a `LinearFormat`, a `DynamicScaling`, or a torchao config.
             reason: a sentence for the log.
+            author: who asks, see `Change`.
 
         Returns:
             The names of the layers written; empty while the table is not filled yet (before
@@ -160,7 +173,7 @@ class PrecisionMap:
         format = linear_format(format)
         resolved = self._resolve(format)
         self._known[format.name] = format
-        write = Write(pattern=pattern, format=format.name, reason=reason)
+        write = Write(pattern=pattern, format=format.name, reason=reason, author=author)
         names: list[str] = []
         if self._model is not None:
             names = self.matching(pattern)
@@ -179,22 +192,48 @@ class PrecisionMap:
         if not self._pending or self._model is None or self._frozen:
             return []
         writes: dict[str, LinearFormat] = {}
-        reasons: dict[str, str] = {}
+        why: dict[str, tuple[str, str]] = {}
         for write in self._pending:
             for name in self.matching(write.pattern):
                 writes[name] = self.known_format(write.format)
-                reasons[name] = write.reason
+                why[name] = write.reason, write.author
         self._pending.clear()
 
         before = {name: layer.format for name, layer in self._layers.items()}
         regions = compiled_regions(self._model, self._layers)
         widened = self._budget.widen(regions, before, writes)
         for name, region in widened.items():
-            reasons[name] = f"widened to all of {region or 'the model'}: recompile limit is near"
-        return self._write(writes, reasons)
+            reason = f"widened to all of {region or 'the model'}: recompile limit is near"
+            why[name] = reason, "table"
+        return self._write(writes, why)
+
+    def subscribe(self, listener: Listener) -> Callable[[], object]:
+        """Have every write told from here on, as soon as it has taken effect.
+
+        Args:
+            listener: called with the changes of one boundary, in the order of the model. What a
+                replay does under `overridden` is none.
+
+        Returns:
+            What ends it.
+        """
+        key = object()
+        self._listeners[key] = listener
+        return lambda: self._listeners.pop(key, None)
 
     def _write(
-        self, formats: Mapping[str, LinearFormat], reasons: Mapping[str, str]
+        self, formats: Mapping[str, LinearFormat], why: Mapping[str, tuple[str, str]]
+    ) -> list[Change]:
+        """Switch layers and tell; `why` has reason and author by layer."""
+        changes = self._switch(formats, why)
+        self.changes.extend(changes)
+        if changes:
+            for listener in tuple(self._listeners.values()):
+                listener(changes)
+        return changes
+
+    def _switch(
+        self, formats: Mapping[str, LinearFormat], why: Mapping[str, tuple[str, str]]
     ) -> list[Change]:
         changes: list[Change] = []
         for name, layer in self._layers.items():
@@ -203,10 +242,10 @@ class PrecisionMap:
                 continue
             before = layer.format.name
             layer.switch(format, self._resolve(format).kernel)
+            reason, author = why[name]
             changes.append(
-                Change(layer=name, before=before, after=format.name, reason=reasons.get(name, ""))
+                Change(layer=name, before=before, after=format.name, reason=reason, author=author)
             )
-        self.changes.extend(changes)
         if changes:
             self._track()
         return changes
@@ -296,14 +335,18 @@ class PrecisionMap:
         if not self._frozen:
             self._scales.fold()
 
-    def step(self) -> list[Change]:
-        """The boundary after an optimizer step: update delayed scales, then `apply`."""
+    def after_step(self) -> None:
+        """After an optimizer step: update delayed scales, and let `fp8-auto` write its moves."""
         if self._frozen:
-            return []
+            return
         self._resumed_scales = None
         self._scales.step()
         if self._auto is not None and len(self._scales):
             self._choose_scaling(self._auto)
+
+    def step(self) -> list[Change]:
+        """The boundary of a plain loop, after an optimizer step: `after_step`, then `apply`."""
+        self.after_step()
         return self.apply()
 
     def _choose_scaling(self, auto: AutoScalingState) -> None:
@@ -311,7 +354,8 @@ class PrecisionMap:
         names = self._scales.names
         delayed = [self._layers[name].format.scaling == "delayed" for name in names]
         for move in auto.step(names, delayed, self._scales.headroom):
-            self.set(f"re:{re.escape(move.layer)}", move.format, reason=move.reason)
+            name = f"re:{re.escape(move.layer)}"
+            self.set(name, move.format, reason=move.reason, author="auto")
 
     @property
     def scale_history(self) -> ScaleHistory | EngineScales:
@@ -350,7 +394,8 @@ class PrecisionMap:
             self._known[each.format.name] = each.format
             self._resolved[each.format, self.cuda_fp8] = each
         self._configured = {name: each.format.name for name, each in formats.items()}
-        self._write({name: each.format for name, each in formats.items()}, {})
+        begin = {name: each.format for name, each in formats.items()}
+        self._switch(begin, dict.fromkeys(formats, ("", "table")))  # the beginning, no change
         self.changes.clear()
         if self._loaded is not None:
             self._restore(self._loaded)
@@ -408,7 +453,8 @@ class PrecisionMap:
                 changed,
                 len(self._layers),
             )
-        self._write(formats, dict.fromkeys(formats, "restored from a checkpoint"))
+        why = "restored from a checkpoint", "checkpoint"
+        self._write(formats, dict.fromkeys(formats, why))
         self._scales.load_state_dict(state["scales"])
         self._resumed_scales = state["scales"]
         if self._auto is not None and state["auto"] is not None:

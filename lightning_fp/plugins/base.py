@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_fp.layers import (
     AutoScaling,
     Backend,
+    Change,
     ConversionReport,
     FormatLike,
     LinearFormat,
@@ -172,12 +173,24 @@ class LayerPrecision(GuardedPrecision):
 
     # -- steps ----------------------------------------------------------------------------------
 
+    def boundary(self) -> list[Change]:
+        """Between two optimizer steps: what was written to the table takes effect.
+
+        Each step has one such boundary, before its first forward, and nothing takes effect
+        elsewhere. Who acts between two steps and needs what was written in force at once (a
+        replay, a measurement, a stage of a rollout) calls this, and so brings it forward.
+
+        Returns:
+            The changes, in the order of the model.
+        """
+        return self.precision_map.apply()
+
     @override
     @contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
         """A training forward runs in the layers' formats, frozen submodules in eval mode too."""
         if not self._mid_accumulation:
-            self.precision_map.apply()
+            self.boundary()
         trainer: Any = getattr(self.precision_map.model, "_trainer", None)
         guard = None if trainer is None or self.precision_map.frozen else self.guard
         if guard is not None and trainer is not None:
@@ -237,14 +250,14 @@ class LayerPrecision(GuardedPrecision):
         closure: Callable[[], Any],
         **kwargs: Any,
     ) -> Any:
-        """The optimizer's step, and after it the boundary at which formats may change."""
+        """The optimizer's step; what it asks of the table waits for the next `boundary`."""
         output = super().optimizer_step(optimizer, model, closure, **kwargs)
         self._mid_accumulation = False
         self._share_weight_casts(model)
         if self._in_train_step:
             self.base.lend_again(model)
         self.base.log(model.trainer)
-        self.precision_map.step()
+        self.precision_map.after_step()
         return output
 
     def _share_weight_casts(self, module: Module | None) -> None:

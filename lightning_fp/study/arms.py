@@ -125,8 +125,9 @@ class _Switch(L.Callback):
         self.format = ", ".join(sorted(format.name for format in formats))
         if self._to is not None:
             for name in self.layers:
-                table.set(glob.escape(name), self._to, reason="arm B of the clamp study")
-            table.apply()
+                why = "arm B of the clamp study"
+                table.set(glob.escape(name), self._to, reason=why, author="study")
+            plugin.boundary()
             self.format = ", ".join(sorted({table.formats()[name] for name in self.layers}))
 
 

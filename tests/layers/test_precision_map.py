@@ -205,3 +205,47 @@ def test_the_map_after_revert() -> None:
     assert table.formats() == {}
     assert table.model is None
     assert type(model.lm_head) is nn.Linear
+
+
+# -- telling ------------------------------------------------------------------------------------
+
+
+def test_the_table_tells_its_writes_whoever_makes_them() -> None:
+    table = PrecisionMap()
+    told: list[Change] = []
+    table.subscribe(told.extend)
+    fill(table)
+    assert told == []  # what it begins with is no change
+    table.set("*.fc1", "bf16", reason="because", author="rollout")
+    table.set("lm_head", "fp32")
+    assert told == []
+    table.apply()
+    assert told == table.changes
+    assert [(c.layer, c.author) for c in told] == [
+        ("blocks.0.fc1", "rollout"),
+        ("blocks.1.fc1", "rollout"),
+        ("lm_head", "user"),
+    ]
+    with table.overridden({"blocks.0.fc1": "fp8-dynamic"}):
+        table.set("*.fc2", "bf16")
+        table.apply()
+    table.set("*.fc1", "bf16")  # what they have
+    assert len(told) == 3
+    table.apply()
+    assert {c.layer for c in told[3:]} == {"blocks.0.fc2", "blocks.1.fc2"}
+    twin = filled()
+    restored: list[Change] = []
+    twin.subscribe(restored.extend)
+    twin.load_state_dict(table.state_dict())
+    assert {c.author for c in restored} == {"checkpoint"}
+
+
+def test_who_unsubscribes_hears_no_more() -> None:
+    table = filled()
+    told: list[str] = []
+    ends = [table.subscribe(lambda _, name=name: told.append(name)) for name in "ab"]
+    for format in ("bf16", "fp8-dynamic"):
+        table.set("lm_head", format)
+        table.apply()
+        ends[0]()
+    assert told == ["a", "b", "b"]

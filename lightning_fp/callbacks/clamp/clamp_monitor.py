@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_fp.callbacks.clamp.remedies import Limits, Warnings
 from lightning_fp.callbacks.clamp.sampling import Listener, SampledSteps, StepSampler
 from lightning_fp.callbacks.clamp.summary import flops_share, per_layer, summary
-from lightning_fp.callbacks.run.run_log import RunCallback, begin_run, end_run
+from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.callbacks.run.step_losses import StepLosses
 from lightning_fp.layers import FPLinear, PrecisionMap
 from lightning_fp.records import LossWriter, StatisticsRows, StatisticsWriter, statistics_rows
@@ -126,13 +126,13 @@ class ClampMonitor(RunCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a Trainer without a table of formats."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             _plugin(trainer)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse globs that match nothing."""
-        super().on_fit_start(trainer, pl_module)
         precision_map = _precision_map(trainer)
         matched = [name for glob in self.log_layers for name in precision_map.matching(glob)]
         self._named = list(dict.fromkeys(matched))
@@ -144,7 +144,7 @@ class ClampMonitor(RunCallback):
         trainers: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         self._interval = self.log_every_n_steps or trainers or self._steps.every_n_steps
         self._logged_at, self._running, self._failed = step, True, False
-        self._safely(self._open, trainer, begin_run(trainer, self), step)
+        self._safely(self._open, trainer, run_of(trainer).directory(self), step)
 
     def _open(self, trainer: L.Trainer, directory: Path | None, step: int) -> None:
         table = _precision_map(trainer)
@@ -279,10 +279,8 @@ class ClampMonitor(RunCallback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the layers as they were."""
-        if stage == "fit":
-            end_run(trainer)
-            if self.what_if:
-                self._safely(_precision_map(trainer).follow, False)
+        if stage == "fit" and self.what_if:
+            self._safely(_precision_map(trainer).follow, False)
         self._close()
 
     def _close(self) -> None:

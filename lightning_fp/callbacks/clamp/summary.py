@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_fp.layers import LinearFormat
 from lightning_fp.records import StatisticsRows
 from lightning_fp.records.rows import CAST
 
@@ -63,14 +64,16 @@ def per_layer(rows: StatisticsRows, names: Sequence[str]) -> dict[str, float]:
     return scalars
 
 
-def flops_share(plugin: Any) -> float:
-    """Share of the model's FLOPs that are in low precision now, 0 to 1.
+def flops_share(plugin: Any, changes: Mapping[str, LinearFormat] | None = None) -> float:
+    """Share of the model's FLOPs that are in low precision, 0 to 1.
 
     Args:
         plugin: a precision plugin with a table and a report.
+        changes: formats to come, by layer; the others keep theirs.
     """
-    layers = plugin.precision_map.layers
-    low = {name for name, layer in layers.items() if not layer.format.is_high_precision}
+    now = {name: layer.format for name, layer in plugin.precision_map.layers.items()}
+    formats = {**now, **(changes or {})}
+    low = {name for name, format in formats.items() if not format.is_high_precision}
     if plugin.report is None:
         return math.nan
     return sum(layer.flops_share for layer in plugin.report.layers if layer.name in low)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_fp.callbacks.compare.step_replay import copied, muted, replaced
-from lightning_fp.callbacks.run.run_log import RunCallback, begin_run, end_run
+from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import LinearFormat
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter
@@ -103,6 +103,7 @@ class EvaluationGap(RunCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage not in ("fit", "validate"):
             return
         _plugin(trainer)
@@ -115,7 +116,7 @@ class EvaluationGap(RunCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        directory = begin_run(trainer, self)
+        directory = run_of(trainer).directory(self)
         self._writer = None if directory is None else EvaluationWriter(directory)
 
     # -- a validation ---------------------------------------------------------------------------
@@ -229,8 +230,6 @@ class EvaluationGap(RunCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._sums = self._writer = None
-        if stage == "fit":
-            end_run(trainer)
 
     # -- state ----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
-from lightning_fp.callbacks.run.run_log import RunCallback, begin_run, end_run, run_directory
+from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.plugins import FP16Precision, LayerPrecision
 from lightning_fp.records.parity import append_parity
@@ -88,25 +88,19 @@ class ParityProbe(RunCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             _plugin(trainer)
             check_replayable(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
         table = _plugin(trainer).precision_map
         self._log_layers = {name for glob in self._globs for name in table.matching(glob)}
-        self._directory = run_directory(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        begin_run(trainer, self)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            end_run(trainer)
+        self._directory = run_of(trainer).directory(self)
 
     # -- when -----------------------------------------------------------------------------------
 
@@ -137,7 +131,7 @@ class ParityProbe(RunCallback):
             if not run.possible:
                 return
             self._last = step // self._every_n_steps
-            table.apply()  # what waits for this step takes effect now instead of a moment later
+            _plugin(trainer).boundary()
             self._probe(trainer, run, table, step)
         except Exception as error:
             if not self._failed:

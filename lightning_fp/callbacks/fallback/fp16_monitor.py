@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
-from lightning_fp.callbacks.run.run_log import RunCallback, RunLog, begin_run, end_run, run_log
+from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.plugins.overflows import counts, layer_of
@@ -50,7 +51,6 @@ class FP16Monitor(RunCallback):
         self.dirpath = dirpath
         self._log = RunLog(None)
         self._directory: Path | None = None
-        self._position: int | None = None
         self._names: dict[int, str] = {}
         self._told = -1
         self._alone = True
@@ -62,13 +62,14 @@ class FP16Monitor(RunCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             _scaler(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log = run_log(trainer, self, self._position)
-        self._directory = begin_run(trainer, self)
+        run = run_of(trainer)
+        self._log, self._directory = run.log(self), run.directory(self)
         self._names = {id(p): name for name, p in pl_module.named_parameters()}
         self._told, self._failed = trainer.global_step - 1, False
         callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
@@ -142,21 +143,6 @@ class FP16Monitor(RunCallback):
                     SkippedStep(step=step, reason=reason, layers=(layer,), numbers=numbers)
                 )
         self._told = max([self._told, *overflowed])
-
-    # -- the end --------------------------------------------------------------------------------
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            end_run(trainer)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "position": self._log.position}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._position = state_dict["position"]
 
 
 def _scaler(trainer: Trainer) -> LossScaler:

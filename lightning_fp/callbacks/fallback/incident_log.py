@@ -9,7 +9,7 @@ from typing import Any
 from lightning_fp.callbacks.fallback.accounting import Accounting
 from lightning_fp.callbacks.fallback.investigation import Findings
 from lightning_fp.callbacks.run.run_log import RunLog
-from lightning_fp.layers import Change, LinearFormat, PrecisionMap
+from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.records.events import (
     Demotion,
     Event,
@@ -31,6 +31,9 @@ from lightning_fp.stability.respond.verdict import Judgement
 
 log = logging.getLogger("lightning_fp.fallback")
 
+AUTHOR = "fallback"
+"""Of the writes to the table that have events of their own in here."""
+
 
 class IncidentLog:
     """Puts what the fallback does into the run's log.
@@ -41,12 +44,8 @@ class IncidentLog:
 
     def __init__(self, run: RunLog | None = None) -> None:
         self._run = RunLog(None) if run is None else run
+        self._run.own.add(AUTHOR)
         self._misbehaving = False
-
-    @property
-    def position(self) -> int | None:
-        """How far the file has come."""
-        return self._run.position
 
     def write(self, event: Event, *, quiet: bool = False) -> None:
         """One event, everywhere; not on the console if `quiet`."""
@@ -211,14 +210,6 @@ class IncidentLog:
             else "the data moves on, the batches since then are lost"
         )
         self.write(Rollback(step=step, to_step=to_step, replayed=replayed, reason=reason))
-
-    def others(self, step: int, table: PrecisionMap) -> None:
-        """What others wrote to the table, unless they have told it themselves."""
-        self._run.changed(step, self._run.new_changes(table))
-
-    def told(self, table: PrecisionMap) -> None:
-        """What was written to the table by now has an event of its own, or was before this fit."""
-        self._run.new_changes(table)
 
     def note(self, step: int, text: str) -> None:
         """Something to know."""

@@ -22,7 +22,7 @@ from lightning_fp.callbacks.fallback.investigation import Case
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
 from lightning_fp.callbacks.fallback.rescue import Rescue
 from lightning_fp.callbacks.fallback.run_state import RunState
-from lightning_fp.callbacks.run.run_log import RunCallback, end_run, run_log
+from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import GuardedStep, hyperparameters
 from lightning_fp.stability import RandomState
@@ -165,6 +165,7 @@ class PrecisionFallback(RunCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a Trainer without a table of formats; stand before the optimizer's step."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         plugin = _plugin(trainer)
@@ -191,8 +192,7 @@ class PrecisionFallback(RunCallback):
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded)
-        position = None if loaded is None else loaded["position"]
-        self._log = IncidentLog(run_log(trainer, self, position))
+        self._log = IncidentLog(run_of(trainer).log(self))
         self._rescue = Rescue(
             trainer=trainer,
             plugin=plugin,
@@ -291,9 +291,7 @@ class PrecisionFallback(RunCallback):
         rescue = self._rescue
         if rescue is None:
             return
-        table = rescue.plugin.precision_map
-        table.apply()  # what waits for this step takes effect now instead of a moment later
-        self._log.others(step, table)
+        rescue.plugin.boundary()
         if new := rescue.others_changes():
             self._forget([change.layer for change in new])
             self._detected = self.detector.precision_changed(self._detected)
@@ -453,7 +451,6 @@ class PrecisionFallback(RunCallback):
         """Leave the plugin and the layers as they were."""
         if stage != "fit":
             return
-        end_run(trainer)
         if self._layers is not None:
             self._layers.close()
         plugin = trainer.precision_plugin
@@ -481,7 +478,6 @@ class PrecisionFallback(RunCallback):
             "overflows": asdict(self._overflows),
             "calm": self._calm,
             "anomaly": asdict(self._anomaly),
-            "position": self._log.position,
         }
         small = self._snapshots.nbytes + self._ring.nbytes <= self._checkpoint_bytes
         if self._rescue is not None and self._rescue.run.single and small:

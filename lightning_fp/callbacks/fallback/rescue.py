@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import lightning as L
 
 from lightning_fp.callbacks.fallback.accounting import Accounting
-from lightning_fp.callbacks.fallback.incident_log import IncidentLog
+from lightning_fp.callbacks.fallback.incident_log import AUTHOR, IncidentLog
 from lightning_fp.callbacks.fallback.investigation import Case, Findings, Investigation
 from lightning_fp.callbacks.fallback.run_state import RunState
 from lightning_fp.layers import LinearFormat, linear_format
@@ -43,7 +43,7 @@ class Rescue:
         """What others have written to the table since the last time."""
         changes = self.plugin.precision_map.changes
         new, self._changes_seen = changes[self._changes_seen :], len(changes)
-        return new
+        return [change for change in new if change.author != AUTHOR]
 
     # -- replays --------------------------------------------------------------------------------
 
@@ -207,11 +207,9 @@ class Rescue:
             return []
         table = self.plugin.precision_map
         for name, format in formats.items():
-            table.set(f"re:{re.escape(name)}", linear_format(format), reason=reason)
-        changes = table.apply()
-        self._changes_seen = len(table.changes)
-        self.log.told(table)
-        return changes
+            pattern = f"re:{re.escape(name)}"
+            table.set(pattern, linear_format(format), reason=reason, author=AUTHOR)
+        return [change for change in self.plugin.boundary() if change.author == AUTHOR]
 
 
 def _group(name: str) -> str:

@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from lightning_fp.callbacks.mismatch.mismatch_remedy import raised_formats, write_formats
 from lightning_fp.callbacks.mismatch.mismatch_tally import MismatchTally, RankFailedError
-from lightning_fp.callbacks.run.run_log import RunCallback, RunLog, begin_run, end_run, run_log
+from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.layers import FormatLike, PrecisionMap, linear_format
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
 from lightning_fp.plugins.base import LayerPrecision
@@ -130,8 +131,7 @@ class MismatchMonitor(RunCallback):
         self._detected = self.detector.init()
         self._measured_at = -1
         self._quiet_until = 0
-        self._wrote = self._told = False
-        self._loaded_position: int | None = None
+        self._told = False
         self._open: int | None = None
         self._due = self._running = self._failed = self._worked = self._warned_empty = False
         self._trainer: L.Trainer | None = None
@@ -148,6 +148,7 @@ class MismatchMonitor(RunCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to raise the precision where nothing can be raised."""
+        super().setup(trainer, pl_module, stage)
         plugin = trainer.precision_plugin
         wants_table = stage == "fit" and self.act == "raise-precision"
         if wants_table and not isinstance(plugin, LayerPrecision):
@@ -163,8 +164,8 @@ class MismatchMonitor(RunCallback):
         self._tally.start(trainer.strategy.root_device)
         self._open, self._running = None, True
         self._failed = self._worked = self._warned_empty = False
-        self._log = run_log(trainer, self, self._loaded_position)
-        directory = begin_run(trainer, self)
+        self._log = run_of(trainer).log(self)
+        directory = run_of(trainer).directory(self)
         self._writer = None if directory is None else MismatchWriter(directory)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -174,12 +175,13 @@ class MismatchMonitor(RunCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """In a measured step: ask the hook, on the weights before the step."""
-        step = trainer.global_step
+        step, plugin = trainer.global_step, trainer.precision_plugin
         if self._open is None:
             self._open = step
             due = step // self._every_n_steps > self._measured_at // self._every_n_steps
             self._due = self._running and due
-            self._tell_changes(trainer, step)
+            if self._due and self._hook is not None and isinstance(plugin, LayerPrecision):
+                plugin.boundary()  # the hook asks in the formats of the step to come
         if self._due and self._hook is not None:
             self._guarded(self._ask, self._hook, trainer, pl_module, batch)
 
@@ -303,7 +305,6 @@ class MismatchMonitor(RunCallback):
             fp16_next = self._raise_to is None and plugin.scaler is None
             return "no layer is left in FP8; for fp16 take FP16Precision" if fp16_next else ""
         changes = write_formats(plugin.precision_map, formats, decision.reason)
-        self._wrote = True
         self._quiet_until = step + self._hold_steps
         self._detected = self.detector.precision_changed(self._detected)
         ways = sorted({f"{before} -> {after}" for before, after in changes.values()})
@@ -323,16 +324,6 @@ class MismatchMonitor(RunCallback):
         event = Suspicion(step=step, reason=decision.reason, numbers=numbers, action=action)
         self._log.write(event)
         self._log.count("mismatch_warnings", step)
-
-    def _tell_changes(self, trainer: L.Trainer, step: int) -> None:
-        """What was raised takes effect now; an event says so, if nobody else has told it."""
-        if not self._wrote:
-            return
-        self._wrote = False
-        table = _table(trainer)
-        if table is not None:
-            table.apply()
-            self._log.changed(step, self._log.new_changes(table))
 
     # -- failures and the end -------------------------------------------------------------------
 
@@ -362,7 +353,6 @@ class MismatchMonitor(RunCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The next fit begins anew."""
         if stage == "fit":
-            end_run(trainer)
             self._trainer, self._writer, self._running = None, None, False
 
     # -- state ----------------------------------------------------------------------------------
@@ -375,9 +365,7 @@ class MismatchMonitor(RunCallback):
             "detector": self.detector.state_dict(self._detected),
             "measured_at": self._measured_at,
             "quiet_until": self._quiet_until,
-            "wrote": self._wrote,
             "told": self._told,
-            "position": self._log.position,
         }
 
     @override
@@ -387,8 +375,7 @@ class MismatchMonitor(RunCallback):
         self._detected = self.detector.load_state_dict(state_dict["detector"])
         self._measured_at = int(state_dict["measured_at"])
         self._quiet_until = int(state_dict["quiet_until"])
-        self._wrote, self._told = bool(state_dict["wrote"]), bool(state_dict["told"])
-        self._loaded_position = state_dict["position"]
+        self._told = bool(state_dict["told"])
 
 
 def _table(trainer: L.Trainer) -> PrecisionMap | None:

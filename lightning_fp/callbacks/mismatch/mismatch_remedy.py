@@ -50,7 +50,7 @@ def write_formats(
     """
     changes = {name: (table.layers[name].format.name, to.name) for name, to in formats.items()}
     for name, format in formats.items():
-        table.set(f"re:{re.escape(name)}", format, reason=reason)
+        table.set(f"re:{re.escape(name)}", format, reason=reason, author="mismatch")
     return changes
 
 

@@ -26,8 +26,9 @@ from lightning_fp.callbacks.rollout.rollout_sources import (
     find_sources,
     statistic,
 )
-from lightning_fp.callbacks.run.run_log import RunCallback, RunLog, end_run, run_log
-from lightning_fp.layers import PrecisionMap
+from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.callbacks.run.run_log import RunLog
+from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.recipes import (
     Rollout,
@@ -146,6 +147,7 @@ class StagedRollout(RunCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a Trainer without a table of formats, or without what the gates ask for."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         _plugin(trainer)
@@ -178,7 +180,7 @@ class StagedRollout(RunCallback):
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded, trainer)
-        self._log = run_log(trainer, self, None if loaded is None else loaded["position"])
+        self._log = run_of(trainer).log(self)
         self._at, self._shown, self._running = trainer.global_step, -1, True
 
     def _length(self, trainer: L.Trainer) -> float:
@@ -257,14 +259,12 @@ class StagedRollout(RunCallback):
 
     def _boundary(self, trainer: L.Trainer) -> None:
         step, plugin = trainer.global_step, _plugin(trainer)
-        table = plugin.precision_map
-        table.apply()  # what waits for this step takes effect now instead of a moment later
-        self._log.changed(step, self._log.new_changes(table))
+        plugin.boundary()
         if self._rewrite is not None:  # the recipe was changed while the run lay still
             before, self._rewrite = self._rewrite, None
             name = f"rollout stage {self.stage}: the recipe was changed"
-            self._write(table, self._course[self._state.stage].formats, before, name)
-            self._log.changed(step, self._log.new_changes(table))
+            course = self._course[self._state.stage].formats
+            self._write(plugin, _own_moves(plugin.precision_map, course, before)[0], name)
         self._gather(step)
         new, self._new = self._new, {}
         held, over = self._held()
@@ -312,11 +312,9 @@ class StagedRollout(RunCallback):
         signals: RolloutSignals,
     ) -> None:
         """Carry a decision out: give the stage's layers their formats."""
-        table, entry = plugin.precision_map, self._course[self._state.stage]
+        entry = self._course[self._state.stage]
         known = self._course[before.stage].formats if before.stage >= 0 else self._configured
-        reason = f"rollout stage {entry.stage.name}: {decision.reason}"
-        left = self._write(table, entry.formats, known, reason)
-        changes = self._log.new_changes(table)
+        changes, left = _own_moves(plugin.precision_map, entry.formats, known)
         action = f"{len(changes)} layers change"
         action += f", {len(left)} are left as others have set them" if left else ""
         self._log.write(
@@ -329,51 +327,32 @@ class StagedRollout(RunCallback):
                     "stage": float(self._state.stage),
                     "layers_changed": float(len(changes)),
                     "layers_left": float(len(left)),
-                    "fp8_share": flops_share(plugin),
+                    "fp8_share": flops_share(plugin, changes),
                     "share": signals.share or 0.0,
                     **({} if signals.tokens is None else {"tokens": float(signals.tokens)}),
                 },
-                layers=tuple(change.layer for change in changes),
+                layers=tuple(changes),
                 action=action,
             )
         )
-        self._log.changed(signals.step, changes)
+        self._write(plugin, changes, f"rollout stage {entry.stage.name}: {decision.reason}")
         self._log.count("stage_changes", signals.step)
         self._shown = -1
         if self._state.ended:
             self._tell_end(signals.step, self._state.ended)
 
     def _write(
-        self, table: PrecisionMap, wanted: Mapping[str, str], before: Mapping[str, str], reason: str
-    ) -> list[str]:
-        """Through the table, as anybody.
-
-        Args:
-            table: the formats.
-            wanted: those to be.
-            before: those that the rollout itself had seen to: a layer that has another one now
-                was changed by somebody else, who knows why, and may only go to high precision.
-            reason: for the log.
-
-        Returns:
-            The layers that were left as they are.
-        """
-        by_format: dict[str, list[str]] = {}
-        left: list[str] = []
-        for name, layer in table.layers.items():
-            now, format = layer.format, table.known_format(wanted[name])
-            if now == format:
-                continue
-            own = now == table.known_format(before[name])
-            if own or (format.is_high_precision and not now.is_high_precision):
-                by_format.setdefault(format.name, []).append(name)
-            elif before[name] != wanted[name]:
-                left.append(name)
+        self, plugin: LayerPrecision, changes: Mapping[str, LinearFormat], reason: str
+    ) -> None:
+        """Through the table, as anybody."""
+        table = plugin.precision_map
+        by_format: dict[LinearFormat, list[str]] = {}
+        for name, format in changes.items():
+            by_format.setdefault(format, []).append(name)
         for format, names in by_format.items():
             pattern = "|".join(map(re.escape, names))
-            table.set(f"re:{pattern}", table.known_format(format), reason=reason)
-        table.apply()
-        return left
+            table.set(f"re:{pattern}", format, reason=reason, author="rollout")
+        plugin.boundary()
 
     # -- what is said ---------------------------------------------------------------------------
 
@@ -427,7 +406,6 @@ class StagedRollout(RunCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The log is closed."""
         if stage == "fit":
-            end_run(trainer)
             self._running = False
 
     # -- state ----------------------------------------------------------------------------------
@@ -447,7 +425,6 @@ class StagedRollout(RunCallback):
             "new": {name: [list(point) for point in points] for name, points in self._new.items()},
             "sources": {name: source.state_dict() for name, source in self._sources.items()},
             "tokens": None if self._tokens is None else self._tokens.state_dict(),
-            "position": self._log.position,
         }
 
     @override
@@ -522,6 +499,34 @@ def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
                 " whose base changes with them; write '*'"
             )
     return stages
+
+
+def _own_moves(
+    table: PrecisionMap, wanted: Mapping[str, str], before: Mapping[str, str]
+) -> tuple[dict[str, LinearFormat], list[str]]:
+    """Which layers a stage moves.
+
+    Args:
+        table: the formats.
+        wanted: those to be.
+        before: those that the rollout itself had seen to: a layer that has another one now was
+            changed by somebody else, who knows why, and may only go to high precision.
+
+    Returns:
+        The new formats of the layers that get one, and the layers that are left as they are.
+    """
+    moves: dict[str, LinearFormat] = {}
+    left: list[str] = []
+    for name, layer in table.layers.items():
+        now, format = layer.format, table.known_format(wanted[name])
+        if now == format:
+            continue
+        own = now == table.known_format(before[name])
+        if own or (format.is_high_precision and not now.is_high_precision):
+            moves[name] = format
+        elif before[name] != wanted[name]:
+            left.append(name)
+    return moves, left
 
 
 def _as_asked(recipe: RolloutRecipe, new: Points) -> Points:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
-from lightning_fp.callbacks.run.run_log import RunCallback, begin_run, end_run, run_directory
+from lightning_fp.callbacks.run.run import RunCallback, run_directory, run_of
 from lightning_fp.callbacks.run.step_losses import StepLosses
 from lightning_fp.plugins.guard import gradient_norm
 from lightning_fp.records import LossWriter
@@ -55,7 +55,7 @@ class LossRecorder(RunCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        directory = begin_run(trainer, self)
+        directory = run_of(trainer).directory(self)
         self._monitor = self._beside(trainer)
         self._losses, self._norm = StepLosses(), None
         self._running = self._monitor is None
@@ -142,8 +142,6 @@ class LossRecorder(RunCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._running, self._writer = False, None
-        if stage == "fit":
-            end_run(trainer)
 
 
 def _unscale(trainer: Trainer, optimizer: Optimizer) -> float:

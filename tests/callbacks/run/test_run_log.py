@@ -13,13 +13,7 @@ from typing_extensions import override
 
 from lightning_fp import FP8Precision
 from lightning_fp.callbacks import ClampMonitor, EvaluationGap, LossRecorder, ParityProbe
-from lightning_fp.callbacks.run.run_log import (
-    RunCallback,
-    begin_run,
-    end_run,
-    run_directory,
-    run_log,
-)
+from lightning_fp.callbacks.run.run import RunCallback, run_directory, run_of
 from lightning_fp.callbacks.run.run_settings import flat, settings_by_class
 from lightning_fp.records import Note, read_events, read_run
 from tests.helper import LanguageModel, fit, make_trainer, text_loader
@@ -35,18 +29,13 @@ class Writes(RunCallback):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.directory = begin_run(trainer, self)
-        self.log = run_log(trainer, self)
+        self.directory = run_of(trainer).directory(self)
+        self.log = run_of(trainer).log(self)
 
     @override
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.log.write(Note(step=trainer.global_step, reason=self.name), quiet=True)
         self.log.count(self.name, trainer.global_step)
-
-    @override
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            end_run(trainer)
 
 
 def notes(directory: Path) -> list[tuple[int, str]]:
@@ -115,7 +104,7 @@ def test_a_run_that_cannot_be_described_goes_on(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("lightning_fp.callbacks.run.run_log.write_run", full)
+    monkeypatch.setattr("lightning_fp.callbacks.run.run.write_run", full)
     model = fit(None, max_steps=2, callbacks=[Writes("a", tmp_path), Writes("b", tmp_path)])
     assert len(model.losses) == 2
     assert caplog.text.count("what this run is cannot be written down") == 1
