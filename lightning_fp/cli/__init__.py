@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
+from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from lightning_fp.cli import baseline, demo, doctor, mismatch, plan, recipes, report, stats, study
+from lightning_fp import __version__
+from lightning_fp.cli.commands import COMMANDS
+from lightning_fp.cli.parser import PROGRAM, build_parser
 
 __all__ = ["main"]
 
-_COMMANDS = {
-    "doctor": doctor,
-    "plan": plan,
-    "recipes": recipes,
-    "mismatch": mismatch,
-    "demo": demo,
-    "baseline": baseline,
-    "stats": stats,
-    "report": report,
-    "study": study,
-}
+_REFUSED = 2
+_INTERRUPTED = 130
+"""What a shell reports of a program that Ctrl-C has ended: 128 and the signal's number."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -31,22 +25,36 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; the process's own by default.
 
     Returns:
-        The exit code: 2 for what the user can put right, said in one line on stderr.
-    """
-    parser = ArgumentParser(
-        prog="lightning-fp", description="Low-precision training for PyTorch Lightning."
-    )
-    commands = parser.add_subcommands(dest="command", required=True)
-    for name, module in _COMMANDS.items():
-        summary, *_ = (module.__doc__ or "").partition("\n")
-        command = ArgumentParser(description=module.__doc__)
-        commands.add_subcommand(name, command, help=summary)  # first: it may have its own
-        module.add_arguments(command)
+        The exit code: 1 if the command found that something is wrong, 2 for what the user can put
+        right, said in one line on stderr, 130 after Ctrl-C.
 
-    parsed = parser.parse_args(None if args is None else list(args))
-    options = vars(parsed[parsed.command])
+    Raises:
+        SystemExit: after help, or for a command line that is none, with code 0 or 2.
+    """
+    started = time.time()
+    given = sys.argv[1:] if args is None else list(args)
+    parser = build_parser(
+        COMMANDS, description="Low-precision training for PyTorch Lightning.", version=__version__
+    )
+    options = vars(parser.parse_args(given))
+    command = options.pop("command")
     try:
-        return _COMMANDS[parsed.command].run(**options)
+        return _run(command, options)
     except ValueError as error:
-        print(f"lightning-fp {parsed.command}: {error}", file=sys.stderr)
-        return 2
+        print(f"{PROGRAM} {given[0]}: {error}", file=sys.stderr)
+        return _REFUSED
+    except KeyboardInterrupt:
+        from lightning_fp.cli.interrupted import kept
+
+        print(f"\n{PROGRAM} {given[0]}: stopped; {kept(options, started)}", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(command: Any, options: dict[str, Any]) -> int:
+    """Run it; Lightning's Trainer ends the process by itself after Ctrl-C, which is undone."""
+    try:
+        return command(**options)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from end
+        raise

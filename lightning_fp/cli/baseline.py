@@ -5,59 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.table import Table
 
 from lightning_fp.callbacks import LossRecorder
 from lightning_fp.cli.loading import factory_error, find_factory
 from lightning_fp.cli.output import console, table
+from lightning_fp.cli.strict_json import print_json
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import Baseline, RunInfo, read_baseline, read_run
-from lightning_fp.records.jsonl import json_text
-
-HighPrecision = Literal["bf16-mixed", "bf16-true", "32-true"]
+from lightning_fp.terminal import FittedTable
 
 _OURS = ("precision", "plugins", "max_steps", "max_epochs", "max_time", "fast_dev_run")
 """Options of the Trainer that the command sets itself, or that would leave nothing to record."""
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument(
-        "factory",
-        type=str,
-        help="package.module:factory or path/to/file.py:factory; returns a LightningModule that"
-        " has a train_dataloader, or a LightningModule and its data (a dataloader or a"
-        " LightningDataModule), or both and a mapping of Trainer options",
-    )
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/baseline"),
-        help="where the records go; those of an earlier baseline are replaced",
-    )
-    parser.add_argument(
-        "--precision",
-        type=HighPrecision,
-        default="bf16-mixed",
-        help="bf16-mixed, bf16-true or 32-true, as the Trainer has them",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 # `json` is the name of the option.
-def run(
-    factory: str, steps: int, output: Path, precision: HighPrecision, seed: int, json: bool
-) -> int:
-    """Train, record, and print the figures.
+def run(factory: str, steps: int, output: str, precision: str, seed: int, *, json: bool) -> int:
+    """Train, record, and print the figures; see `commands.baseline`.
 
     Raises:
         ValueError: for what the user can put right.
@@ -67,10 +36,12 @@ def run(
     screen = console()
     L.seed_everything(seed, verbose=False)
     job = build_job(factory)
+    directory = Path(output)
     for old in ("loss.csv", "run.jsonl"):
-        (output / old).unlink(missing_ok=True)
+        (directory / old).unlink(missing_ok=True)
     with quiet_lightning():
-        trainer = _trainer(job, steps, output, precision, progress=screen.is_terminal and not json)
+        progress = screen.is_terminal and not json
+        trainer = _trainer(job, steps, directory, precision, progress=progress)
         try:
             trainer.fit(job.module, **job.data)
         except MisconfigurationException as error:
@@ -83,7 +54,7 @@ def run(
             " batches, and its training_step must return a finite loss"
         ) from error
     if json:
-        print(json_text({**asdict(baseline), "precision": precision}))
+        print_json({**asdict(baseline), "precision": precision})
         return 0
     screen.print(baseline_table(baseline, precision, read_run(output)))
     screen.print(f"Written to {output}: loss.csv, run.jsonl", markup=False, soft_wrap=True)
@@ -144,9 +115,7 @@ def build_job(reference: str) -> Job:
     return Job(module=module, data={} if data is None else {kind: data}, options=options)
 
 
-def _trainer(
-    job: Job, steps: int, output: Path, precision: HighPrecision, *, progress: bool
-) -> L.Trainer:
+def _trainer(job: Job, steps: int, output: Path, precision: Any, *, progress: bool) -> L.Trainer:
     given = dict(job.options)
     callbacks: Any = given.pop("callbacks", None) or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -175,7 +144,7 @@ def _trainer(
 # -- what it came to ------------------------------------------------------------------------------
 
 
-def baseline_table(baseline: Baseline, precision: str, starts: list[RunInfo]) -> Table:
+def baseline_table(baseline: Baseline, precision: str, starts: list[RunInfo]) -> FittedTable:
     """The figures of a run in high precision.
 
     Args:

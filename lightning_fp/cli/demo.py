@@ -3,68 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from lightning_fp.cli.output import console
+from lightning_fp.cli.strict_json import print_json
 from lightning_fp.demo import DemoOptions, run_demo
 from lightning_fp.demo.clamping import clamp_table
-from lightning_fp.demo.rollout import rollout_table, run_rollout
+from lightning_fp.demo.rollout import RolloutResult, rollout_table, run_rollout
 from lightning_fp.demo.summary import findings, summary_table
 from lightning_fp.records.jsonl import json_text
 from lightning_fp.report import terminal_summary
 
-_DEFAULTS = DemoOptions()
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's options; see `DemoOptions`."""
-    parser.add_argument(
-        "--output", type=Path, default=_DEFAULTS.output, help="directory to write to"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=_DEFAULTS.steps, help="optimizer steps of each run"
-    )
-    parser.add_argument(
-        "--scaling", type=str, default=_DEFAULTS.scaling, help="format of the FP8 runs"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=_DEFAULTS.batch_size, help="sequences per step"
-    )
-    parser.add_argument("--context", type=int, default=_DEFAULTS.context, help="bytes per sequence")
-    parser.add_argument(
-        "--seed", type=int, default=_DEFAULTS.seed, help="seed of weights and batches"
-    )
-    parser.add_argument(
-        "--rollout", type=bool, default=True, help="whether to run the second part, with the recipe"
-    )
-
 
 def run(
-    output: Path,
+    output: str,
     steps: int,
     scaling: str,
     batch_size: int,
     context: int,
     seed: int,
+    *,
     rollout: bool,
+    json: bool,
 ) -> int:
-    """Run the demo and print what it found.
+    """Run the demo and print what it found; see `commands.demo`.
 
     Returns:
         0, or 1 if the resumed run did not end as the uninterrupted one, or the fallback did not
         save the run with the faults.
     """
+    directory = Path(output)
     options = DemoOptions(
-        output=output,
+        output=directory,
         steps=steps,
         scaling=scaling,
         batch_size=batch_size,
         context=context,
         seed=seed,
     )
-    screen = console()
+    screen = console(stderr=json)
     result = run_demo(options, screen)
     screen.print()
     screen.print(summary_table(result))
@@ -73,12 +52,19 @@ def run(
         screen.print(f"• {line}")
     screen.print(f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name};")
     screen.print(f"  the clamp log: lightning-fp stats {options.clamp_log(options.other_scaling)}")
-    saved = not rollout or _rollout(output, seed, screen)
+    found: dict[str, Any] = result.to_dict()
+    saved = True
+    if rollout:
+        rolled_out = _rollout(directory, seed, screen)
+        found["rollout"] = rolled_out.to_dict()
+        saved = rolled_out.gap(rolled_out.rescued) < 0.01  # within 1% of high precision
+    if json:
+        print_json(found)
     return 0 if result.resume_is_exact and saved else 1
 
 
-def _rollout(output: Path, seed: int, screen: Console) -> bool:
-    """The second part; whether the protected run ended within 1% of high precision."""
+def _rollout(output: Path, seed: int, screen: Console) -> RolloutResult:
+    """The second part."""
     result = run_rollout(output, screen, seed=seed)
     screen.print()
     screen.print(rollout_table(result))
@@ -86,4 +72,4 @@ def _rollout(output: Path, seed: int, screen: Console) -> bool:
     terminal_summary([result.run_dir], screen, baseline=result.baseline)
     screen.print(f"• Step by step: {result.run_dir}/events.jsonl; docs/when-a-run-diverges.md")
     screen.print(f"• The report: {result.report}")
-    return result.gap(result.rescued) < 0.01
+    return result

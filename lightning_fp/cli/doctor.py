@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json as json_module
 import platform
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.markup import escape
 from torch import nn
 
 from lightning_fp.cli.fp16_scale import advice, load_loss, probe_scales
 from lightning_fp.cli.output import console, table
+from lightning_fp.cli.strict_json import print_json
 from lightning_fp.format_table import TABLE
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
 from lightning_fp.kernels.transformer_engine.kernel import availability
@@ -41,20 +40,7 @@ class Support:
     reason: str
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument(
-        "--fp16",
-        type=str,
-        default=None,
-        metavar="FACTORY",
-        help="advise on a loss scale for the model of package.module:factory or"
-        " path/to/file.py:factory, which returns (LightningModule, batch) or (module, loss)",
-    )
-
-
-def run(json: bool, fp16: str | None = None) -> int:
+def run(*, fp16: str | None, json: bool) -> int:
     """Print hardware, versions and the table of formats; or how FP16 holds a model's gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if fp16 is not None:
@@ -63,7 +49,7 @@ def run(json: bool, fp16: str | None = None) -> int:
     formats = [support(name, device) for name in FORMATS]
     if json:
         rows = [dataclasses.asdict(row) for row in formats]
-        print(json_module.dumps({**facts, "device": device, "formats": rows}, indent=2))
+        print_json({**facts, "device": device, "formats": rows})
         return 0
 
     screen = console()
@@ -90,7 +76,7 @@ def _advise_on_scale(reference: str, device: str, *, json: bool) -> int:
     probes = probe_scales(*load_loss(reference, device))
     if json:
         rows = [dataclasses.asdict(probe) for probe in probes]
-        print(json_module.dumps({"scales": rows, "advice": advice(probes)}, indent=2))
+        print_json({"scales": rows, "advice": advice(probes)})
         return 0
     grid = table(
         "Gradients in FP16", "loss scale", "zero", "subnormal", "overflows first in", right=_RIGHT

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from lightning_fp.cli.mismatch_sides import (
@@ -18,46 +17,25 @@ from lightning_fp.cli.mismatch_sides import (
 )
 from lightning_fp.cli.output import console, table
 from lightning_fp.cli.plan import parse_rules
+from lightning_fp.cli.strict_json import print_json
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.scaling import read_scaling
 from lightning_fp.metrics import TrainingInferenceMismatch
-from lightning_fp.records.jsonl import json_text
-
-FORMATS = "bf16,fp16,fp8-dynamic"
 
 _FP32 = linear_format("fp32")
 
+_SHOWN = {
+    "E|r|": "logprob_abs_diff_mean",
+    "k3": "k3_kl",
+    "|r| p50": "logprob_abs_diff_p50",
+    "|r| p99": "logprob_abs_diff_p99",
+    "max |p-q|": "rollout_probs_diff_max",
+    "E|sum r|": "seq_logprob_abs_diff_mean",
+}
+"""What the table has of `TrainingInferenceMismatch`."""
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument(
-        "factory",
-        type=str,
-        help="package.module:factory or path/to/file.py:factory; returns a model, (model, tokens)"
-        " or (model, tokens, decode): model(tokens) gives logits [batch, tokens, vocabulary], and"
-        " decode(model, tokens) the same as the rollout engine computes them",
-    )
-    parser.add_argument(
-        "--formats", type=str, default=FORMATS, help="of training, the first one to compare with"
-    )
-    parser.add_argument(
-        "--rollout", type=str, default=None, help="format of the engine, by default training's"
-    )
-    parser.add_argument(
-        "--layers",
-        action="append",
-        default=[],
-        metavar="PATTERN=FORMAT",
-        help="a layer rule for the formats below 16 bits, may be repeated, the first match wins",
-    )
-    parser.add_argument(
-        "--batch", type=int, default=8, help="sequences to sample if the factory gives no tokens"
-    )
-    parser.add_argument("--length", type=int, default=32, help="tokens of each of these")
-    parser.add_argument(
-        "--device", type=str, default="auto", help="cpu, cuda, or auto: cuda if there is one"
-    )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+_AS_RATIOS = ("logprob_abs_diff_mean", "k3_kl")
+"""What is also given as a multiple of the first format's."""
 
 
 def run(
@@ -68,9 +46,10 @@ def run(
     batch: int,
     length: int,
     device: str,
+    *,
     json: bool,
 ) -> int:
-    """Print the mismatch of each format.
+    """Print the mismatch of each format; see `commands.mismatch`.
 
     Raises:
         ValueError: if the policy cannot be built or run.
@@ -84,7 +63,7 @@ def run(
     rules = parse_rules(layers)
     compared = compare(policy, wanted, engine, rules)
     if json:
-        print(json_text(_as_json(policy, compared)))
+        print_json(_as_json(policy, compared))
     else:
         _print(policy, compared)
     return 0
@@ -168,23 +147,15 @@ def _device(name: str) -> torch.device:
 
 
 def _print(policy: Policy, compared: Sequence[Compared]) -> None:
-    numbers = ("E|r|", "to first", "k3", "to first", "|r| p50", "p99", "max |p-q|", "E|sum r|")
-    names = (
-        "logprob_abs_diff_p50",
-        "logprob_abs_diff_p99",
-        "rollout_probs_diff_max",
-        "seq_logprob_abs_diff_mean",
-    )
-    columns = ("training", "rollout", *numbers, "off fp32")
-    grid = table("", *columns, right=(*numbers, "off fp32"))
-    for row in compared:
-        of, first = row.values, compared[0].values
-        abs_diff, k3 = (
-            (f"{of[name]:.2e}", _times(of[name], first[name]))
-            for name in ("logprob_abs_diff_mean", "k3_kl")
-        )
-        others = [f"{of[name]:.2e}" for name in names]
-        grid.add_row(row.format, row.rollout, *abs_diff, *k3, *others, f"{row.error:.2e}")
+    formats = [row.format for row in compared]
+    grid = table("", "training", *formats, right=formats)
+    grid.add_row("rollout", *(row.rollout for row in compared))
+    for title, name in _SHOWN.items():
+        values = [row.values[name] for row in compared]
+        grid.add_row(title, *(f"{value:.2e}" for value in values))
+        if name in _AS_RATIOS:
+            grid.add_row("  to the first", *(_times(value, values[0]) for value in values))
+    grid.add_row("off fp32", *(f"{row.error:.2e}" for row in compared))
     screen = console()
     screen.print(grid)
     for line in _notes(policy, compared):
@@ -211,10 +182,7 @@ def _as_json(policy: Policy, compared: Sequence[Compared]) -> dict[str, Any]:
     first = compared[0].values
     rows: list[dict[str, Any]] = []
     for row in compared:
-        ratios = {
-            name: _ratio(row.values[name], first[name])
-            for name in ("logprob_abs_diff_mean", "k3_kl")
-        }
+        ratios = {name: _ratio(row.values[name], first[name]) for name in _AS_RATIOS}
         rows.append({**asdict(row), "to_first": ratios})
     return {
         "sequences": policy.tokens.shape[0],

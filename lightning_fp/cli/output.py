@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
-
 from rich.console import Console
 
-from lightning_fp.report.draw.terminal_table import table as table
-
-PIPE_WIDTH = 140
-"""Columns where the output is no terminal and COLUMNS is not set: rich would take 80."""
+from lightning_fp.terminal import FittedTable
 
 
-def console() -> Console:
-    """Standard output: in colour on a terminal, plain and wide in a pipe."""
-    output = Console(highlight=False)
-    if not output.is_terminal and "COLUMNS" not in os.environ:
-        output.width = PIPE_WIDTH
-    return output
+def console(*, stderr: bool = False) -> Console:
+    """Standard output: in colour on a terminal; plain in a pipe, 80 wide unless COLUMNS is set.
+
+    Args:
+        stderr: whether to print to standard error, because JSON goes to the output.
+    """
+    return Console(highlight=False, stderr=stderr)
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> FittedTable:
+    """A table in the one style of the command line.
+
+    Args:
+        title: above it; may be empty.
+        columns: headings.
+        right: those whose cells are numbers.
+    """
+    return FittedTable(title, *columns, right=right)

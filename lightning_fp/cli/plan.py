@@ -7,16 +7,14 @@ import json as json_module
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from jsonargparse import ArgumentParser
-from rich.table import Table
 from rich.text import Text
 
 from lightning_fp.cli.loading import load_model
 from lightning_fp.cli.output import console, table
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.layers import (
-    Backend,
     Conversion,
     LayerReport,
     PrecisionMap,
@@ -26,50 +24,22 @@ from lightning_fp.layers import (
 from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.layers.scaling import read_scaling
+from lightning_fp.terminal import FittedTable
 
 _RULE = re.compile(r"(?P<pattern>.+)=(?P<format>[\w-]+(\[[^\]]*\])?)")
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument(
-        "factory",
-        type=str,
-        help="package.module:factory or path/to/file.py:factory; returns a module, or a module"
-        " and an example input with which FLOPs are counted",
-    )
-    parser.add_argument(
-        "--scaling", type=str, default="fp8-dynamic", help="format of layers that no rule names"
-    )
-    parser.add_argument(
-        "--layers",
-        action="append",
-        default=[],
-        metavar="PATTERN=FORMAT",
-        help="a layer rule, may be repeated, the first match wins; or all of them as a JSON object",
-    )
-    parser.add_argument("--backend", type=str, default="auto", help="auto, native or torchao")
-    parser.add_argument(
-        "--cuda-fp8",
-        action="store_true",
-        help="plan for a GPU with FP8 tensor cores (sm89 or later), whatever is here",
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="a row for every layer; else repeated blocks share rows"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(
     factory: str,
     scaling: str,
     layers: Sequence[str],
-    backend: Backend,
+    backend: Any,
+    *,
     cuda_fp8: bool,
     all: bool,
     json: bool,
 ) -> int:
-    """Print the conversion report of a user's model.
+    """Print the conversion report of a user's model; see `commands.plan`.
 
     Raises:
         ValueError: if the model cannot be built or the conversion is refused.
@@ -192,19 +162,16 @@ def fold(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _as_table(rows: Sequence[Row]) -> Table:
+def _as_table(rows: Sequence[Row]) -> FittedTable:
     numbers = ("layers", "parameters", "FLOPs")
-    columns = ("layer", "format", "kernel", *numbers, "left alone because")
-    grid = table("", *columns, right=numbers)
+    grid = table("", "layer", "format, kernel", *numbers, right=numbers)
     for row in rows:
         grid.add_row(
-            row.name,
-            Text(row.format),
-            row.kernel,
+            Text(row.name if row.reason is None else f"{row.name}\n  {row.reason}"),
+            Text(f"{row.format}\n  {row.kernel}"),
             str(row.layers),
             f"{row.parameters:,}",
             f"{row.flops_share:.1%}",
-            Text(row.reason or ""),
             style="" if row.reason is None else "dim",
         )
     return grid

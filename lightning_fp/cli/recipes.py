@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from jsonargparse import ArgumentParser
 
 from lightning_fp import recipes
 from lightning_fp.cli.loading import load_model
 from lightning_fp.cli.output import console, table
+from lightning_fp.cli.strict_json import print_json
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.layers import Conversion, ConversionReport, PrecisionMap, convert_into
 from lightning_fp.layers.format import linear_format
@@ -25,67 +23,36 @@ _NAMED = 4
 """Layers that a line names; of more it gives the number."""
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """One subcommand for each question."""
-    questions = parser.add_subcommands(dest="question", required=True)
-    every = ArgumentParser(description="The built-in recipes, a line each.")
-    questions.add_subcommand("list", every, help="the built-in recipes")
-    show = ArgumentParser(description="A built-in recipe as YAML, to copy and change.")
-    show.add_argument("name", type=str, help=", ".join(recipes.names()))
-    questions.add_subcommand("show", show, help="one of them as YAML, to copy and change")
-    check = ArgumentParser(description="What a recipe does, and what is wrong with it.")
-    check.add_argument("file", type=str, help="a YAML file, or the name of a built-in recipe")
-    check.add_argument(
-        "--model",
-        type=str,
-        default=None,
-        metavar="FACTORY",
-        help="package.module:factory or path/to/file.py:factory: which of its layers each stage"
-        " touches",
-    )
-    check.add_argument(
-        "--scaling",
-        type=str,
-        default="fp8-dynamic",
-        help="with --model: the scaling that the plugin will be configured with",
-    )
-    check.add_argument("--json", action="store_true", help="print JSON, with all layers")
-    questions.add_subcommand("check", check, help="what a recipe does, and what is wrong with it")
-    schema = ArgumentParser(description="The JSON schema of recipes, for editors.")
-    questions.add_subcommand("schema", schema, help="the JSON schema, for editors")
+def show(name: str) -> int:
+    """Print a built-in recipe as YAML.
+
+    Raises:
+        ValueError: if there is no such recipe.
+    """
+    print(recipes.get(name).to_yaml(), end="")
+    return 0
 
 
-def run(question: str, **options: Any) -> int:
-    """Answer one question.
+def schema() -> int:
+    """Print the JSON schema of recipes."""
+    print_json(recipes.json_schema())
+    return 0
+
+
+def check(file: str, model: str | None, scaling: str, *, json: bool) -> int:
+    """Print what a recipe does, and to a model's layers.
 
     Raises:
         ValueError: for a recipe that is none, or that the model contradicts.
     """
-    asked: Mapping[str, Any] = vars(options[question])
-    if question == "list":
-        grid = table("", "recipe", "stages", "what it does")
-        for name in recipes.names():
-            recipe = recipes.get(name)
-            grid.add_row(name, " > ".join(s.name for s in recipe.stages), recipe.description)
-        console().print(grid)
-    elif question == "show":
-        print(recipes.get(asked["name"]).to_yaml(), end="")
-    elif question == "schema":
-        print(json_module.dumps(recipes.json_schema(), indent=2))
-    else:
-        _check(asked["file"], asked["model"], asked["scaling"], json=asked["json"])
-    return 0
-
-
-def _check(file: str, model: str | None, scaling: str, *, json: bool) -> None:
     recipe = recipes.read(file)
     if model is None:
         if json:
-            print(json_module.dumps({"recipe": as_plain(recipe)}, indent=2))
-            return
+            print_json({"recipe": as_plain(recipe)})
+            return 0
         _print_stages(recipe)
         console().print("The recipe is sound. Which layers it touches: --model module:factory")
-        return
+        return 0
     user = load_model(model)
     precision_map = PrecisionMap(cuda_fp8=cuda_has_fp8())
     conversion = Conversion(
@@ -103,13 +70,13 @@ def _check(file: str, model: str | None, scaling: str, *, json: bool) -> None:
     remarks = list(remarks_on(stages))
     if json:
         course = [_as_json(entry, report) for entry in stages]
-        found = {"recipe": as_plain(recipe), "course": course, "remarks": remarks}
-        print(json_module.dumps(found, indent=2))
-        return
+        print_json({"recipe": as_plain(recipe), "course": course, "remarks": remarks})
+        return 0
     _print_stages(recipe)
     _print_course(stages, report)
     for remark in remarks:
         console().print(f"Note: {remark}", markup=False, soft_wrap=True)
+    return 0
 
 
 def follow(recipe: RolloutRecipe, configured: Mapping[str, str]) -> list[StageFormats]:
@@ -144,15 +111,19 @@ def remarks_on(stages: Sequence[StageFormats]) -> list[str]:
 
 
 def _print_stages(recipe: RolloutRecipe) -> None:
-    grid = table(recipe.name, "stage", "layers", "until", "gates", "if one fails")
+    grid = table(recipe.name, "stage", "layers", "until")
     for stage in recipe.stages:
-        gates = "\n".join(f"{g.statistic} {g.bounds} over {g.window}" for g in stage.gates)
+        gates = [f"and {g.statistic} {g.bounds} over {g.window}" for g in stage.gates]
         layers = "\n".join(f"{pattern}: {format}" for pattern, format in stage.layers.items())
-        fails = stage.on_fail.replace("_", " ") if stage.gates else ""
-        if stage.on_fail == "step_back":
-            fails += f", {stage.max_tries} tries"
-        grid.add_row(_plain(stage.name), _plain(layers), _until(stage), _plain(gates), fails)
+        fails = [f"if a gate fails: {_fails(stage)}"] if stage.gates else []
+        until = "\n".join([_until(stage), *gates, *fails])
+        grid.add_row(_plain(stage.name), _plain(layers), _plain(until))
     console().print(grid)
+
+
+def _fails(stage: Stage) -> str:
+    tries = f", {stage.max_tries} tries" if stage.on_fail == "step_back" else ""
+    return stage.on_fail.replace("_", " ") + tries
 
 
 def _until(stage: Stage) -> str:

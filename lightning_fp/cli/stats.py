@@ -7,12 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as functions
-from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.text import Text
 
 from lightning_fp.cli.output import console, table
+from lightning_fp.cli.strict_json import print_json
 from lightning_fp.records import read_statistics
-from lightning_fp.records.jsonl import json_text
 from lightning_fp.report.draw.sparkline import sparkline
 
 _RANKINGS = {
@@ -37,18 +37,8 @@ _EXTREMES = {
 _COLUMNS = ["step", "layer", "operand", "format", "amax", *_EXTREMES]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("run", type=str, help="directory that ClampMonitor wrote to")
-    parser.add_argument(
-        "--layer", type=str, default=None, help="show the course of the layers that match a glob"
-    )
-    parser.add_argument("--top", type=int, default=8, help="how many of the worst to show")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-# `layer` and `json` are the names of the options.
-def run(run: str, layer: str | None, top: int, json: bool) -> int:
+# `json` is the name of the option.
+def run(run: str, layer: str | None, top: int, *, json: bool) -> int:
     """Print the worst operands of a run, or the course of the layers that match.
 
     Raises:
@@ -65,13 +55,13 @@ def run(run: str, layer: str | None, top: int, json: bool) -> int:
     if layer is None:
         found = {name: worst(rows, name, top) for name in _RANKINGS}
         if json:
-            print(json_text({"run": run, "worst": found}))
+            print_json({"run": run, "worst": found})
         else:
             _print_worst(run, rows, found, console())
         return 0
     curves = courses(rows, layer)
     if json:
-        print(json_text({"run": run, "layers": curves}))
+        print_json({"run": run, "layers": curves})
     else:
         _print_courses(curves, console())
     return 0
@@ -142,12 +132,10 @@ def _print_worst(
             screen.print(f"\nNo operand has any {title}.", style="dim")
             continue
         numbers = ("clamped mass", "underflow", "SQNR", "headroom", "non-finite")
-        grid = table(f"Worst by {title}", "layer", "operand", "format", *numbers, right=numbers)
+        grid = table(f"Worst by {title}", "layer, operand, format", *numbers, right=numbers)
         for entry in entries:
             grid.add_row(
-                entry["layer"],
-                entry["operand"],
-                entry["format"],
+                Text(f"{entry['layer']}\n{entry['operand']}, {entry['format']}"),
                 _text(entry["clamped_mass"], "{:.2%}"),
                 _text(entry["underflow_fraction"], "{:.2%}"),
                 _text(entry["sqnr_db"], "{:.1f} dB"),
@@ -159,12 +147,11 @@ def _print_worst(
 
 def _print_courses(curves: dict[str, dict[str, dict[str, list[Any]]]], screen: Console) -> None:
     for layer, operands in curves.items():
-        grid = table(
-            layer, "operand", "statistic", "first", "last", "course", right=("first", "last")
-        )
         for operand, columns in operands.items():
             formats = " -> ".join(dict.fromkeys(columns["format"]))
-            grid.add_row(operand, "format", "", "", formats)
+            numbers = ("first", "last")
+            title = f"{layer}, {operand}: {formats}"
+            grid = table(title, "statistic", *numbers, "course", right=numbers)
             for name, form in (
                 ("amax", "{:.3g}"),
                 ("headroom_bits", "{:+.2f}"),
@@ -176,8 +163,8 @@ def _print_courses(curves: dict[str, dict[str, dict[str, list[Any]]]], screen: C
                 if any(value is not None for value in values):
                     first, last = _text(values[0], form), _text(values[-1], form)
                     worse = min if name in ("headroom_bits", "sqnr_db") else max
-                    grid.add_row("", name, first, last, sparkline(values, of=worse))
-        screen.print(grid)
+                    grid.add_row(name, first, last, sparkline(values, of=worse))
+            screen.print(grid)
 
 
 def _text(value: float | None, form: str) -> str:

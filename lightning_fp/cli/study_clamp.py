@@ -6,102 +6,27 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.text import Text
 
 from lightning_fp.cli.loading import find_factory
 from lightning_fp.cli.output import console, table
 from lightning_fp.cli.plan import parse_rules
-from lightning_fp.cli.stats import sparkline
+from lightning_fp.cli.strict_json import print_json
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import read_statistics
-from lightning_fp.records.jsonl import json_text
+from lightning_fp.report.draw.sparkline import sparkline
 from lightning_fp.study import ClampAB, ClampSpikes, SpikeRule, clamp_ab, clamp_spikes, read_loss
 from lightning_fp.study.alignment import Correction
 from lightning_fp.study.series import Statistic
 
-_RULE = SpikeRule()
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's arguments: of the analysis, of the A/B, of both."""
-    parser.add_argument(
-        "run", nargs="?", type=str, default=None, help="directory that ClampMonitor wrote to"
-    )
-    parser.add_argument(
-        "--loss",
-        type=str,
-        default=None,
-        help="the run's loss: a CSVLogger's metrics.csv, or Parquet or CSV with two columns, step"
-        " and loss; by default loss.csv (of ClampMonitor) or metrics.csv in the run's directory",
-    )
-    parser.add_argument(
-        "--column", type=str, default="train_loss", help="name of the loss in metrics.csv"
-    )
-    parser.add_argument(
-        "--statistic",
-        type=Statistic,
-        default="clamped_mass",
-        help="clamped_mass, on sampled steps; or overflow_bits, exact at every step under delayed"
-        " scaling",
-    )
-    parser.add_argument(
-        "--window", type=int, default=8, help="steps before and after a spike to look at"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=_RULE.threshold,
-        help="height of a spike above the running median, in robust standard deviations",
-    )
-    parser.add_argument(
-        "--refractory",
-        type=int,
-        default=_RULE.refractory,
-        help="calm steps after which the next outlier is a new spike",
-    )
-    parser.add_argument(
-        "--correction",
-        type=Correction,
-        default="max",
-        help="of p-values for the number of operands: max or holm",
-    )
-    parser.add_argument(
-        "--begin", type=int, default=0, help="leave out the steps before, e.g. the warm-up"
-    )
-    parser.add_argument("--top", type=int, default=10, help="how many operands to show")
-    parser.add_argument(
-        "--ab",
-        type=str,
-        default=None,
-        metavar="MODULE:FACTORY",
-        help="train twice instead: the factory takes nothing and returns a LightningModule, a"
-        " dataloader and, if wanted, a mapping of Trainer options",
-    )
-    parser.add_argument(
-        "--layers",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="with --ab: the suspected layers, which clamp in run A and do not in B; repeatable",
-    )
-    parser.add_argument(
-        "--rule",
-        action="append",
-        default=[],
-        metavar="PATTERN=FORMAT",
-        help="with --ab: a layer rule of both runs; all other layers are on fp8-delayed",
-    )
-    parser.add_argument("--steps", type=int, default=200, help="with --ab: length of each run")
-    parser.add_argument("--seed", type=int, default=0, help="with --ab: seed of both runs")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/clamp_ab"), help="with --ab: where records go"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+_CURVE = 20
+"""Characters of a curve in a table."""
 
 
 # `json` is the name of the option.
 def run(
+    *,
     run: str | None,
     loss: str | None,
     column: str,
@@ -117,10 +42,10 @@ def run(
     rule: Sequence[str],
     steps: int,
     seed: int,
-    output: Path,
+    output: str,
     json: bool,
 ) -> int:
-    """Print the analysis of a run, or train the A/B and print its verdict.
+    """Print the analysis of a run, or train the A/B and print its verdict; `commands.study_clamp`.
 
     Raises:
         ValueError: for what the user can put right.
@@ -139,10 +64,10 @@ def run(
                 seed=seed,
                 rules=parse_rules(rule),
                 spike_rule=spike_rule,
-                output=output,
+                output=Path(output),
             )
         if json:
-            print(json_text(compared.to_dict()))
+            print_json(compared.to_dict())
         else:
             _print_ab(compared, output, console())
         return 0
@@ -163,7 +88,7 @@ def run(
         begin=begin,
     )
     if json:
-        print(json_text(found.to_dict()))
+        print_json(found.to_dict())
     else:
         _print_ties(found, top, console())
     return 0
@@ -176,18 +101,16 @@ def _print_ties(found: ClampSpikes, top: int, screen: Console) -> None:
         form = "{:.3%}" if mass else "{:.2f}"
         title = "Clamped mass around loss spikes" if mass else "Overflow in bits around loss spikes"
         numbers = ("up to spikes", "elsewhere", "samples", "p", "corrected p")
-        course = f"-{found.window} to +{found.window} steps"
-        grid = table(title, "layer", "operand", *numbers, course, right=numbers)
+        where = f"layer, operand, -{found.window} to +{found.window} steps"
+        grid = table(title, where, *numbers, right=numbers)
         for tie in found.ties[:top]:
             grid.add_row(
-                tie.layer,
-                tie.operand,
+                Text(f"{tie.layer}\n{tie.operand} {sparkline(tie.curve, _CURVE)}"),
                 _text(tie.before, form),
                 _text(tie.elsewhere, form),
                 str(tie.samples),
                 f"{tie.p_value:.2g}",
                 f"{tie.p_corrected:.2g}",
-                sparkline(tie.curve),
                 style="" if tie.p_corrected < 0.05 else "dim",
             )
         screen.print(grid)
@@ -200,7 +123,7 @@ def _print_ties(found: ClampSpikes, top: int, screen: Console) -> None:
     screen.print("; ".join(notes), style="dim", markup=False, soft_wrap=True)
 
 
-def _print_ab(compared: ClampAB, output: Path, screen: Console) -> None:
+def _print_ab(compared: ClampAB, output: str, screen: Console) -> None:
     a, b = compared.a, compared.b
     grid = table("", "", f"A: {a.format}", f"B: {b.format}")
     for name, field, form in (
@@ -214,7 +137,7 @@ def _print_ab(compared: ClampAB, output: Path, screen: Console) -> None:
         ("gradient norm, largest", "grad_norm_max", "{:.3g}"),
     ):
         grid.add_row(name, form.format(getattr(a, field)), form.format(getattr(b, field)))
-    grid.add_row("loss", sparkline(a.losses), sparkline(b.losses))
+    grid.add_row("loss", sparkline(a.losses, _CURVE), sparkline(b.losses, _CURVE))
     screen.print(grid)
     screen.print(compared.verdict, markup=False, soft_wrap=True)
     screen.print(f"Written to {output}", style="dim", markup=False, soft_wrap=True)

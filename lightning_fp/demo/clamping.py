@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from lightning_fp.records import read_statistics
-from lightning_fp.report.draw.terminal_table import table
+from lightning_fp.terminal import FittedTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +50,17 @@ def worst_of(scaling: str, directory: Path) -> Worst:
     )
 
 
-def clamp_table(runs: tuple[Worst, ...]) -> Table:
-    """The runs' worst operands, one below the other."""
+def clamp_table(runs: tuple[Worst, ...]) -> FittedTable:
+    """The runs' worst operands, side by side."""
     title = "What the casts did: the worst operand of each run"
-    columns = ("clamped mass", "headroom", "underflow", "SQNR")
-    grid = table(title, "", *columns, right=columns)
-    for run in runs:
-        cells = (
-            (f"{run.clamped_mass[0]:.3%}", run.clamped_mass[1]),
-            (f"{run.headroom_bits[0]:+.2f} bits", run.headroom_bits[1]),
-            (f"{run.underflow_fraction[0]:.1%}", run.underflow_fraction[1]),
-            (f"{run.sqnr_db[0]:.1f} dB", run.sqnr_db[1]),
+    table = FittedTable(title, "", *(run.scaling for run in runs))
+    for name, form, cells in (
+        ("clamped mass", "{:.3%}", [run.clamped_mass for run in runs]),
+        ("headroom", "{:+.2f} bits", [run.headroom_bits for run in runs]),
+        ("underflow", "{:.1%}", [run.underflow_fraction for run in runs]),
+        ("SQNR", "{:.1f} dB", [run.sqnr_db for run in runs]),
+    ):
+        table.add_row(
+            name, *(f"{form.format(value)}\n[dim]{whose}[/dim]" for value, whose in cells)
         )
-        grid.add_row(run.scaling, *(f"{value}\n[dim]{whose}[/dim]" for value, whose in cells))
-    return grid
+    return table

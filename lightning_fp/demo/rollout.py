@@ -11,7 +11,6 @@ from pathlib import Path
 
 import lightning as L
 from rich.console import Console
-from rich.table import Table
 
 from lightning_fp import recipes
 from lightning_fp.callbacks import (
@@ -33,7 +32,7 @@ from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.plugins import FP8Precision
 from lightning_fp.records.events import Event, read_events
 from lightning_fp.report import write_report
-from lightning_fp.report.draw.terminal_table import table
+from lightning_fp.terminal import FittedTable
 
 STEPS = 480
 BLOCKS = 4
@@ -164,11 +163,11 @@ def _run(plugin: FP8Precision | None, callbacks: Sequence[L.Callback], seed: int
     )
 
 
-def rollout_table(result: RolloutResult) -> Table:
+def rollout_table(result: RolloutResult) -> FittedTable:
     """The three runs side by side."""
     title = "The same faults, three times"
     columns = ("high precision", "fp8-delayed", f"{RECIPE}, with fallback")
-    grid = table(title, "", *columns, right=columns)
+    grid = FittedTable(title, "", *columns, right=columns)
     runs = (result.high, result.unprotected, result.rescued)
     grid.add_row("training loss at the end", *(f"{run.final_loss:.4f}" for run in runs))
     grid.add_row("gap to high precision", "", *(f"{result.gap(run):+.2%}" for run in runs[1:]))

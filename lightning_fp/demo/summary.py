@@ -10,13 +10,12 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from lightning_fp.demo.clamping import Worst
 from lightning_fp.layers import ConversionReport
 from lightning_fp.records.jsonl import json_text
-from lightning_fp.report.draw.terminal_table import table
+from lightning_fp.terminal import FittedTable
 
 LAST_STEPS = 10
 """Steps that the training loss at the end is averaged over."""
@@ -143,12 +142,12 @@ def write(result: DemoResult, directory: Path) -> None:
     (directory / "summary.json").write_text(json_text(result.to_dict()) + "\n")
 
 
-def summary_table(result: DemoResult) -> Table:
+def summary_table(result: DemoResult) -> FittedTable:
     """The runs side by side."""
     fp8 = result.fp8
     title = "BF16 and FP8 from the same seed"
     columns = ("BF16", result.scaling, result.other_scaling, "resumed")
-    grid = table(title, "", *columns, right=columns)
+    grid = FittedTable(title, "", *columns, right=columns)
     runs = (result.bf16, fp8, result.other, result.resumed)
     grid.add_row(
         f"training loss, last {LAST_STEPS} steps", *(f"{run.training_loss:.4f}" for run in runs)

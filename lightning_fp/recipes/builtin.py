@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_fp.choices import unknown
 from lightning_fp.layers.auto_scaling import DELAYED_TOKEN_LIMIT
+from lightning_fp.recipes.catalogue import CATALOGUE
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import CONFIGURED, Stage
@@ -55,7 +56,7 @@ def conservative(*, warmup: float = 0.05, window: int = 500) -> RolloutRecipe:
     parity = Gate(statistic="parity/grad_cosine", above=0.95, window=window)
     return RolloutRecipe(
         name="conservative",
-        description="One block, then all but the ends, then everything, each behind gates.",
+        description=CATALOGUE["conservative"].description,
         stages=(
             Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
             Stage(
@@ -98,7 +99,7 @@ def balanced(*, warmup: float = 0.02, window: int = 100) -> RolloutRecipe:
     """
     return RolloutRecipe(
         name="balanced",
-        description="High precision, all but the first and last block, then everything.",
+        description=CATALOGUE["balanced"].description,
         stages=(
             Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
             Stage(
@@ -126,7 +127,7 @@ def aggressive(*, steps: int = 50, window: int = 50) -> RolloutRecipe:
     gate = Gate(statistic="clamped_mass/max", below=0.01, window=window, reduce="mean")
     return RolloutRecipe(
         name="aggressive",
-        description="Everything after a few steps; back if casts clamp.",
+        description=CATALOGUE["aggressive"].description,
         stages=(
             Stage(name="high", layers=_ALL_HIGH, until={"steps": steps}),
             Stage(name="all", layers=_ALL_LOW, gates=(gate,), on_fail="step_back", max_tries=2),
@@ -144,7 +145,7 @@ def first_last_bf16() -> RolloutRecipe:
     stage = Stage(name="ends-high", layers=_ENDS_HIGH)
     return RolloutRecipe(
         name="first-last-bf16",
-        description="The first and the last block in high precision all the time.",
+        description=CATALOGUE["first-last-bf16"].description,
         stages=(stage,),
     )
 
@@ -160,7 +161,7 @@ def bf16_cooldown(*, share: float = 0.9) -> RolloutRecipe:
     """
     return RolloutRecipe(
         name="bf16-cooldown",
-        description="Low precision first, high precision for the last part.",
+        description=CATALOGUE["bf16-cooldown"].description,
         stages=(
             Stage(name="low", layers=_ALL_LOW, until={"share": share}),
             Stage(name="cooldown", layers=_ALL_HIGH),
@@ -196,7 +197,7 @@ def delayed_after_dynamic(
     again = Stage(name="dynamic-again", layers={"*": "fp8-dynamic"})
     return RolloutRecipe(
         name="delayed-after-dynamic",
-        description="Delayed scaling where it would not have clamped, and never for too long.",
+        description=CATALOGUE["delayed-after-dynamic"].description,
         stages=(
             Stage(name="dynamic", layers={"*": "fp8-dynamic"}, gates=(what_if,)),
             delayed,
@@ -220,7 +221,7 @@ def fp16_rl(*, k3: float = 1e-3, window: int = 20) -> RolloutRecipe:
     gate = Gate(statistic="mismatch/k3_kl", below=k3, window=window, reduce="mean")
     return RolloutRecipe(
         name="fp16-rl",
-        description="FP16 while training and inference agree.",
+        description=CATALOGUE["fp16-rl"].description,
         stages=(
             Stage(name="bf16", layers={"*": "bf16"}, until={"steps": window}),
             Stage(name="fp16", layers={"*": "fp16"}, gates=(gate,), on_fail="step_back"),

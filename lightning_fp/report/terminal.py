@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from lightning_fp.report.draw.heatmaps import NAMES, worst_cells
 from lightning_fp.report.draw.marks import events_table
 from lightning_fp.report.draw.parts import Table, number
 from lightning_fp.report.draw.sparkline import sparkline
-from lightning_fp.report.draw.terminal_table import table
 from lightning_fp.report.page import read_runs
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import format_histories, last_formats, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
-from lightning_fp.report.sections.advice import advise, limits_of
+from lightning_fp.report.sections.advice import Advice, advise, limits_of
 from lightning_fp.report.sections.compare import differences
 from lightning_fp.report.sections.headline import headline, key_figures
+from lightning_fp.terminal import FittedTable
 
 _EVENTS = 10
 _TELLING = (
@@ -52,9 +53,40 @@ def terminal_summary(
 def print_summary(runs: Sequence[RunRecords], costs: Sequence[RunCost], console: Console) -> None:
     """The same of records that have been read."""
     if len(runs) > 1:
-        _print_differences(differences(runs, costs), console)
+        _print_table(differences(runs, costs), console)
     for run, cost in zip(runs, costs, strict=True):
         _print_run(run, cost, console, short=len(runs) > 1)
+
+
+def as_plain(run: RunRecords, cost: RunCost) -> dict[str, Any]:
+    """The summary of a run as plain data, for JSON."""
+    worst = {} if run.statistics is None else run.statistics.worst
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "headline": headline(run, cost),
+        "unreadable": list(run.unreadable),
+        "steps": cost.attempted,
+        "final_loss": run.steps.final_loss() if run.steps else None,
+        "cost": asdict(cost),
+        "events": [{"kind": event.kind, **asdict(event)} for event in run.events],
+        "formats": [
+            {"layers": list(group.layers), "history": list(group.history)}
+            for group in layer_groups(format_histories(run))
+        ],
+        "worst": {ranking: [asdict(cell) for cell in cells] for ranking, cells in worst.items()},
+        "advice": [
+            {"layer": a.of.layer, "operand": a.of.operand, "what": a.what, "do": a.do}
+            for a in _advice(run)
+        ],
+    }
+
+
+def _advice(run: RunRecords) -> list[Advice]:
+    if run.statistics is None:
+        return []
+    found = advise(run.statistics, limits_of(run.settings), last_formats(run))
+    return [advice for advice in found if advice.badness]
 
 
 def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool) -> None:
@@ -63,7 +95,7 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
         console.print(Text(sentence, style="yellow"))
     if short:
         return
-    grid = RichTable(box=None, show_header=False, padding=(0, 3, 0, 0))
+    grid = FittedTable("", "", "", "", bare=True)
     for what, value, remark in key_figures(run, cost):
         grid.add_row(Text(what, style="dim"), Text(value, style="bold"), Text(remark, style="dim"))
     console.print(grid)
@@ -81,8 +113,7 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
             for layer, operand, format, step, value in worst_cells(cells, ranking).rows[:_WORST]:
                 where = f"{value}  {layer}, {operand}, in {format}, step {step}"
                 console.print(Text(f"worst {NAMES[ranking]}: ", style="dim"), Text(where), sep="")
-        advised = advise(run.statistics, limits_of(run.settings), last_formats(run))
-        for advice in [found for found in advised if found.badness][:_ADVICE]:
+        for advice in _advice(run)[:_ADVICE]:
             line = f"{advice.of.layer}, {advice.of.operand}: {advice.what}; {advice.do}"
             console.print(Text("advice: ", style="dim"), Text(line), sep="")
     console.print(Text("cost: ", style="dim"), Text(cost.sentence()), sep="")
@@ -91,9 +122,10 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
 def _print_events(run: RunRecords, console: Console) -> None:
     rows = [row for row in events_table(run.events).rows if row[1] in _TELLING]
     ranked = sorted(range(len(rows)), key=lambda row: _TELLING.index(rows[row][1]))
+    grid = FittedTable("", "step", "", "", right=("step",), bare=True)
     for step, what, why in (rows[row] for row in sorted(ranked[:_EVENTS])):
-        line = Text(f"{step:>9}  {what:<11}  {why}", overflow="ellipsis", no_wrap=True)
-        console.print(line)
+        grid.add_row(Text(step), Text(what), Text(why))
+    console.print(grid)
     if len(rows) > _EVENTS:
         console.print(Text(f"           {len(rows) - _EVENTS} more", style="dim"))
 
@@ -111,9 +143,9 @@ def _print_formats(run: RunRecords, console: Console) -> None:
         console.print(Text(f"        {len(groups) - _GROUPS} more groups of layers", style="dim"))
 
 
-def _print_differences(differ: Table, console: Console) -> None:
-    numbers = [differ.columns[index] for index in differ.numbers]
-    grid = table(differ.title, *differ.columns, right=numbers)
-    for row in differ.rows:
-        grid.add_row(*row)
+def _print_table(table: Table, console: Console) -> None:
+    columns = list(table.columns)
+    grid = FittedTable(table.title, *columns, right=[columns[i] for i in table.numbers])
+    for row in table.rows:
+        grid.add_row(*map(Text, row))
     console.print(grid)

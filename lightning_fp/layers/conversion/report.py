@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fp.layers.conversion.flops import ITSELF
 from lightning_fp.layers.format import HIGH_PRECISION
+from lightning_fp.layers.layer_names import fold_names
 
 if TYPE_CHECKING:
     from lightning_fp.layers.precision_map import PrecisionMap
@@ -130,7 +131,8 @@ class ConversionReport:
         for layer in self.layers:
             if layer.reason is not None:
                 by_reason[layer.format, layer.reason].append(layer.title)
-        for (format, reason), names in by_reason.items():
+        for (format, reason), titles in by_reason.items():
+            names = fold_names(titles)
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             where = "left alone"
             if format in HIGH_PRECISION:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.records import Event, FormatChange
 from lightning_fp.report.read.run_records import RunRecords
 
@@ -28,9 +29,9 @@ class LayerGroup:
 
     @property
     def label(self) -> str:
-        """The layer's name, or the first one's and how many more."""
-        more = len(self.layers) - 1
-        return f"{self.layers[0]} and {more} more" if more else self.layers[0]
+        """The layers' names, repeated blocks folded; of several the first, and how many more."""
+        first, *others = fold_names(self.layers)
+        return f"{first} and {len(others)} more" if others else first
 
 
 def changed_formats(event: Event) -> bool:

@@ -1,0 +1,20 @@
+"""The list of the built-in recipes: without torch, so that it is there at once."""
+
+from __future__ import annotations
+
+from lightning_fp.cli.output import console, table
+from lightning_fp.cli.strict_json import print_json
+from lightning_fp.recipes.catalogue import CATALOGUE
+
+
+def run(*, json: bool) -> int:
+    """Print the names of the recipes, what they do, and their stages."""
+    if json:
+        recipes = [{"name": name, **listed._asdict()} for name, listed in CATALOGUE.items()]
+        print_json({"recipes": recipes})
+        return 0
+    grid = table("", "recipe", "what it does, and its stages")
+    for name, listed in CATALOGUE.items():
+        grid.add_row(name, f"{listed.description}\n[dim]{' > '.join(listed.stages)}[/dim]")
+    console().print(grid)
+    return 0
