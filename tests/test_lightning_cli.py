@@ -109,6 +109,12 @@ def test_an_error_names_the_field(
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     with pytest.raises((SystemExit, ValueError)) as raised:
         run("fit", "--config", "wrong.yaml", *QUIET)
-    said = f"{raised.value}\n{capsys.readouterr().err}"
+    error = capsys.readouterr().err
+    said = f"{raised.value}\n{error}"
     assert raised.value.args != (0,)
     assert re.search(message, said), said
+    *_, last = error.splitlines()  # the field, and no usage or Python type around it
+    assert error.count("\nerror: ") + error.startswith("error: ") == 1
+    assert last.startswith("error: ")
+    assert re.search(message, last), last
+    assert not re.search("usage:|<class|Literal|Subtypes", error)

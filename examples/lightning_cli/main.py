@@ -5,8 +5,8 @@ Any option can be given on the command line too, e.g. `--trainer.max_steps 100` 
 """
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
 
+from lightning_fp.cli.lightning_cli import LightningCLI  # Lightning's, with errors in one line
 from lightning_fp.demo import ByteBatches, ByteGPT, read_sources
 
 

@@ -50,8 +50,12 @@ def run(
     screen.print(clamp_table(result.clamping))
     for line in findings(result):
         screen.print(f"• {line}")
-    screen.print(f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name};")
-    screen.print(f"  the clamp log: lightning-fp stats {options.clamp_log(options.other_scaling)}")
+    screen.print(
+        f"• Written to {output}: losses.csv, summary.json, {options.checkpoint.name};",
+        soft_wrap=True,
+    )
+    clamp_log = options.clamp_log(options.other_scaling)
+    screen.print(f"  the clamp log: lightning-fp stats {clamp_log}", soft_wrap=True)
     found: dict[str, Any] = result.to_dict()
     saved = True
     if rollout:
@@ -70,6 +74,7 @@ def _rollout(output: Path, seed: int, screen: Console) -> RolloutResult:
     screen.print(rollout_table(result))
     (output / "rollout.json").write_text(json_text(result.to_dict()) + "\n")
     terminal_summary([result.run_dir], screen, baseline=result.baseline)
-    screen.print(f"• Step by step: {result.run_dir}/events.jsonl; docs/when-a-run-diverges.md")
-    screen.print(f"• The report: {result.report}")
+    where = f"{result.run_dir}/events.jsonl; docs/when-a-run-diverges.md"
+    screen.print(f"• Step by step: {where}", soft_wrap=True)
+    screen.print(f"• The report: {result.report}", soft_wrap=True)
     return result

@@ -125,7 +125,8 @@ def _print_worst(
 ) -> None:
     steps = pc.min_max(rows["step"]).as_py()
     layers = len(rows["layer"].unique())
-    screen.print(f"{run}: {layers} layers in low precision, steps {steps['min']} to {steps['max']}")
+    line = f"{run}: {layers} layers in low precision, steps {steps['min']} to {steps['max']}"
+    screen.print(line, markup=False, soft_wrap=True)
     for ranking, entries in found.items():
         title = _RANKINGS[ranking][0]
         if not entries:
