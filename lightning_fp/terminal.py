@@ -57,7 +57,7 @@ class FittedTable(Table):
                 break
         else:
             yield from _as_lists(columns)
-        if self.show_header:
+        if self.show_header or self.title:
             yield ""
 
     def _widths(
@@ -70,8 +70,8 @@ class FittedTable(Table):
             heading = heading if self.show_header else Text()
             texts = [cell.plain for cell in cells]
             lines = max((len(line) for text in texts for line in text.split("\n")), default=0)
-            number = column.justify == "right"  # and its unit stay together
-            longest = lines if number else max((_longest(pieces, t) for t in texts), default=0)
+            numbers = column.justify == "right"
+            longest = max((_least(text, pieces, numbers=numbers) for text in texts), default=0)
             least.append(max(_longest(pieces, heading.plain), longest))
             most.append(max(len(heading.plain), lines))
         spare = room - sum(least)
@@ -100,6 +100,13 @@ class FittedTable(Table):
         for index, row in enumerate(self.rows, start=1):
             grid.add_row(*(cells[index] for cells in wrapped), style=row.style)
         return grid
+
+
+def _least(text: str, pieces: re.Pattern[str], *, numbers: bool) -> int:
+    """The width that a cell must have; a number and its unit stay together."""
+    if numbers and text[:1] in tuple("+-0123456789"):
+        return max(map(len, text.split("\n")))
+    return _longest(pieces, text)
 
 
 def _longest(pieces: re.Pattern[str], text: str) -> int:

@@ -29,6 +29,6 @@ class LightningCLI(cli.LightningCLI):
             _end(str(error), error)
 
 
-def _end(message: str, cause: Exception | None = None) -> NoReturn:
+def _end(message: str, ex: Exception | None = None) -> NoReturn:
     print(f"error: {one_line(message)}", file=sys.stderr)
-    raise SystemExit(2) from cause
+    raise SystemExit(2) from ex

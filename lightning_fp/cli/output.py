@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
 from lightning_fp.terminal import FittedTable
@@ -16,7 +18,7 @@ def console(*, stderr: bool = False) -> Console:
     return Console(highlight=False, stderr=stderr)
 
 
-def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> FittedTable:
+def table(title: str, *columns: str, right: Sequence[str] = ()) -> FittedTable:
     """A table in the one style of the command line.
 
     Args:
