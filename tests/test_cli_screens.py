@@ -148,6 +148,15 @@ def test_json_of_each_command_that_prints_a_table(capsys: pytest.CaptureFixture[
     assert told(capsys, "doctor --fp16 policies.py:scale --json")["advice"]
 
 
+@pytest.mark.slow
+def test_json_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--steps 4 --batch-size 2 --context 16"
+    assert main(f"demo --output demo --rollout false {small} --json".split()) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out, parse_constant=not_json)["resume_is_exact"]
+    assert "ended bit for bit as the uninterrupted run" in captured.err
+
+
 def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"a": [math.nan, {"b": -math.inf}], 3: (1.5, "NaN")})
     assert json.loads(capsys.readouterr().out, parse_constant=not_json) == {
