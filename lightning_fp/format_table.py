@@ -101,10 +101,10 @@ _TE = TransformerEngineNames
 
 # fmt: off
 TABLE: tuple[FormatRow, ...] = (
-    FormatRow("high", (), "nn.Linear, in whatever it computes in where it stands", ("high",) * 3),
-    FormatRow("fp32", (), "float32", ("fp32",) * 3),
-    FormatRow("bf16", (), "bfloat16", ("bf16",) * 3),
-    FormatRow("fp16", (), "float16, whose range wants a loss scale", ("fp16",) * 3),
+    FormatRow("high", (), "nn.Linear, in whatever it computes in where it stands", ("high", "high", "high")),
+    FormatRow("fp32", (), "float32", ("fp32", "fp32", "fp32")),
+    FormatRow("bf16", (), "bfloat16", ("bf16", "bf16", "bf16")),
+    FormatRow("fp16", (), "float16, whose range wants a loss scale", ("fp16", "fp16", "fp16")),
     FormatRow(
         "fp8-dynamic", ("dynamic",), "one scale per tensor, from the tensor itself",
         _HYBRID, "dynamic", "tensor", rung=1, torchao="tensorwise",

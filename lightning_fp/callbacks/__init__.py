@@ -5,7 +5,7 @@ from lightning_fp.callbacks.compare import EvaluationGap, ParityProbe
 from lightning_fp.callbacks.fallback import FP16Monitor, PrecisionFallback
 from lightning_fp.callbacks.mismatch import MismatchMonitor
 from lightning_fp.callbacks.rollout import StagedRollout
-from lightning_fp.callbacks.run.loss_recorder import LossRecorder
+from lightning_fp.callbacks.run import LossRecorder
 
 __all__ = [
     "ClampMonitor",

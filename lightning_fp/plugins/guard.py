@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_fp.plugins.loss_scaler import NoScaler, gradients_of
 from lightning_fp.plugins.overflows import first_overflow
+from lightning_fp.telemetry import OptimizerStep
 
 log = logging.getLogger(__name__)
 
@@ -28,20 +28,6 @@ MOST_NAMED = 128
 """Steps left out of which the guard remembers the layer."""
 
 _PLAIN = (bool, int, float, str, type(None))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardedStep:
-    """What the guard saw of one optimizer's step."""
-
-    grad_norm: Tensor
-    """Norm of all its gradients before clipping; scalar on their device. inf or NaN if any is."""
-
-    skipped: Tensor
-    """Whether the step was left out; bool scalar, on the host unless the optimizer is fused."""
-
-    hyperparameters: list[dict[str, Any]]
-    """The plain numbers of each parameter group: lr, betas, weight_decay, ..."""
 
 
 class StepGuard:
@@ -67,12 +53,10 @@ class StepGuard:
         self.scaler = scaler or NoScaler()
         self.keeps_record = True
         """Whether somebody takes `steps` out."""
-        self.steps: list[GuardedStep] = []
+        self.steps: list[OptimizerStep] = []
         """The steps since somebody took them out, one for each optimizer that stepped."""
         self.overflowed: dict[int, str] = {}
         """By the `global_step` of steps left out last, the layer that overflowed first."""
-        self.on_norm: Callable[[Tensor], object] | None = None
-        """Told the gradient's norm before each step that is not a replay's."""
         self.replaying = False
         """Whether steps belong to a replay: they are guarded, and neither kept nor held."""
         self.replay_skipped = False
@@ -128,7 +112,7 @@ class StepGuard:
             self._hold.hold(model.trainer)
             self._name_overflow(model.trainer, model.trainer.global_step)
         if self.keeps_record:
-            seen = GuardedStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
+            seen = OptimizerStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
         self.scaler.update(finite)
         if model.automatic_optimization:
@@ -143,8 +127,6 @@ class StepGuard:
         """What follows a backward: unscale, clip, and see whether the gradients are finite."""
         self.scaler.unscale(optimizer)
         norm = self._around_clipping(plugin, optimizer, model)
-        if self.on_norm is not None and not self.replaying:
-            self.on_norm(norm)
         return norm, torch.isfinite(norm)
 
     def _inside(

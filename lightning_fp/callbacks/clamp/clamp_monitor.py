@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_fp.callbacks.clamp.remedies import Limits, Warnings
 from lightning_fp.callbacks.clamp.sampling import Listener, SampledSteps, StepSampler
-from lightning_fp.callbacks.clamp.summary import flops_share, per_layer, summary
-from lightning_fp.callbacks.run.run import RunCallback, run_of
-from lightning_fp.callbacks.run.step_losses import StepLosses
+from lightning_fp.callbacks.clamp.summary import (
+    COLUMNS,
+    SUMMARIES,
+    flops_share,
+    of_column,
+    per_layer,
+    summary,
+)
+from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
 from lightning_fp.layers import FPLinear, PrecisionMap
-from lightning_fp.records import LossWriter, StatisticsRows, StatisticsWriter, statistics_rows
+from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,12 @@ class ClampMonitor(RunCallback):
             a glob that matches no layer.
     """
 
+    publishes: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(SUMMARIES, ""),
+        **{name: "what_if=True" if name.startswith("what_if_") else "" for name in COLUMNS},
+    }
+    writes_loss: ClassVar[bool] = True
+
     def __init__(
         self,
         every_n_steps: int = 16,
@@ -93,33 +104,35 @@ class ClampMonitor(RunCallback):
         self.listeners: list[Listener] = []
         """Called with every sampled step as it ends; see `sampling.Listener`."""
         self._steps = SampledSteps(every_n_steps, seed)
-        limits = Limits(
-            clamped_mass=warn_clamped_mass, underflow=warn_underflow, nonfinite=warn_nonfinite
+        self._warnings = Warnings(
+            Limits(
+                clamped_mass=warn_clamped_mass, underflow=warn_underflow, nonfinite=warn_nonfinite
+            )
         )
-        self._warnings = Warnings(limits)
         self._sampler: StepSampler | None = None
         self._writer: StatisticsWriter | None = None
-        self._losses = StepLosses()
-        self._loss_writer: LossWriter | None = None
-        self._begun = 0
-        self._named: list[str] = []
         self._logged_at = 0
         self._interval = 1
-        self._running = self._failed = False
-        self._settings: dict[str, Any] = {
-            "every_n_steps": every_n_steps,
-            "sample": sample,
-            "what_if": what_if,
-            "log_layers": list(log_layers),
-            "log_every_n_steps": log_every_n_steps,
-            "limits": asdict(limits),
-            "seed": seed,
-        }
+        self._run: Run | None = None
+        self._failed = False
 
     @override
     def settings(self) -> dict[str, Any]:
         """The options that decide what it does."""
-        return self._settings
+        return {
+            "every_n_steps": self._steps.every_n_steps,
+            "sample": self.sample,
+            "what_if": self.what_if,
+            "log_layers": list(self.log_layers),
+            "log_every_n_steps": self.log_every_n_steps,
+            "limits": asdict(self._warnings.limits),
+            "seed": self._steps.seed,
+        }
+
+    @override
+    def published_every(self, interval: int) -> tuple[int, str]:
+        """Once per log interval."""
+        return self.log_every_n_steps or interval, "logs"
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -133,9 +146,13 @@ class ClampMonitor(RunCallback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse globs that match nothing."""
-        precision_map = _precision_map(trainer)
-        matched = [name for glob in self.log_layers for name in precision_map.matching(glob)]
-        self._named = list(dict.fromkeys(matched))
+        self._named(trainer)
+
+    def _named(self, trainer: L.Trainer) -> list[str]:
+        table = _precision_map(trainer)
+        return list(
+            dict.fromkeys(name for glob in self.log_layers for name in table.matching(glob))
+        )
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -143,13 +160,12 @@ class ClampMonitor(RunCallback):
         step = trainer.global_step
         trainers: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         self._interval = self.log_every_n_steps or trainers or self._steps.every_n_steps
-        self._logged_at, self._running, self._failed = step, True, False
-        self._safely(self._open, trainer, run_of(trainer).directory(self), step)
+        self._logged_at, self._run, self._failed = step, run_of(trainer), False
+        self._safely(self._open, trainer, self._run.directory(self), step)
 
     def _open(self, trainer: L.Trainer, directory: Path | None, step: int) -> None:
         table = _precision_map(trainer)
         linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
-        self._losses = StepLosses()
         self._sampler = StepSampler(
             linears, self.sample, self._steps, what_if=self.what_if, listeners=self.listeners
         )
@@ -158,7 +174,6 @@ class ClampMonitor(RunCallback):
         table.scale_history.take_amax_record()  # what was before this fit
         if directory is not None:
             self._writer = StatisticsWriter(directory, step=step)
-            self._loss_writer = LossWriter(directory)
 
     # -- sampled steps --------------------------------------------------------------------------
 
@@ -167,7 +182,6 @@ class ClampMonitor(RunCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to collect, if this is the first micro-batch of a sampled step."""
-        self._begun = trainer.global_step
         if self._sampler is not None:
             self._safely(self._rewind_to, trainer.global_step)
             self._safely(self._sampler.before_batch, trainer.global_step)
@@ -175,14 +189,6 @@ class ClampMonitor(RunCallback):
     def sample_next(self) -> None:
         """Sample the next step to begin as well, out of turn. Call alike on all ranks."""
         self._steps.asked = True
-
-    def note_grad_norm(self, norm: Tensor) -> None:
-        """Have `loss.csv` tell the norm of this step's gradient; it is not computed for that.
-
-        Args:
-            norm: floating-point scalar, on any device; call before the batch ends.
-        """
-        self._losses.note_grad_norm(norm)
 
     def _rewind_to(self, step: int) -> None:
         """Where the run was rolled back, so are its records."""
@@ -210,10 +216,6 @@ class ClampMonitor(RunCallback):
         step = trainer.global_step
         if self._sampler is not None:
             self._safely(self._sampler.after_batch, step)
-            # In manual optimization nobody has divided the loss.
-            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            device = trainer.strategy.root_device
-            self._safely(self._losses.add, self._begun + 1, outputs, divided_by, device)
         if step // self._interval > self._logged_at // self._interval:
             self._log(trainer, pl_module)
 
@@ -221,42 +223,36 @@ class ClampMonitor(RunCallback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule | None) -> None:
         """All ranks take part, or none: a rank that has failed says so before the collectives."""
-        if not self._running:
+        run, began = self._run, self._logged_at // self._interval * self._interval
+        if run is None:
             return
         self._logged_at = trainer.global_step
         if trainer.strategy.reduce_boolean_decision(self._failed, all=False):
             self._close()
         else:
-            self._safely(self._log_interval, trainer, pl_module)
+            self._safely(self._log_interval, run, trainer, pl_module, began)
 
-    def _log_interval(self, trainer: L.Trainer, pl_module: L.LightningModule | None) -> None:
+    def _log_interval(
+        self, run: Run, trainer: L.Trainer, pl_module: L.LightningModule | None, began: int
+    ) -> None:
         sampled = [] if self._sampler is None else self._sampler.over_ranks()
         watched = _precision_map(trainer).scale_history.take_amax_record()
-        losses = self._losses.take(lambda x: trainer.strategy.reduce(x, reduce_op="mean"))
-        if self._loss_writer is not None:
-            self._loss_writer.append(losses)
-        self._report(trainer, pl_module, statistics_rows(sampled, watched))
-
-    def _report(
-        self, trainer: L.Trainer, pl_module: L.LightningModule | None, rows: StatisticsRows
-    ) -> None:
-        self.latest = rows
-        step = trainer.global_step
-        share = flops_share(_plugin(trainer))
-        scalars = {**summary(rows), "fp8/share": share}
+        self.latest = rows = statistics_rows(sampled, watched)
+        step, named = trainer.global_step, self._named(trainer)
+        values = {**summary(rows), "fp8/share": flops_share(_plugin(trainer))}
+        for name in run.board.followed & set(COLUMNS):
+            run.board.publish(name, step, of_column(rows, name), since=began)
         if pl_module is not None:
-            shown = {name: scalars[name] for name in ("fp8/share", "fp8/clamped_mass/max")}
+            shown = {name: values[name] for name in ("fp8/share", "fp8/clamped_mass/max")}
             pl_module.log_dict(
                 shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
             )
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics({**scalars, **per_layer(rows, self._named)}, step)
+        run.show({**values, **per_layer(rows, named)}, step, since=began)
         if self._writer is not None:
             self._writer.append(rows.columns(step))
-        for warning in self._warnings.of(rows):
-            log.warning("%s", warning)
+        if trainer.is_global_zero:
+            for warning in self._warnings.of(rows):
+                log.warning("%s", warning)
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -272,8 +268,8 @@ class ClampMonitor(RunCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Write everything out; what other ranks have is lost, for they may not come."""
-        if self._running and trainer.world_size == 1:
-            self._safely(self._log_interval, trainer, None)
+        if trainer.world_size == 1:
+            self._log(trainer, None)
         self._close()
 
     @override
@@ -284,9 +280,8 @@ class ClampMonitor(RunCallback):
         self._close()
 
     def _close(self) -> None:
-        self._running = False
+        self._run = None
         writer, self._writer = self._writer, None
-        self._loss_writer = None
         sampler, self._sampler = self._sampler, None
         if sampler is not None:
             sampler.close()

@@ -30,7 +30,7 @@ class Warnings:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._seen: dict[tuple[str, str, str], int] = {}
 
     def of(self, rows: StatisticsRows) -> list[str]:
@@ -56,9 +56,9 @@ class Warnings:
     def _over_limit(self, rows: StatisticsRows) -> Iterator[tuple[str, int, float]]:
         """The kind of warning, the row, and how many times over the limit it is."""
         limits = {
-            "nonfinite": self._limits.nonfinite,
-            "clamped_mass": self._limits.clamped_mass,
-            "underflow_fraction": self._limits.underflow,
+            "nonfinite": self.limits.nonfinite,
+            "clamped_mass": self.limits.clamped_mass,
+            "underflow_fraction": self.limits.underflow,
         }
         for kind, limit in limits.items():
             if limit is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_fp.layers import LinearFormat
 from lightning_fp.records import StatisticsRows
 from lightning_fp.records.rows import CAST
+from lightning_fp.records.tables import SCHEMA
 
 LOSSLESS_DB = 150.0
 """What loggers get for an SQNR of infinity: float32 cannot be told from exact above."""
@@ -25,6 +26,21 @@ PER_LAYER = (
     "underflow_fraction",
     "sqnr_db",
 )
+
+SUMMARIES = (
+    "fp8/clamped_mass/max",
+    "fp8/clamped_mass/mean",
+    "fp8/underflow/max",
+    "fp8/underflow/mean",
+    "fp8/sqnr_db/min",
+    "fp8/headroom_bits/min",
+)
+"""What `summary` makes of an interval."""
+
+_REDUCE: Mapping[str, Any] = {"max": torch.amax, "min": torch.amin, "mean": torch.mean}
+
+COLUMNS = tuple(f"{name}/{how}" for name in SCHEMA.names[4:] for how in _REDUCE)
+"""What `of_column` can make of an interval: any column of the rows, over all operands."""
 
 
 def summary(rows: StatisticsRows) -> dict[str, float]:
@@ -42,6 +58,21 @@ def summary(rows: StatisticsRows) -> dict[str, float]:
         "fp8/sqnr_db/min": _reduce(column["sqnr_db"], torch.min),
         "fp8/headroom_bits/min": _reduce(column["headroom_bits"], torch.min),
     }
+
+
+def of_column(rows: StatisticsRows, name: str) -> float:
+    """One of `COLUMNS`, over all operands in low precision; NaN where nothing was measured.
+
+    Args:
+        rows: one interval's rows.
+        name: a column with "/max", "/min" or "/mean".
+    """
+    column, _, how = name.rpartition("/")
+    if column not in rows.values:
+        return math.nan
+    values = rows.values[column][rows.low_precision].double()
+    known = values[~torch.isnan(values)]
+    return float(_REDUCE[how](known)) if len(known) else math.nan
 
 
 def per_layer(rows: StatisticsRows, names: Sequence[str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -67,6 +67,8 @@ class EvaluationGap(RunCallback):
         ValueError: for an option out of range; at setup without a plugin of this package, or for
             a validation step that takes its batches out of the loader itself.
     """
+
+    publishes: ClassVar[Mapping[str, str]] = {METRIC: ""}
 
     def __init__(
         self,
@@ -200,7 +202,10 @@ class EvaluationGap(RunCallback):
             return
         self.latest = row
         pl_module.log(METRIC, row.gap, sync_dist=trainer.world_size > 1, batch_size=1)
-        if self._writer is not None and trainer.state.fn == "fit":
+        if trainer.state.fn != "fit":
+            return
+        run_of(trainer).board.publish(METRIC, row.step, row.gap)
+        if self._writer is not None:
             try:
                 self._writer.append(row)
             except OSError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
@@ -23,6 +23,8 @@ from lightning_fp.stability import LayerParity, Parity, measure_parity
 log = logging.getLogger(__name__)
 
 _MOST_KEPT = 100
+
+_NUMBERS = [field.name for field in fields(Parity) if field.type in ("float", float)]
 
 
 class ParityProbe(RunCallback):
@@ -49,6 +51,8 @@ class ParityProbe(RunCallback):
         ValueError: for a bad argument; at setup without a precision plugin of this package, for
             a glob that matches nothing, or for a training step that cannot be replayed.
     """
+
+    publishes: ClassVar[Mapping[str, str]] = {f"precision/parity/{name}": "" for name in _NUMBERS}
 
     def __init__(
         self,
@@ -83,6 +87,10 @@ class ParityProbe(RunCallback):
             "log_layers": list(self._globs),
             "seed": self._seed,
         }
+
+    @override
+    def published_every(self, interval: int) -> tuple[int, str]:
+        return self._every_n_steps, "probes"
 
     # -- setup ----------------------------------------------------------------------------------
 
@@ -148,14 +156,18 @@ class ParityProbe(RunCallback):
         self.results[step] = parity
         while len(self.results) > _MOST_KEPT:
             del self.results[next(iter(self.results))]
+        fit = run_of(trainer)
+        for name in _NUMBERS:
+            value = float(getattr(parity, name))
+            fit.board.publish(f"precision/parity/{name}", step, value)
         if not trainer.is_global_zero:
             return
         if self._directory is not None:
             seconds = time.perf_counter() - began
             append_parity(self._directory, {"step": step, "seconds": seconds, **asdict(parity)})
         metrics = _metrics(parity, self._log_layers)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        # Lightning counts so for its own curves; on the board steps are optimizer steps.
+        fit.log_metrics(metrics, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     # -- state ----------------------------------------------------------------------------------
 

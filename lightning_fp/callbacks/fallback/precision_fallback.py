@@ -7,14 +7,12 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
 from lightning_fp.callbacks.fallback.accounting import Accounting
 from lightning_fp.callbacks.fallback.incident_log import IncidentLog
@@ -24,7 +22,7 @@ from lightning_fp.callbacks.fallback.rescue import Rescue
 from lightning_fp.callbacks.fallback.run_state import RunState
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import GuardedStep, hyperparameters
+from lightning_fp.plugins.guard import hyperparameters
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.detect.decision import Cause
 from lightning_fp.stability.detect.detector import DivergenceDetector
@@ -37,10 +35,14 @@ from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.respond.probe import Probe, ProbeState
 from lightning_fp.stability.respond.verdict import Anomaly
 from lightning_fp.state_version import check_version
+from lightning_fp.telemetry import SignalReader
 
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+
+FALLBACKS = "fallbacks"
+"""Published at every step: how many incidents have ended in a demotion since the one before."""
 
 CLAMPING_BITS = -1.0
 """Headroom below which a step under delayed scaling asks for statistics of the next: its largest
@@ -83,6 +85,8 @@ class PrecisionFallback(RunCallback):
         ValueError: for an option out of range; at setup without a plugin of this package, or for
             a training step that cannot be replayed.
     """
+
+    publishes: ClassVar[Mapping[str, str]] = {FALLBACKS: ""}
 
     def __init__(
         self,
@@ -137,7 +141,7 @@ class PrecisionFallback(RunCallback):
             "dry_run": dry_run,
             "seed": seed,
         }
-        self._queue = SignalQueue()
+        self._queue: SignalQueue | SignalReader = SignalQueue()
         self._waiting: list[StepSignals] = []
         self._skips = 0
         self._overflows = OverflowState()
@@ -146,7 +150,7 @@ class PrecisionFallback(RunCallback):
         self._log = IncidentLog(None)
         self._rescue: Rescue | None = None
         self._open: int | None = None
-        self._losses: list[Tensor] = []
+        self._published = 0
         self._loaded: dict[str, Any] | None = None
         self._failed = False
 
@@ -181,17 +185,13 @@ class PrecisionFallback(RunCallback):
         snapshots_bytes = self._snapshots.stated_bytes(run.parts())  # refuses too small a bound
         self._snapshots.clear()
         self._ring.clear()
-        self._queue, self._open, self._failed = SignalQueue(), None, False
-        self._losses.clear()
+        self._queue, self._open, self._failed = run_of(trainer).signals.reader(), None, False
         if self._layers is not None:
             self._layers.start(trainer, plugin.precision_map)
-        callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        monitor = next((c for c in callbacks if isinstance(c, ClampMonitor)), None)
-        if monitor is not None and plugin.guard is not None:
-            plugin.guard.on_norm = monitor.note_grad_norm  # for its table of losses
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded)
+        self._published = self._state.demotions
         self._log = IncidentLog(run_of(trainer).log(self))
         self._rescue = Rescue(
             trainer=trainer,
@@ -225,6 +225,8 @@ class PrecisionFallback(RunCallback):
         step = trainer.global_step
         if self._open is None:
             self._safely(self._boundary, step)
+            new, self._published = self._state.demotions - self._published, self._state.demotions
+            run_of(trainer).board.publish(FALLBACKS, step, float(new))
             self._open = step
             self.steps.attempted += 1
             groups = [hyperparameters(optimizer) for optimizer in trainer.optimizers]
@@ -251,38 +253,18 @@ class PrecisionFallback(RunCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """At the end of a step: send its signals on their way."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            self._losses.append(loss.detach())
+        """At the end of a step: see that the ring has all of it."""
         if self._rescue is not None and trainer.global_step != self._open:
             self._safely(self._end_step, trainer, pl_module.automatic_optimization)
             self._open = None
 
     def _end_step(self, trainer: L.Trainer, automatic: bool) -> None:
-        plugin = _plugin(trainer)
-        guarded: list[GuardedStep] = []
-        if plugin.guard is not None:
-            guarded, plugin.guard.steps = plugin.guard.steps, []
+        record = run_of(trainer).last
         if self._layers is not None:
             self._layers.after_step(trainer.global_step)
-        losses = [loss.float() for loss in self._losses]
-        self._losses.clear()
-        # In automatic optimization they come divided by the number of micro-batches.
-        reduce = torch.sum if automatic else torch.mean
-        if guarded and automatic:
-            self._ring.set_hyperparameters([guarded[-1].hyperparameters])
+        if record is not None and record.optimizers and automatic:
+            self._ring.set_hyperparameters([record.optimizers[-1].hyperparameters])
         self._ring.end()
-        lr = guarded[0].hyperparameters[0].get("lr") if guarded else None
-        self._queue.put(
-            self._open or 0,
-            loss=reduce(torch.stack(losses)) if losses else None,
-            grad_norms=[step.grad_norm for step in guarded],
-            skipped=[step.skipped for step in guarded],
-            headroom=plugin.precision_map.scale_history.headroom,
-            lr=None if lr is None else float(lr),
-            device=trainer.strategy.root_device,
-        )
 
     # -- between two steps ----------------------------------------------------------------------
 

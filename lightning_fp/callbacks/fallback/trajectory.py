@@ -67,6 +67,7 @@ class TrajectoryReplay:
         self._trainer, self._plugin = trainer, plugin
         self._take, self._restore = take, restore
         self._made = 0
+        self._given: list[Tensor] = []
 
     def __call__(
         self,
@@ -129,14 +130,16 @@ class TrajectoryReplay:
 
     def _backward(self, loss: Tensor, optimizer: object, *args: Any, **kwargs: Any) -> Tensor:
         """In manual optimization: backward without the callbacks' hooks."""
+        self._given.append(loss.detach().float())
         self._plugin.backward(loss, self._trainer.lightning_module, None, *args, **kwargs)
         return loss.detach()
 
     def _step(self, step: RecordedStep) -> float:
-        """One optimizer step, of all its micro-batches; the mean of their losses.
+        """One optimizer step, of all its micro-batches; its loss as `StepRecord` has it.
 
         NaN if the step was left out.
         """
+        self._given.clear()
         trainer = self._trainer
         for optimizer, groups in zip(trainer.optimizers, step.hyperparameters, strict=True):
             set_hyperparameters(optimizer, groups)
@@ -159,6 +162,8 @@ class TrajectoryReplay:
             return math.nan
         self._made += 1
         self._average(step.step)
+        if self._given:
+            return float(torch.stack(self._given).sum())
         return float(torch.stack(losses).mean()) if losses else math.nan
 
     def _micro_batch(self, batch: Any, index: int) -> Tensor | None:

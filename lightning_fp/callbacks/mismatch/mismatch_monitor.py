@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import lightning as L
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fp.callbacks.mismatch.mismatch_remedy import raised_formats, write_formats
+from lightning_fp.callbacks.mismatch.early_warning import Act, EarlyWarning
 from lightning_fp.callbacks.mismatch.mismatch_tally import MismatchTally, RankFailedError
-from lightning_fp.callbacks.run.run import RunCallback, run_of
-from lightning_fp.callbacks.run.run_log import RunLog
+from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
 from lightning_fp.layers import FormatLike, PrecisionMap, linear_format
-from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
+from lightning_fp.metrics.mismatch_names import Aliases
 from lightning_fp.plugins.base import LayerPrecision
-from lightning_fp.records.events import Suspicion
 from lightning_fp.records.mismatch_rows import MismatchWriter
 from lightning_fp.stability import RandomState
-from lightning_fp.stability.detect.mismatch_detector import MismatchDecision, MismatchDetector
+from lightning_fp.stability.detect.mismatch_detector import MismatchDetector
 from lightning_fp.state_version import check_version
 
 log = logging.getLogger(__name__)
@@ -36,8 +34,6 @@ Logprobs = tuple[Tensor, Tensor, Tensor | None]
 
 Hook = Callable[[L.Trainer, L.LightningModule, Any], Logprobs]
 """From the Trainer, its module and a batch to log-probabilities of sampled tokens."""
-
-Act = Literal["log", "raise-precision"]
 
 SHOWN = ("k3_kl", "logprob_abs_diff_mean")
 """What goes to `trainer.callback_metrics`, as `mismatch/<name>`."""
@@ -80,6 +76,8 @@ class MismatchMonitor(RunCallback):
             log-probabilities. Later ones are logged, and the training goes on without the monitor.
     """
 
+    publishes: ClassVar[Mapping[str, str]] = {"mismatch/*": ""}
+
     def __init__(
         self,
         logprobs: Hook | None = None,
@@ -107,35 +105,30 @@ class MismatchMonitor(RunCallback):
                 f"raise_to must be None unless act is 'raise-precision', got {raise_to!r}"
             )
         self.dirpath = dirpath
-        self.detector = MismatchDetector() if detector is None else detector
-        self.act: Act | None = act
+        to = None if raise_to is None else linear_format(raise_to)
+        self._warning = EarlyWarning(detector or MismatchDetector(), act, to, hold_steps)
         self.latest: dict[str, float] | None = None
         """The metrics of the last measured step, the same on every rank."""
         self._hook = logprobs
-        self._every_n_steps, self._hold_steps = every_n_steps, hold_steps
-        self._raise_to = None if raise_to is None else linear_format(raise_to)
-        self._aliases = set(ALIASES.get(aliases, {}))
+        self._every_n_steps = every_n_steps
         name = getattr(logprobs, "__qualname__", type(logprobs).__name__)
-        self._source = "MismatchMonitor.update" if logprobs is None else f"logprobs={name}"
-        self._tally = MismatchTally(self._source, aliases, threshold)
+        source = "MismatchMonitor.update" if logprobs is None else f"logprobs={name}"
+        self._tally = MismatchTally(source, aliases, threshold)
         self._settings: dict[str, Any] = {
             "logprobs": None if logprobs is None else name,
             "every_n_steps": every_n_steps,
-            "detector": asdict(self.detector),
+            "detector": asdict(self._warning.detector),
             "act": act,
-            "raise_to": None if self._raise_to is None else self._raise_to.name,
+            "raise_to": None if to is None else to.name,
             "hold_steps": hold_steps,
             "aliases": aliases,
             "threshold": threshold,
         }
-        self._detected = self.detector.init()
         self._measured_at = -1
-        self._quiet_until = 0
-        self._told = False
         self._open: int | None = None
-        self._due = self._running = self._failed = self._worked = self._warned_empty = False
+        self._failed = self._worked = self._warned_empty = False
         self._trainer: L.Trainer | None = None
-        self._log = RunLog(None)
+        self._run: Run | None = None
         self._writer: MismatchWriter | None = None
 
     @override
@@ -150,7 +143,7 @@ class MismatchMonitor(RunCallback):
         """Refuse to raise the precision where nothing can be raised."""
         super().setup(trainer, pl_module, stage)
         plugin = trainer.precision_plugin
-        wants_table = stage == "fit" and self.act == "raise-precision"
+        wants_table = stage == "fit" and self._warning.act == "raise-precision"
         if wants_table and not isinstance(plugin, LayerPrecision):
             raise ValueError(
                 "act='raise-precision' needs a precision plugin of lightning_fp, got"
@@ -162,10 +155,9 @@ class MismatchMonitor(RunCallback):
         """Measure from here on."""
         self._trainer = trainer
         self._tally.start(trainer.strategy.root_device)
-        self._open, self._running = None, True
+        self._open, self._run = None, run_of(trainer)
         self._failed = self._worked = self._warned_empty = False
-        self._log = run_of(trainer).log(self)
-        directory = run_of(trainer).directory(self)
+        directory = self._run.directory(self)
         self._writer = None if directory is None else MismatchWriter(directory)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -179,10 +171,14 @@ class MismatchMonitor(RunCallback):
         if self._open is None:
             self._open = step
             due = step // self._every_n_steps > self._measured_at // self._every_n_steps
-            self._due = self._running and due
-            if self._due and self._hook is not None and isinstance(plugin, LayerPrecision):
+            self._tally.measuring = self._run is not None and due
+            if (
+                self._tally.measuring
+                and self._hook is not None
+                and isinstance(plugin, LayerPrecision)
+            ):
                 plugin.boundary()  # the hook asks in the formats of the step to come
-        if self._due and self._hook is not None:
+        if self._tally.measuring and self._hook is not None:
             self._guarded(self._ask, self._hook, trainer, pl_module, batch)
 
     def _ask(self, hook: Hook, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
@@ -215,7 +211,8 @@ class MismatchMonitor(RunCallback):
         """
         if self._hook is not None:
             raise ValueError(
-                f"MismatchMonitor.update must not be called beside {self._source}; give one of them"
+                f"MismatchMonitor.update must not be called beside {self._tally.source}; give one"
+                " of them"
             )
         if self._trainer is None:
             raise ValueError(
@@ -224,7 +221,12 @@ class MismatchMonitor(RunCallback):
             )
         table = _table(self._trainer)
         replayed = table is not None and table.frozen
-        if self._due and self._open is not None and self._trainer.training and not replayed:
+        if (
+            self._tally.measuring
+            and self._open is not None
+            and self._trainer.training
+            and not replayed
+        ):
             self._guarded(self._tally.add, (rollout_logprobs, train_logprobs, mask))
 
     @override
@@ -240,16 +242,19 @@ class MismatchMonitor(RunCallback):
         if self._open is None or trainer.global_step == self._open:
             return
         begun, self._open = self._open, None
-        if self._due and self._running:
-            self._due = False
-            self._guarded(self._end_step, trainer, pl_module, begun)
+        run = self._run
+        if self._tally.measuring and run is not None:
+            self._tally.measuring = False
+            self._guarded(self._end_step, run, trainer, pl_module, begun)
             self._tally.clear()
 
-    def _end_step(self, trainer: L.Trainer, module: L.LightningModule, begun: int) -> None:
+    def _end_step(
+        self, run: Run, trainer: L.Trainer, module: L.LightningModule, begun: int
+    ) -> None:
         try:
             values = self._tally.values(trainer, failed=self._failed)
         except RankFailedError:
-            self._running = False
+            self._run = None
             return
         except ValueError:
             if not self._worked:
@@ -263,67 +268,19 @@ class MismatchMonitor(RunCallback):
         self._worked, self._measured_at, self.latest = True, begun, values
         shown = {f"mismatch/{name}": values[name] for name in SHOWN}
         module.log_dict(shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
-        self._record(begun + 1, values)
-        if self.act is not None:
-            self._judge(trainer, begun + 1, values)
+        aliases = self._tally.aliases
+        run.show({n if n in aliases else f"mismatch/{n}": v for n, v in values.items()}, begun + 1)
+        self._write(begun + 1, values)
+        self._warning.judge(trainer.precision_plugin, run.log(self), begun + 1, values)
 
-    def _record(self, step: int, values: dict[str, float]) -> None:
-        """Only rank 0 has loggers and a writer."""
-        named = {n if n in self._aliases else f"mismatch/{n}": v for n, v in values.items()}
-        self._log.scalars(named, step)
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        """Only rank 0 has a writer."""
         if self._writer is not None:
             try:
                 self._writer.append(step, values)
             except OSError:
                 self._writer = None
                 log.exception("mismatch.csv cannot be written; the training goes on without it")
-
-    # -- early warning --------------------------------------------------------------------------
-
-    def _judge(self, trainer: L.Trainer, step: int, values: dict[str, float]) -> None:
-        """Alike on all ranks: the values are."""
-        self._detected, decision = self.detector.step(
-            self._detected, abs_diff=values["logprob_abs_diff_mean"], k3=values["k3_kl"]
-        )
-        if not decision.raised:
-            self._told = False
-        elif step >= self._quiet_until:  # else what was done shall have time to work
-            action = self._raise(trainer, step, decision) if self.act == "raise-precision" else ""
-            if action or not self._told:
-                self._warn(step, decision, values, action)
-            self._told = True
-
-    def _raise(self, trainer: L.Trainer, step: int, decision: MismatchDecision) -> str:
-        """What was done, in words; nothing if there is nothing left to do."""
-        plugin = trainer.precision_plugin
-        if not isinstance(plugin, LayerPrecision):
-            return ""
-        formats = raised_formats(plugin, self._raise_to)
-        if not formats:
-            if self._told:
-                return ""
-            fp16_next = self._raise_to is None and plugin.scaler is None
-            return "no layer is left in FP8; for fp16 take FP16Precision" if fp16_next else ""
-        changes = write_formats(plugin.precision_map, formats, decision.reason)
-        self._quiet_until = step + self._hold_steps
-        self._detected = self.detector.precision_changed(self._detected)
-        ways = sorted({f"{before} -> {after}" for before, after in changes.values()})
-        layers = f"{len(changes)} layer{'s' if len(changes) != 1 else ''}"
-        return f"{layers} {', '.join(ways)}; the rollout engine has to follow"
-
-    def _warn(
-        self, step: int, decision: MismatchDecision, values: dict[str, float], action: str
-    ) -> None:
-        optional = {"usual": decision.usual, "onset": decision.onset, "factor": decision.factor}
-        numbers = {
-            "mismatch/k3_kl": values["k3_kl"],
-            "mismatch/logprob_abs_diff_mean": values["logprob_abs_diff_mean"],
-            "mismatch/extreme_disagreement": values["extreme_disagreement"],
-            **{name: float(value) for name, value in optional.items() if value is not None},
-        }
-        event = Suspicion(step=step, reason=decision.reason, numbers=numbers, action=action)
-        self._log.write(event)
-        self._log.count("mismatch_warnings", step)
 
     # -- failures and the end -------------------------------------------------------------------
 
@@ -343,7 +300,7 @@ class MismatchMonitor(RunCallback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if nothing was ever measured."""
-        if self._running and not self._worked and trainer.is_global_zero:
+        if self._run is not None and not self._worked and trainer.is_global_zero:
             log.warning(
                 "MismatchMonitor has measured nothing: give it a hook with logprobs=, or call its"
                 " update(rollout_logprobs, train_logprobs, mask) in the training step"
@@ -353,7 +310,7 @@ class MismatchMonitor(RunCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The next fit begins anew."""
         if stage == "fit":
-            self._trainer, self._writer, self._running = None, None, False
+            self._trainer = self._writer = self._run = None
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -362,20 +319,16 @@ class MismatchMonitor(RunCallback):
         """The detector's state, and when precision was raised."""
         return {
             "version": STATE_VERSION,
-            "detector": self.detector.state_dict(self._detected),
             "measured_at": self._measured_at,
-            "quiet_until": self._quiet_until,
-            "told": self._told,
+            **self._warning.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         check_version(state_dict, STATE_VERSION, "MismatchMonitor state must have version")
-        self._detected = self.detector.load_state_dict(state_dict["detector"])
         self._measured_at = int(state_dict["measured_at"])
-        self._quiet_until = int(state_dict["quiet_until"])
-        self._told = bool(state_dict["told"])
+        self._warning.load_state_dict(state_dict)
 
 
 def _table(trainer: L.Trainer) -> PrecisionMap | None:

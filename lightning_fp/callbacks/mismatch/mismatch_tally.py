@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from lightning_fp.metrics import TrainingInferenceMismatch
-from lightning_fp.metrics.mismatch_names import Aliases
+from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
 
 _PARTS = ("rollout_logprobs", "train_logprobs", "mask")
 
@@ -24,7 +24,12 @@ class MismatchTally:
     """
 
     def __init__(self, source: str, aliases: Aliases, threshold: float) -> None:
-        self._source = source
+        self.source = source
+        """Who gives the log-probabilities."""
+        self.aliases = set(ALIASES.get(aliases, {}))
+        """The metrics' names that others give them."""
+        self.measuring = False
+        """Whether the step under way is measured."""
         self._metric = TrainingInferenceMismatch(aliases, threshold=threshold)
         self._updates = 0
 
@@ -52,12 +57,12 @@ class MismatchTally:
         parts: list[Any] = list(given) if isinstance(given, (tuple, list)) else [given]
         if len(parts) not in (2, 3):
             raise ValueError(
-                f"{self._source} must give ({', '.join(_PARTS)}), got {_described(given)}"
+                f"{self.source} must give ({', '.join(_PARTS)}), got {_described(given)}"
             )
         for name, part in zip(_PARTS, parts, strict=False):
             if not isinstance(part, torch.Tensor) and not (name == "mask" and part is None):
                 raise ValueError(
-                    f"{self._source} must give tensors [batch, tokens], got {_described(part)} for"
+                    f"{self.source} must give tensors [batch, tokens], got {_described(part)} for"
                     f" {name}"
                 )
         device = self._metric.token_sums.device
@@ -65,7 +70,7 @@ class MismatchTally:
         try:
             self._metric.update(*on_device)
         except ValueError as error:
-            raise ValueError(f"{self._source}: {error}") from error
+            raise ValueError(f"{self.source}: {error}") from error
         self._updates += 1
 
     def values(self, trainer: L.Trainer, *, failed: bool) -> dict[str, float] | None:
@@ -97,7 +102,7 @@ class MismatchTally:
         try:
             computed = self._metric.compute()
         except ValueError as error:
-            raise ValueError(f"{self._source}: {error}") from error
+            raise ValueError(f"{self.source}: {error}") from error
         values = dict(zip(computed, torch.stack(list(computed.values())).tolist(), strict=True))
         self._check_not_empty(values)
         return values
@@ -107,11 +112,11 @@ class MismatchTally:
             return
         if values["nonfinite"]:
             raise ValueError(
-                f"{self._source} must give finite log-probabilities, got {values['nonfinite']:.0f}"
+                f"{self.source} must give finite log-probabilities, got {values['nonfinite']:.0f}"
                 " tokens of which none is finite on both sides"
             )
         raise ValueError(
-            f"{self._source} must give a mask that counts tokens, got one that is 0 everywhere; it"
+            f"{self.source} must give a mask that counts tokens, got one that is 0 everywhere; it"
             " is 1 for sampled tokens and 0 for prompt and padding"
         )
 

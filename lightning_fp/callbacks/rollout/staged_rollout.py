@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +14,18 @@ from typing_extensions import override
 
 from lightning_fp.callbacks.clamp.summary import flops_share
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
-from lightning_fp.callbacks.rollout.rollout_progress import LossSource, TokenCounter
-from lightning_fp.callbacks.rollout.rollout_sources import (
-    LOSS,
+from lightning_fp.callbacks.rollout.gate_evidence import GateEvidence
+from lightning_fp.callbacks.rollout.gate_names import (
     LOSS_GAP,
-    MetricSource,
-    Points,
-    Source,
-    collect,
-    find_sources,
+    is_published,
+    measurements,
     statistic,
 )
-from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.callbacks.rollout.logged_metrics import LoggedMetrics
+from lightning_fp.callbacks.rollout.stage_moves import StageMoves, follow
+from lightning_fp.callbacks.rollout.token_counter import TokenCounter
+from lightning_fp.callbacks.run.run import LOSS, Run, RunCallback, run_of
 from lightning_fp.callbacks.run.run_log import RunLog
-from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.recipes import (
     Rollout,
@@ -36,8 +33,6 @@ from lightning_fp.recipes import (
     RolloutRecipe,
     RolloutSignals,
     RolloutState,
-    StageFormats,
-    formats_by_stage,
     read,
 )
 from lightning_fp.recipes.evidence import GateVerdict
@@ -104,22 +99,15 @@ class StagedRollout(RunCallback):
         self.baseline, self.tokens_per_step, self.dirpath = baseline, tokens_per_step, dirpath
         self._rollout = Rollout(self.recipe)
         self._state = self._rollout.init()
-        self._course: list[StageFormats] = []
-        self._configured: dict[str, str] = {}
-        self._sources: dict[str, Source] = {}
-        self._losses: LossSource | None = None
+        self._moves: StageMoves | None = None
+        self._evidence = GateEvidence({}, None, None)
         self._tokens: TokenCounter | None = None
-        self._new: Points = {}
-        self._log = RunLog(None)
+        self._run: Run | None = None
         self._fallback: PrecisionFallback | None = None
         self._steps = math.inf
-        self._interval = 1
         self._open: int | None = None
-        self._at = 0
         self._shown = -1
-        self._running = False
         self._loaded: dict[str, Any] | None = None
-        self._rewrite: Mapping[str, str] | None = None
 
     @property
     def stage(self) -> str | None:
@@ -151,27 +139,27 @@ class StagedRollout(RunCallback):
         if stage != "fit":
             return
         _plugin(trainer)
-        self._state, self._loaded, self._rewrite = self._rollout.init(), None, None
-        trainers: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        self._interval = max(1, trainers)
-        self._sources = find_sources(self.recipe, trainer, self._interval)
-        statistics = [statistic(gate) for stage in self.recipe.stages for gate in stage.gates]
+        self._state, self._loaded = self._rollout.init(), None
+        interval = _interval(trainer)
+        names = measurements(self.recipe, trainer, interval)
         until = {key for stage in self.recipe.stages for key in stage.until}
-        asked = LOSS in until or LOSS in statistics or LOSS_GAP in statistics
-        self._losses = LossSource(self.baseline) if asked else None
-        tokens = TokenCounter(self.tokens_per_step, self._interval)
+        if LOSS in until:
+            names[LOSS] = LOSS
+        logged = [name for name in dict.fromkeys(names.values()) if not is_published(name)]
+        metrics = LoggedMetrics(trainer, logged, interval) if logged else None
+        baseline = self.baseline if LOSS_GAP in names.values() else None
+        self._evidence = GateEvidence(names, baseline, metrics)
+        tokens = TokenCounter(self.tokens_per_step, interval)
         self._tokens = tokens if "tokens" in until else None
         callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
         watching = [c for c in callbacks if isinstance(c, PrecisionFallback) and not c.dry_run]
         self._fallback = watching[0] if watching else None
-        self._new, self._open, self._running = {}, None, False
+        self._open, self._run = None, None
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Follow the recipe over this model, and refuse what cannot be."""
-        plugin = _plugin(trainer)
-        self._configured = plugin.precision_map.configured()
-        self._course = follow(self.recipe, plugin)
+        self._moves = StageMoves(self.recipe, _plugin(trainer))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -180,8 +168,8 @@ class StagedRollout(RunCallback):
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded, trainer)
-        self._log = run_of(trainer).log(self)
-        self._at, self._shown, self._running = trainer.global_step, -1, True
+        self._shown, self._run = -1, run_of(trainer)
+        self._evidence.follow(self._run)
 
     def _length(self, trainer: L.Trainer) -> float:
         """Steps of the whole run, if a stage asks for its share of them; else inf.
@@ -205,12 +193,12 @@ class StagedRollout(RunCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Between two steps: gather, decide, and write to the table."""
-        if not self._running:
+        if self._run is None:
             return
         if self._tokens is not None:
             self._tokens.add(batch)
         if self._open is None:
-            self._safely(self._boundary, trainer)
+            self._safely(self._boundary, self._run, self._moves, trainer)
             self._open = trainer.global_step
 
     @override
@@ -222,77 +210,57 @@ class StagedRollout(RunCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Take in what the step has shown."""
-        if not self._running:
+        """At the end of a step: count its tokens, and show the stage."""
+        run, step, interval = self._run, trainer.global_step, _interval(trainer)
+        if run is None or step == self._open:
             return
-        if self._losses is not None:
-            self._losses.add(outputs)
-        step = trainer.global_step
-        if step == self._open:
-            return
-        self._open, self._at = None, step
-        if self._losses is not None:
-            automatic, device = pl_module.automatic_optimization, trainer.strategy.root_device
-            self._losses.end_step(step, automatic=automatic, device=device)
+        self._open = None
         if self._tokens is not None:
             self._tokens.end_step(step, trainer)
-        if self._shown < 0 or step // self._interval > self._shown // self._interval:
-            self._show(pl_module, step)
+        if self._shown < 0 or step // interval > self._shown // interval:
+            self._shown = step
+            index = float(self._state.stage)
+            pl_module.log(
+                STAGE,
+                index,
+                prog_bar=True,
+                logger=False,
+                on_step=True,
+                on_epoch=False,
+                batch_size=1,
+            )
+            run.show({STAGE: index}, step)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Metrics of a validation are new."""
-        metrics = self._sources.get("metrics")
-        if isinstance(metrics, MetricSource) and not trainer.sanity_checking:
-            metrics.validated = True
-
-    def _show(self, pl_module: L.LightningModule, step: int) -> None:
-        """The stage, to the progress bar and the loggers."""
-        self._shown = step
-        index = float(self._state.stage)
-        pl_module.log(
-            STAGE, index, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
-        )
-        self._log.scalars({STAGE: index}, step)
+        if not trainer.sanity_checking:
+            self._evidence.validated()
 
     # -- between two steps ----------------------------------------------------------------------
 
-    def _boundary(self, trainer: L.Trainer) -> None:
-        step, plugin = trainer.global_step, _plugin(trainer)
-        plugin.boundary()
-        if self._rewrite is not None:  # the recipe was changed while the run lay still
-            before, self._rewrite = self._rewrite, None
-            name = f"rollout stage {self.stage}: the recipe was changed"
-            course = self._course[self._state.stage].formats
-            self._write(plugin, _own_moves(plugin.precision_map, course, before)[0], name)
-        self._gather(step)
-        new, self._new = self._new, {}
+    def _boundary(self, run: Run, moves: StageMoves, trainer: L.Trainer) -> None:
+        step, log = trainer.global_step, run.log(self)
+        moves.begin(self._state.stage)
+        self._evidence.gather(step, self._state.entered)
         held, over = self._held()
         signals = RolloutSignals(
             step=step,
             share=step / self._steps,
             tokens=None if self._tokens is None else self._tokens.total,
-            values=_as_asked(self.recipe, new),
+            values=self._evidence.take(),
             held=held,
             over=over,
         )
         before = self._state
         self._state, decision = self._rollout.step(before, signals)
-        self._tell_gates(step, before, decision.verdicts)
+        self._tell_gates(log, step, before, decision.verdicts)
         if self._state.held != before.held:
-            self._tell_hold(step, before.held)
+            self._tell_hold(log, step, before.held)
         if decision.action == "stop":
-            self._tell_end(step, decision.reason)
+            self._tell_end(log, step, decision.reason)
         elif decision.action != "none":
-            self._enter(plugin, before, decision, signals)
-
-    def _gather(self, step: int) -> None:
-        """What callbacks have measured; nothing is lost if a checkpoint comes in between."""
-        new = collect(list(self._sources.values()), step, self._state.entered)
-        if self._losses is not None:
-            new.update(self._losses.take())
-        for name, points in new.items():
-            self._new.setdefault(name, []).extend(points)
+            self._enter(log, moves, before, decision, signals)
 
     def _held(self) -> tuple[str, str]:
         """Why no stage may begin or end now, and why none may ever again."""
@@ -306,28 +274,28 @@ class StagedRollout(RunCallback):
 
     def _enter(
         self,
-        plugin: LayerPrecision,
+        log: RunLog,
+        moves: StageMoves,
         before: RolloutState,
         decision: RolloutDecision,
         signals: RolloutSignals,
     ) -> None:
         """Carry a decision out: give the stage's layers their formats."""
-        entry = self._course[self._state.stage]
-        known = self._course[before.stage].formats if before.stage >= 0 else self._configured
-        changes, left = _own_moves(plugin.precision_map, entry.formats, known)
+        name = self.recipe.stages[self._state.stage].name
+        changes, left = moves.plan(self._state.stage, before.stage)
         action = f"{len(changes)} layers change"
         action += f", {len(left)} are left as others have set them" if left else ""
-        self._log.write(
+        log.write(
             StageChange(
                 step=signals.step,
                 reason=decision.reason,
-                stage=entry.stage.name,
+                stage=name,
                 previous="" if before.stage < 0 else self.recipe.stages[before.stage].name,
                 numbers={
                     "stage": float(self._state.stage),
                     "layers_changed": float(len(changes)),
                     "layers_left": float(len(left)),
-                    "fp8_share": flops_share(plugin, changes),
+                    "fp8_share": flops_share(moves.plugin, changes),
                     "share": signals.share or 0.0,
                     **({} if signals.tokens is None else {"tokens": float(signals.tokens)}),
                 },
@@ -335,35 +303,24 @@ class StagedRollout(RunCallback):
                 action=action,
             )
         )
-        self._write(plugin, changes, f"rollout stage {entry.stage.name}: {decision.reason}")
-        self._log.count("stage_changes", signals.step)
+        moves.write(changes, f"rollout stage {name}: {decision.reason}")
+        log.count("stage_changes", signals.step)
         self._shown = -1
         if self._state.ended:
-            self._tell_end(signals.step, self._state.ended)
-
-    def _write(
-        self, plugin: LayerPrecision, changes: Mapping[str, LinearFormat], reason: str
-    ) -> None:
-        """Through the table, as anybody."""
-        table = plugin.precision_map
-        by_format: dict[LinearFormat, list[str]] = {}
-        for name, format in changes.items():
-            by_format.setdefault(format, []).append(name)
-        for format, names in by_format.items():
-            pattern = "|".join(map(re.escape, names))
-            table.set(f"re:{pattern}", format, reason=reason, author="rollout")
-        plugin.boundary()
+            self._tell_end(log, signals.step, self._state.ended)
 
     # -- what is said ---------------------------------------------------------------------------
 
-    def _tell_gates(self, step: int, state: RolloutState, verdicts: Sequence[GateVerdict]) -> None:
+    def _tell_gates(
+        self, log: RunLog, step: int, state: RolloutState, verdicts: Sequence[GateVerdict]
+    ) -> None:
         stage = self._rollout.stage(state)
         if stage is None:
             return
         for verdict in verdicts:
             gate, passed = verdict.gate, verdict.answer == "passed"
             bounds = {"below": gate.below, "above": gate.above}
-            self._log.write(
+            log.write(
                 GateResult(
                     step=step,
                     reason=verdict.sentence(),
@@ -379,51 +336,48 @@ class StagedRollout(RunCallback):
                 )
             )
             if verdict.answer == "failed":
-                self._log.count("gate_failures", step)
+                log.count("gate_failures", step)
 
-    def _tell_hold(self, step: int, before: str) -> None:
+    def _tell_hold(self, log: RunLog, step: int, before: str) -> None:
         if self._state.held:
             text = f"the rollout holds in stage {self.stage}: {self._state.held}"
         else:
             text = f"the rollout goes on in stage {self.stage}, no longer held: {before}"
-        self._log.write(Note(step=step, reason=text))
+        log.write(Note(step=step, reason=text))
 
-    def _tell_end(self, step: int, reason: str) -> None:
+    def _tell_end(self, log: RunLog, step: int, reason: str) -> None:
         text = f"the rollout ends in stage {self.stage}: {reason}"
-        self._log.write(Note(step=step, reason=text))
+        log.write(Note(step=step, reason=text))
 
-    def _safely(self, function: Callable[..., object], *args: Any) -> None:
+    def _safely(self, function: Callable[..., object], run: Run, *args: Any) -> None:
         """A rollout that fails ends where it stands, and the training goes on."""
         try:
-            function(*args)
+            function(run, *args)
         except Exception as error:
-            self._running = False
+            self._run = None
             log.exception("StagedRollout failed; the training goes on in the formats of now")
             text = f"the rollout has failed in stage {self.stage}, the run goes on: {error}"
-            self._log.write(Note(step=self._state.last, reason=text))
+            run.log(self).write(Note(step=self._state.last, reason=text))
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The log is closed."""
+        """The rollout stands still."""
         if stage == "fit":
-            self._running = False
+            self._run = None
 
     # -- state ----------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Stage, evidence, counts; the recipe too, to notice on resume that it was changed."""
-        if self._running and self._open is None:
-            self._gather(self._at)
-        if self._losses is not None:
-            for name, points in self._losses.take(all=True).items():
-                self._new.setdefault(name, []).extend(points)
+        if self._run is not None:
+            step = self._run.step if self._open is None else None
+            self._evidence.wait(step, self._state.entered)
         return {
             "version": STATE_VERSION,
             "recipe": self.recipe.to_yaml(),
             "rollout": self._rollout.state_dict(self._state),
-            "new": {name: [list(point) for point in points] for name, points in self._new.items()},
-            "sources": {name: source.state_dict() for name, source in self._sources.items()},
+            "evidence": self._evidence.state_dict(),
             "tokens": None if self._tokens is None else self._tokens.state_dict(),
         }
 
@@ -435,20 +389,18 @@ class StagedRollout(RunCallback):
         self._loaded = state_dict
 
     def _restore(self, loaded: Mapping[str, Any], trainer: L.Trainer) -> None:
-        for name, source in self._sources.items():
-            if name in loaded["sources"]:
-                source.load_state_dict(loaded["sources"][name])
+        same = loaded["recipe"] == self.recipe.to_yaml()
+        self._evidence.load_state_dict(loaded["evidence"], same_recipe=same)
         if self._tokens is not None and loaded["tokens"] is not None:
             self._tokens.load_state_dict(loaded["tokens"])
-        if loaded["recipe"] == self.recipe.to_yaml():
-            new: dict[str, list[list[Any]]] = loaded["new"]
-            self._new = {n: [(at, value) for at, value in points] for n, points in new.items()}
+        if same:
             return
         old = RolloutRecipe.from_yaml(loaded["recipe"])
         self._state = replace(self._state, evidence={}, answers={})
         if self.stage is not None:
             formats = follow(old, _plugin(trainer))[old.index(self.stage)].formats
-            self._rewrite = formats
+            if self._moves is not None:
+                self._moves.changed_from = formats
 
 
 _CONSEQUENCE = {
@@ -462,77 +414,9 @@ _CONSEQUENCE = {
 """What follows when a gate does not pass, by `on_fail` and the gate's answer."""
 
 
-def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
-    """A recipe's formats by stage over the layers of a plugin's table.
-
-    Args:
-        recipe: the recipe.
-        plugin: the plugin, when its table is filled.
-
-    Raises:
-        ValueError: for a pattern that matches nothing, a layer that cannot run a stage's format,
-            or where nothing can be moved.
-    """
-    table = plugin.precision_map
-    configured = table.configured()
-    formats = {name: table.known_format(format) for name, format in configured.items()}
-    low = [name for name, format in formats.items() if not format.is_high_precision]
-    # Without a layer in FP8 it is FP16 that a recipe moves, between itself and BF16.
-    high = (plugin.base_format if low else plugin.high_precision).name
-    half = configured if plugin.falls_back_whole else {}
-    movable = low or [name for name, format in half.items() if format != high]
-    if not movable:
-        raise ValueError(
-            f"recipe {recipe.name!r} has nothing to move: {type(plugin).__name__} is configured to"
-            " leave every layer in high precision; configure it with the formats that the run is"
-            " to come to"
-        )
-    stages = formats_by_stage(recipe, configured, high=high, movable=movable)
-    for entry in stages:
-        for name in entry.changes:
-            format = table.known_format(entry.formats[name])
-            if not table.can_run(table.layers[name], format):
-                raise ValueError(f"{entry.stage}: layer {name!r} cannot run {format.name!r} here")
-        if not low and len(set(entry.formats.values())) > 1:
-            raise ValueError(
-                f"{entry.stage}: layers must all have one format under {type(plugin).__name__},"
-                " whose base changes with them; write '*'"
-            )
-    return stages
-
-
-def _own_moves(
-    table: PrecisionMap, wanted: Mapping[str, str], before: Mapping[str, str]
-) -> tuple[dict[str, LinearFormat], list[str]]:
-    """Which layers a stage moves.
-
-    Args:
-        table: the formats.
-        wanted: those to be.
-        before: those that the rollout itself had seen to: a layer that has another one now was
-            changed by somebody else, who knows why, and may only go to high precision.
-
-    Returns:
-        The new formats of the layers that get one, and the layers that are left as they are.
-    """
-    moves: dict[str, LinearFormat] = {}
-    left: list[str] = []
-    for name, layer in table.layers.items():
-        now, format = layer.format, table.known_format(wanted[name])
-        if now == format:
-            continue
-        own = now == table.known_format(before[name])
-        if own or (format.is_high_precision and not now.is_high_precision):
-            moves[name] = format
-        elif before[name] != wanted[name]:
-            left.append(name)
-    return moves, left
-
-
-def _as_asked(recipe: RolloutRecipe, new: Points) -> Points:
-    """Values by the names that gates call them by."""
-    named = {gate.statistic: statistic(gate) for stage in recipe.stages for gate in stage.gates}
-    return {asked: new[name] for asked, name in {**named, LOSS: LOSS}.items() if name in new}
+def _interval(trainer: L.Trainer) -> int:
+    interval: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+    return max(1, interval)
 
 
 def _plugin(trainer: L.Trainer) -> LayerPrecision:

@@ -1,29 +1,42 @@
-"""One fit, as all callbacks of ours share it: where it writes, and its log of events.
+"""One fit, as all callbacks of ours share it: where it writes, its log, its steps, its board.
 
 The first callback of ours puts a `Run` in front of the Trainer's callbacks, so that it hears of
-everything before they do, and once for all of them.
+everything before they do, and once for all of them: what a step's loss was is decided here and
+nowhere else, and whoever needs it finds the record when his own hook is called.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.callbacks.run.loss_files import LossFiles
 from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
 from lightning_fp.layers import Change
+from lightning_fp.plugins.guard import StepGuard, gradient_norm, hyperparameters
 from lightning_fp.records.run import write_run
+from lightning_fp.stability.detect.signals import StepSignals
+from lightning_fp.telemetry import Board, OptimizerStep, SignalFeed, StepRecord, StepRecorder
 
 log = logging.getLogger("lightning_fp.fallback")
 
 STATE_KEY = "lightning_fp.run"
 """Where a checkpoint keeps how far the logs had come, by callback."""
+
+LOSS = "loss"
+"""What the run itself publishes, if somebody follows it: each step's loss over all ranks."""
 
 
 class RunCallback(L.Callback):
@@ -32,6 +45,27 @@ class RunCallback(L.Callback):
     dirpath: str | Path | None = None
     """Where it writes; None takes what another callback of the run names, else the trainer's log
     directory."""
+
+    publishes: ClassVar[Mapping[str, str]] = {}
+    """The names that it publishes on the run's board, or globs over them; each with the option it
+    takes, or "" if it takes none."""
+
+    writes_loss: ClassVar[bool] = False
+    """Whether `loss.csv` belongs into its directory."""
+
+    needs_grad_norm: ClassVar[bool] = False
+    """Whether the norm of the gradient is worth computing where nothing else does."""
+
+    def published_every(self, interval: int) -> tuple[int, str]:
+        """How often it publishes, for those who wait for a value.
+
+        Args:
+            interval: the Trainer's log interval, in steps.
+
+        Returns:
+            Steps from one value to the next at most, and what it does then, as a verb.
+        """
+        return 1, "publishes"
 
     def settings(self) -> dict[str, Any]:
         """The options, as plain data for the records and the loggers."""
@@ -54,6 +88,19 @@ class Run(L.Callback):
         self._logs: dict[Path | None, RunLog] = {}
         self._positions: dict[str, int | None] = {}
         self._unsubscribe: Callable[[], object] = lambda: None
+        self.board = Board()
+        """All that is measured in this fit."""
+        self.step = 0
+        """Optimizer steps done."""
+        self.last: StepRecord | None = None
+        """The step that ended last."""
+        self.recorder = StepRecorder()
+        """Makes the record of the step under way."""
+        self.signals = SignalFeed(self._arrived)
+        """The steps' records over all ranks, for who reads every one of them."""
+        self._files: LossFiles | None = None
+        self._loggers: list[Any] = []
+        self._computes_norm = False
 
     @staticmethod
     def begin(trainer: L.Trainer) -> Run:
@@ -90,7 +137,8 @@ class Run(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write down what the run is, open its logs, and have the table tell them its writes."""
-        zero, ours = trainer.is_global_zero, _ours(trainer)
+        zero, ours, self.step = trainer.is_global_zero, _ours(trainer), trainer.global_step
+        self._loggers = list(trainer.loggers) if zero else []
         writes = zero and not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
         for callback in ours:
             directory = run_directory(trainer, callback)  # on all ranks
@@ -102,7 +150,7 @@ class Run(L.Callback):
             known = [self._positions[key] for key in keys if key in self._positions]
             self._logs[directory] = RunLog(
                 directory,
-                loggers=trainer.loggers if zero else [],
+                show=self.show,
                 step=trainer.global_step,
                 position=known[0] if known else None,
                 console=zero,
@@ -110,28 +158,145 @@ class Run(L.Callback):
         table = table_of(trainer)
         if table is not None:
             self._unsubscribe = table.subscribe(lambda changes: self._tell(trainer, changes))
+        self._begin_steps(trainer, ours)
+
+    def _begin_steps(self, trainer: L.Trainer, ours: Sequence[RunCallback]) -> None:
+        if any(callback.writes_loss for callback in ours):
+            directories = {self.directory(c) for c in ours if c.writes_loss}
+            self._files = LossFiles(trainer, [d for d in directories if d is not None])
+        guard = _guard(trainer)
+        if guard is not None:
+            guard.keeps_record = True
+            guard.steps.clear()
+        wanted = any(callback.needs_grad_norm for callback in ours)
+        # Under FSDP1 each rank has only a part of the gradients.
+        self._computes_norm = wanted and not isinstance(trainer.strategy, FSDPStrategy)
+        self.recorder = StepRecorder()
 
     def _tell(self, trainer: L.Trainer, changes: Sequence[Change]) -> None:
         """Whoever wrote, every log of the run has an event of it; the console hears of it once."""
         for index, each in enumerate(self._logs.values()):
             each.changed(trainer.global_step, changes, quiet=index > 0)
 
+    # -- steps -----------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before anybody acts between two steps: what the steps before have shown is here."""
+        self.recorder.begin(trainer.global_step)
+        self.signals.arrive()
+
+    @override
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        """In manual optimization this is where a step's losses are: it need not return any."""
+        if not pl_module.automatic_optimization:
+            scale = _scale(trainer)
+            self.recorder.backward(loss if scale is None else loss / scale)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Gradients are not yet clipped. Where there is a guard, it looks at them itself."""
+        if _guard(trainer) is not None:
+            return
+        norm: Tensor | None = None
+        if self._computes_norm:
+            norm = gradient_norm(optimizer)
+            scale = _scale(trainer)
+            if scale is not None and _optimizer_handles_unscaling(optimizer):
+                norm = norm / scale  # a fused step takes the scale out by itself
+        groups = hyperparameters(optimizer)
+        self.recorder.stepped(OptimizerStep(grad_norm=norm, skipped=None, hyperparameters=groups))
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """At the end of a step: make its record, and send it on its way to those who read."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        # In manual optimization nobody has divided the loss.
+        automatic = pl_module.automatic_optimization
+        self.recorder.micro_batch(loss, trainer.accumulate_grad_batches if automatic else 1)
+        guard = _guard(trainer)
+        if guard is not None:
+            for step in guard.steps:
+                self.recorder.stepped(step)
+            guard.steps = []
+        self.step = trainer.global_step
+        record = self.recorder.end(self.step)
+        if record is None:
+            return
+        self.last = record
+        if self._files is not None:
+            self._files.add(record)
+        if self.signals.wanted or LOSS in self.board.followed:
+            table = table_of(trainer)
+            headroom = None if table is None else table.scale_history.headroom
+            self.signals.put(record, headroom, trainer.strategy.root_device)
+
+    def _arrived(self, seen: StepSignals) -> None:
+        if seen.loss is not None:
+            self.board.publish(LOSS, seen.step + 1, seen.loss)
+
+    def show(self, values: Mapping[str, float], step: int, *, since: int | None = None) -> None:
+        """Put measurements on the board, and show them to the loggers.
+
+        Args:
+            values: by name; over all ranks, and given alike on all of them.
+            step: optimizer steps done.
+            since: see `Board.publish`.
+        """
+        for name, value in values.items():
+            self.board.publish(name, step, value, since=since)
+        self.log_metrics(values, step)
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Show numbers to the loggers alone."""
+        for logger in self._loggers:
+            logger.log_metrics(dict(values), step)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the losses that are left."""
+        if self._files is not None:
+            self._files.write()
+
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """A fit that fails tears nothing down."""
-        self._finish()
+        """Write what there is; what other ranks have is lost, for they may not come.
+
+        A fit that fails tears nothing down.
+        """
+        if self._files is not None and trainer.world_size == 1:
+            self._files.write()
+        self._finish(trainer)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The next fit has a run of its own; checkpoints can still be saved of this one."""
         if stage == "fit":
-            self._finish()
+            self._finish(trainer)
 
-    def _finish(self) -> None:
-        self.over = True
+    def _finish(self, trainer: L.Trainer) -> None:
+        self.over, self._files = True, None
         self._unsubscribe()
+        guard = _guard(trainer)
+        if guard is not None:
+            guard.keeps_record, guard.steps = False, []
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -180,6 +345,19 @@ def _write_down(directory: Path, trainer: L.Trainer, callbacks: Sequence[RunCall
         write_run(directory, run_info(trainer, callbacks))
     except Exception:
         log.exception("what this run is cannot be written down; the training goes on")
+
+
+def _guard(trainer: L.Trainer) -> StepGuard | None:
+    """What looks at gradients before each step, and leaves it out where it must."""
+    guard = getattr(trainer.precision_plugin, "guard", None)
+    return guard if isinstance(guard, StepGuard) else None
+
+
+def _scale(trainer: L.Trainer) -> float | None:
+    """By how much Lightning's own plugin has scaled the loss that hooks see; ours has not."""
+    plugin = trainer.precision_plugin
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return None if scaler is None else scaler.get_scale()
 
 
 def _callbacks(trainer: L.Trainer) -> list[L.Callback]:

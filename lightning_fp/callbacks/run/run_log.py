@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning_fp.layers import Change
 from lightning_fp.records.events import (
@@ -31,7 +30,7 @@ class RunLog:
 
     Args:
         directory: where `events.jsonl` goes; None on other ranks, and where nothing is written.
-        loggers: the Trainer's.
+        show: takes numbers by name and their step, for the loggers.
         step: the step the run begins or resumes at.
         position: where the log stood when the checkpoint was written that the run resumes from.
         console: whether to write lines.
@@ -41,7 +40,7 @@ class RunLog:
         self,
         directory: Path | None,
         *,
-        loggers: Sequence[Any] = (),
+        show: Callable[[dict[str, float], int], object] = lambda *_: None,
         step: int = 0,
         position: int | None = None,
         console: bool = False,
@@ -49,7 +48,7 @@ class RunLog:
         self.own: set[str] = set()
         """Authors whose writes to the table have events of their own here."""
         self._writer = None
-        self._loggers, self._console = loggers, console
+        self._show, self._console = show, console
         self._counts: dict[str, int] = {}
         self._failed = False
         if directory is not None:
@@ -86,9 +85,4 @@ class RunLog:
     def count(self, name: str, step: int) -> None:
         """One more of something, which the loggers show as `precision/<name>`."""
         self._counts[name] = self._counts.get(name, 0) + 1
-        self.scalars({f"precision/{name}": float(self._counts[name])}, step)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Numbers for the loggers."""
-        for logger in self._loggers:
-            logger.log_metrics(values, step)
+        self._show({f"precision/{name}": float(self._counts[name])}, step)

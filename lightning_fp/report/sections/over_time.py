@@ -43,8 +43,7 @@ def loss_section(records: RunRecords) -> Section:
             fields.append(panel("gradient norm", [line], height=130))
         else:
             notes.append(
-                "The gradient norm is not recorded: call monitor.note_grad_norm(norm) where it is"
-                " computed, or add PrecisionFallback()."
+                "The gradient norm is not recorded: add LossRecorder() or PrecisionFallback()."
             )
         bad = int((~steps.losses.isfinite()).sum())
         if bad:

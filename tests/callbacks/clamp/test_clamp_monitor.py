@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fp import DelayedScaling, FP8Precision
 from lightning_fp.callbacks import ClampMonitor
+from lightning_fp.callbacks.run.run import run_of
 from lightning_fp.cli import main
 from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.numerics import COLUMN
@@ -29,6 +30,7 @@ from lightning_fp.records import (
     read_loss,
     read_statistics,
 )
+from lightning_fp.telemetry import OptimizerStep
 from tests.helper import make_trainer, same_weights
 
 NAMES = {
@@ -323,7 +325,10 @@ class TestLoss:
         class Norm(L.Callback):
             def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
                 if trainer.global_step % 2:
-                    monitor.note_grad_norm(torch.tensor(float(trainer.global_step)))
+                    norm = torch.tensor(float(trainer.global_step))
+                    run_of(trainer).recorder.stepped(
+                        OptimizerStep(grad_norm=norm, skipped=None, hyperparameters=[])
+                    )
 
         run(tmp_path, monitor=monitor, callbacks=(Norm(),), max_steps=4)
         with (tmp_path / "loss.csv").open() as file:

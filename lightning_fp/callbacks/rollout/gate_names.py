@@ -1,0 +1,122 @@
+"""Which measurement each gate of a recipe reads, and whether anybody publishes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import lightning as L
+
+from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
+from lightning_fp.callbacks.compare.evaluation_gap import EvaluationGap
+from lightning_fp.callbacks.compare.parity_probe import ParityProbe
+from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
+from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
+from lightning_fp.callbacks.run.run import LOSS, RunCallback
+from lightning_fp.recipes import Gate, RolloutRecipe
+
+LOSS_GAP = "loss_gap"
+"""The loss against a recorded run's, which the rollout makes of it."""
+
+PUBLISHERS: tuple[type[RunCallback], ...] = (
+    ClampMonitor,
+    ParityProbe,
+    PrecisionFallback,
+    EvaluationGap,
+    MismatchMonitor,
+)
+"""The callbacks whose measurements gates read, for the line to add where one is missing."""
+
+_PREFIXES = ("", "fp8/", "precision/")
+"""A gate may leave out what loggers have before a name."""
+
+
+def statistic(gate: Gate) -> str:
+    """A gate's statistic without the prefixes that loggers show it with."""
+    return gate.statistic.removeprefix("fp8/").removeprefix("precision/")
+
+
+def measurements(recipe: RolloutRecipe, trainer: L.Trainer, interval: int) -> dict[str, str]:
+    """By each gate's statistic the name of its measurement on the board.
+
+    What no callback of this package measures has the name under which the module is to log it.
+
+    Args:
+        recipe: the recipe.
+        trainer: the Trainer with its callbacks.
+        interval: its log interval, in steps.
+
+    Raises:
+        ValueError: if the callback is missing that measures a statistic, or measures it too
+            rarely, naming the stage, the gate and the line to add.
+    """
+    callbacks: list[L.Callback] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    names: dict[str, str] = {}
+    for stage in recipe.stages:
+        for gate in stage.gates:
+            asked = statistic(gate)
+            owner = _owner(asked)
+            if owner is None:
+                _check_family(f"{stage}: {gate}", asked)
+                names[gate.statistic] = asked
+                continue
+            publisher, name, option = owner
+            found = next((c for c in callbacks if isinstance(c, publisher)), None)
+            _check(f"{stage}: {gate}", gate, publisher, found, option, interval)
+            names[gate.statistic] = name
+    return names
+
+
+def is_published(name: str) -> bool:
+    """Whether a name on the board is filled by the run or a callback of this package."""
+    return name in (LOSS, LOSS_GAP) or _owner(name) is not None
+
+
+def _owner(asked: str) -> tuple[type[RunCallback], str, str] | None:
+    """Who publishes a statistic, its name on the board, and the option that it takes."""
+    for publisher in PUBLISHERS:
+        for name in (prefix + asked for prefix in _PREFIXES):
+            for published, option in publisher.publishes.items():
+                if fnmatchcase(name, published):
+                    return publisher, name, option
+    return None
+
+
+def _check(
+    where: str,
+    gate: Gate,
+    publisher: type[RunCallback],
+    found: RunCallback | None,
+    option: str,
+    interval: int,
+) -> None:
+    """Refuse a gate that nobody can answer."""
+    call = f"{publisher.__name__}({option})"
+    if found is None:
+        raise ValueError(f"{where} needs {call}; add it to Trainer(callbacks=[...])")
+    field = option.partition("=")[0]
+    if option and not getattr(found, field):
+        given = f"{publisher.__name__}({field}={getattr(found, field)})"
+        raise ValueError(f"{where} needs {call}, got {given}")
+    period, verb = found.published_every(interval)
+    if gate.window < period:
+        raise ValueError(
+            f"{where}: window must be at least {period}, got {gate.window}:"
+            f" {publisher.__name__} {verb} once in {period} steps; let it do so more often, or take"
+            " a longer window"
+        )
+
+
+def _check_family(where: str, asked: str) -> None:
+    """Refuse a name that only one callback can mean, and that it does not publish."""
+    family = asked.partition("/")[0]
+    for publisher in PUBLISHERS:
+        known = list(_short(publisher.publishes))
+        if {name.partition("/")[0] for name in known} == {family} and "/" in asked:
+            listed = ", ".join(known)
+            raise ValueError(f"{where}: statistic must be one of {listed}, got {asked!r}")
+
+
+def _short(publishes: Mapping[str, str]) -> Iterator[str]:
+    for name in publishes:
+        yield name.removeprefix("fp8/").removeprefix("precision/")
