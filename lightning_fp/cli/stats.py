@@ -136,7 +136,7 @@ def _print_worst(
         grid = table(f"Worst by {title}", "layer, operand, format", *numbers, right=numbers)
         for entry in entries:
             grid.add_row(
-                Text(f"{entry['layer']}\n{entry['operand']}, {entry['format']}"),
+                Text(f"{entry['layer']} {entry['operand']}\n{entry['format']}"),
                 _text(entry["clamped_mass"], "{:.2%}"),
                 _text(entry["underflow_fraction"], "{:.2%}"),
                 _text(entry["sqnr_db"], "{:.1f} dB"),
