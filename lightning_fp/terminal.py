@@ -46,6 +46,7 @@ class FittedTable(Table):
     ) -> Iterator[RenderableType]:
         if self.title:
             yield Text(str(self.title), style="bold")
+            yield ""
         columns = [
             [_text(console, cell) for cell in (column.header, *column.cells)]
             for column in self.columns

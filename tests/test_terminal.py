@@ -35,6 +35,7 @@ def test_columns_are_as_wide_as_their_text_where_there_is_room() -> None:
     lines = printed(example("blocks.0.fc", "1.0 dB", "too small to gain"), 80)
     assert lines == [
         "A title",
+        "",
         "layer        how much  why",
         "─" * 40,
         "blocks.0.fc    1.0 dB  too small to gain",
@@ -44,7 +45,7 @@ def test_columns_are_as_wide_as_their_text_where_there_is_room() -> None:
 
 def test_lines_break_between_words_and_keep_numbers_with_their_unit() -> None:
     lines = printed(example("blocks.0.fc", "1.0 dB", "too small to gain"), 31)
-    assert lines[1:] == [
+    assert lines[2:] == [
         "                how",
         "layer          much  why",
         "─" * 30,
@@ -56,17 +57,17 @@ def test_lines_break_between_words_and_keep_numbers_with_their_unit() -> None:
 
 def test_names_break_after_their_dots_where_words_do_not_fit() -> None:
     lines = printed(example("blocks.0.attention.q_proj", "1.0 dB", "small"), 30)
-    assert [line.split()[0] for line in lines[4:7]] == ["blocks.0.", "attention.", "q_proj"]
+    assert [line.split()[0] for line in lines[5:8]] == ["blocks.0.", "attention.", "q_proj"]
 
 
 def test_rows_become_lists_where_nothing_else_fits() -> None:
     lines = printed(example("blocks.0.fc", "1.0 dB", "small"), 14)
-    assert lines[1:4] == ["layer:", "blocks.0.fc", "how much: 1.0"]
+    assert lines[2:5] == ["layer:", "blocks.0.fc", "how much: 1.0"]
 
 
 def test_markup_and_several_lines_in_a_cell() -> None:
     lines = printed(example("a\n[dim]input[/dim]", "1", "b"), 80)
-    assert [line.split()[0] for line in lines[3:5]] == ["a", "input"]
+    assert [line.split()[0] for line in lines[4:6]] == ["a", "input"]
 
 
 @settings(max_examples=60, deadline=None)
