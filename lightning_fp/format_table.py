@@ -94,6 +94,10 @@ class FormatRow:
         return self.name, *self.aliases
 
 
+_HIGH = ("high", "high", "high")
+_FP32 = ("fp32", "fp32", "fp32")
+_BF16 = ("bf16", "bf16", "bf16")
+_FP16 = ("fp16", "fp16", "fp16")
 _HYBRID = ("e4m3", "e4m3", "e5m2")
 _E4M3 = ("e4m3", "e4m3", "e4m3")
 _E2M1 = ("e2m1", "e2m1", "e2m1")
@@ -101,10 +105,10 @@ _TE = TransformerEngineNames
 
 # fmt: off
 TABLE: tuple[FormatRow, ...] = (
-    FormatRow("high", (), "nn.Linear, in whatever it computes in where it stands", ("high", "high", "high")),
-    FormatRow("fp32", (), "float32", ("fp32", "fp32", "fp32")),
-    FormatRow("bf16", (), "bfloat16", ("bf16", "bf16", "bf16")),
-    FormatRow("fp16", (), "float16, whose range wants a loss scale", ("fp16", "fp16", "fp16")),
+    FormatRow("high", (), "nn.Linear, in whatever it computes in where it stands", _HIGH),
+    FormatRow("fp32", (), "float32", _FP32),
+    FormatRow("bf16", (), "bfloat16", _BF16),
+    FormatRow("fp16", (), "float16, whose range wants a loss scale", _FP16),
     FormatRow(
         "fp8-dynamic", ("dynamic",), "one scale per tensor, from the tensor itself",
         _HYBRID, "dynamic", "tensor", rung=1, torchao="tensorwise",
