@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from typing import TypeAlias
+
+Names: TypeAlias = Collection[str]
 
 
-def check_choice(field: str, value: object, known: Collection[str]) -> None:
+def check_choice(field: str, value: object, known: Names) -> None:
     """Refuse a value that is none of the names.
 
     Args:
@@ -22,12 +25,7 @@ def check_choice(field: str, value: object, known: Collection[str]) -> None:
 
 
 def unknown(
-    field: str,
-    value: object,
-    known: Collection[str],
-    *,
-    other: str = "",
-    aliases: Collection[str] = (),
+    field: str, value: object, known: Names, *, other: str = "", aliases: Names = ()
 ) -> ValueError:
     """The error for a name that does not exist.
 
@@ -45,7 +43,7 @@ def unknown(
     return ValueError(f"{field} must be one of {', '.join(known)}{other}, got {value!r}{hint}")
 
 
-def did_you_mean(value: object, known: Collection[str]) -> str:
+def did_you_mean(value: object, known: Names) -> str:
     """What a misspelled name may have meant, to be put after a message; "" if nothing is near."""
     near = difflib.get_close_matches(str(value), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

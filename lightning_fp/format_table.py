@@ -83,16 +83,6 @@ class FormatRow:
     te: TransformerEngineNames | None = None
     """Its names in Transformer Engine, if that has it."""
 
-    @property
-    def is_high_precision(self) -> bool:
-        """Whether it is nn.Linear in 16 or 32 bits."""
-        return self.scaling == "none"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every name that is read."""
-        return self.name, *self.aliases
-
 
 _HIGH = ("high", "high", "high")
 _FP32 = ("fp32", "fp32", "fp32")
@@ -148,7 +138,7 @@ TABLE: tuple[FormatRow, ...] = (
 # fmt: on
 """Every format with a name of its own, high precision first."""
 
-CANONICAL: dict[str, str] = {name: row.name for row in TABLE for name in row.names}
+CANONICAL: dict[str, str] = {name: row.name for row in TABLE for name in (row.name, *row.aliases)}
 """The name in the table, by every name that is read."""
 
 TE_FORMATS: dict[str, TransformerEngineNames] = {

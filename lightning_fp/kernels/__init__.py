@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lightning_fp._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_fp.kernels.base import Kernel
+    from lightning_fp.kernels.base import Kernel, KernelMemory
     from lightning_fp.kernels.block import BlockKernel
     from lightning_fp.kernels.high_precision import HighPrecisionKernel
     from lightning_fp.kernels.memory import OperandMemory
@@ -17,7 +17,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "base": "Kernel",
+            "base": "Kernel KernelMemory",
             "block": "BlockKernel",
             "high_precision": "HighPrecisionKernel",
             "memory": "OperandMemory",
@@ -31,6 +31,7 @@ else:
 __all__ = [
     # protocol
     "Kernel",
+    "KernelMemory",
     "OperandMemory",
     # engines
     "MX_EMULATION",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,30 @@ from torch import Tensor
 from lightning_fp.numerics import FloatFormat
 
 
+class KernelMemory(Protocol):
+    """What a kernel keeps of one layer between calls; the layer holds it and looks no further."""
+
+    @property
+    def scales(self) -> Tensor | None:
+        """Of input, weight and grad_output under delayed scaling, float32 [3]; None: none yet."""
+        ...
+
+    def on(self, device: torch.device) -> KernelMemory:
+        """Itself, or its like on another device."""
+        ...
+
+
 @runtime_checkable
 class Kernel(Protocol):
     """Computes `input @ weight.T + bias` and its gradients in one format.
 
     Kernels are immutable, compare by value and hold no tensors, so that layers of equal format
-    share compiled code.
+    share compiled code. What has to be kept of a layer from call to call is its memory. A kernel
+    to which every call is the first leaves `make_memory` and `multiply` as they are here.
     """
+
+    records: ClassVar[bool] = False
+    """Whether it can record in a memory what it casts, whatever scales it by."""
 
     @property
     def name(self) -> str:
@@ -30,8 +47,17 @@ class Kernel(Protocol):
         """Whether CUDA tensors are multiplied by FP8 tensor cores; the CPU never does."""
         ...
 
+    def make_memory(self, layer: Any, scales: Tensor | None = None) -> KernelMemory | None:
+        """What it has to keep of a layer; None: nothing.
+
+        Args:
+            layer: the layer, with fqn, in_features, out_features, weight and bias.
+            scales: float32 [3], where somebody keeps delayed scales for the layer.
+        """
+        return None
+
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """The product.
+        """The product, of a layer of which nothing is kept.
 
         Args:
             input: [..., in_features], any leading dimensions, possibly empty.
@@ -43,6 +69,34 @@ class Kernel(Protocol):
             [..., out_features] in the autocast dtype if autocast is on, else in `input.dtype`.
         """
         ...
+
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: Any,
+        *,
+        record: bool,
+        evaluating: bool,
+    ) -> Tensor:
+        """The product, of a layer that has a memory.
+
+        Args:
+            input: as `__call__`.
+            weight: as `__call__`.
+            bias: as `__call__`.
+            layer: as `__call__`.
+            memory: what this kernel, or another that the layer comes back to, keeps of the layer;
+                None: nothing.
+            record: whether a memory records the operands of this call.
+            evaluating: whether amaxes of this call must not reach a history.
+
+        Returns:
+            As `__call__`.
+        """
+        return self(input, weight, bias, layer)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """How an operand is cast, for the statistics.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.gemm import operand_dtype, widen
 from lightning_fp.kernels.memory import WEIGHT
 from lightning_fp.numerics import (
@@ -47,7 +47,7 @@ MX_BLOCK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockKernel:
+class BlockKernel(Kernel):
     """Dynamic scales, each made for its own block: nothing is ever clamped."""
 
     input: FloatFormat = FORMATS["e4m3"]

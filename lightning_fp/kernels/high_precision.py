@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.kernels.base import compute_dtype, linear_without_autocast
+from lightning_fp.kernels.base import Kernel, compute_dtype, linear_without_autocast
 from lightning_fp.numerics import FloatFormat, format_of_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class HighPrecisionKernel:
+class HighPrecisionKernel(Kernel):
     """Bit-equal to nn.Linear where it would compute in `dtype` anyway."""
 
     dtype: torch.dtype | None = None

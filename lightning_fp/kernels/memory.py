@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fp.numerics import combine
+
 INPUT, WEIGHT, GRAD_OUTPUT = range(3)
 """Order of the operands in every tensor that has one entry per operand."""
 
@@ -34,8 +36,7 @@ class OperandRecord:
 
     Args:
         operands: rows that forward records.
-        width: statistics per row; the first is the amax, which combines by max, the others are
-            sums.
+        width: statistics per row, the first of `lightning_fp.numerics.STATISTICS`.
         device: where the layer is.
     """
 
@@ -96,6 +97,10 @@ class OperandMemory(OperandRecord):
         """Whether calls of one step share the cast of the weight, in eager mode."""
         self.weight_cast: WeightCast | None = None
 
+    def on(self, device: torch.device) -> OperandMemory:
+        """See `KernelMemory.on`; what was recorded stays behind."""
+        return self if self.scales.device == device else OperandMemory(self.scales.to(device))
+
     def weight_key(self, weight: Tensor, *how: object) -> tuple[object, ...]:
         """What the cast of a weight depends on; tensors tell by their version that they changed.
 
@@ -109,17 +114,6 @@ class OperandMemory(OperandRecord):
         """The cast kept, if it is the one of this key."""
         kept = self.weight_cast
         return kept if kept is not None and kept.key == key else None
-
-
-def combine(record: Tensor, other: Tensor) -> Tensor:
-    """Two records of the same operands as one.
-
-    Args:
-        record: [..., width], the amax first.
-        other: same shape.
-    """
-    amax = torch.maximum(record[..., :1], other[..., :1])
-    return torch.cat([amax, record[..., 1:] + other[..., 1:]], dim=-1)
 
 
 _call_sites = itertools.count()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.torchao import import_quietly
@@ -25,7 +25,7 @@ from lightning_fp.numerics import FloatFormat
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchaoMXKernel:
+class TorchaoMXKernel(Kernel):
     """e4m3 for all operands, blocks of 32, E8M0 scales rounded up."""
 
     high_grad_weight: bool = False

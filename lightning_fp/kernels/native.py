@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.gemm import cast_operand, multiply, operand_dtype, widen
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.memory import (
@@ -41,8 +41,10 @@ from lightning_fp.numerics import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeKernel:
+class NativeKernel(Kernel):
     """Per-tensor scaling, by the tensor's own amax (dynamic) or by earlier ones (delayed)."""
+
+    records = True
 
     input: FloatFormat = FORMATS["e4m3"]
     """8-bit format of the input."""
@@ -75,11 +77,15 @@ class NativeKernel:
         """See `Kernel.runs_on_fp8_hardware`."""
         return self.cuda_fp8
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`."""
-        return self.remembering(input, weight, bias, layer, None, record=False)
+    def make_memory(self, layer: Any, scales: Tensor | None = None) -> OperandMemory | None:
+        """See `Kernel.make_memory`; scales are those of `ScaleHistory`."""
+        return None if scales is None else OperandMemory(scales)
 
-    def remembering(
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
+        """See `Kernel.__call__`; without a memory scales are dynamic."""
+        return self.multiply(input, weight, bias, layer, None, record=False)
+
+    def multiply(
         self,
         input: Tensor,
         weight: Tensor,
@@ -88,20 +94,9 @@ class NativeKernel:
         memory: OperandMemory | None,
         *,
         record: bool,
+        evaluating: bool = False,
     ) -> Tensor:
-        """The product with the scales of a memory.
-
-        Args:
-            input: as `Kernel.__call__`.
-            weight: as `Kernel.__call__`.
-            bias: as `Kernel.__call__`.
-            layer: as `Kernel.__call__`.
-            memory: the layer's memory; None scales dynamically.
-            record: whether the memory records the operands of this call.
-
-        Returns:
-            As `Kernel.__call__`.
-        """
+        """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         input = input.to(compute_dtype(input))

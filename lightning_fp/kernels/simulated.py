@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fp.kernels.base import compute_dtype, linear_without_autocast, without_autocast
+from lightning_fp.kernels.base import (
+    Kernel,
+    compute_dtype,
+    linear_without_autocast,
+    without_autocast,
+)
 from lightning_fp.numerics import FloatFormat, Rounding, round_to_format
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulatedKernel:
+class SimulatedKernel(Kernel):
     """Rounds input, weight and grad_output, each to its format; no scaling."""
 
     input: FloatFormat

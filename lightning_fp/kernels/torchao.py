@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.kernels.base import compute_dtype, without_autocast
+from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.numerics import (
     FloatFormat,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchaoKernel:
+class TorchaoKernel(Kernel):
     """A float8 linear as torchao computes it, configured by a `Float8LinearConfig`."""
 
     config: Float8LinearConfig

@@ -29,7 +29,7 @@ from lightning_fp.numerics import DelayedScaling, Rounding, float_format
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
-HIGH_PRECISION = tuple(row.name for row in TABLE if row.is_high_precision)
+HIGH_PRECISION = tuple(row.name for row in TABLE if row.scaling == "none")
 """Formats that run nn.Linear; "high" is whatever nn.Linear computes in where it stands."""
 
 

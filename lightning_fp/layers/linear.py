@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_fp.kernels import HighPrecisionKernel, Kernel, NativeKernel, OperandMemory
-from lightning_fp.kernels.transformer_engine.kernel import Engine, TransformerEngineKernel
+from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.observe import OperandStatistics, observe
 from lightning_fp.layers.switchable import Phase
@@ -36,23 +35,20 @@ class FPLinear(nn.Linear):
     phase: Phase
 
     collect: bool
-    """Whether this step gathers the full statistics of the operands."""
-
     record: bool
-    """Whether every training step records the operands' amax in `memory`."""
-
-    memory: OperandMemory | None
-    """Scales and records under delayed scaling; kept by `ScaleHistory`."""
-
-    engine: Engine | None
-    """What multiplies it with Transformer Engine; set by `PrecisionMap.fill`."""
+    memory: KernelMemory | None
+    """See `SwitchableLayer`, as of these three."""
 
     statistics: OperandStatistics | None
     """Where statistics go while they are collected; kept by `StatisticsTable`."""
 
     def switch(self, format: LinearFormat, kernel: Kernel) -> None:
-        """Multiply in `format` from the next forward on; nothing else about the layer changes."""
-        self.__dict__.update(format=format, kernel=kernel)
+        """Multiply in `format` from the next forward on; nothing else about the layer changes.
+
+        A memory stays, also with a kernel that needs none: the one that made it may come back.
+        """
+        memory = kernel.make_memory(self) if self.memory is None else self.memory
+        self.__dict__.update(format=format, kernel=kernel, memory=memory)
 
     @property
     def evaluating(self) -> bool:
@@ -72,32 +68,21 @@ class FPLinear(nn.Linear):
         evaluating = self.evaluating
         if evaluating and not self.phase.fp8_eval:
             return F.linear(input, self.weight, self.bias)
-        output = self._multiply(input, evaluating=evaluating)
+        kernel, memory = self.kernel, self.memory
+        record = self.record and not evaluating
+        output = kernel.multiply(
+            input, self.weight, self.bias, self.fqn, memory, record=record, evaluating=evaluating
+        )
         if self.collect and not evaluating and self.statistics is not None:
-            scales = self._delayed_scales()
-            return observe(output, input, self.weight, self.kernel, scales, self.statistics)
+            scales = None if memory is None else memory.scales
+            return observe(output, input, self.weight, kernel, scales, self.statistics)
         return output
-
-    def _multiply(self, input: Tensor, *, evaluating: bool) -> Tensor:
-        kernel, memory, record = self.kernel, self.memory, self.record and not evaluating
-        if isinstance(kernel, TransformerEngineKernel) and self.engine is not None:
-            return self.engine(kernel, input, self.weight, self.bias, evaluating=evaluating)
-        if isinstance(kernel, NativeKernel) and memory is not None:
-            weight, bias = self.weight, self.bias
-            return kernel.remembering(input, weight, bias, self.fqn, memory, record=record)
-        return kernel(input, self.weight, self.bias, self.fqn)
-
-    def _delayed_scales(self) -> Tensor | None:
-        """The scales of this step under delayed scaling, float32 [3]."""
-        if self.engine is not None:
-            return self.engine.scales()
-        return None if self.memory is None else self.memory.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:
         """nn.Module's, and the memory follows the weight to its device."""
         super()._apply(fn, recurse)
-        if self.memory is not None and self.memory.scales.device != self.weight.device:
-            self.memory = OperandMemory(self.memory.scales.to(self.weight.device))
+        if self.memory is not None:
+            self.memory = self.memory.on(self.weight.device)
         return self
 
     def extra_repr(self) -> str:
@@ -142,7 +127,6 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
         collect=False,
         record=False,
         memory=None,
-        engine=None,
         statistics=None,
     )
     linear.switch(NAMED_FORMATS["high"], HighPrecisionKernel())

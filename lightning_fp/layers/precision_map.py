@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_fp.kernels import NativeKernel
 from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState
 from lightning_fp.layers.backends import Backend, Resolved, resolve
+from lightning_fp.layers.delayed_scales import DelayedScales
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
-from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
 from lightning_fp.layers.scale_history import ScaleHistory
 from lightning_fp.layers.switchable import Phase, SwitchableLayer
 from lightning_fp.layers.transformer_engine.scales import EngineScales
-from lightning_fp.layers.transformer_engine.setup import check_delayed_is_eager, give_engines
+from lightning_fp.layers.transformer_engine.setup import check_delayed_is_eager
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.state_version import check_version
 
@@ -102,10 +101,8 @@ class PrecisionMap:
         self._loaded: dict[str, Any] | None = None
         self._budget = PatternBudget()
         self._frozen = False
-        config = delayed or DelayedScaling()
-        self._scales: ScaleHistory | EngineScales = (
-            EngineScales(config) if backend == "transformer-engine" else ScaleHistory(config)
-        )
+        keeper = EngineScales if backend == "transformer-engine" else ScaleHistory
+        self._scales: DelayedScales = keeper(delayed or DelayedScaling())
         self._follow = False
         self._resumed_scales: dict[str, Any] | None = None
         self._auto = None if auto is None else AutoScalingState(auto)
@@ -264,19 +261,14 @@ class PrecisionMap:
 
     def _track(self) -> None:
         self._scales.track(
-            {
-                name: layer
-                for name, layer in self._layers.items()
-                if isinstance(layer, FPLinear) and self._keeps_history(layer)
-            }
+            {name: layer for name, layer in self._layers.items() if self._keeps_history(layer)}
         )
 
-    def _keeps_history(self, layer: FPLinear) -> bool:
+    def _keeps_history(self, layer: SwitchableLayer) -> bool:
         if layer.format.scaling == "delayed":
             return True
-        if not isinstance(layer.kernel, NativeKernel):
-            return False
-        return self._follow or (self._auto is not None and layer.format in _AUTO_FORMATS)
+        followed = self._follow or (self._auto is not None and layer.format in _AUTO_FORMATS)
+        return followed and layer.kernel.records
 
     def follow(self, on: bool) -> None:
         """Keep an amax history of dynamic layers too, for what-if statistics of delayed scaling.
@@ -307,19 +299,17 @@ class PrecisionMap:
             switches[name] = self._resolve(linear_format(format))
             self._check([name], switches[name])
         kept = [(layer, layer.format, layer.kernel) for layer in self._layers.values()]
-        linears = [layer for layer in self._layers.values() if isinstance(layer, FPLinear)]
-        flags = [(layer, layer.record, layer.collect) for layer in linears]
+        flags = [(layer, layer.record, layer.collect) for layer in self._layers.values()]
         before = self._frozen, self.phase.evaluating
         self._frozen = True
-        scales = self._scales
         try:
             for name, other in switches.items():
                 layer = self._layers[name]
                 if other.format != layer.format:  # equal ones keep their kernel, which may be warm
                     layer.switch(other.format, other.kernel)
-            for layer in linears:
+            for layer in self._layers.values():
                 layer.record = layer.collect = False
-            with scales.untouched() if isinstance(scales, EngineScales) else nullcontext():
+            with self._scales.untouched():
                 yield
         finally:
             for layer, format, kernel in kept:
@@ -358,7 +348,7 @@ class PrecisionMap:
             self.set(name, move.format, reason=move.reason, author="auto")
 
     @property
-    def scale_history(self) -> ScaleHistory | EngineScales:
+    def scale_history(self) -> DelayedScales:
         """Histories and scales of the layers under delayed scaling."""
         return self._scales
 
@@ -368,7 +358,7 @@ class PrecisionMap:
         Transformer Engine's delayed scaling updates its scales where this ends; under everything
         else it does nothing. The precision plugins open it by themselves.
         """
-        return self._scales.context() if isinstance(self._scales, EngineScales) else nullcontext()
+        return self._scales.context()
 
     # -- filling --------------------------------------------------------------------------------
 
@@ -388,8 +378,6 @@ class PrecisionMap:
         raise_recompile_limit()
         self._model = model
         self._layers = dict(layers)
-        if self._backend == "transformer-engine":
-            give_engines(self._layers)
         for each in formats.values():
             self._known[each.format.name] = each.format
             self._resolved[each.format, self.cuda_fp8] = each

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.memory import fold_gradients
+from lightning_fp.layers.delayed_scales import first_device
 from lightning_fp.layers.format import LinearFormat
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.observe import OperandStatistics, Sampling
-from lightning_fp.numerics import STATISTICS
+from lightning_fp.numerics import MAXIMA, STATISTICS
 
 OPERANDS = ("input", "weight", "output", "grad_output")
 """The rows of a layer's statistics, in order."""
@@ -32,7 +33,7 @@ class StatisticsTable:
         self, layers: Mapping[str, FPLinear], *, stride: int = 8, what_if: bool = False
     ) -> None:
         self._layers = dict(layers)
-        device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
+        device = first_device(layers.values())
         offset = torch.zeros((), dtype=torch.int64, device=device)
         self._sampling = Sampling(stride, offset, what_if)
         width = len(STATISTICS)
@@ -110,8 +111,7 @@ def over_ranks(table: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return table
-    amax, table = table[..., 0].contiguous(), table.clone()
-    dist.all_reduce(amax, op=dist.ReduceOp.MAX)
-    dist.all_reduce(table, op=dist.ReduceOp.SUM)
-    table[..., 0] = amax
-    return table
+    maxima, sums = table[..., :MAXIMA].contiguous(), table[..., MAXIMA:].contiguous()
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+    return torch.cat([maxima, sums], dim=-1)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lightning_fp.kernels import Kernel
+from lightning_fp.kernels import Kernel, KernelMemory
 from lightning_fp.layers.format import LinearFormat
 
 
@@ -26,9 +26,19 @@ class Phase:
 class SwitchableLayer(Protocol):
     """A linear layer whose format can change while it keeps its Parameters and its identity."""
 
+    fqn: str
     in_features: int
     out_features: int
     weight: Tensor
+
+    collect: bool
+    """Whether this step gathers the full statistics of the operands."""
+
+    record: bool
+    """Whether every training step records the operands' amax in `memory`."""
+
+    memory: KernelMemory | None
+    """What its kernel keeps of it between calls, delayed scales among it; the kernel makes it."""
 
     @property
     def format(self) -> LinearFormat:

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     )
     from lightning_fp.numerics.statistics import (
         COLUMN,
+        MAXIMA,
         STATISTICS,
         WHAT_IF,
         Casts,
         Statistic,
         casts_of,
+        combine,
         operand_statistics,
         output_statistics,
         sampled_rows,
@@ -52,8 +54,8 @@ else:
             "rounding": "as_float16 round_in_range",
             "scaling": "AMAX_LOWER_BOUND amax_to_scale nonfinite_count row_amax tensor_amax",
             "statistics": (
-                "COLUMN STATISTICS WHAT_IF Casts Statistic casts_of operand_statistics "
-                "output_statistics sampled_rows shares"
+                "COLUMN MAXIMA STATISTICS WHAT_IF Casts Statistic casts_of combine "
+                "operand_statistics output_statistics sampled_rows shares"
             ),
             "what_if": "what_if_shares what_if_statistics",
         },
@@ -90,11 +92,13 @@ __all__ = [
     "history_scale",
     # statistics
     "COLUMN",
+    "MAXIMA",
     "STATISTICS",
     "WHAT_IF",
     "Casts",
     "Statistic",
     "casts_of",
+    "combine",
     "operand_statistics",
     "output_statistics",
     "sampled_rows",

@@ -57,6 +57,9 @@ STATISTICS = (
 """The columns, in order. The first two are what is recorded at every step; from "size" on they are
 what other scalings would have done to the same tensors, 0 where that was not asked for."""
 
+MAXIMA = [statistic.combine for statistic in STATISTICS].index("sum")
+"""How many columns combine by max; they stand first, all others are sums."""
+
 WHAT_IF = STATISTICS[[statistic.name for statistic in STATISTICS].index("size") :]
 """The columns of `what_if_statistics`."""
 
@@ -65,6 +68,17 @@ COLUMN = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
 
 _LARGEST = 1e16
 """Scaled magnitudes count as this at most, so that sums of squares stay within float32."""
+
+
+def combine(one: Tensor, other: Tensor) -> Tensor:
+    """Two rows of statistics as one: of calls, micro-batches, steps or parts of an operand.
+
+    Args:
+        one: [..., width], the first `width` columns of `STATISTICS`.
+        other: same shape.
+    """
+    maxima = torch.maximum(one[..., :MAXIMA], other[..., :MAXIMA])
+    return torch.cat([maxima, one[..., MAXIMA:] + other[..., MAXIMA:]], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fp.kernels.memory import combine
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.scale_history import AmaxRecord
 from lightning_fp.layers.statistics_table import OPERANDS
@@ -19,6 +18,7 @@ from lightning_fp.numerics import (
     STATISTICS,
     amax_to_e8m0,
     amax_to_scale,
+    combine,
     float_format,
     shares,
     what_if_shares,

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lightning_fp.numerics import (
     COLUMN,
+    MAXIMA,
     STATISTICS,
     FloatFormat,
     casts_of,
+    combine,
     float_format,
     operand_statistics,
     output_statistics,
@@ -254,3 +256,14 @@ class TestShares:
         for name, value in found.items():
             assert value.shape == (3, 4)
             torch.testing.assert_close(value[1, 2], shares(sums[1, 2])[name])
+
+
+def test_rows_combine_as_their_columns_say() -> None:
+    one, other = torch.rand(2, 5, len(STATISTICS), dtype=torch.float64)
+    both = combine(one, other)
+    for column, statistic in enumerate(STATISTICS):
+        rule = torch.maximum if statistic.combine == "max" else torch.add
+        assert torch.equal(both[:, column], rule(one[:, column], other[:, column]))
+    assert torch.equal(combine(one[:, :2], other[:, :2]), both[:, :2])  # what every step records
+    rules = [statistic.combine for statistic in STATISTICS]
+    assert rules == ["max"] * MAXIMA + ["sum"] * (len(rules) - MAXIMA)

@@ -194,7 +194,7 @@ class Linear(nn.Module):
             memory = OperandMemory(torch.cat([forward.scale[:2], backward.scale[:1]]))
             seen = torch.stack([tensor_amax(input), tensor_amax(self.weight), torch.zeros(())])
             torch.maximum(forward.amax_history[0], seen, out=forward.amax_history[0])
-        output = kernel.remembering(
+        output = kernel.multiply(
             input, self.weight, self.bias, self.name or "", memory, record=False
         )
         if output.requires_grad:

@@ -10,9 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_fp.kernels.memory import combine
 from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.layers.statistics_table import StatisticsTable, over_ranks
+from lightning_fp.numerics import combine
 from lightning_fp.records import Sampled
 
 Listener: TypeAlias = Callable[[int, Tensor, list[str], list[LinearFormat]], None]

@@ -151,10 +151,11 @@ class StuckScale(Fault):
 
     def attach(self, name: str, layer: nn.Linear) -> None:
         def stick(input: Tensor) -> Tensor:
-            if isinstance(layer, FPLinear) and self.format(name) == "fp8-delayed" and layer.memory:
+            scales = layer.memory.scales if isinstance(layer, FPLinear) and layer.memory else None
+            if scales is not None and self.format(name) == "fp8-delayed":
                 # .data, because a backward may still wait for the scales of another layer, and
                 # autograd would see that the arena of all scales was written to.
-                scales = layer.memory.scales.data
+                scales = scales.data
                 stuck = self._stuck.setdefault(name, float(scales[self.operand]) * 2.0**self.bits)
                 scales[self.operand] = stuck
             return input

@@ -54,7 +54,7 @@ rotated and rounded stochastically first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerEngineKernel:
+class TransformerEngineKernel(Kernel):
     """Transformer Engine under one recipe."""
 
     settings: RecipeSettings
@@ -78,10 +78,29 @@ class TransformerEngineKernel:
         """Whether scales come from earlier steps."""
         return self.settings.kind == "delayed"
 
+    def make_memory(self, layer: Any, scales: Tensor | None = None) -> Engine:
+        """See `Kernel.make_memory`; delayed scales are its own."""
+        shape = layer.in_features, layer.out_features, layer.bias is not None
+        return Engine(*shape, layer.fqn, isinstance(layer.weight, DTensor))
+
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`; a layer that is called again and again keeps an `Engine`."""
-        engine = Engine(weight.shape[1], weight.shape[0], bias=bias is not None, layer=layer)
-        return engine(self, input, weight, bias)
+        engine = Engine(weight.shape[1], weight.shape[0], bias is not None, layer)
+        return _eagerly(engine, self, input, weight, bias, False)
+
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: Engine,
+        *,
+        record: bool,
+        evaluating: bool,
+    ) -> Tensor:
+        """See `Kernel.multiply`; never compiled, so a compiled model has a graph break here."""
+        return _eagerly(memory, self, input, weight, bias, evaluating)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
@@ -113,7 +132,7 @@ class TransformerEngineKernel:
 
 
 @dataclass
-class EngineMemory:
+class EngineHistory:
     """What one layer keeps under delayed scaling; written by `EngineScales`."""
 
     cold: bool = True
@@ -127,6 +146,11 @@ class EngineMemory:
 
     module: Any = None
     """The te.Linear that has them; None before its first call."""
+
+    @property
+    def lives(self) -> bool:
+        """Whether Transformer Engine itself has the layer's scales by now."""
+        return self.module is not None and self.pending is None and not self.cold
 
 
 class Engine:
@@ -144,41 +168,22 @@ class Engine:
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, layer: str, sharded: bool = False
+        self, in_features: int, out_features: int, bias: bool, layer: str, sharded: bool = False
     ) -> None:
         self._shape = in_features, out_features, bias
         self.layer = layer
         self.sharded = sharded
-        self.memory: EngineMemory | None = None
+        self.history: EngineHistory | None = None
         """Set while the layer is under delayed scaling; without it scales are dynamic."""
         self._modules: dict[tuple[RecipeSettings, int], Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or one in another process, begins anew: it may not share scales."""
-        return _restart, (*self._shape, self.layer, self.sharded)
+        return Engine, (*self._shape, self.layer, self.sharded)
 
-    def __call__(
-        self,
-        kernel: TransformerEngineKernel,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        evaluating: bool = False,
-    ) -> Tensor:
-        """The product; never compiled, so that a compiled model has a graph break here.
-
-        Args:
-            kernel: which recipe.
-            input: [..., in_features].
-            weight: [out_features, in_features].
-            bias: [out_features] or None.
-            evaluating: whether amaxes of this call must not reach a history.
-
-        Returns:
-            [..., out_features], as `Kernel.__call__`.
-        """
-        return _eagerly(self, kernel, input, weight, bias, evaluating)
+    def on(self, device: torch.device) -> Engine:
+        """See `KernelMemory.on`; its tensors are where Transformer Engine puts them."""
+        return self
 
     def multiply(
         self,
@@ -188,7 +193,7 @@ class Engine:
         bias: Tensor | None,
         evaluating: bool,
     ) -> Tensor:
-        """See `__call__`, which does not let dynamo in here."""
+        """The product; see `Kernel.__call__`, which does not let dynamo in here."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         if isinstance(weight, DTensor):
@@ -199,24 +204,24 @@ class Engine:
             )
         kernel.check_tokens(input, self.layer)
         input = input.to(compute_dtype(input))
-        if kernel.delayed and self.memory is not None and not evaluating:
-            return self._delayed(kernel, self.memory, input, weight, bias)
+        if kernel.delayed and self.history is not None and not evaluating:
+            return self._delayed(kernel, self.history, input, weight, bias)
         engine = library()
         recipe = dynamic_recipe(kernel.settings, engine)
         with engine.region(recipe):
             return self._lend(self._module(kernel.settings, engine), input, weight, bias)
 
+    @property
     def scales(self) -> Tensor | None:
-        """The scales of input, weight and grad_output under delayed scaling, float32 [3]."""
-        memory = self.memory
-        if memory is None or memory.cold or memory.pending is not None or memory.module is None:
+        """See `KernelMemory.scales`."""
+        if self.history is None or not self.history.lives:
             return None
-        return torch.cat([scale for scale, _ in states(memory.module)])
+        return torch.cat([scale for scale, _ in states(self.history.module)])
 
     def _delayed(
         self,
         kernel: TransformerEngineKernel,
-        memory: EngineMemory,
+        memory: EngineHistory,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -294,11 +299,7 @@ def states(module: Any) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _restart(in_features: int, out_features: int, bias: bool, layer: str, sharded: bool) -> Engine:
-    return Engine(in_features, out_features, bias=bias, layer=layer, sharded=sharded)
-
-
-def _recorded(memory: EngineMemory, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+def _recorded(memory: EngineHistory, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
     """Note the amax of the operands of a call in high precision, in backward too."""
     seen = torch.zeros(3, device=input.device) if memory.seen is None else memory.seen
     seen[INPUT] = torch.maximum(seen[INPUT], tensor_amax(input))

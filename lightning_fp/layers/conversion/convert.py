@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -162,7 +161,8 @@ def convert_into(
         if is_plain_linear(module):
             switchable[name] = make_switchable(module, name, table.phase)
         elif is_switchable_linear(module):
-            module.phase = table.phase
+            if module.phase is not table.phase:  # another table's until now: begin anew
+                module = make_switchable(make_plain(module), name, table.phase)
             switchable[name] = module
     table.fill(model, switchable, {name: decisions[name].resolved for name in switchable})
     report = _report(model, table, decisions)
@@ -208,10 +208,9 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
             if multiplies(module):
                 multiplying[name] = fixed[name]
     check_rules_apply(conversion.rules, linears, fixed)
-    resolved = cache(conversion.resolve)  # asked once for each format
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decisions = {
-        name: _decide_one(name, linear, conversion, resolved, tied=id(linear.weight) in embeddings)
+        name: _decide_one(name, linear, conversion, tied=id(linear.weight) in embeddings)
         for name, linear in linears.items()
     }
     _check_something_to_do(decisions, multiplying)
@@ -234,21 +233,16 @@ def _check_transformer_engine(
 
 
 def _decide_one(
-    name: str,
-    linear: nn.Linear,
-    conversion: Conversion,
-    resolved: Callable[[LinearFormat], Resolved],
-    *,
-    tied: bool,
+    name: str, linear: nn.Linear, conversion: Conversion, *, tied: bool
 ) -> LayerDecision:
     for rule in conversion.rules:
         if rule.matches(name):
-            chosen = resolved(rule.format)
+            chosen = conversion.resolve(rule.format)
             _check_runs(name, linear, chosen)
             high = rule.format.is_high_precision
             reason = f"rule {rule.pattern!r}: {rule.format.name!r}" if high else None
             return LayerDecision(resolved=chosen, reason=reason)
-    chosen = resolved(conversion.format)
+    chosen = conversion.resolve(conversion.format)
     if chosen.format.is_high_precision:
         return LayerDecision(resolved=chosen, reason="the format of the run")
     too_small = chosen.kernel.runs_on_fp8_hardware and gains_nothing(
@@ -261,7 +255,7 @@ def _decide_one(
     else:
         reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
     if reason is not None:
-        high = resolved(conversion.high_precision)
+        high = conversion.resolve(conversion.high_precision)
         return LayerDecision(resolved=high, reason=reason, by_default=True)
     return LayerDecision(resolved=chosen, reason=None)
 

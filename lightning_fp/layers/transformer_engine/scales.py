@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,24 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.transformer_engine.kernel import (
-    EngineMemory,
+    Engine,
+    EngineHistory,
     TransformerEngineKernel,
     states,
 )
 from lightning_fp.kernels.transformer_engine.library import library
 from lightning_fp.kernels.transformer_engine.recipe import RecipeSettings, delayed_of, make_recipe
-from lightning_fp.layers.format import LinearFormat
-from lightning_fp.layers.linear import FPLinear
-from lightning_fp.layers.scale_history import AmaxRecord
-from lightning_fp.numerics import DelayedScaling, float_format, history_scale
-
-log = logging.getLogger(__name__)
-
-_MOST_KEPT = 64
-"""As in `scale_history`."""
+from lightning_fp.layers.delayed_scales import DelayedScales, first_device, many_ranks
+from lightning_fp.layers.switchable import SwitchableLayer
+from lightning_fp.numerics import DelayedScaling, history_scale
 
 
-class EngineScales:
+class EngineScales(DelayedScales):
     """What `ScaleHistory` is for our own kernel, where Transformer Engine updates the scales.
 
     Histories and scales are its own tensors, updated by itself at the end of a forward (input and
@@ -43,39 +37,15 @@ class EngineScales:
     """
 
     def __init__(self, config: DelayedScaling) -> None:
-        self.config = config
-        self.share_weight_casts = False
-        """Without effect here."""
-        self.headroom = torch.zeros(0, 3)
-        """float32 [layers, operands]: bits left in the last backward; see `AmaxRecord.values`."""
-        self._layers: dict[str, FPLinear] = {}
-        self._formats: list[LinearFormat] = []
-        self._limits = torch.zeros(0, 3)
-        self._recorded = torch.zeros(0, 3, 4)
-        self._earlier_records: list[AmaxRecord] = []
+        super().__init__(config)
         self._used: Tensor | None = None
         self._settings: RecipeSettings | None = None
         self._recipes: dict[RecipeSettings, Any] = {}
 
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    @property
-    def names(self) -> list[str]:
-        """The layers under delayed scaling."""
-        return list(self._layers)
-
     # -- which layers ---------------------------------------------------------------------------
 
-    def track(self, layers: Mapping[str, FPLinear]) -> None:
-        """Delayed scaling for exactly these layers; those already here keep their histories.
-
-        Args:
-            layers: the layers under delayed scaling now.
-
-        Raises:
-            ValueError: if they have more than one recipe.
-        """
+    def track(self, layers: Mapping[str, SwitchableLayer]) -> None:
+        """See `DelayedScales.track`; layers of more than one recipe are refused."""
         settings = {_kernel(layer).settings for layer in layers.values()}
         if len(settings) > 1:
             raise ValueError(
@@ -84,28 +54,17 @@ class EngineScales:
                 f" {', '.join(sorted({layer.format.name for layer in layers.values()}))}"
             )
         for layer in set(self._layers.values()) - set(layers.values()):
-            if layer.engine is not None:
-                layer.engine.memory = None
+            _engine(layer).history = None
         for layer in layers.values():
-            if layer.engine is not None and layer.engine.memory is None:
-                layer.engine.memory = EngineMemory()
-        if self._layers:
-            self._earlier_records = [*self._earlier_records[-_MOST_KEPT:], self._amax_record()]
+            engine = _engine(layer)
+            engine.history = EngineHistory() if engine.history is None else engine.history
+        self._begin(layers)
         self._settings = next(iter(settings), None)
         given = None if self._settings is None else self._settings.given
         if given is not None:
             self.config = delayed_of(given.recipe)
-        self._layers = dict(layers)
-        self._formats = [layer.format for layer in layers.values()]
-        device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
-        self._limits = torch.tensor(
-            [
-                [float_format(operand).max for operand in (f.input, f.weight, f.grad_output)]
-                for f in self._formats
-            ],
-            device=None if device.type == "meta" else device,
-        ).reshape(-1, 3)
-        self._recorded = _nothing_recorded(self._limits)
+        device = first_device(layers.values())
+        self._watch_from(None if device.type == "meta" else device)
         self._used = None
 
     # -- steps ----------------------------------------------------------------------------------
@@ -132,19 +91,10 @@ class EngineScales:
             return
         newest = torch.zeros_like(used)
         for row, memory in enumerate(self._memories()):
-            if _lives(memory):
+            if memory.lives:
                 newest[row] = torch.cat([history[-1] for _, history in states(memory.module)])
-        self._watch(newest, used)
-
-    def _watch(self, amax: Tensor, used: Tensor) -> None:
-        left = self._limits.to(used.device) / (amax * used)
-        known = torch.isfinite(left) & (amax > 0) & torch.isfinite(amax)
-        self.headroom = torch.where(known, torch.log2(left), torch.inf)
-        largest, least, count, scale = self._recorded.unbind(-1)
-        torch.maximum(largest, torch.where(torch.isfinite(amax), amax, 0.0), out=largest)
-        torch.minimum(least, self.headroom, out=least)
-        count += (~torch.isfinite(amax)).float()  # whether, not how many: it keeps no count
-        scale.copy_(used)
+        # Whether there was inf or NaN, not how many: it keeps no count.
+        self._watch(newest, (~torch.isfinite(newest)).float(), used)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -159,7 +109,7 @@ class EngineScales:
         amax = torch.stack(
             [torch.zeros(3, device=device) if m.seen is None else m.seen for m in cold]
         )
-        if _many_ranks():
+        if many_ranks():
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
         # Input and weight must have been seen; a frozen model has no gradients, and needs no scale.
         there = ((amax > 0) & torch.isfinite(amax))[:, :2].all(dim=1)
@@ -169,9 +119,9 @@ class EngineScales:
             if is_ready:
                 history = torch.zeros(3, self.config.history_len, device=device)
                 history[:, 0] = torch.where(torch.isfinite(largest), largest, 0.0)
-                self._begin(row, history, None)
+                self._give(row, history, None)
 
-    def _begin(self, row: int, history: Tensor, scales: Tensor | None) -> None:
+    def _give(self, row: int, history: Tensor, scales: Tensor | None) -> None:
         """Give a layer scales, from its next call on.
 
         Args:
@@ -193,24 +143,6 @@ class EngineScales:
             "scaling_bwd": [torch.cat([scales[2:], one]), torch.cat([theirs[:, 2:], none], dim=1)],
         }
         memory.cold = False
-
-    # -- what was seen --------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def take_amax_record(self) -> AmaxRecord:
-        """All of it since the last time, over all ranks; then start anew. Call alike on all."""
-        parts = [*self._earlier_records, self._amax_record()]
-        self._earlier_records.clear()
-        self._recorded = _nothing_recorded(self._limits)
-        device = self._limits.device
-        return AmaxRecord(
-            layers=[layer for part in parts for layer in part.layers],
-            formats=[format for part in parts for format in part.formats],
-            values=torch.cat([part.values.to(device) for part in parts]),
-        )
-
-    def _amax_record(self) -> AmaxRecord:
-        return AmaxRecord(list(self._layers), self._formats, self._recorded)
 
     # -- replays --------------------------------------------------------------------------------
 
@@ -240,7 +172,7 @@ class EngineScales:
         copies: list[tuple[bool, Tensor | None, Any, list[tuple[Tensor, Tensor]] | None]] = []
         for memory in self._memories():
             tensors = None
-            if _lives(memory):
+            if memory.lives:
                 tensors = [(s.clone(), h.clone()) for s, h in states(memory.module)]
             seen = None if memory.seen is None else memory.seen.clone()
             copies.append((memory.cold, seen, memory.pending, tensors))
@@ -262,16 +194,8 @@ class EngineScales:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the layers that are here and were there; also from a state of `ScaleHistory`."""
-        saved: Tensor = state["history"]
-        if saved.shape[-1] != self.config.history_len:
-            log.warning(
-                "history_len changed from %d to %d: scales start anew",
-                saved.shape[-1],
-                self.config.history_len,
-            )
-            return
+    def _load(self, state: Mapping[str, Any]) -> None:
+        saved: Tensor = state["history"]  # also one of `ScaleHistory`, which has no scales
         scales: Tensor | None = state.get("scales")
         rows = {name: index for index, name in enumerate(state["layers"])}
         for row, (name, memory) in enumerate(zip(self._layers, self._memories(), strict=True)):
@@ -281,18 +205,18 @@ class EngineScales:
             given = None if scales is None else scales[rows[name]].to(self._limits.device)
             seen = history[:2, 0] if given is None else given[:2]
             if bool((seen > 0).all()):
-                self._begin(row, history, given)
+                self._give(row, history, given)
             else:
                 memory.cold, memory.seen, memory.pending = True, None, None
 
-    def _read(self, memory: EngineMemory) -> tuple[Tensor, Tensor]:
+    def _read(self, memory: EngineHistory) -> tuple[Tensor, Tensor]:
         """History [3, history_len], newest first, and scales [3]; zeros while there are none."""
         device, width = self._limits.device, self.config.history_len
         if memory.pending is not None:
             forward, backward = memory.pending["scaling_fwd"], memory.pending["scaling_bwd"]
             scales = torch.cat([forward[0][:2], backward[0][:1]])
             theirs = torch.cat([forward[1][:, :2], backward[1][:, :1]], dim=1)
-        elif not _lives(memory):
+        elif not memory.lives:
             return torch.zeros(3, width, device=device), torch.zeros(3, device=device)
         else:
             scales = torch.cat([scale for scale, _ in states(memory.module)])
@@ -301,39 +225,22 @@ class EngineScales:
         history[:, :-1] = theirs[1:].flip(0).t()
         return history, scales.clone()
 
-    def _memories(self) -> list[EngineMemory]:
-        engines = [layer.engine for layer in self._layers.values()]
-        return [e.memory for e in engines if e is not None and e.memory is not None]
+    def _memories(self) -> list[EngineHistory]:
+        histories = [_engine(layer).history for layer in self._layers.values()]
+        return [history for history in histories if history is not None]
 
     def _scales(self) -> Tensor:
         """float32 [layers, 3], 0 where there are none yet."""
-        rows = [self._read_scales(layer) for layer in self._layers.values()]
-        return torch.stack(rows)
-
-    def _read_scales(self, layer: FPLinear) -> Tensor:
-        memory = None if layer.engine is None else layer.engine.memory
-        if memory is not None and memory.pending is not None:
-            forward, backward = memory.pending["scaling_fwd"], memory.pending["scaling_bwd"]
-            return torch.cat([forward[0][:2], backward[0][:1]])
-        scales = None if layer.engine is None else layer.engine.scales()
-        return torch.zeros(3, device=self._limits.device) if scales is None else scales
+        return torch.stack([self._read(memory)[1] for memory in self._memories()])
 
 
-def _lives(memory: EngineMemory) -> bool:
-    """Whether Transformer Engine itself has the layer's scales by now."""
-    return memory.module is not None and memory.pending is None and not memory.cold
+def _engine(layer: SwitchableLayer) -> Engine:
+    if not isinstance(layer.memory, Engine):
+        raise TypeError(f"layer {layer.fqn!r}: not multiplied by Transformer Engine")
+    return layer.memory
 
 
-def _many_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _nothing_recorded(like: Tensor) -> Tensor:
-    nothing = torch.zeros_like(like)
-    return torch.stack([nothing, torch.full_like(like, torch.inf), nothing, nothing], dim=-1)
-
-
-def _kernel(layer: FPLinear) -> TransformerEngineKernel:
+def _kernel(layer: SwitchableLayer) -> TransformerEngineKernel:
     kernel = layer.kernel
     if not isinstance(kernel, TransformerEngineKernel):
         raise TypeError(f"layer {layer.fqn!r}: not multiplied by Transformer Engine")

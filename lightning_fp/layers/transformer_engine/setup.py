@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
-from lightning_fp.kernels.transformer_engine.kernel import Engine
 from lightning_fp.kernels.transformer_engine.library import library
-from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.regions import compiled_regions
-from lightning_fp.layers.switchable import SwitchableLayer
 
 
 def check_model(model: nn.Module, delayed: Iterable[str]) -> None:
@@ -68,20 +64,3 @@ def check_device(device: str) -> None:
             f"backend 'transformer-engine' needs the model on a {theirs} device, got {device!r};"
             " set Trainer(accelerator='gpu'), or take backend='auto'"
         )
-
-
-def give_engines(layers: Mapping[str, SwitchableLayer]) -> None:
-    """Give every layer what Transformer Engine needs of its own.
-
-    Args:
-        layers: the layers by name; those that have it already get it anew.
-    """
-    for name, layer in layers.items():
-        if isinstance(layer, FPLinear):
-            layer.__dict__["engine"] = Engine(
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                layer=name,
-                sharded=isinstance(layer.weight, DTensor),
-            )

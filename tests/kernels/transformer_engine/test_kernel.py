@@ -216,7 +216,7 @@ def test_tied_weights_and_the_meta_device(library: Any) -> None:
 def test_a_lent_weight_is_not_kept(library: Any) -> None:
     module, _ = converted({"*": "fp8-dynamic"})
     module(torch.randn(8, 32))
-    (theirs,) = module[0].engine._modules.values()
+    (theirs,) = module[0].memory._modules.values()
     assert theirs.weight.is_meta
     assert theirs.name == "0"
 
@@ -225,7 +225,7 @@ def test_copies_share_no_scales(library: Any) -> None:
     engine = Engine(32, 64, bias=True, layer="a", sharded=True)
     for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         assert other is not engine
-        assert (other.layer, other.sharded, other.memory) == ("a", True, None)
+        assert (other.layer, other.sharded, other.history) == ("a", True, None)
 
 
 def test_ragged_batches_name_the_layer(library: Any) -> None:
