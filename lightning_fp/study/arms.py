@@ -14,14 +14,13 @@ import lightning as L
 import pyarrow as pa
 import pyarrow.compute as compute
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_fp.callbacks import ClampMonitor
+from lightning_fp.callbacks import ClampMonitor, LossRecorder
 from lightning_fp.layers import FormatLike
 from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.plugins import FP8Precision
-from lightning_fp.records import read_statistics
+from lightning_fp.records import read_statistics, read_steps
 from lightning_fp.records.loss import Loss
 from lightning_fp.study.spikes import SpikeRule, find_spikes
 
@@ -65,40 +64,6 @@ class Arm:
 
     losses: tuple[float, ...]
     """By step."""
-
-
-class _Curves(L.Callback):
-    """Keeps loss and gradient norm of every step on the device."""
-
-    def __init__(self) -> None:
-        self.losses: dict[int, Tensor] = {}
-        self.grad_norms: list[Tensor] = []
-        self._step = 0
-
-    @override
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._step = trainer.global_step + 1
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
-    ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor):
-            raise ValueError(
-                f"training_step must return a loss for the A/B, got {type(loss).__name__}"
-            )
-        before = self.losses.get(self._step)  # micro-batches come divided by their number
-        loss = loss.detach().float()
-        self.losses[self._step] = loss if before is None else before + loss
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        self.grad_norms.append(norm.detach())
 
 
 class _Switch(L.Callback):
@@ -167,7 +132,7 @@ def run_arm(
     """
     L.seed_everything(seed, verbose=False)
     module, loader, options = _built(factory)
-    curves, switch = _Curves(), _Switch(layers, switch_to)
+    switch = _Switch(layers, switch_to)
     monitor = ClampMonitor(
         every_n_steps,
         dirpath=directory,
@@ -187,7 +152,8 @@ def run_arm(
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
     }
-    callbacks: list[L.Callback] = [switch, curves, monitor, *options.pop("callbacks", ())]
+    watching = [switch, monitor, LossRecorder(directory)]
+    callbacks: list[L.Callback] = [*watching, *options.pop("callbacks", ())]
     trainer = L.Trainer(
         **{**quiet, **options},
         max_steps=steps,
@@ -195,11 +161,14 @@ def run_arm(
         callbacks=callbacks,
     )
     trainer.fit(module, loader)
-    if not curves.losses:
+    if not trainer.global_step:
         raise ValueError("the run made no step: the factory's dataloader must have batches")
-    losses = torch.stack(list(curves.losses.values())).double().cpu()
-    loss = Loss.of(list(curves.losses), losses)
-    norms = [float(norm) for norm in curves.grad_norms]
+    recorded = read_steps(directory)
+    if not len(recorded):
+        raise ValueError("training_step must return a loss for the A/B, got none in any step")
+    losses = torch.tensor(recorded["loss"].to_pylist(), dtype=torch.float64)
+    loss = Loss.of(recorded["step"].to_pylist(), losses)
+    norms: list[float] = recorded["grad_norm"].drop_null().to_pylist()
     masses, overflow = _clamping(directory, switch.layers)
     arm = Arm(
         format=switch.format,
