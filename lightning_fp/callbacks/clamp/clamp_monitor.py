@@ -22,7 +22,7 @@ from lightning_fp.callbacks.clamp.summary import (
     summary,
 )
 from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
-from lightning_fp.layers import FPLinear, PrecisionMap
+from lightning_fp.layers import FPLinear
 from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class ClampMonitor(RunCallback):
         """Refuse a Trainer without a table of formats."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            _plugin(trainer)
+            self.plugin(trainer)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -149,7 +149,7 @@ class ClampMonitor(RunCallback):
         self._named(trainer)
 
     def _named(self, trainer: L.Trainer) -> list[str]:
-        table = _precision_map(trainer)
+        table = self.plugin(trainer).precision_map
         return list(
             dict.fromkeys(name for glob in self.log_layers for name in table.matching(glob))
         )
@@ -164,7 +164,7 @@ class ClampMonitor(RunCallback):
         self._safely(self._open, trainer, self._run.directory(self), step)
 
     def _open(self, trainer: L.Trainer, directory: Path | None, step: int) -> None:
-        table = _precision_map(trainer)
+        table = self.plugin(trainer).precision_map
         linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
         self._sampler = StepSampler(
             linears, self.sample, self._steps, what_if=self.what_if, listeners=self.listeners
@@ -178,9 +178,7 @@ class ClampMonitor(RunCallback):
     # -- sampled steps --------------------------------------------------------------------------
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Begin to collect, if this is the first micro-batch of a sampled step."""
         if self._sampler is not None:
             self._safely(self._rewind_to, trainer.global_step)
@@ -204,14 +202,7 @@ class ClampMonitor(RunCallback):
             self._safely(self._sampler.after_backward)
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """End a sampled step; log at the end of an interval."""
         step = trainer.global_step
         if self._sampler is not None:
@@ -236,10 +227,10 @@ class ClampMonitor(RunCallback):
         self, run: Run, trainer: L.Trainer, pl_module: L.LightningModule | None, began: int
     ) -> None:
         sampled = [] if self._sampler is None else self._sampler.over_ranks()
-        watched = _precision_map(trainer).scale_history.take_amax_record()
+        watched = self.plugin(trainer).precision_map.scale_history.take_amax_record()
         self.latest = rows = statistics_rows(sampled, watched)
         step, named = trainer.global_step, self._named(trainer)
-        values = {**summary(rows), "fp8/share": flops_share(_plugin(trainer))}
+        values = {**summary(rows), "fp8/share": flops_share(self.plugin(trainer))}
         for name in run.board.followed & set(COLUMNS):
             run.board.publish(name, step, of_column(rows, name), since=began)
         if pl_module is not None:
@@ -276,7 +267,7 @@ class ClampMonitor(RunCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the layers as they were."""
         if stage == "fit" and self.what_if:
-            self._safely(_precision_map(trainer).follow, False)
+            self._safely(self.plugin(trainer).precision_map.follow, False)
         self._close()
 
     def _close(self) -> None:
@@ -320,17 +311,3 @@ class ClampMonitor(RunCallback):
         """See `state_dict`."""
         self._steps.last = int(state_dict["sampled_at"])
         self._steps.asked = bool(state_dict.get("sample_next", False))
-
-
-def _plugin(trainer: L.Trainer) -> Any:
-    plugin = trainer.precision_plugin
-    if not isinstance(getattr(plugin, "precision_map", None), PrecisionMap):
-        raise ValueError(
-            f"ClampMonitor needs a precision plugin of lightning_fp, got {type(plugin).__name__};"
-            " use Trainer(plugins=FP8Precision(...), callbacks=[ClampMonitor()])"
-        )
-    return plugin
-
-
-def _precision_map(trainer: L.Trainer) -> PrecisionMap:
-    return _plugin(trainer).precision_map

@@ -18,7 +18,6 @@ from typing_extensions import override
 from lightning_fp.callbacks.compare.step_replay import copied, muted, replaced
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import LinearFormat
-from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter
 from lightning_fp.stability.replay.untouched import untouched
 
@@ -108,7 +107,7 @@ class EvaluationGap(RunCallback):
         super().setup(trainer, pl_module, stage)
         if stage not in ("fit", "validate"):
             return
-        _plugin(trainer)
+        self.plugin(trainer)
         step = pl_module.validation_step
         if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
             raise ValueError(
@@ -147,7 +146,7 @@ class EvaluationGap(RunCallback):
         if sums is None or sums.failed or sums.batches == self.batches:
             return
         try:
-            plugin = _plugin(trainer)
+            plugin = self.plugin(trainer)
             high = dict.fromkeys(plugin.precision_map.layers, plugin.high_precision)
             arguments = _arguments(pl_module, batch, batch_idx, dataloader_idx)
             sums.loss += self._evaluate(trainer, arguments, {})
@@ -161,7 +160,7 @@ class EvaluationGap(RunCallback):
         self, trainer: Trainer, arguments: list[Any], formats: Mapping[str, LinearFormat]
     ) -> float:
         """The loss of one batch, with some layers in these formats and the others in their own."""
-        table, module = _plugin(trainer).precision_map, trainer.lightning_module
+        table, module = self.plugin(trainer).precision_map, trainer.lightning_module
         logged: dict[str, Any] = {}
 
         def note(name: str, value: Any, *_: Any, **__: Any) -> None:
@@ -259,13 +258,3 @@ def _arguments(
     if is_param_in_hook_signature(step, "dataloader_idx", explicit=True):
         arguments.append(dataloader_idx)
     return arguments
-
-
-def _plugin(trainer: Trainer) -> LayerPrecision:
-    plugin = trainer.precision_plugin
-    if not isinstance(plugin, LayerPrecision):
-        raise ValueError(
-            f"EvaluationGap needs a precision plugin of lightning_fp, got {type(plugin).__name__};"
-            " use Trainer(plugins=FP8Precision(...), callbacks=[EvaluationGap()])"
-        )
-    return plugin

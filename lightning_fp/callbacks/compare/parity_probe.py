@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import PrecisionMap
-from lightning_fp.plugins import FP16Precision, LayerPrecision
+from lightning_fp.plugins import FP16Precision
 from lightning_fp.records.parity import append_parity
 from lightning_fp.stability import LayerParity, Parity, measure_parity
 
@@ -98,12 +98,17 @@ class ParityProbe(RunCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            _plugin(trainer)
+            if isinstance(self.plugin(trainer), FP16Precision):
+                raise ValueError(
+                    "ParityProbe compares FP8 with what the run falls back to, which for"
+                    " FP16Precision is bf16, the coarser of the two; take FP16Monitor to see what"
+                    " FP16 does to gradients"
+                )
             check_replayable(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        table = _plugin(trainer).precision_map
+        table = self.plugin(trainer).precision_map
         self._log_layers = {name for glob in self._globs for name in table.matching(glob)}
 
     @override
@@ -134,12 +139,12 @@ class ParityProbe(RunCallback):
         if not between_steps or not self.due(step):
             return
         try:
-            table = _plugin(trainer).precision_map
+            table = self.plugin(trainer).precision_map
             run = StepReplay(trainer, table, batch, batch_idx)
             if not run.possible:
                 return
             self._last = step // self._every_n_steps
-            _plugin(trainer).boundary()
+            self.plugin(trainer).boundary()
             self._probe(trainer, run, table, step)
         except Exception as error:
             if not self._failed:
@@ -151,7 +156,7 @@ class ParityProbe(RunCallback):
 
     def _probe(self, trainer: Trainer, run: StepReplay, table: PrecisionMap, step: int) -> None:
         began = time.perf_counter()
-        high = _plugin(trainer).high_precision
+        high = self.plugin(trainer).high_precision
         parity = measure_parity(run, run.model, table, high, worst=self._worst)
         self.results[step] = parity
         while len(self.results) > _MOST_KEPT:
@@ -183,21 +188,6 @@ class ParityProbe(RunCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last = int(state_dict["last"])
-
-
-def _plugin(trainer: Trainer) -> LayerPrecision:
-    plugin = trainer.precision_plugin
-    if not isinstance(plugin, LayerPrecision):
-        raise ValueError(
-            "ParityProbe needs a precision plugin of lightning_fp, got"
-            f" {type(plugin).__name__}; take Trainer(plugins=FP8Precision(...))"
-        )
-    if isinstance(plugin, FP16Precision):
-        raise ValueError(
-            "ParityProbe compares FP8 with what the run falls back to, which for FP16Precision is"
-            " bf16, the coarser of the two; take FP16Monitor to see what FP16 does to gradients"
-        )
-    return plugin
 
 
 def _metrics(parity: Parity, layers: set[str]) -> dict[str, float]:

@@ -120,9 +120,7 @@ class FP16Monitor(RunCallback):
         run.log_metrics(scalars, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._tell(trainer)
 
     @override

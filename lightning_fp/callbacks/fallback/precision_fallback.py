@@ -172,7 +172,7 @@ class PrecisionFallback(RunCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        plugin = _plugin(trainer)
+        plugin = self.plugin(trainer)
         check_replayable(pl_module)
         plugin.base.check_can_fall_back(pl_module)
         plugin.start_guarding(skip_nonfinite=not self.dry_run)
@@ -180,7 +180,7 @@ class PrecisionFallback(RunCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """State what memory the watch takes, and begin."""
-        step, plugin = trainer.global_step, _plugin(trainer)
+        step, plugin = trainer.global_step, self.plugin(trainer)
         run = RunState(trainer)
         snapshots_bytes = self._snapshots.stated_bytes(run.parts())  # refuses too small a bound
         self._snapshots.clear()
@@ -396,7 +396,7 @@ class PrecisionFallback(RunCallback):
 
     def _try_high_precision(self, trainer: L.Trainer, batch: Any, batch_idx: int) -> None:
         """One step in high precision, to see that memory suffices for it."""
-        plugin = _plugin(trainer)
+        plugin = self.plugin(trainer)
         table = plugin.precision_map
         run = StepReplay(trainer, table, batch, batch_idx)
         replay = run(dict.fromkeys(table.layers, plugin.high_precision))
@@ -490,14 +490,3 @@ class PrecisionFallback(RunCallback):
         if "snapshots" in state:
             self._snapshots.load_state_dict(state["snapshots"])
             self._ring.load_state_dict(state["ring"])
-
-
-def _plugin(trainer: L.Trainer) -> LayerPrecision:
-    plugin = trainer.precision_plugin
-    if not isinstance(plugin, LayerPrecision):
-        raise ValueError(
-            "PrecisionFallback needs a precision plugin of lightning_fp, got"
-            f" {type(plugin).__name__}; use Trainer(plugins=FP8Precision(...),"
-            " callbacks=[PrecisionFallback()])"
-        )
-    return plugin

@@ -230,14 +230,7 @@ class MismatchMonitor(RunCallback):
             self._guarded(self._tally.add, (rollout_logprobs, train_logprobs, mask))
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """At the end of a measured step: write down what was measured, and judge it."""
         if self._open is None or trainer.global_step == self._open:
             return

@@ -26,7 +26,6 @@ from lightning_fp.callbacks.rollout.stage_moves import StageMoves, follow
 from lightning_fp.callbacks.rollout.token_counter import TokenCounter
 from lightning_fp.callbacks.run.run import LOSS, Run, RunCallback, run_of
 from lightning_fp.callbacks.run.run_log import RunLog
-from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.recipes import (
     Rollout,
     RolloutDecision,
@@ -138,7 +137,7 @@ class StagedRollout(RunCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        _plugin(trainer)
+        self.plugin(trainer)
         self._state, self._loaded = self._rollout.init(), None
         interval = _interval(trainer)
         names = measurements(self.recipe, trainer, interval)
@@ -159,7 +158,7 @@ class StagedRollout(RunCallback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Follow the recipe over this model, and refuse what cannot be."""
-        self._moves = StageMoves(self.recipe, _plugin(trainer))
+        self._moves = StageMoves(self.recipe, self.plugin(trainer))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -202,14 +201,7 @@ class StagedRollout(RunCallback):
             self._open = trainer.global_step
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """At the end of a step: count its tokens, and show the stage."""
         run, step, interval = self._run, trainer.global_step, _interval(trainer)
         if run is None or step == self._open:
@@ -398,7 +390,7 @@ class StagedRollout(RunCallback):
         old = RolloutRecipe.from_yaml(loaded["recipe"])
         self._state = replace(self._state, evidence={}, answers={})
         if self.stage is not None:
-            formats = follow(old, _plugin(trainer))[old.index(self.stage)].formats
+            formats = follow(old, self.plugin(trainer))[old.index(self.stage)].formats
             if self._moves is not None:
                 self._moves.changed_from = formats
 
@@ -417,14 +409,3 @@ _CONSEQUENCE = {
 def _interval(trainer: L.Trainer) -> int:
     interval: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
     return max(1, interval)
-
-
-def _plugin(trainer: L.Trainer) -> LayerPrecision:
-    plugin = trainer.precision_plugin
-    if not isinstance(plugin, LayerPrecision):
-        raise ValueError(
-            "StagedRollout needs a precision plugin of lightning_fp, got"
-            f" {type(plugin).__name__}; use Trainer(plugins=FP8Precision(...),"
-            " callbacks=[StagedRollout(...)])"
-        )
-    return plugin

@@ -25,6 +25,7 @@ from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
 from lightning_fp.layers import Change
+from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard, gradient_norm, hyperparameters
 from lightning_fp.records.run import write_run
 from lightning_fp.stability.detect.signals import StepSignals
@@ -70,6 +71,20 @@ class RunCallback(L.Callback):
     def settings(self) -> dict[str, Any]:
         """The options, as plain data for the records and the loggers."""
         return {}
+
+    def plugin(self, trainer: L.Trainer) -> LayerPrecision:
+        """The precision plugin, where the callback cannot do without a table of formats.
+
+        Raises:
+            ValueError: if it is none of ours.
+        """
+        plugin, name = trainer.precision_plugin, type(self).__name__
+        if not isinstance(plugin, LayerPrecision):
+            raise ValueError(
+                f"{name} needs a precision plugin of lightning_fp, got {type(plugin).__name__}; use"
+                f" Trainer(plugins=FP8Precision(...), callbacks=[{name}(...)])"
+            )
+        return plugin
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -181,9 +196,7 @@ class Run(L.Callback):
     # -- steps -----------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Before anybody acts between two steps: what the steps before have shown is here."""
         self.recorder.begin(trainer.global_step)
         self.signals.arrive()
@@ -274,9 +287,7 @@ class Run(L.Callback):
             self._files.write()
 
     @override
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
         """Write what there is; what other ranks have is lost, for they may not come.
 
         A fit that fails tears nothing down.
