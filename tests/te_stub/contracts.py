@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_fp.format_table import TE_FORMATS
 from lightning_fp.kernels.transformer_engine import library as te_library
 from lightning_fp.kernels.transformer_engine import recipe as te_recipe
 from lightning_fp.kernels.transformer_engine.kernel import use_library
@@ -56,8 +57,8 @@ def test_names_and_arguments() -> None:
     assert {"function", "kwargs"} <= names(te.checkpoint)
     for cls, ours in ((recipes.DelayedScaling, fake.DelayedScaling),):
         assert set(ours.__dataclass_fields__) <= set(cls.__dataclass_fields__)
-    for format, function in te_library._SUPPORT.items():
-        assert "return_reason" in names(getattr(te, function)), format
+    for format, known in TE_FORMATS.items():
+        assert "return_reason" in names(getattr(te, known.support)), format
 
 
 def test_places_of_scales() -> None:

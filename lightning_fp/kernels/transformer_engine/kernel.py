@@ -193,7 +193,7 @@ class Engine:
         bias: Tensor | None,
         evaluating: bool,
     ) -> Tensor:
-        """The product; see `Kernel.__call__`, which does not let dynamo in here."""
+        """The product; see `Kernel.multiply`, which does not let dynamo in here."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         if isinstance(weight, DTensor):
@@ -268,18 +268,7 @@ class Engine:
             parameters.update(kept)
 
 
-def _multiply(
-    engine: Engine,
-    kernel: TransformerEngineKernel,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    evaluating: bool,
-) -> Tensor:
-    return engine.multiply(kernel, input, weight, bias, evaluating)
-
-
-_eagerly: Any = torch.compiler.disable(_multiply)
+_eagerly: Any = torch.compiler.disable(Engine.multiply)
 
 
 def states(module: Any) -> list[tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -149,34 +150,20 @@ class EngineScales(DelayedScales):
     @contextmanager
     def untouched(self) -> Generator[None, None, None]:
         """Whatever runs in the block leaves no trace in histories and scales."""
-        state = self._copy()
+        memories = self._memories()
+        seen = [None if memory.seen is None else memory.seen.clone() for memory in memories]
+        tensors = [[tensor.clone() for tensor in _tensors(memory)] for memory in memories]
+        kept = list(zip(memories, map(copy, memories), seen, tensors, strict=True))
         used, self._used = self._used, None
         headroom, watched = self.headroom, self._recorded.clone()
         try:
             yield
         finally:
             self.headroom, self._recorded, self._used = headroom, watched, used
-            for memory, before in zip(self._memories(), state, strict=True):
-                cold, seen, pending, tensors = before
-                memory.cold, memory.seen = cold, seen
-                if tensors is not None:
-                    for (scale, history), (old_scale, old_history) in zip(
-                        states(memory.module), tensors, strict=True
-                    ):
-                        scale.copy_(old_scale)
-                        history.copy_(old_history)
-                else:
-                    memory.pending = pending
-
-    def _copy(self) -> list[tuple[bool, Tensor | None, Any, list[tuple[Tensor, Tensor]] | None]]:
-        copies: list[tuple[bool, Tensor | None, Any, list[tuple[Tensor, Tensor]] | None]] = []
-        for memory in self._memories():
-            tensors = None
-            if memory.lives:
-                tensors = [(s.clone(), h.clone()) for s, h in states(memory.module)]
-            seen = None if memory.seen is None else memory.seen.clone()
-            copies.append((memory.cold, seen, memory.pending, tensors))
-        return copies
+            for memory, before, largest, old in kept:
+                vars(memory).update(vars(before), seen=largest)
+                for tensor, value in zip(_tensors(memory), old, strict=True):
+                    tensor.copy_(value)
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -238,6 +225,11 @@ def _engine(layer: SwitchableLayer) -> Engine:
     if not isinstance(layer.memory, Engine):
         raise TypeError(f"layer {layer.fqn!r}: not multiplied by Transformer Engine")
     return layer.memory
+
+
+def _tensors(memory: EngineHistory) -> list[Tensor]:
+    """What Transformer Engine itself has of a layer."""
+    return [tensor for pair in states(memory.module) for tensor in pair] if memory.lives else []
 
 
 def _kernel(layer: SwitchableLayer) -> TransformerEngineKernel:
