@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,6 +153,16 @@ class ScaleHistory(DelayedScales):
     def _made(self) -> list[OperandMemory]:
         memories = [layer.memory for layer in self._layers.values()]
         return [memory for memory in memories if isinstance(memory, OperandMemory)]
+
+    @contextmanager
+    def untouched(self) -> Generator[None, None, None]:
+        """Whatever writes into histories and scales in the block leaves no trace."""
+        kept = [(tensor, tensor.clone()) for tensor in (self._history, self._scales)]
+        try:
+            yield
+        finally:
+            for tensor, before in kept:
+                tensor.copy_(before)
 
     def _memories(self) -> list[OperandMemory]:
         """The layers' memories; where the model has moved, everything here follows it."""

@@ -25,7 +25,7 @@ Hyperparameters = list[list[dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """One batch as the training step got it, and from where it drew random numbers."""
+    """One batch as it came from the loader, and what stood how at that moment."""
 
     batch: Any
     """A copy on the CPU."""
@@ -33,9 +33,12 @@ class MicroBatch:
     batch_idx: int
 
     rng: RandomState
-    """Before the training step."""
+    """Before anything was done to the batch."""
 
     dataloader_idx: int = 0
+
+    position: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The counters of the training loop, as plain numbers."""
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +55,9 @@ class RecordedStep:
 
     micro_batches: list[MicroBatch] = field(default_factory=list[MicroBatch])
     """In order; several with gradient accumulation."""
+
+    begun_with: Hyperparameters = field(default_factory=list[list[dict[str, Any]]])
+    """As they were before the first micro-batch, and any hook."""
 
     hyperparameters: Hyperparameters = field(default_factory=list[list[dict[str, Any]]])
     """As the optimizers stepped with them."""
@@ -103,16 +109,26 @@ class BatchRing:
         self.drop_from(step)
         if self._since is None:
             self._since = step
-        self._open = RecordedStep(step=step, hyperparameters=hyperparameters or [])
+        groups = hyperparameters or []
+        self._open = RecordedStep(step=step, begun_with=groups, hyperparameters=groups)
 
-    def add(self, batch: Any, batch_idx: int, rng: RandomState, *, dataloader_idx: int = 0) -> None:
+    def add(
+        self,
+        batch: Any,
+        batch_idx: int,
+        rng: RandomState,
+        *,
+        dataloader_idx: int = 0,
+        position: Mapping[str, Any] | None = None,
+    ) -> None:
         """Copy a micro-batch of the step that has begun.
 
         Args:
-            batch: as the training step gets it; see `host_copy`.
+            batch: as it comes from the loader; see `host_copy`.
             batch_idx: its index.
-            rng: the random state before the training step.
+            rng: the random state before anything is done to it.
             dataloader_idx: the loader it is from.
+            position: where the training loop stands.
         """
         if self._open is None:
             return
@@ -133,7 +149,11 @@ class BatchRing:
         if torch.cuda.is_initialized():
             self._waiting.append(torch.cuda.current_stream().record_event())
         micro = MicroBatch(
-            batch=copied, batch_idx=batch_idx, rng=rng, dataloader_idx=dataloader_idx
+            batch=copied,
+            batch_idx=batch_idx,
+            rng=rng,
+            dataloader_idx=dataloader_idx,
+            position=position or {},
         )
         self._open.micro_batches.append(micro)
         self.nbytes += nbytes
@@ -277,6 +297,8 @@ class BatchRing:
         """
         check_version(state, STATE_VERSION, "batch ring's state must have version")
         self.clear()
+        if any("begun_with" not in step for step in state["steps"]):
+            return  # recorded as training steps got them: their way there cannot be replayed
         self._since = state["since"]
         for step in map(_step_from_state, state["steps"]):
             self._steps.append(step)
@@ -299,6 +321,7 @@ def _step_from_state(state: Mapping[str, Any]) -> RecordedStep:
             batch_idx=micro["batch_idx"],
             dataloader_idx=micro["dataloader_idx"],
             rng=RandomState.from_state_dict(micro["rng"]),
+            position=micro["position"],
         )
         for micro in state["micro_batches"]
     ]

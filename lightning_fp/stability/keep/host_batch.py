@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
 from typing import Any
 
 import torch
@@ -26,34 +26,61 @@ def host_copy(batch: Any) -> Any:
     From CUDA into pinned memory, asynchronously: wait for the device before reading it there.
 
     Args:
-        batch: tensors, also in dicts, lists, tuples, named tuples, dataclasses, numpy arrays, and
-            objects that have `.to`. Anything else is kept as it is.
+        batch: tensors, also in dicts and other mappings, lists, tuples, named tuples, dataclasses,
+            numpy arrays, and objects that have `.to` or hold tensors. Anything else is kept as it
+            is.
 
     Returns:
         The same structure.
     """
+    return _copy(batch, _on_host, lambda moved: moved.to("cpu"))
+
+
+def copy_batch(batch: Any) -> Any:
+    """A copy of a batch where it is; see `host_copy`."""
+    return _copy(batch, _clone, lambda same: same)
+
+
+def _copy(batch: Any, leaf: Callable[[Tensor], Tensor], move: Callable[[Any], Any]) -> Any:
     if isinstance(batch, Tensor):
-        return _tensor_copy(batch)
+        return leaf(batch)
     kind: Any = type(batch)
+    copied: Any
     if kind in (list, tuple):
-        return kind(map(host_copy, batch))
+        return kind(_copy(item, leaf, move) for item in batch)
     if hasattr(batch, "to"):
         # A copy first, because some change in place; their own, if they have one, is cheaper.
         clone: Callable[[], Any] | None = getattr(batch, "clone", None)
-        return (clone() if callable(clone) else copy.deepcopy(batch)).to("cpu")
+        return move(clone() if callable(clone) else copy.deepcopy(batch))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return kind(*map(host_copy, batch))
-    if isinstance(batch, MutableMapping):
-        copied: Any = copy.copy(batch)
-        for key, value in batch.items():
-            copied[key] = host_copy(value)
+        return kind(*(_copy(item, leaf, move) for item in batch))
+    if isinstance(batch, MutableSequence) and not isinstance(batch, bytearray):
+        copied = copy.copy(batch)
+        copied[:] = [_copy(item, leaf, move) for item in batch]
         return copied
+    if isinstance(batch, MutableMapping):
+        copied = copy.copy(batch)
+        for key, value in batch.items():
+            copied[key] = _copy(value, leaf, move)
+        return copied
+    if isinstance(batch, Mapping):
+        return kind({key: _copy(value, leaf, move) for key, value in batch.items()})
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         copied = copy.copy(batch)  # no __init__, which may have its own idea
         for each in dataclasses.fields(batch):
-            object.__setattr__(copied, each.name, host_copy(getattr(batch, each.name)))
+            value = _copy(getattr(batch, each.name), leaf, move)
+            object.__setattr__(copied, each.name, value)
         return copied
-    return copy.copy(batch) if _is_array(batch) else batch
+    if _is_array(batch):
+        return copy.copy(batch)
+    return copy.deepcopy(batch) if _holds_tensors(batch) else batch
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether an object of a user's own class is a batch by its attributes."""
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return False
+    return any(isinstance(item, Tensor) for item in vars(value).values())
 
 
 def batch_bytes(batch: Any, depth: int = _DEPTH) -> int:
@@ -85,7 +112,11 @@ def is_plain_batch(batch: Any) -> bool:
     return kind in _PLAIN or kind is Tensor
 
 
-def _tensor_copy(tensor: Tensor) -> Tensor:
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
     plain = type(tensor) is Tensor and tensor.layout is torch.strided
     if tensor.is_cuda and plain:
         copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -91,15 +91,19 @@ class Snapshot:
         memory, self._memory = self._memory, None
         return None if self._shared else memory
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
         """The snapshot as plain values and one tensor, which is shared and not copied.
 
         A part with objects in its state that a checkpoint may not load is left out.
+
+        Args:
+            without: names of parts to leave out as well.
         """
         self.memory.synchronize()
         self._shared = True
-        plain = {name: tree for name, tree in self.trees.items() if is_plain(tree)}
-        if left_out := self.trees.keys() - plain.keys():
+        wanted = {name: tree for name, tree in self.trees.items() if name not in without}
+        plain = {name: tree for name, tree in wanted.items() if is_plain(tree)}
+        if left_out := wanted.keys() - plain.keys():
             log.warning(
                 "snapshots are saved without %s: their state has objects that cannot be loaded with"
                 " weights_only=True",

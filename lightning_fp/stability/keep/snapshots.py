@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning_fp.stability.keep.host_memory import HostMemory
@@ -188,9 +188,9 @@ class Snapshots:
 
     # -- state ----------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The snapshots for a checkpoint; their memory is shared, not copied."""
-        levels = [None if s is None else s.state_dict() for s in self._levels]
+    def state_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """The snapshots for a checkpoint, less some parts; their memory is shared, not copied."""
+        levels = [None if s is None else s.state_dict(without) for s in self._levels]
         return {"version": STATE_VERSION, "levels": levels}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -72,6 +72,7 @@ def replay_step(
     formats: Mapping[str, FormatLike] | None = None,
     rng: RandomState | None = None,
     observe: bool = False,
+    others: Sequence[object] = (),
 ) -> Replay:
     """Run forward and backward of one batch and leave no trace; see `untouched`.
 
@@ -82,13 +83,14 @@ def replay_step(
         formats: other formats for this time, by exact layer name.
         rng: the random state to run from; None takes the present one.
         observe: whether to look at the casts too.
+        others: what else `step` may write attributes of; see `untouched`.
 
     Returns:
         The loss and the gradients, or that memory did not suffice. Gradients are this rank's,
         unless the strategy cannot run without exchanging them (FSDP).
     """
     try:
-        with untouched(model), table.overridden(formats or {}):
+        with untouched(model, others), table.overridden(formats or {}):
             if rng is not None:
                 rng.restore()
             casts = _observe(table) if observe else None
@@ -171,9 +173,19 @@ def _sums(a: Tensor | None, b: Tensor | None) -> Tensor:
     a, b = (torch.zeros_like(some) if x is None else x for x in (a, b))
     # FSDP2: this rank's shard. The sums over ranks are then those of the whole.
     a, b = (x.to_local() if hasattr(x, "to_local") else x for x in (a, b))  # pyright: ignore
+    if a.is_sparse != b.is_sparse:
+        a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
+    if a.is_sparse:
+        a, b = (x.float() if x.element_size() < 4 else x for x in (a, b))
     difference = (a.float() if a.element_size() < 4 else a) - b
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in (a, b, difference)]
-    return torch.stack(norms).square()
+    return torch.stack([_squared(x) for x in (a, b, difference)])
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """Squared norm, of a sparse one over the elements there are, of a complex one of both parts."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
 
 
 def _gap(rows: Sequence[Sequence[float]]) -> GradientGap:

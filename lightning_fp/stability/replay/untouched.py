@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import is_
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 
 from lightning_fp.stability.keep.random_state import RandomState
 
@@ -22,26 +25,36 @@ _UNCHANGING = frozenset((bool, int, float, str, type(None)))
 _DEPTH = 2
 """How deep containers are looked into: `self.outputs = {"loss": [...]}` is two deep."""
 
+_MOST_ITEMS = 1024
+"""A container with more is a record that only grows: what is in it is not looked into."""
+
+_OF_STEPS = ("state", "param_groups")
+"""What only an optimizer's step writes of an optimizer."""
+
 
 @contextmanager
-def untouched(model: nn.Module) -> Generator[None, None, None]:
+def untouched(model: nn.Module, others: Sequence[object] = ()) -> Generator[None, None, None]:
     """Undo on leaving what a forward and backward of the block did, also after an exception.
 
     Undone are: gradients (moved aside, not copied), all buffers and tensor attributes of all
-    modules, torchmetrics states, other attributes (numbers, lists, dicts) with what was put into
-    them, training flags and `requires_grad`, and the random state. Parameters that no optimizer
-    trains, such as an averaged teacher's, are copied if they are no larger than the trained ones;
-    weights in training are not. Call it between optimizer steps, when no graph waits for its
-    backward. Within, gradients are enabled, and nothing is compiled.
+    modules, torchmetrics states, other attributes (numbers, text, arrays, generators of random
+    numbers, lists and dicts of these and of tensors) with what was put into them, training flags
+    and `requires_grad`, and the random state. Objects of other classes stay the same objects, and
+    are not looked into. Parameters that no optimizer trains, such as an averaged teacher's, are
+    copied if they are no larger than the trained ones; weights in training are not. Call it between
+    optimizer steps, when no graph waits for its backward. Within, gradients are enabled, and
+    nothing is compiled.
 
     Args:
         model: the module that is called, with its wrappers.
+        others: further objects whose attributes are kept, such as callbacks; of optimizers all but
+            their state and groups.
     """
     with ExitStack() as undo:
         undo.callback(RandomState.capture().restore)
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         undo.enter_context(_parameters_kept(list(model.parameters())))
-        undo.enter_context(_modules_kept(model))
+        undo.enter_context(_attributes_kept(model, others))
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         undo.enter_context(torch.compiler.set_stance("force_eager"))
@@ -82,9 +95,10 @@ def _hooks_aside(parameter: nn.Parameter) -> list[Undo]:
 
 
 @contextmanager
-def _modules_kept(model: nn.Module) -> Generator[None, None, None]:
+def _attributes_kept(model: nn.Module, others: Iterable[object]) -> Generator[None, None, None]:
     seen: set[int] = set()
-    undo = [step for module in model.modules() for step in _keep_module(module, seen)]
+    undo = [step for module in model.modules() for step in _keep_object(module, seen)]
+    undo += [step for other in others for step in _keep_object(other, seen)]
     try:
         yield
     except BaseException:
@@ -95,12 +109,12 @@ def _modules_kept(model: nn.Module) -> Generator[None, None, None]:
             step()
 
 
-def _keep_module(module: nn.Module, seen: set[int]) -> list[Undo]:
+def _keep_object(owner: Any, seen: set[int]) -> list[Undo]:
     """Attributes by reference, and the contents of those that a step may write into."""
-    if id(module) in seen:
+    if id(owner) in seen:
         return []
-    seen.add(id(module))
-    attributes = vars(module)
+    seen.add(id(owner))
+    attributes = vars(owner)
     before = dict(attributes)
 
     def restore() -> None:
@@ -111,9 +125,14 @@ def _keep_module(module: nn.Module, seen: set[int]) -> list[Undo]:
                 attributes[name] = value
 
     undo: list[Undo] = [restore]
-    undo += [_keep_tensor(buffer) for buffer in module.buffers(recurse=False)]
+    # FSDP2 exchanges parameters as it gathers and frees
+    apart = _OF_STEPS if isinstance(owner, Optimizer) else ("_parameters",)
+    if isinstance(owner, nn.Module):
+        for buffer in owner.buffers(recurse=False):
+            seen.add(id(buffer))
+            undo.append(_keep_tensor(buffer))
     for name, value in before.items():
-        if name != "_parameters":  # FSDP2 exchanges them as it gathers and frees
+        if name not in apart:
             undo += _keep(value, seen, _DEPTH)
     return undo
 
@@ -121,25 +140,48 @@ def _keep_module(module: nn.Module, seen: set[int]) -> list[Undo]:
 def _keep(value: Any, seen: set[int], depth: int) -> list[Undo]:
     """What takes `value` back to its contents of now; empty where they are not looked into."""
     kind = type(value)
+    if kind in _UNCHANGING:
+        return []
     if kind in _CONTAINERS:
         if depth == 0 or id(value) in seen:
             return []
         seen.add(id(value))
         undo: list[Undo] = [partial(_refill, value, _contents(value), value.copy())]
-        if value:
+        if value and len(value) <= _MOST_ITEMS:
             inside = list(value.values() if isinstance(value, dict) else value)
             undo += [step for item in inside for step in _keep(item, seen, depth - 1)]
         return undo
-    if kind in _UNCHANGING:
-        return []
     if isinstance(value, nn.Module):
-        return [step for module in value.modules() for step in _keep_module(module, seen)]
+        return [step for module in value.modules() for step in _keep_object(module, seen)]
     if isinstance(value, Tensor):
-        attribute = depth == _DEPTH and not isinstance(value, nn.Parameter)
-        return [_keep_tensor(value)] if attribute else []
+        if isinstance(value, nn.Parameter) or id(value) in seen:
+            return []
+        seen.add(id(value))
+        return [_keep_tensor(value, depth < _DEPTH)]
+    return _keep_generator(value) or _keep_array(value)
+
+
+def _keep_generator(value: Any) -> list[Undo]:
+    """A generator of random numbers that is not one of the global ones."""
     if isinstance(value, torch.Generator):
         return [partial(value.set_state, value.get_state())]
+    if isinstance(value, random.Random):
+        return [partial(value.setstate, value.getstate())]
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        bits, before = value.bit_generator, value.bit_generator.state
+        return [partial(setattr, bits, "state", before)]
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return [partial(value.set_state, value.get_state())]
     return []
+
+
+def _keep_array(value: Any) -> list[Undo]:
+    """The same numpy array with the same contents."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.ndarray) or not value.flags.writeable:
+        return []
+    return [partial(numpy.copyto, value, value.copy())]
 
 
 def _refill(container: Any, contents: list[Any], before: Any) -> None:
@@ -160,17 +202,23 @@ def _contents(container: Any) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
-def _keep_tensor(value: Tensor) -> Undo:
+def _keep_tensor(value: Tensor, in_container: bool = False) -> Undo:
     """The same tensor with the same contents."""
-    before = value.detach().clone()
+    before, version = value.detach().clone(), _version(value)
 
     def restore() -> None:
-        # In any case: not all who write into a tensor count its version up, and to compare would
-        # wait for the device.
+        # Not all who write into a tensor count its version up, and to compare would wait for the
+        # device: so an attribute is written in any case. Those in lists may be many, or of a graph.
+        if in_container and version is not None and _version(value) == version:
+            return
         with torch.no_grad(), torch.inference_mode(value.is_inference()):
             value.copy_(before)
 
     return restore
+
+
+def _version(value: Tensor) -> int | None:
+    return None if value.is_inference() else value._version
 
 
 def _recover_sharded(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import io
 from collections import OrderedDict, UserDict, namedtuple
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_fp.stability import BatchRing, MicroBatch, RandomState, RecordedStep
-from lightning_fp.stability.keep.host_batch import batch_bytes, host_copy
+from lightning_fp.stability.keep.host_batch import batch_bytes, copy_batch, host_copy
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -63,6 +64,17 @@ class Graph:
         raise AssertionError("a clone is cheaper")
 
 
+class Rows(list):  # type: ignore[type-arg]
+    """A list with a name."""
+
+
+class Holder:
+    """Is moved by the user's own code."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.itself = tokens, self
+
+
 class Stubborn:
     """Cannot be copied."""
 
@@ -89,6 +101,9 @@ def batches() -> dict[str, Any]:
         "in place": InPlace(a=tokens.clone()),
         "clone": Graph(tokens.clone()),
         "packed": pack_sequence([torch.randn(3), torch.randn(2)]),
+        "read only": MappingProxyType({"a": tokens.clone()}),
+        "list of a kind": Rows([tokens.clone()]),
+        "object": Holder(tokens.clone()),
         "numpy": np.arange(5.0),
         "sparse": torch.eye(3).to_sparse(),
         "nothing": None,
@@ -99,10 +114,12 @@ def tensors(batch: Any) -> list[Any]:
     """All that a training step could write into."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return [batch]
-    if isinstance(batch, (dict, UserDict)):
+    if isinstance(batch, (dict, UserDict, MappingProxyType)):
         return [t for value in batch.values() for t in tensors(value)]
     if isinstance(batch, (list, tuple)):
         return [t for value in batch for t in tensors(value)]
+    if isinstance(batch, Holder):
+        return [batch.tokens]
     return tensors(vars(batch)) if hasattr(batch, "__dict__") else []
 
 
@@ -137,11 +154,12 @@ def saved_and_loaded(state: Any) -> Any:
 
 
 class TestCopies:
+    @pytest.mark.parametrize("copying", [host_copy, copy_batch])
     @pytest.mark.parametrize("name", batches())
-    def test_alike_and_out_of_reach(self, name: str) -> None:
+    def test_alike_and_out_of_reach(self, name: str, copying: Any) -> None:
         batch = batches()[name]
         before, kind = values(batch), type(batch)
-        copied = host_copy(batch)
+        copied = copying(batch)
         assert type(copied) is kind
         assert values(copied) == before
         assert values(batch) == before
@@ -391,6 +409,29 @@ class TestCheckpoint:
         assert loaded.since(1) is None
         step_with(loaded, 2)
         assert _steps(loaded, 2) == [2]
+
+    def test_where_the_loop_stood_goes_along(self) -> None:
+        ring, position = BatchRing(), {"batch": [{"ready": 3}, {"ready": 1}], "last": False}
+        ring.begin(0, [[{"lr": 0.1}]])
+        ring.add(torch.ones(2), 1, RandomState.capture(), position=position)
+        ring.set_hyperparameters([[{"lr": 0.2}]])
+        ring.end()
+        loaded = BatchRing()
+        loaded.load_state_dict(saved_and_loaded(ring.state_dict()))
+        step = loaded.last
+        assert step is not None
+        assert step.micro_batches[0].position == position
+        assert (step.begun_with, step.hyperparameters) == ([[{"lr": 0.1}]], [[{"lr": 0.2}]])
+
+    def test_steps_recorded_in_the_middle_of_their_way_are_dropped(self) -> None:
+        ring = BatchRing()
+        step_with(ring, 0)
+        state = saved_and_loaded(ring.state_dict())
+        del state["steps"][0]["begun_with"]
+        loaded = BatchRing()
+        loaded.load_state_dict(state)
+        assert loaded.last is None
+        assert loaded.since(0) is None
 
     def test_another_version(self) -> None:
         with pytest.raises(ValueError, match=r"must have version 1, got None"):

@@ -133,6 +133,66 @@ def test_a_frozen_model_larger_than_the_trained_part_is_not_copied() -> None:
     assert not model[0].weight.any()
 
 
+class Owner:
+    """Neither a module nor a part of one: a callback, a scheduler."""
+
+    def __init__(self) -> None:
+        self.count, self.name = 0, "a"
+        self.shadow = {"w": torch.ones(2), "deep": [torch.zeros(1)]}
+        self.array = np.zeros(3)
+        self.generators: list[Any] = [
+            random.Random(0),
+            np.random.default_rng(0),
+            np.random.RandomState(0),
+            torch.Generator().manual_seed(0),
+        ]
+        self.average = nn.BatchNorm1d(4)
+
+    def write(self) -> None:
+        self.count, self.name, self.new = 1, "b", 1
+        self.shadow["w"] += 1
+        self.shadow["deep"][0].fill_(3)
+        self.shadow["more"] = torch.ones(1)
+        self.array += 1
+        self.draw()
+        self.average(torch.randn(3, 4))
+
+    def draw(self) -> tuple[float, ...]:
+        python, numpy, old, own = self.generators
+        numbers = (python.random(), numpy.random(), old.rand())
+        return (*map(float, numbers), torch.rand((), generator=own).item())
+
+
+def test_what_hooks_write_into_other_objects_is_undone() -> None:
+    def contents(owner: Owner) -> dict[str, Any]:
+        plain = {
+            name: v for name, v in vars(owner).items() if name not in ("generators", "average")
+        }
+        return copy.deepcopy({**plain, "average": dict(owner.average.state_dict())})
+
+    model, owner = nn.Linear(2, 2), Owner()
+    before, same = contents(owner), [owner.shadow, owner.shadow["w"], owner.array]
+    with untouched(model, [owner]):
+        owner.write()
+    assert_same(contents(owner), before)
+    assert all(
+        a is b for a, b in zip(same, [owner.shadow, owner.shadow["w"], owner.array], strict=True)
+    )
+    assert owner.draw() == Owner().draw()
+
+
+def test_an_optimizers_own_numbers_are_undone_and_its_state_is_left_alone() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer: Any = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer.steps = 0
+    with untouched(nn.Linear(1, 1), [optimizer]):
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+        optimizer.steps += 1
+    assert optimizer.steps == 0
+    assert parameter in optimizer.state
+
+
 def test_an_optimizer_in_a_backward_hook_does_not_step() -> None:
     model = nn.Linear(3, 3)
     stepped: list[str] = []
@@ -354,6 +414,35 @@ def test_gaps_equal_a_computation_in_float64() -> None:
         )
         assert vars(gap) == pytest.approx(vars(expected), rel=1e-6)
     assert comparison.losses == (one.loss.item(), other.loss.item())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "uncoalesced", "mixed", "bf16", "complex", "none"])
+def test_gaps_of_gradients_of_any_kind(kind: str) -> None:
+    torch.manual_seed(0)
+    model, table = converted()
+    index = torch.tensor([[0, 3, 3]])
+    a, b = torch.randn(2, 3, 4, dtype=torch.double).float().unbind(0)
+    one, other = (torch.sparse_coo_tensor(index, x, (5, 4), check_invariants=True) for x in (a, b))
+    if kind == "sparse":
+        one, other = one.coalesce(), other.coalesce()
+    elif kind == "mixed":
+        one = one.to_dense()
+    elif kind == "bf16":
+        one, other = one.bfloat16(), other.bfloat16()
+    elif kind == "complex":
+        one, other = (torch.view_as_complex(x.reshape(6, 2)) for x in (a, b))
+    elif kind == "none":
+        one = torch.sparse_coo_tensor(size=(5, 4), check_invariants=True)
+    rest = [None] * (len(list(model.parameters())) - 1)
+    first = None if kind == "none" else one
+    replays = [
+        Replay(loss=torch.zeros(()), gradients=[gradient, *rest]) for gradient in (first, other)
+    ]
+    gap = compare(*replays, model, table).all
+    dense = [x.to(torch.promote_types(x.dtype, torch.double)).to_dense() for x in (one, other)]
+    exact = float((dense[0] - dense[1]).norm() / dense[1].norm())
+    assert gap.error == pytest.approx(exact, rel=1e-6)
+    assert gap.norm_ratio == pytest.approx(float(dense[0].norm() / dense[1].norm()), rel=1e-6)
 
 
 def test_gaps_at_the_edges() -> None:
