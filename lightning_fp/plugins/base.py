@@ -84,6 +84,9 @@ class LayerPrecision(GuardedPrecision):
         """The table of formats: read it, write to it."""
         self.report: ConversionReport | None = None
         """What the conversion did; None before setup."""
+        self.on_input: list[Callable[[Any], object]] = []
+        """Told each training batch as it comes from the loader, before it is converted, moved, or
+        seen by any hook; not in replays. It belongs to the run: copy it."""
         self._mid_accumulation = False
         self._in_train_step = False
 
@@ -167,7 +170,11 @@ class LayerPrecision(GuardedPrecision):
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """As the base precision."""
+        """As the base precision; in training those in `on_input` see the data first."""
+        trainer = _trainer_of(self.precision_map.model)
+        if trainer is not None and trainer.training and not self.precision_map.frozen:
+            for see in self.on_input:
+                see(data)
         self.base.follow(self.precision_map)
         return self.base.plugin.convert_input(data)
 
@@ -256,7 +263,8 @@ class LayerPrecision(GuardedPrecision):
         self._share_weight_casts(model)
         if self._in_train_step:
             self.base.lend_again(model)
-        self.base.log(model.trainer)
+        if not self.precision_map.frozen:
+            self.base.log(model.trainer)
         self.precision_map.after_step()
         return output
 

@@ -60,7 +60,9 @@ class StepGuard:
         self.replaying = False
         """Whether steps belong to a replay: they are guarded, and neither kept nor held."""
         self.replay_skipped = False
-        """Whether the last step of a replay was left out."""
+        """Whether a step of a replay was left out, since somebody set this to False."""
+        self.replay_hyperparameters: list[dict[str, Any]] | None = None
+        """What a replay's optimizer steps with, if that is known."""
         self._norm: Tensor | None = None
         self._hold = SchedulerHold(on=hold_schedulers)
         self._late: Tensor | None = None
@@ -86,6 +88,8 @@ class StepGuard:
         Returns:
             What the optimizer returned; what the closure returned if the step was skipped.
         """
+        if self.replay_hyperparameters is not None:
+            set_hyperparameters(optimizer, self.replay_hyperparameters)
         if calls_closure_itself(optimizer):
             self._warn(optimizer)
             unguarded: Any = Precision.optimizer_step
@@ -106,7 +110,7 @@ class StepGuard:
                 output = result if skip else optimizer.step(closure=lambda: result, **kwargs)
                 skipped = torch.tensor(skip)
         if self.replaying:
-            self.replay_skipped = self.skip_nonfinite and not bool(finite)
+            self.replay_skipped |= self.skip_nonfinite and not bool(finite)
             return output
         if known and bool(skipped):
             self._hold.hold(model.trainer)
@@ -200,16 +204,7 @@ class StepGuard:
         self._norm = None
         if is_overridden("configure_gradient_clipping", model):
             self._norm = gradient_norm(optimizer)
-        if self.replaying:  # hooks have heard of this step once
-            trainer = model.trainer
-            plugin._clip_gradients(
-                model,
-                optimizer,
-                trainer.gradient_clip_val,
-                gradient_clip_algorithm=trainer.gradient_clip_algorithm,  # pyright: ignore
-            )
-        else:
-            plugin._after_closure(model, optimizer)  # pyright: ignore[reportArgumentType]
+        plugin._after_closure(model, optimizer)  # pyright: ignore[reportArgumentType]
         return gradient_norm(optimizer) if self._norm is None else self._norm
 
     def clipped(self, norm: Tensor) -> None:
@@ -309,6 +304,22 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
     return _whole(torch.nn.utils.get_total_norm(gradients))
 
 
+@torch.no_grad()
+def clip_sparse(optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Clip gradients by their norm where some are sparse, which torch refuses.
+
+    Returns:
+        The norm before.
+    """
+    norm = gradient_norm(optimizer)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.device))
+    return norm
+
+
 def _whole(norm: Any) -> Tensor:
     """A norm over shards is a sharded tensor itself."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -320,6 +331,16 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
         {name: _plain(value) for name, value in group.items() if _is_plain(value)}
         for group in optimizer.param_groups
     ]
+
+
+def set_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Give each parameter group the plain numbers it had, see `hyperparameters`."""
+    for group, values in zip(optimizer.param_groups, groups, strict=False):
+        for name, value in values.items():
+            if isinstance(group.get(name), Tensor):
+                group[name].fill_(value)
+            else:
+                group[name] = value
 
 
 def _is_plain(value: Any) -> bool:

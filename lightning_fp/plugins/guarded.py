@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_fp.layers import LinearFormat
 from lightning_fp.plugins.base_precision import Autocast, Base, BasePrecision
 from lightning_fp.plugins.fp16_base import FP16Base
-from lightning_fp.plugins.guard import StepGuard, gradient_norm, unwrapped
+from lightning_fp.plugins.guard import StepGuard, clip_sparse, gradient_norm, unwrapped
 from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.stability.loss_scaling import LossScaling
 
@@ -139,8 +139,12 @@ class GuardedPrecision(Precision):
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
-        """As Lightning's; the guard hears of the norm, so that it is computed once."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self.main_params(optimizer)), clip_val)
+        """As Lightning's, of sparse gradients too; the guard hears of the norm, computed once."""
+        parameters = list(self.main_params(optimizer))
+        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+            norm = clip_sparse(optimizer, clip_val)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
         if self.guard is not None:
             self.guard.clipped(norm)
 

@@ -41,7 +41,11 @@ class WorkingCopies:
                 for name, tensor in slots.items():
                     if tensor is None or not _is_master(tensor):
                         continue
-                    copy = copies.setdefault(id(tensor), tensor.to(dtype))
+                    if id(tensor) not in copies:
+                        sparse = getattr(child, "sparse", False) is True
+                        cast = _sparse_cast if sparse else Tensor.to
+                        copies[id(tensor)] = cast(tensor, dtype)
+                    copy = copies[id(tensor)]
                     slots[name] = copy
                     self._undo.append(_taking_back(slots, name, tensor, copy))
 
@@ -56,6 +60,28 @@ def _is_master(tensor: Tensor) -> bool:
     if isinstance(tensor, DTensor) or is_lazy(tensor):
         return False
     return tensor.dtype is torch.float32
+
+
+class _SparseCast(torch.autograd.Function):
+    """A cast whose backward takes sparse gradients, as an embedding's can be; torch's does not."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return tensor.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        if not grad.is_sparse:
+            return grad.to(ctx.dtype), None
+        values = grad._values().to(ctx.dtype)
+        cast = torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
+        return cast, None
+
+
+def _sparse_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast: Any = _SparseCast.apply
+    return cast(tensor, dtype)
 
 
 def _taking_back(slots: Any, name: str, tensor: Tensor, copy: Tensor) -> Callable[[], object]:
