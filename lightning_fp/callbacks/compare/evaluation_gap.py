@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_fp.callbacks.compare.step_replay import copied, muted, replaced
+from lightning_fp.callbacks.compare.loop_replay import muted, replaced
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import LinearFormat
 from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter
+from lightning_fp.stability.keep.host_batch import copy_batch
 from lightning_fp.stability.replay.untouched import untouched
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class EvaluationGap(RunCallback):
             replaced(module, log=note, log_dict=note_all),
         ):
             # In here, since the loop's batches are inference tensors, which autograd refuses.
-            output: Any = trainer.strategy.validation_step(*tree_map(copied, arguments))
+            output: Any = trainer.strategy.validation_step(*copy_batch(arguments))
             loss = output.get("loss") if isinstance(output, Mapping) else output
             loss = logged.get(self.metric) if loss is None else loss
             if isinstance(loss, Tensor) and loss.numel() == 1:

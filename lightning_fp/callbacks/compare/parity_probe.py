@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import PrecisionMap
-from lightning_fp.plugins import FP16Precision
+from lightning_fp.plugins import FP16Precision, LayerPrecision
 from lightning_fp.records.parity import append_parity
 from lightning_fp.stability import LayerParity, Parity, measure_parity
 
@@ -76,6 +76,7 @@ class ParityProbe(RunCallback):
         self._globs = tuple(log_layers)
         self._log_layers: set[str] = set()
         self._directory: Path | None = None
+        self._trainer: Trainer | None = None
         self._last = -1
         self._failed = False
 
@@ -114,6 +115,17 @@ class ParityProbe(RunCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._directory = run_of(trainer).directory(self)
+        self._trainer, plugin = trainer, self.plugin(trainer)
+        if self._arrived not in plugin.on_input:
+            plugin.on_input.append(self._arrived)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._trainer, plugin = None, trainer.precision_plugin
+        if isinstance(plugin, LayerPrecision) and self._arrived in plugin.on_input:
+            plugin.on_input.remove(self._arrived)
 
     # -- when -----------------------------------------------------------------------------------
 
@@ -130,11 +142,12 @@ class ParityProbe(RunCallback):
         chosen = random.Random(f"{self._seed}/{period}").randrange(self._every_n_steps)
         return step >= start + chosen
 
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
+    def _arrived(self, batch: Any) -> None:
+        """A batch comes from the loader: probe before any hook has seen it."""
+        trainer = self._trainer
+        if trainer is None:
+            return
+        step, batch_idx = trainer.global_step, trainer.fit_loop.epoch_loop.batch_idx + 1
         between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         if not between_steps or not self.due(step):
             return

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from lightning_fp.callbacks.compare.loop_position import Position, before_batch, loop_position
+from lightning_fp.callbacks.compare.loop_replay import (
+    LoopReplay,
+    heard_backward,
+    hooks_before_step,
+    replaced,
+    written_by_hooks,
+)
 from lightning_fp.layers import LinearFormat, PrecisionMap
-from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.stability import RandomState, Replay, replay_step
+from lightning_fp.stability.keep.snapshot import restore, take
 from lightning_fp.stability.replay.one_step import Outcome
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -30,16 +34,19 @@ _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 class StepReplay:
     """Runs a batch again, in any formats, and leaves nothing behind in the model or the Trainer.
 
-    Besides what `untouched` keeps: `self.log` and the loggers are mute, callbacks hear nothing,
-    DDP neither reduces gradients nor broadcasts buffers, and in manual optimization optimizers
-    and schedulers do not step. Use it between optimizer steps.
+    The batch goes its whole way from the loader to backward, through all hooks and overrides of the
+    LightningModule and the hooks of the user's callbacks, with the loops' counters of its time; no
+    optimizer and no scheduler steps. Besides what `untouched` keeps, `self.log` and the loggers are
+    mute, and DDP neither reduces gradients nor broadcasts buffers. Where hooks could write into
+    weights, these are copied to the host and back. Use it between optimizer steps.
 
     Args:
         trainer: the Trainer, in `fit`.
         table: the formats.
-        batch: the batch as the training step gets it; each replay gets a copy.
+        batch: the batch as it comes from the loader; each replay gets a copy.
         batch_idx: its index.
-        rng: the random state before that step; None takes the present one.
+        rng: the random state before that batch; None takes the present one.
+        position: where the loops stood before that batch; None takes the present one.
     """
 
     def __init__(
@@ -49,11 +56,14 @@ class StepReplay:
         batch: Any,
         batch_idx: int,
         rng: RandomState | None = None,
+        position: Position | None = None,
     ) -> None:
         self._trainer = trainer
         self._table = table
-        self._batch, self._batch_idx = batch, batch_idx
+        self._batch = batch
+        self._position = before_batch(position or loop_position(trainer), batch_idx)
         self._rng = RandomState.capture() if rng is None else rng
+        self._loop = LoopReplay(trainer, steps=False)
 
     @property
     def model(self) -> nn.Module:
@@ -77,6 +87,8 @@ class StepReplay:
             Exception: what the training step raised, save for lack of memory.
         """
         error: Exception | None = None
+        module = self._trainer.lightning_module
+        weights = take({"model": module}) if hooks_before_step(self._trainer) else None
         try:
             result = replay_step(
                 self._forward_backward,
@@ -85,9 +97,13 @@ class StepReplay:
                 formats=formats,
                 rng=self._rng,
                 observe=observe,
+                others=written_by_hooks(self._trainer),
             )
         except Exception as failure:
             error, result = failure, Replay(outcome="failed on another rank")
+        finally:
+            if weights is not None:
+                restore(weights, {"model": module})
         outcome = self._worst_of_ranks(result.outcome)
         if error is not None:
             raise error
@@ -101,19 +117,16 @@ class StepReplay:
 
     def _forward_backward(self) -> Tensor | None:
         trainer = self._trainer
-        module, plugin = trainer.lightning_module, trainer.precision_plugin
-        replaying = plugin.replaying() if isinstance(plugin, LayerPrecision) else nullcontext()
-        arguments = [tree_map(copied, self._batch)]
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-            arguments.append(self._batch_idx)
-        with replaying, muted(trainer), _without_sync(trainer), _own_steps(trainer) as losses:
-            output = trainer.strategy.training_step(*arguments)
-            if not module.automatic_optimization:
+        with self._loop.conditions(), _without_sync(trainer), _own_steps(trainer) as losses:
+            loss = self._loop.run(self._batch, self._position)
+            if not trainer.lightning_module.automatic_optimization:
                 return torch.stack(losses).sum() if losses else None
-            loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output  # pyright: ignore
-            if loss is not None:
-                plugin.backward(loss, module, None)
-            return loss
+            return None if loss is None else loss * trainer.accumulate_grad_batches
+
+
+def replayable(module: LightningModule) -> bool:
+    """Whether the Trainer hands each batch to the training step; else only the step knows it."""
+    return not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
 
 
 def check_replayable(module: LightningModule) -> None:
@@ -122,33 +135,11 @@ def check_replayable(module: LightningModule) -> None:
     Raises:
         ValueError: if `training_step` takes a `dataloader_iter`.
     """
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    if not replayable(module):
         raise ValueError(
             "training_step(self, dataloader_iter) cannot be replayed: it takes its batches out of"
             " the loader itself; define training_step(self, batch, batch_idx)"
         )
-
-
-def copied(value: Any) -> Any:
-    """A leaf of a batch that the training step may write into."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return copy.deepcopy(value)
-    clone: Callable[[], Any] | None = getattr(value, "clone", None)  # PyG's, for example
-    return clone() if callable(clone) else value
-
-
-def muted(trainer: Trainer) -> AbstractContextManager[object]:
-    """No logging: not by `self.log`, not through the loggers, not to the console."""
-    stack = ExitStack()
-    loggers = [DummyLogger() for _ in trainer.loggers]
-    stack.enter_context(replaced(trainer, _loggers=loggers))
-    for module in trainer.lightning_module.modules():
-        if isinstance(module, LightningModule):
-            silent = {"log": _nothing, "log_dict": _nothing, "print": _nothing}
-            stack.enter_context(replaced(module, **silent))
-    return stack
 
 
 @contextmanager
@@ -164,7 +155,7 @@ def _without_sync(trainer: Trainer) -> Generator[None, None, None]:
 
 @contextmanager
 def _own_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
-    """In manual optimization: `manual_backward` as it is but without hooks, and no steps.
+    """In manual optimization: `manual_backward` as it is, and no steps.
 
     Yields:
         The losses that `manual_backward` was given. On leaving, each parameter has the gradient
@@ -176,24 +167,15 @@ def _own_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
     losses: list[Tensor] = []
     stepped: dict[nn.Parameter, Tensor] = {}
 
-    def backward(loss: Tensor, optimizer: object, *args: Any, **kwargs: Any) -> Tensor:
-        losses.append(loss.detach())
-        trainer.precision_plugin.backward(loss, trainer.lightning_module, None, *args, **kwargs)
-        return losses[-1]
-
-    with ExitStack() as stack:
+    with heard_backward(trainer, losses.append), ExitStack() as stack:
         if not trainer.lightning_module.automatic_optimization:
-            stack.enter_context(replaced(trainer.strategy, backward=backward))
             wrapped = trainer.strategy._lightning_optimizers
             for optimizer, wrapper in zip(trainer.optimizers, wrapped, strict=True):
-                for handle in (optimizer, wrapper):
-                    step, zero_grad = (
-                        _take_gradients(optimizer, stepped, scaler),
-                        _drop_gradients(optimizer),
-                    )
-                    stack.enter_context(replaced(handle, step=step, zero_grad=zero_grad))
-            for config in trainer.lr_scheduler_configs:
-                stack.enter_context(replaced(config.scheduler, step=_nothing))
+                take = _take_gradients(optimizer, stepped, scaler)
+                drop = _drop_gradients(optimizer)
+                stack.enter_context(replaced(optimizer, step=take, zero_grad=drop))
+                counted = _counted(take, wrapper)
+                stack.enter_context(replaced(wrapper, step=counted, zero_grad=drop))
         yield losses
         if scaler is not None:
             scaler.unscale_all(trainer.lightning_module.parameters())
@@ -220,6 +202,18 @@ def _take_gradients(
     return step
 
 
+def _counted(step: Callable[..., object], wrapper: Any) -> Callable[..., object]:
+    """A step that `global_step` counts, as Lightning's wrapper has it."""
+
+    def counted(*args: Any, **kwargs: Any) -> object:
+        wrapper._on_before_step()
+        output = step(*args, **kwargs)
+        wrapper._on_after_step()
+        return output
+
+    return counted
+
+
 def _drop_gradients(optimizer: Optimizer) -> Callable[..., None]:
     """Instead of `zero_grad`, which may write zeros into what was taken."""
 
@@ -232,21 +226,3 @@ def _drop_gradients(optimizer: Optimizer) -> Callable[..., None]:
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Stands in for a method that must not act."""
-
-
-@contextmanager
-def replaced(target: object, **attributes: Any) -> Generator[None, None, None]:
-    """Attributes of an instance for a while; those it did not have are gone afterwards."""
-    own = vars(target)
-    before = {name: own[name] for name in attributes if name in own}
-    own.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            own.pop(name, None)
-        own.update(before)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_fp.callbacks.fallback.accounting import Accounting
 from lightning_fp.callbacks.fallback.investigation import Findings
+from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.records.events import (
@@ -40,16 +42,21 @@ class IncidentLog:
 
     Args:
         run: the log of the run; by default one that writes nowhere.
+        count: of the steps that events are told with.
     """
 
-    def __init__(self, run: RunLog | None = None) -> None:
+    def __init__(self, run: RunLog | None = None, count: StepCount | None = None) -> None:
         self._run = RunLog(None) if run is None else run
         self._run.own.add(AUTHOR)
+        self._count = StepCount() if count is None else count
         self._misbehaving = False
 
     def write(self, event: Event, *, quiet: bool = False) -> None:
-        """One event, everywhere; not on the console if `quiet`."""
-        self._run.write(event, quiet=quiet)
+        """One event, everywhere, with the Trainer's `global_step`; quietly not on the console."""
+        at = self._count.global_step
+        if isinstance(event, Rollback):
+            event = replace(event, to_step=at(event.to_step))
+        self._run.write(replace(event, step=at(event.step)), quiet=quiet)
 
     # -- what happens ---------------------------------------------------------------------------
 
@@ -72,7 +79,7 @@ class IncidentLog:
         layers = () if layer is None else (layer,)
         event = SkippedStep(step=seen.step, reason=reason, numbers=numbers, layers=layers)
         self.write(event, quiet=in_a_row > 4 and in_a_row % 100 != 0)
-        self._run.count("skipped_steps", seen.step)
+        self._run.count("skipped_steps", self._count.global_step(seen.step))
 
     def state(self, step: int, before: str, after: str, reason: str) -> None:
         """The fallback went from one state to another."""
@@ -103,7 +110,7 @@ class IncidentLog:
             reason = overflow
         action = "replay in high precision"
         self.write(Suspicion(step=step, reason=reason, numbers=numbers, action=action))
-        self._run.count("suspicions", step)
+        self._run.count("suspicions", self._count.global_step(step))
 
     def probe_suspicion(self, step: int, error: float, usual: float) -> None:
         """A probe's gradients were out of the usual."""
@@ -111,7 +118,7 @@ class IncidentLog:
         numbers = {"grad_error": error, "usual": usual}
         action = "replay in high precision"
         self.write(Suspicion(step=step, reason=reason, numbers=numbers, action=action))
-        self._run.count("suspicions", step)
+        self._run.count("suspicions", self._count.global_step(step))
 
     def findings(self, step: int, findings: Findings) -> None:
         """What the replays measured and what it means."""
@@ -169,13 +176,13 @@ class IncidentLog:
         action = "dry run: nothing was changed" if dry_run else ""
         event = Demotion(step=step, reason=reason, formats=done or wanted, action=action)
         self.write(event)
-        self._run.count("demotions", step)
+        self._run.count("demotions", self._count.global_step(step))
 
     def promoted(self, step: int, changes: Sequence[Change], reason: str) -> None:
         """Layers got their format back."""
         formats = {change.layer: (change.before, change.after) for change in changes}
         self.write(Promotion(step=step, reason=reason, formats=formats))
-        self._run.count("promotions", step)
+        self._run.count("promotions", self._count.global_step(step))
 
     def climbed(
         self,

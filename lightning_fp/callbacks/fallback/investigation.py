@@ -24,6 +24,7 @@ from lightning_fp.stability.respond.attribution import (
     gradient_error,
 )
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
+from lightning_fp.stability.respond.probe import FIRST
 from lightning_fp.stability.respond.verdict import (
     Anomaly,
     Finding,
@@ -35,6 +36,10 @@ from lightning_fp.stability.respond.verdict import (
 
 LEAST_STEPS = 8
 """Steps that a trajectory should have: fewer tell little."""
+
+MOST_PROBED = 2 * FIRST
+"""Steps that a probe's suspicion may replay: those to the probe before, and as many again. The
+oldest snapshots are older, and each suspicion would replay most of a young run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,8 @@ class Case:
     """Relative error of the gradients in these formats while the run was healthy."""
 
     risen: bool = True
-    """Whether the loss has risen; if not, the question is whether it could be lower."""
+    """Whether the loss has risen; if not, the question is whether it could be lower, and the
+    trajectory for it begins at most `MOST_PROBED` steps ago, where there is a snapshot since."""
 
     overflow: str | None = None
     """Why FP16's range seems not to suffice, if that is the question."""
@@ -248,8 +254,10 @@ class Investigation:
         if step is None or not step.micro_batches:
             return None
         micro = step.micro_batches[0]
-        batch = self._trainer.strategy.batch_to_device(micro.batch)
-        run = StepReplay(self._trainer, self._table, batch, micro.batch_idx, micro.rng)
+        position = dict(micro.position)
+        run = StepReplay(
+            self._trainer, self._table, micro.batch, micro.batch_idx, micro.rng, position
+        )
         return run if run.possible else None
 
     def _replay(self, run: StepReplay, formats: Mapping[str, LinearFormat]) -> Replay | None:
@@ -266,8 +274,12 @@ class Investigation:
     def _trajectory_of(self, case: Case) -> tuple[Snapshot | None, Sequence[RecordedStep]]:
         """The newest snapshot from before the anomaly, and all steps since."""
         wanted = min(case.onset, case.step - LEAST_STEPS)
-        before = [s for s in self._snapshots if s.step <= wanted]
-        order = [*reversed(before), *(s for s in self._snapshots if s.step > wanted)]
+        snapshots = list(self._snapshots)
+        if not case.risen:
+            first = case.step - MOST_PROBED
+            snapshots = [s for s in snapshots if s.step >= first] or snapshots[-1:]
+        before = [s for s in snapshots if s.step <= wanted]
+        order = [*reversed(before), *(s for s in snapshots if s.step > wanted)]
         for snapshot in order:
             steps = self._ring.since(snapshot.step)
             if steps:
@@ -344,7 +356,8 @@ class Investigation:
         with torch.no_grad():
             parameters: list[Any] = list(module.parameters())
             tensors = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
-            sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+            wide = {True: torch.complex64, False: torch.float32}
+            sums = [t.sum(dtype=wide[t.is_complex()]).abs() for t in tensors]
             finite = bool(torch.isfinite(torch.stack(sums)).all()) if sums else True
         return bool(self._trainer.strategy.reduce_boolean_decision(finite, all=True))
 

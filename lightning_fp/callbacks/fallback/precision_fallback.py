@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,16 +14,18 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
+from lightning_fp.callbacks.compare.loop_position import loop_position
+from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.accounting import Accounting
 from lightning_fp.callbacks.fallback.incident_log import IncidentLog
 from lightning_fp.callbacks.fallback.investigation import Case
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
 from lightning_fp.callbacks.fallback.rescue import Rescue
-from lightning_fp.callbacks.fallback.run_state import RunState
+from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
+from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import hyperparameters
+from lightning_fp.plugins.guard import StepGuard, hyperparameters
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.detect.decision import Cause
 from lightning_fp.stability.detect.detector import DivergenceDetector
@@ -82,8 +85,7 @@ class PrecisionFallback(RunCallback):
         seed: of the steps that are looked at.
 
     Raises:
-        ValueError: for an option out of range; at setup without a plugin of this package, or for
-            a training step that cannot be replayed.
+        ValueError: for an option out of range; at setup without a plugin of this package.
     """
 
     publishes: ClassVar[Mapping[str, str]] = {FALLBACKS: ""}
@@ -149,7 +151,10 @@ class PrecisionFallback(RunCallback):
         self._anomaly = Anomaly()
         self._log = IncidentLog(None)
         self._rescue: Rescue | None = None
+        self._count = StepCount()
         self._open: int | None = None
+        self._opened_at = 0
+        self._groups: list[int] = []
         self._published = 0
         self._loaded: dict[str, Any] | None = None
         self._failed = False
@@ -173,26 +178,29 @@ class PrecisionFallback(RunCallback):
         if stage != "fit":
             return
         plugin = self.plugin(trainer)
-        check_replayable(pl_module)
         plugin.base.check_can_fall_back(pl_module)
         plugin.start_guarding(skip_nonfinite=not self.dry_run)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """State what memory the watch takes, and begin."""
-        step, plugin = trainer.global_step, self.plugin(trainer)
+        plugin = self.plugin(trainer)
+        self._count.start(trainer)
         run = RunState(trainer)
         snapshots_bytes = self._snapshots.stated_bytes(run.parts())  # refuses too small a bound
         self._snapshots.clear()
         self._ring.clear()
         self._queue, self._open, self._failed = run_of(trainer).signals.reader(), None, False
+        self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        if self._arrived not in plugin.on_input:
+            plugin.on_input.append(self._arrived)
         if self._layers is not None:
             self._layers.start(trainer, plugin.precision_map)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded)
         self._published = self._state.demotions
-        self._log = IncidentLog(run_of(trainer).log(self))
+        self._log = IncidentLog(run_of(trainer).log(self), self._count)
         self._rescue = Rescue(
             trainer=trainer,
             plugin=plugin,
@@ -211,32 +219,50 @@ class PrecisionFallback(RunCallback):
             "ring_bytes_at_most": self._ring.max_bytes,
             "high_precision_bytes_per_token": run.high_precision_bytes_per_token(),
         }
-        self._log.started(step, memory, dry_run=self.dry_run)
+        self._log.started(self._count.done, memory, dry_run=self.dry_run)
+        if not replayable(pl_module):
+            text = "training_step takes its batches out of the loader itself: it is watched, and"
+            self._log.note(self._count.done, f"{text} nothing can be replayed")
 
     # -- steps ----------------------------------------------------------------------------------
+
+    def _arrived(self, batch: Any) -> None:
+        """A batch comes from the loader, and nothing of it has been seen yet: record it."""
+        if self._rescue is None or self._failed:
+            return
+        trainer = self._rescue.trainer
+        if self._open is None:
+            self._begin(trainer)
+            groups = [hyperparameters(optimizer) for optimizer in trainer.optimizers]
+            self._ring.begin(self._count.done, groups)
+        batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
+        position, rng = loop_position(trainer), RandomState.capture()
+        add = partial(self._ring.add, position=position)
+        self._safely(add, batch, batch_idx, rng)
+        if self.preflight:
+            self.preflight = False
+            self._safely(self._try_high_precision, trainer, batch, batch_idx)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        """Between two steps: judge, act, take a snapshot; before a hook has seen the next batch."""
+        step = self._count.done
+        self._safely(self._boundary, step)
+        new, self._published = self._state.demotions - self._published, self._state.demotions
+        run_of(trainer).board.publish(FALLBACKS, trainer.global_step, float(new))
+        self._open, self._opened_at = step, trainer.global_step
+        self.steps.attempted += 1
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps: judge, act, take a snapshot. At each micro-batch: record it."""
+        """Begin to look at the layers, if this step is looked at."""
         if self._rescue is None:
             return
-        step = trainer.global_step
-        if self._open is None:
-            self._safely(self._boundary, step)
-            new, self._published = self._state.demotions - self._published, self._state.demotions
-            run_of(trainer).board.publish(FALLBACKS, step, float(new))
-            self._open = step
-            self.steps.attempted += 1
-            groups = [hyperparameters(optimizer) for optimizer in trainer.optimizers]
-            self._ring.begin(step, groups)
+        if self._open is None:  # batches do not come through the plugin
+            self._begin(trainer)
         if self._layers is not None:
-            self._safely(self._layers.before_batch, step)
-        self._safely(self._ring.add, batch, batch_idx, RandomState.capture())
-        if self.preflight:
-            self.preflight = False
-            self._safely(self._try_high_precision, trainer, batch, batch_idx)
+            self._safely(self._layers.before_batch, self._open)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -254,14 +280,15 @@ class PrecisionFallback(RunCallback):
         batch_idx: int,
     ) -> None:
         """At the end of a step: see that the ring has all of it."""
-        if self._rescue is not None and trainer.global_step != self._open:
+        if self._rescue is not None and trainer.global_step != self._opened_at:
+            self._count.ended(trainer.global_step)
             self._safely(self._end_step, trainer, pl_module.automatic_optimization)
             self._open = None
 
     def _end_step(self, trainer: L.Trainer, automatic: bool) -> None:
         record = run_of(trainer).last
         if self._layers is not None:
-            self._layers.after_step(trainer.global_step)
+            self._layers.after_step(self._count.done)
         if record is not None and record.optimizers and automatic:
             self._ring.set_hyperparameters([record.optimizers[-1].hyperparameters])
         self._ring.end()
@@ -273,11 +300,12 @@ class PrecisionFallback(RunCallback):
         rescue = self._rescue
         if rescue is None:
             return
-        rescue.plugin.boundary()
+        self._see_groups(rescue.trainer)
+        rescue.plugin.boundary()  # what waits for this step takes effect now, a moment earlier
         if new := rescue.others_changes():
             self._forget([change.layer for change in new])
             self._detected = self.detector.precision_changed(self._detected)
-        seen, self._waiting = [*self._waiting, *self._queue.take()], []
+        seen, self._waiting = [*self._waiting, *self._take()], []
         for signals in seen:
             self._judge(rescue, signals, step)
         if self._layers is not None:
@@ -290,6 +318,19 @@ class PrecisionFallback(RunCallback):
             self._snapshots.take(step, rescue.run.parts())
             self._ring.drop_before(self._snapshots.oldest_step or 0)
 
+    def _take(self, *, all: bool = False) -> list[StepSignals]:
+        """Signals that have arrived, with steps as they are counted here."""
+        seen = self._queue.take(all=all)
+        return [replace(signals, step=self._count.step(signals.step)) for signals in seen]
+
+    def _see_groups(self, trainer: L.Trainer) -> None:
+        """Steps made before parameters were unfrozen cannot be replayed with them."""
+        groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        if groups != self._groups:
+            self._groups = groups
+            self._ring.clear()
+            self._snapshots.clear()
+
     def _judge(self, rescue: Rescue, seen: StepSignals, step: int) -> None:
         """One step's signals, and the investigation that they may call for."""
         self._ring.set_results(
@@ -300,7 +341,7 @@ class PrecisionFallback(RunCallback):
         if seen.skipped:
             self.steps.skipped += 1
             guard = rescue.plugin.guard
-            layer = None if guard is None else guard.overflowed.get(seen.step)
+            layer = None if guard is None else self._overflowed(guard, seen.step)
             self._log.skipped(seen, self._skips, layer)
         self._detected, decision = self.detector.step(
             self._detected,
@@ -332,6 +373,12 @@ class PrecisionFallback(RunCallback):
             self._investigate(rescue, step, probed=False, overflow=overflow)
         elif before.phase == "permanent" and suspicious:
             self._log.still_misbehaves(step, decision)
+
+    def _overflowed(self, guard: StepGuard, step: int) -> str | None:
+        """The layer that overflowed first in a step, at the first of its optimizers that did."""
+        at = self._count.global_step
+        named = (guard.overflowed.get(each) for each in range(at(step), max(at(step + 1), 1)))
+        return next((layer for layer in named if layer is not None), None)
 
     def _see_overflow(self, rescue: Rescue, seen: StepSignals) -> str | None:
         """Under FP16: why overflows are more than a matter of the loss scale, if they are."""
@@ -401,7 +448,7 @@ class PrecisionFallback(RunCallback):
         run = StepReplay(trainer, table, batch, batch_idx)
         replay = run(dict.fromkeys(table.layers, plugin.high_precision))
         self.steps.replayed += 1
-        self._log.preflight(trainer.global_step, replay.outcome)
+        self._log.preflight(self._count.done, replay.outcome)
 
     def _safely(self, function: Callable[..., object], *args: Any) -> None:
         """What fails in here is logged, and the training goes on without the watch."""
@@ -421,12 +468,12 @@ class PrecisionFallback(RunCallback):
         """Say what became of the steps."""
         if self._rescue is None:
             return
-        for seen in [*self._waiting, *self._queue.take(all=True)]:
+        for seen in [*self._waiting, *self._take(all=True)]:
             if seen.skipped:
                 self._skips += 1
                 self.steps.skipped += 1
                 self._log.skipped(seen, self._skips)
-        self._log.finished(trainer.global_step, self.steps)
+        self._log.finished(self._count.done, self.steps)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -438,6 +485,8 @@ class PrecisionFallback(RunCallback):
         plugin = trainer.precision_plugin
         if isinstance(plugin, LayerPrecision):
             plugin.stop_guarding()
+            if self._arrived in plugin.on_input:
+                plugin.on_input.remove(self._arrived)
         self._rescue = None
         self._snapshots.clear()
         self._ring.clear()
@@ -447,7 +496,7 @@ class PrecisionFallback(RunCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """States, counters and signals; snapshots and batches too where they are small."""
-        self._waiting += self._queue.take(all=True)
+        self._waiting += self._take(all=True)
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "fallback": self._fallback.state_dict(self._state),
@@ -455,6 +504,7 @@ class PrecisionFallback(RunCallback):
             "probe": self._probe.state_dict(self._probed),
             "layers": None if self._layers is None else self._layers.state_dict(),
             "steps": asdict(self.steps),
+            "count": self._count.state_dict(),
             "waiting": [asdict(signals) for signals in self._waiting],
             "skips": self._skips,
             "overflows": asdict(self._overflows),
@@ -463,7 +513,8 @@ class PrecisionFallback(RunCallback):
         }
         small = self._snapshots.nbytes + self._ring.nbytes <= self._checkpoint_bytes
         if self._rescue is not None and self._rescue.run.single and small:
-            state["snapshots"] = self._snapshots.state_dict()
+            # Attributes of a run that has ended may be options of its callbacks.
+            state["snapshots"] = self._snapshots.state_dict(without=(ATTRIBUTES,))
             state["ring"] = self._ring.state_dict()
         return state
 
@@ -480,6 +531,8 @@ class PrecisionFallback(RunCallback):
         if self._layers is not None and state["layers"] is not None:
             self._layers.load_state_dict(state["layers"])
         self.steps = Accounting(**state["steps"])
+        if "count" in state:
+            self._count.load_state_dict(state["count"])
         self._waiting = [StepSignals(**signals) for signals in state["waiting"]]
         self._skips, self._calm = state["skips"], state["calm"]
         self._anomaly = Anomaly(**state["anomaly"])

@@ -159,7 +159,7 @@ class Rescue:
             return False  # no step was made with what was wrong
         skipped = 0 if since is None else sum(recorded.skipped for recorded in since)
         made_good = 0 if end is None else findings.made
-        self.run.restore_weights(start if end is None else end)
+        self.run.go_back(start if end is None else end)
         self.run.restore_scales(start)
         self.steps.rolled_back += undone
         self.steps.undone += undone - skipped

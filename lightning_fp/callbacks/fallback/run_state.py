@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_fp.plugins.guard import hyperparameters
+from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
+from lightning_fp.layers import FPLinear
+from lightning_fp.plugins.guard import hyperparameters, set_hyperparameters
 from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.stability.keep.attributes import Attributes
 from lightning_fp.stability.keep.snapshot import Part, Snapshot, restore, stated_bytes, take
 from lightning_fp.stability.loss_scaling import STATE_VERSION, LossScalingState
 
+ATTRIBUTES = "attributes"
 SCALES = "scales"
 LOSS_SCALE = "loss scale"
 
@@ -30,15 +34,9 @@ class RunState:
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
         module = trainer.lightning_module
-        self._weights: dict[str, Part] = {"model": module}
-        for index, optimizer in enumerate(trainer.optimizers):
-            self._weights[f"optimizer {index}"] = optimizer
-        callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        for index, callback in enumerate(callbacks):
-            for name, value in vars(callback).items():
-                # averages of the weights, such as WeightAveraging's, are outside of the module
-                if isinstance(value, nn.Module) and value is not module:
-                    self._weights[f"callback {index} {name}"] = value
+        # now, since in a replay the Trainer has another list
+        self._callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore
+        self._hearing = hearing_callbacks(trainer)
         plugin: Any = trainer.precision_plugin
         self._scales: dict[str, Part] = {SCALES: plugin.precision_map.scale_history}
         if plugin.scaler is not None:
@@ -47,9 +45,37 @@ class RunState:
         self.single = trainer.world_size == 1 and not sharded
         """Whether this process has all of the state."""
 
+    def _weights(self) -> dict[str, Part]:
+        """What an optimizer step and the hooks around it change."""
+        trainer, module = self._trainer, self._trainer.lightning_module
+        parts: dict[str, Part] = {"model": module}
+        for index, optimizer in enumerate(trainer.optimizers):
+            parts[f"optimizer {index}"] = optimizer
+        for index, callback in enumerate(self._callbacks):
+            for name, value in vars(callback).items():
+                # averages of the weights, such as WeightAveraging's, are outside of the module
+                if isinstance(value, nn.Module) and value is not module:
+                    parts[f"callback {index} {name}"] = value
+        parts[ATTRIBUTES] = self._attributes()
+        return parts
+
+    def _attributes(self) -> Attributes:
+        """Of the module, the user's callbacks and the optimizers; layers' belong to the table."""
+        trainer = self._trainer
+        owners: dict[str, object] = {
+            f"module {name}": module
+            for name, module in trainer.lightning_module.named_modules()
+            if not isinstance(module, FPLinear)
+        }
+        for index, callback in enumerate(self._hearing):
+            owners[f"callback {index}"] = callback
+        for index, optimizer in enumerate(trainer.optimizers):
+            owners[f"optimizer {index}"] = optimizer
+        return Attributes(owners)
+
     def parts(self) -> dict[str, Part]:
         """What a snapshot is of."""
-        return {**self._weights, **self._scales}
+        return {**self._weights(), **self._scales}
 
     def stated_bytes(self) -> int:
         """What one snapshot takes once the optimizers have stepped."""
@@ -65,12 +91,23 @@ class RunState:
 
     def take(self) -> Snapshot:
         """A snapshot of the state now, less the scales."""
-        return take(self._weights, step=self._trainer.global_step)
+        return take(self._weights(), step=self._trainer.global_step)
 
     def restore_weights(self, snapshot: Snapshot) -> None:
-        """Weights, optimizers and averages of a snapshot, with the learning rates of now."""
+        """Weights, optimizers, averages and plain attributes, with the learning rates of now."""
+        self._restore(snapshot, self._weights())
+
+    def go_back(self, snapshot: Snapshot) -> None:
+        """The run goes on from a snapshot: what counts steps stays as it is."""
+        parts = self._weights()
+        attributes = self._attributes()
+        attributes.numbers = False
+        self._restore(snapshot, {**parts, ATTRIBUTES: attributes})
+
+    def _restore(self, snapshot: Snapshot, parts: dict[str, Part]) -> None:
         now = [hyperparameters(optimizer) for optimizer in self._trainer.optimizers]
-        restore(snapshot, self._weights)
+        there = [name for name in parts if name in snapshot.trees]  # averages may have come later
+        restore(snapshot, parts, only=there)
         for optimizer, groups in zip(self._trainer.optimizers, now, strict=True):
             set_hyperparameters(optimizer, groups)
 
@@ -91,13 +128,3 @@ class _LossScale:
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         numbers = LossScalingState(**state_dict).numbers()
         self._scaler.load_state_dict({"version": STATE_VERSION, **numbers})
-
-
-def set_hyperparameters(optimizer: Any, groups: list[dict[str, Any]]) -> None:
-    """Give each parameter group the plain numbers it had, see `guard.hyperparameters`."""
-    for group, values in zip(optimizer.param_groups, groups, strict=True):
-        for name, value in values.items():
-            if isinstance(group[name], Tensor):
-                group[name].fill_(value)
-            else:
-                group[name] = value

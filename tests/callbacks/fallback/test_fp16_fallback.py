@@ -147,6 +147,8 @@ class Replays(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         plugin: Any = trainer.precision_plugin
+        if plugin.precision_map.frozen:  # in a replay of its own
+            return
         replay = StepReplay(trainer, plugin.precision_map, args[1], args[2])
         before = plugin.scaler.state.numbers()
         low, high = replay({}), replay(dict.fromkeys(plugin.low_layers(), plugin.high_precision))

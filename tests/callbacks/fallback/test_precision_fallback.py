@@ -91,14 +91,19 @@ class SuspectAt(L.Callback):
     ) -> None:
         self.fallback, self.steps, self.risen, self.lasting = fallback, steps, risen, lasting
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        step = trainer.global_step
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         rescue = self.fallback._rescue
-        if step in self.steps and rescue is not None and self.fallback._open is None:
-            state = self.fallback._state
+        if trainer.global_step in self.steps and rescue is not None and between(trainer, args[-1]):
+            state, step = self.fallback._state, self.fallback._count.done
             onset = None if self.lasting is None else step - self.lasting
             self.fallback._state = dataclasses.replace(state, onset=onset)
             self.fallback._investigate(rescue, step, probed=not self.risen)
+
+
+def between(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether the run itself, not a replay, is between two steps."""
+    replay = trainer.precision_plugin.precision_map.frozen
+    return not replay and batch_idx % trainer.accumulate_grad_batches == 0
 
 
 def events(directory: Path, *kinds: type[Event]) -> list[Any]:
@@ -159,9 +164,9 @@ def test_a_trajectory_in_the_same_formats_is_the_run_bit_for_bit(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     class Compare(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
             rescue: Rescue | None = fallback._rescue
-            if trainer.global_step != 14 or rescue is None or fallback._open is not None:
+            if trainer.global_step != 14 or rescue is None or not between(trainer, args[-1]):
                 return
             start = rescue.snapshots.kept[-1]
             steps = rescue.ring.since(start.step)

@@ -1,0 +1,60 @@
+"""Steps as the fallback counts them: batches after which optimizers had stepped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+_MOST_KEPT = 1024
+"""Steps of which the `global_step` is remembered: more than there are snapshots for."""
+
+
+class StepCount:
+    """Counts batches that stepped, whatever the number of optimizers.
+
+    `global_step` counts the steps of every optimizer: with two it goes up by two. All waits and
+    counts of the fallback are in steps as counted here; its events say `global_step`, as all
+    records of a run do. With one optimizer the two are the same.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        """Steps done."""
+        self._global: dict[int, int] = {}
+
+    def start(self, trainer: L.Trainer) -> None:
+        """A fit begins, perhaps in the middle of a run that nobody has counted so far."""
+        loop = trainer.fit_loop.epoch_loop
+        automatic = trainer.lightning_module.automatic_optimization
+        self.done = trainer.global_step if automatic else loop._batches_that_stepped
+        self._global = {self.done: trainer.global_step}
+
+    def ended(self, global_step: int) -> None:
+        """A step has ended.
+
+        Args:
+            global_step: the Trainer's, after it.
+        """
+        self.done += 1
+        self._global[self.done] = global_step
+        while len(self._global) > _MOST_KEPT:
+            del self._global[next(iter(self._global))]
+
+    def global_step(self, step: int) -> int:
+        """The Trainer's `global_step` when so many steps were done."""
+        return self._global.get(step, step)
+
+    def step(self, global_step: int) -> int:
+        """The steps done at that `global_step`: the inverse of `global_step`."""
+        known = (s for s, at in reversed(self._global.items()) if at == global_step)
+        return next(known, global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"done": self.done, "global": [list(item) for item in self._global.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.done = state["done"]
+        self._global = {step: at for step, at in state["global"]}

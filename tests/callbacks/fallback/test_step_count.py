@@ -1,0 +1,66 @@
+"""Steps are batches that stepped; how far a probe's suspicion goes back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_fp.callbacks.fallback.investigation import MOST_PROBED, Case, Investigation
+from lightning_fp.callbacks.fallback.step_count import StepCount
+from lightning_fp.stability import BatchRing, RandomState, Snapshots
+from lightning_fp.stability.respond.verdict import Anomaly
+
+
+def trainer(global_step: int, batches: int, *, automatic: bool) -> Any:
+    loop = SimpleNamespace(_batches_that_stepped=batches)
+    return SimpleNamespace(
+        global_step=global_step,
+        fit_loop=SimpleNamespace(epoch_loop=loop),
+        lightning_module=SimpleNamespace(automatic_optimization=automatic),
+    )
+
+
+def test_with_one_optimizer_it_is_global_step() -> None:
+    count = StepCount()
+    count.start(trainer(40, 40, automatic=True))
+    for step in range(41, 50):
+        count.ended(step)
+    assert count.done == 49
+    assert all(count.global_step(step) == step for step in (0, 3, 40, 45, 49))
+
+
+def test_with_two_it_counts_batches_and_knows_global_step() -> None:
+    count = StepCount()
+    count.start(trainer(80, 40, automatic=False))
+    for index in range(5):
+        count.ended(82 + 2 * index)
+    assert count.done == 45
+    assert [count.global_step(step) for step in (40, 41, 45)] == [80, 82, 90]
+    resumed = StepCount()
+    resumed.load_state_dict(count.state_dict())
+    resumed.ended(92)
+    assert [resumed.global_step(step) for step in (41, 45, 46)] == [82, 90, 92]
+
+
+@pytest.mark.parametrize(("risen", "first"), [(True, 0), (False, 400 - MOST_PROBED)])
+def test_a_probes_suspicion_does_not_replay_the_whole_run(risen: bool, first: int) -> None:
+    snapshots, ring = Snapshots(every_n_steps=16, depth=4), BatchRing()
+    part = {"model": torch.nn.Linear(1, 1)}
+    for step in range(400):
+        if snapshots.due(step):
+            snapshots.take(step, part)
+        ring.begin(step)
+        ring.add(torch.ones(1), step, RandomState.capture())
+        ring.end()
+    plugin: Any = SimpleNamespace(precision_map=None)
+    nowhere: Any = None
+    investigation = Investigation(nowhere, plugin, ring, snapshots.kept[::-1], nowhere, nowhere)
+    case = Case(step=400, onset=20, anomaly=Anomaly(), risen=risen)
+    start, steps = investigation._trajectory_of(case)
+    assert start is not None
+    assert start.step >= first
+    assert len(steps) == 400 - start.step >= 8
+    assert risen is (start.step <= 20)
