@@ -81,8 +81,8 @@ class RunCallback(L.Callback):
         plugin, name = trainer.precision_plugin, type(self).__name__
         if not isinstance(plugin, LayerPrecision):
             raise ValueError(
-                f"{name} needs a precision plugin of lightning_fp, got {type(plugin).__name__}; use"
-                f" Trainer(plugins=FP8Precision(...), callbacks=[{name}(...)])"
+                f"{name} needs a precision plugin of lightning_fp, got {type(plugin).__name__};"
+                f" take Trainer(plugins=FP8Precision(...), callbacks=[{name}(...)])"
             )
         return plugin
 

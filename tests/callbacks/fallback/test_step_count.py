@@ -30,6 +30,7 @@ def test_with_one_optimizer_it_is_global_step() -> None:
         count.ended(step)
     assert count.done == 49
     assert all(count.global_step(step) == step for step in (0, 3, 40, 45, 49))
+    assert all(count.step(step) == step for step in (0, 3, 40, 45, 49))
 
 
 def test_with_two_it_counts_batches_and_knows_global_step() -> None:
@@ -39,6 +40,7 @@ def test_with_two_it_counts_batches_and_knows_global_step() -> None:
         count.ended(82 + 2 * index)
     assert count.done == 45
     assert [count.global_step(step) for step in (40, 41, 45)] == [80, 82, 90]
+    assert [count.step(at) for at in (80, 82, 90)] == [40, 41, 45]
     resumed = StepCount()
     resumed.load_state_dict(count.state_dict())
     resumed.ended(92)
