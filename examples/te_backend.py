@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback
-from lightning_fp.kernels.transformer_engine.kernel import availability
+from lightning_fp.kernels.transformer_engine import availability
 
 
 class Regression(L.LightningModule):

@@ -18,7 +18,7 @@ from lightning_fp.cli.output import console, table
 from lightning_fp.cli.strict_json import print_json
 from lightning_fp.format_table import TABLE
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
-from lightning_fp.kernels.transformer_engine.kernel import availability
+from lightning_fp.kernels.transformer_engine import availability
 from lightning_fp.layers import LinearFormat, convert, linear_format
 
 FORMATS = (*(row.name for row in TABLE if row.name != "high"), "e8m3")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_fp import ClampMonitor, FP8Precision, convert, revert
-from lightning_fp.kernels.transformer_engine.kernel import availability
+from lightning_fp.kernels.transformer_engine import availability
 from lightning_fp.records import read_statistics
 
 pytestmark = pytest.mark.gpu
