@@ -96,6 +96,9 @@ class LazyFPLinear(nn.LazyLinear, FPLinear):  # pyright: ignore[reportIncompatib
     cls_to_become = FPLinear  # pyright: ignore[reportAssignmentType]
 
 
+_SWITCHABLE: dict[type, type] = {nn.Linear: FPLinear, nn.LazyLinear: LazyFPLinear}
+_PLAIN = {switchable: plain for plain, switchable in _SWITCHABLE.items()}
+
 _ATTRIBUTES = tuple(name for name in FPLinear.__annotations__)
 
 
@@ -105,19 +108,18 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     Subclasses are not: their forward may do anything (nn.MultiheadAttention's projection is a
     subclass whose forward is never called).
     """
-    return _without_fsdp(type(module)) in (nn.Linear, nn.LazyLinear)
+    return _without_fsdp(type(module)) in _SWITCHABLE
 
 
 def is_switchable_linear(module: nn.Module) -> TypeGuard[FPLinear]:
     """Whether `module` is an FPLinear, with or without FSDP2's class mix-in."""
-    return _without_fsdp(type(module)) in (FPLinear, LazyFPLinear)
+    return _without_fsdp(type(module)) in _PLAIN
 
 
 def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
     """Turn an nn.Linear into an FPLinear in place; it computes what it did until `switch`."""
-    lazy = isinstance(linear, nn.LazyLinear)
-    old, new = (nn.LazyLinear, LazyFPLinear) if lazy else (nn.Linear, FPLinear)
-    linear.__class__ = _swap_base(type(linear), old, new)
+    plain = _without_fsdp(type(linear))
+    linear.__class__ = _swap_base(type(linear), plain, _SWITCHABLE[plain])
     if not is_switchable_linear(linear):  # for the type checker; the line above made it so
         raise TypeError(f"{fqn!r} could not be converted")
     # Not through nn.Module.__setattr__, which looks for Parameters: ten times as slow.
@@ -137,9 +139,8 @@ def make_plain(linear: FPLinear) -> nn.Linear:
     """Turn an FPLinear back into the nn.Linear it was, in place."""
     for name in _ATTRIBUTES:
         delattr(linear, name)
-    lazy = isinstance(linear, LazyFPLinear)
-    old, new = (LazyFPLinear, nn.LazyLinear) if lazy else (FPLinear, nn.Linear)
-    linear.__class__ = _swap_base(type(linear), old, new)
+    switchable = _without_fsdp(type(linear))
+    linear.__class__ = _swap_base(type(linear), switchable, _PLAIN[switchable])
     return linear
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fp.kernels import MX_EMULATION, Kernel, TorchaoMXKernel, mx
+from lightning_fp.kernels.hardware import CPU_HAS_BF16
 from lightning_fp.kernels.torchao import import_quietly
 from lightning_fp.layers import kernel_for, linear_format
+from tests.helper import sqnr_db
 
 
 def run(function: Any, tensors: list[Tensor]) -> list[Tensor]:
@@ -40,7 +42,9 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_equals_torchaos_own_linear(
     monkeypatch: pytest.MonkeyPatch, ours: str, dtype: torch.dtype, high: bool
 ) -> None:
-    # In bf16 torchao multiplies bf16 with bf16: so do we where that is fast.
+    # In bf16 torchao multiplies bf16 with bf16: so do we where that is fast. Elsewhere a product of
+    # another layout adds in another order before it is rounded to bf16.
+    exact = ours == "torchao" or dtype is torch.float32 or CPU_HAS_BF16
     monkeypatch.setattr("lightning_fp.kernels.hardware.CPU_HAS_BF16", True)
     module = import_quietly("torchao.prototype.moe_training.mxfp8_linear")
     emulated = module.KernelPreference.EMULATED
@@ -57,9 +61,14 @@ def test_equals_torchaos_own_linear(
             ),
             tensors,
         )
-        assert same(run(lambda *leaves: kernel(*leaves, "layer"), tensors), expected)
+        found = run(lambda *leaves: kernel(*leaves, "layer"), tensors)
+        if exact:
+            assert same(found, expected)
+        else:
+            assert all(sqnr_db(a, b) > 45 for a, b in zip(expected, found, strict=True))
     product = kernel(tensors[0], tensors[1], None, "layer")
-    assert torch.equal(expected[0], product + tensors[2]), "the bias is added once"
+    once = product + tensors[2]  # the bias
+    assert torch.equal(expected[0], once) if exact else sqnr_db(expected[0], once) > 45
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
