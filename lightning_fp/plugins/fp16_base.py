@@ -169,7 +169,8 @@ class FP16Base(BasePrecision):
     def log(self, trainer: Trainer) -> None:
         """At every log interval, to all loggers, beside what Lightning logs for the step."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        due = (step + 1) % trainer.log_every_n_steps == 0  # pyright: ignore
+        interval: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        due = interval > 0 and (step + 1) % interval == 0  # 0 is how Lightning says "off"
         if not due or step == self._logged:
             return
         self._logged = step

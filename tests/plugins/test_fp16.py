@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -24,7 +25,7 @@ QUICK = LossScaling(init_scale=2.0**20, growth_interval=3, hysteresis=1)
 """Overflows at first, and grows into overflow again after a few steps."""
 
 
-class AmaxRecord(LanguageModel):
+class Watched(LanguageModel):
     """Remembers scale, rates and gradient norms, with a scheduler that counts."""
 
     def __init__(self, optimizer: Any = None, **options: Any) -> None:
@@ -69,9 +70,9 @@ def test_the_course_is_that_of_torchs_grad_scaler(options: dict[str, Any]) -> No
         "cpu", init_scale=QUICK.init_scale, growth_interval=3
     )
     options = {**options, "max_steps": 12}
-    theirs = fit(MixedPrecision("16-mixed", "cpu", scaler=torchs), AmaxRecord(), **options)
+    theirs = fit(MixedPrecision("16-mixed", "cpu", scaler=torchs), Watched(), **options)
     plugin = FP16Precision(loss_scaling=QUICK, hold_schedulers=False)
-    ours = fit(plugin, AmaxRecord(), **options)
+    ours = fit(plugin, Watched(), **options)
     assert ours.scales == theirs.scales
     assert len(set(ours.scales)) > 3
     assert same_weights(ours, theirs)
@@ -82,7 +83,7 @@ def test_the_course_is_that_of_torchs_grad_scaler(options: dict[str, Any]) -> No
 
 def test_schedulers_wait_and_skips_are_counted() -> None:
     plugin = FP16Precision(loss_scaling=QUICK)
-    model = fit(plugin, AmaxRecord(), max_steps=10)
+    model = fit(plugin, Watched(), max_steps=10)
     assert plugin.scaler is not None
     state = plugin.scaler.state.numbers()
     falls = sum(b < a for a, b in zip(model.scales, model.scales[1:], strict=False))
@@ -95,8 +96,8 @@ def test_schedulers_wait_and_skips_are_counted() -> None:
 
 def test_hooks_see_gradients_without_the_scale() -> None:
     calm = LossScaling(init_scale=2.0**12)
-    half = fit(FP16Precision(loss_scaling=calm), AmaxRecord(), max_steps=2)
-    full = AmaxRecord()
+    half = fit(FP16Precision(loss_scaling=calm), Watched(), max_steps=2)
+    full = Watched()
     make_trainer(None, max_steps=2, precision="32-true").fit(full, text_loader())
     assert half.norms == pytest.approx(full.norms, rel=0.05)
 
@@ -104,7 +105,7 @@ def test_hooks_see_gradients_without_the_scale() -> None:
 def test_the_scale_is_logged_at_every_interval(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     plugin = FP16Precision(loss_scaling=QUICK)
-    model = AmaxRecord()
+    model = Watched()
     make_trainer(plugin, max_steps=6, logger=logger, log_every_n_steps=2).fit(model, text_loader())
     logger.save()
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
@@ -113,6 +114,19 @@ def test_the_scale_is_logged_at_every_interval(tmp_path: Path) -> None:
     assert scales[:2] == [model.scales[2], model.scales[4]]
     counts = [float(row["fp16/skipped_steps"]) + float(row["fp16/effective_steps"]) for row in rows]
     assert counts == [2, 4, 6]
+
+
+@pytest.mark.parametrize("options", [{"log_every_n_steps": 0}, {"barebones": True}])
+@pytest.mark.parametrize("base", ["16-mixed", "bf16-mixed"])
+def test_lightnings_ways_to_switch_logging_off(base: Any, options: dict[str, Any]) -> None:
+    plugin = FP16Precision(base) if base == "16-mixed" else FP8Precision("delayed", base=base)
+    model = LanguageModel()
+    plain = {"accelerator": "cpu", "max_steps": 3, "logger": False, "enable_checkpointing": False}
+    quiet = {**plain, "enable_progress_bar": False, "enable_model_summary": False}
+    given = {"accelerator": "cpu", "max_steps": 3} if "barebones" in options else quiet
+    trainer = L.Trainer(**given, **options, plugins=plugin)
+    trainer.fit(model, text_loader())
+    assert trainer.global_step == 3
 
 
 class Manual(LanguageModel):
@@ -244,7 +258,7 @@ def test_true_fp16_validates_and_saves_float32(tmp_path: Path) -> None:
 
 def test_fp8_layers_over_an_fp16_base() -> None:
     plugin = FP8Precision("dynamic", base="16-mixed", loss_scaling=QUICK)
-    model = fit(plugin, AmaxRecord(), max_steps=8)
+    model = fit(plugin, Watched(), max_steps=8)
     formats = plugin.precision_map.formats()
     assert {formats["model.blocks.0.fc1"], formats["model.lm_head"]} == {"fp8-dynamic", "fp16"}
     assert plugin.scaler is not None
@@ -267,7 +281,7 @@ def test_a_model_without_linear_layers_trains_in_fp16() -> None:
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
-    lbfgs = AmaxRecord(optimizer=lambda p: torch.optim.LBFGS(p))
+    lbfgs = Watched(optimizer=lambda p: torch.optim.LBFGS(p))
     with pytest.raises(ValueError, match="optimizer must not be LBFGS with FP16"):
         fit(FP16Precision(), lbfgs, max_steps=1)
     with pytest.raises(ValueError, match=r"must be float32 with FP16.*Adam's eps"):
@@ -287,7 +301,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
 def test_raise_ends_the_run_at_the_least_scale() -> None:
     static = LossScaling.static(2.0**40, on_min_scale="raise")
     with pytest.raises(LossScaleError, match="overflow at the least loss scale"):
-        fit(FP16Precision(loss_scaling=static), AmaxRecord(), max_steps=2)
+        fit(FP16Precision(loss_scaling=static), Watched(), max_steps=2)
 
 
 def test_the_name_gives_the_plugin() -> None:
@@ -301,7 +315,7 @@ def test_the_name_gives_the_plugin() -> None:
 
 
 def epoch(plugin: Any, path: Path | None, to: Path, epochs: int) -> LanguageModel:
-    model = AmaxRecord()
+    model = Watched()
     trainer = make_trainer(plugin, max_epochs=epochs, limit_train_batches=4)
     trainer.fit(model, text_loader(), ckpt_path=None if path is None else str(path))
     trainer.save_checkpoint(to)
