@@ -33,11 +33,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+_FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+"),
     list("-+0123456789"),
 )
+_Loader.add_implicit_resolver(*_FLOAT)
 
 
 def is_path(source: str | Path) -> bool:
@@ -145,6 +146,9 @@ class _Dumper(yaml.SafeDumper):
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)  # so that a name such as "1e100" is put in quotes
 
 
 def write_recipe(recipe: RolloutRecipe) -> str:

@@ -44,7 +44,7 @@ def test_a_trace_tells_what_has_changed_where() -> None:
     after["callbacks"]["New"] = {"version": 1}
     told = "\n".join(differences(before, after))
     assert "events[1] (step 80, skip): " in told
-    assert "events[3] (step 110, limit).numbers.limit: 0.01 -> 0.010000000001" in told
+    assert "events[3] (step 108, limit).numbers.limit: 0.01 -> 0.010000000001" in told
     assert '(step 240): [240, {"generator.0": "bf16"}] is new' in told
     assert f'weights: "{before["weights"]}" -> "0"' in told
     assert 'callbacks.New: {"version": 1} is new' in told

@@ -416,3 +416,9 @@ def test_the_schema_describes_every_field_and_refuses_others() -> None:
         ".name: pattern",
         ".stages[0].on_fail: enum",
     }
+
+
+@pytest.mark.parametrize("name", ["1e100", "1e-3", "1.5", "12", "true", "null", "~"])
+def test_a_name_that_looks_like_something_else_comes_back_a_text(name: str) -> None:
+    recipe = RolloutRecipe(name="a", stages=(Stage(name=name, layers={"*": "bf16"}),))
+    assert RolloutRecipe.from_yaml(recipe.to_yaml()) == recipe
