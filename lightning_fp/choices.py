@@ -45,5 +45,10 @@ def unknown(
 
 def did_you_mean(value: object, known: Names) -> str:
     """What a misspelled name may have meant, to be put after a message; "" if nothing is near."""
-    near = difflib.get_close_matches(str(value), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(value, known)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def nearest(value: object, known: Names) -> str | None:
+    """The known name that is spelled most like a value; None if none is near."""
+    return next(iter(difflib.get_close_matches(str(value), known, n=1)), None)

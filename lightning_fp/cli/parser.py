@@ -7,7 +7,6 @@ to import, and of a signature makes `--batch_size`, `--json true` and `--layers+
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import re
 import shutil
@@ -17,6 +16,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser.google import parse
+
+from lightning_fp.choices import nearest
 
 Command: TypeAlias = Callable[..., int]
 """A function whose parameters are of builtin types; it returns the exit code."""
@@ -46,14 +47,14 @@ def build_parser(commands: Commands, *, description: str, version: str) -> Comma
     return parser
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
+def nearest_or_all(name: str, known: Collection[str]) -> str:
     """A clause about the nearest known name, or all of them if none is near.
 
-    >>> did_you_mean("plam", ["plan", "doctor"]), did_you_mean("x", ["plan", "doctor"])
+    >>> nearest_or_all("plam", ["plan", "doctor"]), nearest_or_all("x", ["plan", "doctor"])
     ('did you mean plan?', 'there are plan, doctor')
     """
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    near = nearest(name, known)
+    return f"there are {', '.join(known)}" if near is None else f"did you mean {near}?"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -79,7 +80,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _in_plain_words(self, message: str) -> str:
         if found := re.search(r"invalid choice: '(.*?)' \(choose", message):
-            return f"there is no command {found[1]!r}; {did_you_mean(found[1], self._commands())}"
+            return f"there is no command {found[1]!r}; {nearest_or_all(found[1], self._commands())}"
         if found := re.fullmatch(r"the following arguments are required: (.*)", message):
             if misspelt := [given for given in self._given if self._is_unknown_option(given)]:
                 return self._about_unknown(misspelt[0])
@@ -99,7 +100,9 @@ class CommandParser(argparse.ArgumentParser):
         if not name.startswith("-"):
             return f"does not know what to do with {argument!r}; see {self.prog} --help"
         options = [text for action in self._actions for text in action.option_strings]
-        return f"there is no option {name}; {did_you_mean(name, [o for o in options if o != '-h'])}"
+        return (
+            f"there is no option {name}; {nearest_or_all(name, [o for o in options if o != '-h'])}"
+        )
 
     def _commands(self) -> list[str]:
         found = [each for each in self._actions if isinstance(each.choices, dict)]
@@ -210,8 +213,8 @@ def _reader(of: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
         if choices and text not in choices:
             one_of = f"must be one of {', '.join(choices)}, got {text!r}"
-            near = difflib.get_close_matches(text, choices, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(text, choices)
+            meant = "" if near is None else f"; did you mean {near}?"
             raise argparse.ArgumentTypeError(one_of + meant)
         return value
 
