@@ -15,7 +15,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
-from lightning_fp.format_table import AUTO, CANONICAL
+from lightning_fp.format_names import AUTO, CANONICAL
 from lightning_fp.plugins import precision_plugin
 
 _NAMES = "|".join(re.escape(name) for name in (*CANONICAL, *AUTO) if name not in ("high", "bf16"))

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_fp.format_table import TABLE
+from lightning_fp.format_names import TABLE
 
 CONTEXT = 16
 FORMATS = (*(row.name for row in TABLE if row.name != "nvfp4"), "e8m3")

@@ -26,7 +26,7 @@ WHERE = {
     "Where is it decided which layers are converted?": (
         "lightning_fp/layers/conversion/convert.py::decide"
     ),
-    "What does the name of a format mean?": "lightning_fp/format_table.py::TABLE",
+    "What does the name of a format mean?": "lightning_fp/format_names.py::TABLE",
     "Where does a delayed scale follow from its history?": (
         "lightning_fp/numerics/delayed.py::history_scale"
     ),

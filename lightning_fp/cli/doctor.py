@@ -16,7 +16,7 @@ from torch import nn
 from lightning_fp.cli.fp16_scale import advice, load_loss, probe_scales
 from lightning_fp.cli.output import console, table
 from lightning_fp.cli.strict_json import print_json
-from lightning_fp.format_table import TABLE
+from lightning_fp.format_names import TABLE
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
 from lightning_fp.kernels.transformer_engine import availability
 from lightning_fp.layers import LinearFormat, convert, linear_format

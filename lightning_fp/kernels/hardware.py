@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_fp.format_table import ALIGNMENT
+from lightning_fp.format_names import ALIGNMENT
 
 FP8_MIN_CAPABILITY = (8, 9)
 """First NVIDIA architecture with FP8 tensor cores (Ada sm89; Hopper is sm90)."""
@@ -75,7 +75,7 @@ def check_alignment(
         tokens: product of the input's leading dimensions.
         in_features: columns of the weight.
         out_features: rows of the weight.
-        multiple: what the sizes must be multiples of, see `lightning_fp.format_table`.
+        multiple: what the sizes must be multiples of, see `lightning_fp.format_names`.
 
     Raises:
         ValueError: naming the layer and the dimension.

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_fp.choices import check_choice
-from lightning_fp.format_table import TE_FORMATS
+from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.kernels import (
     MX_EMULATION,
     BlockKernel,

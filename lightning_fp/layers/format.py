@@ -1,7 +1,7 @@
 """The formats users type: "bf16", "fp8-dynamic", "rowwise", "e8m3", ...
 
 A name stands for a `LinearFormat`; the record is accepted wherever a name is. Which names there are
-says `lightning_fp.format_table`.
+says `lightning_fp.format_names`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lightning_fp.choices import check_choice, unknown
-from lightning_fp.format_table import (
+from lightning_fp.format_names import (
     AUTO,
     CANONICAL,
     TABLE,

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import nn
 
-from lightning_fp.format_table import ALIGNMENT
+from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")

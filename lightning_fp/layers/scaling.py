@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lightning_fp.format_table import AUTO
+from lightning_fp.format_names import AUTO
 from lightning_fp.layers.backends import Backend
 from lightning_fp.layers.format import DynamicScaling, FormatLike, LinearFormat, linear_format
 from lightning_fp.numerics import DelayedScaling

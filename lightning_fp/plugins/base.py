@@ -29,8 +29,8 @@ from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base_precision import LOSS_SCALE, Base
+from lightning_fp.plugins.configured_layers import ConfiguredLayers
 from lightning_fp.plugins.guarded import GuardedPrecision
-from lightning_fp.plugins.layer_choice import LayerChoice
 from lightning_fp.plugins.strategies import refuse_strategy
 from lightning_fp.stability.loss_scaling import LossScaling
 
@@ -74,7 +74,7 @@ class LayerPrecision(GuardedPrecision):
         empty: bool = False,
     ) -> None:
         super().__init__(base, loss_scaling=loss_scaling, hold_schedulers=hold_schedulers)
-        self.choice = LayerChoice(
+        self.configured = ConfiguredLayers(
             format=format, rules=layer_rules(layers), backend=backend, empty=empty
         )
         """Which layers get which format, as it was asked for."""
@@ -93,9 +93,9 @@ class LayerPrecision(GuardedPrecision):
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for the records of a run."""
         return {
-            "format": self.choice.format.name,
+            "format": self.configured.format.name,
             "base": self.precision,
-            **self.choice.settings(),
+            **self.configured.settings(),
             "fp8_eval": self.precision_map.phase.fp8_eval,
             **self.base.settings(),
         }
@@ -124,14 +124,14 @@ class LayerPrecision(GuardedPrecision):
         if trainer is not None:
             device_type = trainer.strategy.root_device.type
             refuse_strategy(trainer.strategy, type(self).__name__)
-            self.choice.check_device(device_type)
+            self.configured.check_device(device_type)
             self.base.place(device_type)
             on_cuda = device_type == "cuda"
         self.base.check(module)
         module = self.base.plugin.convert_module(module)
         if self.precision_map.model is not module:
             high, table = self.base_format, self.precision_map
-            self.report = self.choice.apply(table, module, high=high, on_cuda=on_cuda)
+            self.report = self.configured.apply(table, module, high=high, on_cuda=on_cuda)
         return module
 
     @override
@@ -321,7 +321,7 @@ class LayerPrecision(GuardedPrecision):
     def __str__(self) -> str:
         # Lightning puts this into the error that a Trainer of the other package raises.
         return (
-            f"{type(self).__name__}({self.choice.format.name!r}) for lightning.pytorch.Trainer"
+            f"{type(self).__name__}({self.configured.format.name!r}) for lightning.pytorch.Trainer"
             " (`import lightning as L`; the pytorch_lightning package is a separate copy)"
         )
 

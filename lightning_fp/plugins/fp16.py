@@ -57,7 +57,7 @@ class FP16Precision(LayerPrecision):
             hold_schedulers=hold_schedulers,
             empty=True,
         )
-        fp8 = [rule.pattern for rule in self.choice.rules if rule.format.is_fp8]
+        fp8 = [rule.pattern for rule in self.configured.rules if rule.format.is_fp8]
         if base == "16-true" and fp8:
             raise ValueError(
                 f"layers must not be in FP8 with base '16-true', got {', '.join(fp8)}: they cast"

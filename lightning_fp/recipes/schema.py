@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from lightning_fp.format_table import TABLE
+from lightning_fp.format_names import TABLE
 from lightning_fp.recipes.builtin import RECIPES
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe

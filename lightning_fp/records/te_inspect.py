@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lightning_fp.format_table import TE_FORMATS
+from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.records.tables import StatisticsWriter
 
 OPERANDS = {"activation": "input", "weight": "weight", "gradient": "grad_output"}

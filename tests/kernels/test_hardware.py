@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from lightning_fp.format_table import base_row
+from lightning_fp.format_names import base_row
 from lightning_fp.kernels.hardware import (
     check_alignment,
     cuda_fp8_refusal,

@@ -20,7 +20,7 @@ from lightning_fp import (
     precision_plugin,
 )
 from lightning_fp.cli import main
-from lightning_fp.format_table import CANONICAL
+from lightning_fp.format_names import CANONICAL
 from lightning_fp.layers import backends
 from lightning_fp.layers.format import HIGH_PRECISION, NAMED_FORMATS
 from lightning_fp.layers.scaling import read_scaling

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fp.format_table import TE_FORMATS
+from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.kernels.transformer_engine import library as te_library
 from lightning_fp.kernels.transformer_engine import recipe as te_recipe
 from lightning_fp.kernels.transformer_engine.kernel import use_library

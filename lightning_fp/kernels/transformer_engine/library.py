@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_fp.format_table import TE_FORMATS
+from lightning_fp.format_names import TE_FORMATS
 
 EXTRA = 'pip install "lightning-fp[te]"'
 

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_fp.format_table import TE_FORMATS, Kind
+from lightning_fp.format_names import TE_FORMATS, Kind
 from lightning_fp.kernels.transformer_engine.library import Library, library
 from lightning_fp.numerics import DelayedScaling
 

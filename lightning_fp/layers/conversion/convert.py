@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_fp.format_table import ALIGNMENT
+from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.hardware import check_alignment, cuda_has_fp8
 from lightning_fp.layers.auto_scaling import AutoScaling
 from lightning_fp.layers.backends import Backend, Resolved, check_backend, resolve

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_fp.format_table import TABLE
+from lightning_fp.format_names import TABLE
 from lightning_fp.layers import Backend
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base import LayerPrecision

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 
-from lightning_fp.format_table import TE_FORMATS
+from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.layers import Backend
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base import LayerPrecision

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_fp.format_table import TE_FORMATS
+from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.numerics import DelayedScaling
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lightning_fp.format_table import LADDER
+from lightning_fp.format_names import LADDER
 from lightning_fp.layers import LinearFormat, PrecisionMap, SwitchableLayer
 from lightning_fp.layers.format import NAMED_FORMATS
 

@@ -1,4 +1,4 @@
-"""LayerChoice: which layers of a model get which format, and the model's table from that."""
+"""ConfiguredLayers: the formats a user asks for, before there is a model to give them to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_fp.layers.transformer_engine.setup import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerChoice:
+class ConfiguredLayers:
     """What a user asks for, before there is a model.
 
     Raises:

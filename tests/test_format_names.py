@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_fp import choices, format_table
+from lightning_fp import choices, format_names
 from lightning_fp.choices import unknown
-from lightning_fp.format_table import CANONICAL, LADDER, TABLE, TE_FORMATS, base_row
+from lightning_fp.format_names import CANONICAL, LADDER, TABLE, TE_FORMATS, base_row
 
 
-@pytest.mark.parametrize("module", [format_table, choices])
+@pytest.mark.parametrize("module", [format_names, choices])
 def test_it_imports_nothing_heavy(module: object) -> None:
     code = (
         "import runpy, sys\n"
