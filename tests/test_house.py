@@ -21,10 +21,10 @@ WHERE = {
     "Where does clamped mass combine over ranks?": "lightning_fp/numerics/statistics.py::combine",
     "Who writes events?": "lightning_fp/callbacks/run/run_log.py::RunLog.write",
     "Where does a write to the table take effect?": (
-        "lightning_fp/plugins/base.py::LayerPrecision.boundary"
+        "lightning_fp/layers/precision_map.py::PrecisionMap.apply"
     ),
     "Where is it decided which layers are converted?": (
-        "lightning_fp/layers/conversion/convert.py::decide"
+        "lightning_fp/layers/conversion/decide.py::decide"
     ),
     "What does the name of a format mean?": "lightning_fp/format_names.py::TABLE",
     "Where does a delayed scale follow from its history?": (

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from lightning_fp.layers.auto_scaling import AutoScaling
     from lightning_fp.layers.backends import Backend, kernel_for
     from lightning_fp.layers.conversion.advice import ScalingAdvice, recommend_scaling
-    from lightning_fp.layers.conversion.convert import Conversion, convert, convert_into, revert
+    from lightning_fp.layers.conversion.convert import convert, convert_into, revert
+    from lightning_fp.layers.conversion.decide import Conversion
     from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
     from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
     from lightning_fp.layers.linear import FPLinear
@@ -21,7 +22,8 @@ else:
             "auto_scaling": "AutoScaling",
             "backends": "Backend kernel_for",
             "conversion.advice": "ScalingAdvice recommend_scaling",
-            "conversion.convert": "Conversion convert convert_into revert",
+            "conversion.convert": "convert convert_into revert",
+            "conversion.decide": "Conversion",
             "conversion.report": "ConversionReport LayerReport",
             "format": "FormatLike LinearFormat linear_format",
             "linear": "FPLinear",

@@ -13,7 +13,7 @@ from lightning_fp.kernels.memory import INPUT
 from lightning_fp.kernels.torchao import import_float8
 from lightning_fp.kernels.transformer_engine.kernel import TransformerEngineKernel
 from lightning_fp.layers import Conversion, kernel_for, linear_format
-from lightning_fp.layers.conversion.convert import decide
+from lightning_fp.layers.conversion.decide import decide
 from lightning_fp.layers.rules import layer_rules
 from tests.helper import FORMATS
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_fp import convert, revert
 from lightning_fp.layers import Conversion, linear_format
-from lightning_fp.layers.conversion.convert import decide
+from lightning_fp.layers.conversion.decide import decide
 from lightning_fp.layers.rules import layer_rules
 from tests.helper import TinyGPT, next_byte_loss, text_rows
 
