@@ -7,232 +7,34 @@ out what an abandoned continuation has written.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
+from lightning_fp.events import (
+    Demotion,
+    Event,
+    FormatChange,
+    GateResult,
+    LayerClimb,
+    Note,
+    OtherEvent,
+    Promotion,
+    Replayed,
+    Resumed,
+    Rollback,
+    SkippedStep,
+    StageChange,
+    Started,
+    StateChange,
+    Suspicion,
+    Verdict,
+)
 from lightning_fp.records.jsonl import append_line, read_lines
 
 FILE = "events.jsonl"
 """Name of the file inside of a run's directory."""
-
-_MANY = 3
-"""Layers that a line on the console names; of more it gives the number."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Something that happened at a step, with its reason."""
-
-    kind: ClassVar[str] = "event"
-
-    step: int
-    """The Trainer's `global_step`, or the loop's own count of optimizer steps."""
-
-    reason: str
-    """Why, as a sentence."""
-
-    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
-    """What it was decided by; may be inf or NaN."""
-
-    layers: tuple[str, ...] = ()
-    """The layers it is about, worst first."""
-
-    action: str = ""
-    """What was done, in a few words."""
-
-    time: float = field(default_factory=time.time)
-    """Unix time in seconds."""
-
-    def sentence(self) -> str:
-        """One line for the console."""
-        parts = [f"step {self.step}: {self._what()}", self.reason.rstrip(". \n")]
-        line = ": ".join(part for part in parts if part)
-        return " ".join((f"{line}; {self.action}" if self.action else line).split())
-
-    def _what(self) -> str:
-        return f"{self.kind} {_listed(self.layers)}".rstrip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherEvent(Event):
-    """An event of a kind that this version does not know."""
-
-    kind: str = "event"
-    """As the version that wrote it calls it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Started(Event):
-    """The watch over the run begins: what is armed, and what memory it takes."""
-
-    kind: ClassVar[str] = "started"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resumed(Event):
-    """The run goes on from a checkpoint of `step`: later events of earlier runs are void."""
-
-    kind: ClassVar[str] = "resumed"
-
-    position: int | None = None
-    """`EventWriter.position` when the checkpoint was written: events behind it are void too, and
-    those before it that another continuation had made void are in force again. None: not known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkippedStep(Event):
-    """An optimizer step was left out."""
-
-    kind: ClassVar[str] = "skip"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suspicion(Event):
-    """A signal has left its range."""
-
-    kind: ClassVar[str] = "suspect"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replayed(Event):
-    """What one replay measured."""
-
-    kind: ClassVar[str] = "replay"
-
-    def _what(self) -> str:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
-        return f"replay {numbers}".rstrip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict(Event):
-    """What the replays say about precision."""
-
-    kind: ClassVar[str] = "verdict"
-
-    verdict: Literal["precision", "not precision", "unclear"]
-    tier: Literal["one step", "trajectory"]
-
-    def _what(self) -> str:
-        return f"verdict {self.verdict} ({self.tier})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FormatChange(Event):
-    """Layers changed their format, by whomever: a user, a rollout."""
-
-    kind: ClassVar[str] = "format"
-
-    formats: Mapping[str, tuple[str, str]]
-    """By layer, the format's name before and after."""
-
-    def __post_init__(self) -> None:
-        if not self.layers:
-            object.__setattr__(self, "layers", tuple(self.formats))
-
-    def _what(self) -> str:
-        changes: dict[tuple[str, str], list[str]] = {}
-        for layer, (before, after) in self.formats.items():
-            changes.setdefault((before, after), []).append(layer)
-        listed = [f"{_listed(layers)} {a} -> {b}" for (a, b), layers in changes.items()]
-        return f"{self.kind} {', '.join(listed)}".rstrip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demotion(FormatChange):
-    """Layers convicted of the incident were given a safer format."""
-
-    kind: ClassVar[str] = "demote"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Promotion(FormatChange):
-    """Layers got a format back that an incident had taken from them."""
-
-    kind: ClassVar[str] = "promote"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerClimb(FormatChange):
-    """Layers over a limit of theirs climbed one rung, without an incident."""
-
-    kind: ClassVar[str] = "limit"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollback(Event):
-    """The run went back to a snapshot."""
-
-    kind: ClassVar[str] = "rollback"
-
-    to_step: int
-    """The step of the snapshot."""
-
-    replayed: int
-    """Steps since then that were made good by training on the same batches again."""
-
-    def _what(self) -> str:
-        lost = self.step - self.to_step - self.replayed
-        return f"rollback to step {self.to_step}, {self.replayed} steps replayed, {lost} lost"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateChange(Event):
-    """The fallback went from one of its states to another."""
-
-    kind: ClassVar[str] = "state"
-
-    before: str
-    after: str
-
-    def _what(self) -> str:
-        return f"state {self.before} -> {self.after}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageChange(Event):
-    """A rollout went from one stage to another."""
-
-    kind: ClassVar[str] = "stage"
-
-    stage: str
-    previous: str
-
-    def _what(self) -> str:
-        return f"stage {self.previous} -> {self.stage}" if self.previous else f"stage {self.stage}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateResult(Event):
-    """A gate of a rollout says something else than before.
-
-    `numbers` has the "value" it was judged by (NaN: nothing was measured), its bounds "below" and
-    "above", and its "window" in steps.
-    """
-
-    kind: ClassVar[str] = "gate"
-
-    stage: str
-    """The stage whose gate it is."""
-
-    statistic: str
-    """What is measured."""
-
-    passed: bool
-
-    def _what(self) -> str:
-        return f"gate {self.statistic} of stage {self.stage} {'passes' if self.passed else 'fails'}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Note(Event):
-    """Something to know: what an incident looks like if not precision, a failure in telemetry."""
-
-    kind: ClassVar[str] = "note"
-
 
 KINDS: Mapping[str, type[Event]] = {
     event.kind: event
@@ -334,11 +136,6 @@ def _in_force(lines: Sequence[tuple[int, Event]]) -> list[tuple[int, Event]]:
                 kept = _in_force([(at, e) for at, e in lines[:index] if at < before])
         kept.append((position, event))
     return kept
-
-
-def _listed(layers: Sequence[str]) -> str:
-    named = ", ".join(layers[:_MANY])
-    return f"{named} and {len(layers) - _MANY} more" if len(layers) > _MANY else named
 
 
 def _to_json(event: Event) -> dict[str, Any]:
