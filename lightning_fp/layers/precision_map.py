@@ -11,25 +11,21 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState
-from lightning_fp.layers.backends import Backend, Resolved, resolve
+from lightning_fp.layers.amax_histories import AmaxHistories
+from lightning_fp.layers.auto_scaling import AutoScaling
+from lightning_fp.layers.backends import Backend, Resolved
 from lightning_fp.layers.delayed_scales import DelayedScales
-from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.known_formats import KnownFormats
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
-from lightning_fp.layers.scale_history import ScaleHistory
 from lightning_fp.layers.switchable import Phase, SwitchableLayer
-from lightning_fp.layers.transformer_engine.scales import EngineScales
-from lightning_fp.layers.transformer_engine.setup import check_delayed_is_eager
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.state_version import check_version
 
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-
-_AUTO_FORMATS = (NAMED_FORMATS["fp8-dynamic"], NAMED_FORMATS["fp8-delayed"])
-"""The formats between which `fp8-auto` moves a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,23 +85,16 @@ class PrecisionMap:
         """Every change of format since the table was filled, oldest first."""
 
         self._listeners: dict[object, Listener] = {}
-        self._backend: Backend = backend
-        self.cuda_fp8 = cuda_fp8
-        """Whether CUDA tensors can go to FP8 tensor cores; known when a device is."""
+        self.known = KnownFormats(backend=backend, cuda_fp8=cuda_fp8)
+        """The formats there are names for, and their kernels."""
         self._model: nn.Module | None = None
         self._layers: dict[str, SwitchableLayer] = {}
         self._configured: dict[str, str] = {}
-        self._known: dict[str, LinearFormat] = {}
-        self._resolved: dict[tuple[LinearFormat, bool], Resolved] = {}
         self._pending: list[Write] = []
         self._loaded: dict[str, Any] | None = None
         self._budget = PatternBudget()
         self._frozen = False
-        keeper = EngineScales if backend == "transformer-engine" else ScaleHistory
-        self._scales: DelayedScales = keeper(delayed or DelayedScaling())
-        self._follow = False
-        self._resumed_scales: dict[str, Any] | None = None
-        self._auto = None if auto is None else AutoScalingState(auto)
+        self._histories = AmaxHistories(backend, delayed or DelayedScaling(), auto)
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -168,13 +157,13 @@ class PrecisionMap:
             ValueError: if nothing matches, or a layer cannot run the format here.
         """
         format = linear_format(format)
-        resolved = self._resolve(format)
-        self._known[format.name] = format
+        resolved = self.known.resolve(format)
+        self.known.add(format)
         write = Write(pattern=pattern, format=format.name, reason=reason, author=author)
         names: list[str] = []
         if self._model is not None:
             names = self.matching(pattern)
-            self._check(names, resolved)
+            self.known.check(resolved, names, self._layers, self._model)
         else:
             compile_pattern(pattern)
         self._pending.append(write)
@@ -192,7 +181,7 @@ class PrecisionMap:
         why: dict[str, tuple[str, str]] = {}
         for write in self._pending:
             for name in self.matching(write.pattern):
-                writes[name] = self.known_format(write.format)
+                writes[name] = self.known[write.format]
                 why[name] = write.reason, write.author
         self._pending.clear()
 
@@ -238,48 +227,21 @@ class PrecisionMap:
             if format == layer.format:
                 continue
             before = layer.format.name
-            layer.switch(format, self._resolve(format).kernel)
+            layer.switch(format, self.known.resolve(format).kernel)
             reason, author = why[name]
             changes.append(
                 Change(layer=name, before=before, after=format.name, reason=reason, author=author)
             )
         if changes:
-            self._track()
+            self._histories.track(self._layers)
         return changes
-
-    @property
-    def share_weight_casts(self) -> bool:
-        """Whether the micro-batches of a step share the cast of a weight under delayed scaling.
-
-        On where gradients accumulate; it keeps one FP8 copy of these weights within a step.
-        """
-        return self._scales.share_weight_casts
-
-    @share_weight_casts.setter
-    def share_weight_casts(self, on: bool) -> None:
-        self._scales.share_weight_casts = on
-
-    def _track(self) -> None:
-        self._scales.track(
-            {name: layer for name, layer in self._layers.items() if self._keeps_history(layer)}
-        )
-
-    def _keeps_history(self, layer: SwitchableLayer) -> bool:
-        if layer.format.scaling == "delayed":
-            return True
-        followed = self._follow or (self._auto is not None and layer.format in _AUTO_FORMATS)
-        return followed and layer.kernel.records
 
     def follow(self, on: bool) -> None:
         """Keep an amax history of dynamic layers too, for what-if statistics of delayed scaling.
 
         Only our own kernel records what it casts, so torchao's layers have no history.
         """
-        if on != self._follow:
-            self._follow = on
-            self._track()
-            if self._resumed_scales is not None:  # the run went on before anybody followed
-                self._scales.load_state_dict(self._resumed_scales)
+        self._histories.follow(on, self._layers)
 
     @contextmanager
     def overridden(self, formats: Mapping[str, FormatLike]) -> Generator[None, None, None]:
@@ -296,8 +258,8 @@ class PrecisionMap:
         """
         switches: dict[str, Resolved] = {}
         for name, format in formats.items():
-            switches[name] = self._resolve(linear_format(format))
-            self._check([name], switches[name])
+            switches[name] = self.known.resolve(linear_format(format))
+            self.known.check(switches[name], [name], self._layers, self._model)
         kept = [(layer, layer.format, layer.kernel) for layer in self._layers.values()]
         flags = [(layer, layer.record, layer.collect) for layer in self._layers.values()]
         before = self._frozen, self.phase.evaluating
@@ -309,7 +271,7 @@ class PrecisionMap:
                     layer.switch(other.format, other.kernel)
             for layer in self._layers.values():
                 layer.record = layer.collect = False
-            with self._scales.untouched():
+            with self.scale_history.untouched():
                 yield
         finally:
             for layer, format, kernel in kept:
@@ -323,34 +285,25 @@ class PrecisionMap:
     def after_backward(self) -> None:
         """Take in what backward recorded. Needed only between the backwards of one step."""
         if not self._frozen:
-            self._scales.fold()
+            self.scale_history.fold()
 
     def after_step(self) -> None:
         """After an optimizer step: update delayed scales, and let `fp8-auto` write its moves."""
         if self._frozen:
             return
-        self._resumed_scales = None
-        self._scales.step()
-        if self._auto is not None and len(self._scales):
-            self._choose_scaling(self._auto)
+        for move in self._histories.step(self._layers):
+            pattern = f"re:{re.escape(move.layer)}"
+            self.set(pattern, move.format, reason=move.reason, author="auto")
 
     def step(self) -> list[Change]:
         """The boundary of a plain loop, after an optimizer step: `after_step`, then `apply`."""
         self.after_step()
         return self.apply()
 
-    def _choose_scaling(self, auto: AutoScalingState) -> None:
-        """Let `fp8-auto` write to the table, as anybody does."""
-        names = self._scales.names
-        delayed = [self._layers[name].format.scaling == "delayed" for name in names]
-        for move in auto.step(names, delayed, self._scales.headroom):
-            name = f"re:{re.escape(move.layer)}"
-            self.set(name, move.format, reason=move.reason, author="auto")
-
     @property
     def scale_history(self) -> DelayedScales:
         """Histories and scales of the layers under delayed scaling."""
-        return self._scales
+        return self._histories.scales
 
     def forward_context(self) -> AbstractContextManager[object]:
         """What must stand around each training forward of a plain loop.
@@ -358,7 +311,7 @@ class PrecisionMap:
         Transformer Engine's delayed scaling updates its scales where this ends; under everything
         else it does nothing. The precision plugins open it by themselves.
         """
-        return self._scales.context()
+        return self.scale_history.context()
 
     # -- filling --------------------------------------------------------------------------------
 
@@ -379,8 +332,7 @@ class PrecisionMap:
         self._model = model
         self._layers = dict(layers)
         for each in formats.values():
-            self._known[each.format.name] = each.format
-            self._resolved[each.format, self.cuda_fp8] = each
+            self.known.add(each.format, each)
         self._configured = {name: each.format.name for name, each in formats.items()}
         begin = {name: each.format for name, each in formats.items()}
         self._switch(begin, dict.fromkeys(formats, ("", "table")))  # the beginning, no change
@@ -388,8 +340,8 @@ class PrecisionMap:
         if self._loaded is not None:
             self._restore(self._loaded)
         for write in self._pending:
-            resolved = self._resolve(self.known_format(write.format))
-            self._check(self.matching(write.pattern), resolved)
+            resolved = self.known.resolve(self.known[write.format])
+            self.known.check(resolved, self.matching(write.pattern), self._layers, model)
 
     def clear(self) -> None:
         """Forget the model, as after `revert`."""
@@ -405,8 +357,7 @@ class PrecisionMap:
             "formats": self.formats(),
             "configured": dict(self._configured),
             "pending": [asdict(write) for write in self._pending],
-            "scales": self._scales.state_dict(),
-            "auto": None if self._auto is None else self._auto.state_dict(),
+            **self._histories.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -433,7 +384,7 @@ class PrecisionMap:
             if name not in saved or configured.get(name) != self._configured.get(name):
                 changed += 1
                 continue
-            formats[name] = self.known_format(saved[name])
+            formats[name] = self.known[saved[name]]
         if changed:
             log.warning(
                 "%d of %d layers keep their configured format: the checkpoint does not have them or"
@@ -443,43 +394,5 @@ class PrecisionMap:
             )
         why = "restored from a checkpoint", "checkpoint"
         self._write(formats, dict.fromkeys(formats, why))
-        self._scales.load_state_dict(state["scales"])
-        self._resumed_scales = state["scales"]
-        if self._auto is not None and state["auto"] is not None:
-            self._auto.load_state_dict(state["auto"])
+        self._histories.load_state_dict(state)
         self._pending = [Write(**write) for write in state["pending"]] + self._pending
-
-    def known_format(self, name: str) -> LinearFormat:
-        """The format of a name, also of one that only this run's configuration knows."""
-        return self._known.get(name) or linear_format(name)
-
-    def can_run(self, layer: SwitchableLayer, format: LinearFormat) -> bool:
-        """Whether a layer can run a format with this backend, on this hardware, in its shape."""
-        try:
-            resolved = self._resolve(format)
-        except ValueError:
-            return False
-        return resolved.refusal is None and resolved.fits(layer.in_features, layer.out_features)
-
-    def _resolve(self, format: LinearFormat) -> Resolved:
-        """A format with its kernel here: asked for once, by a write's check, and then known."""
-        key = format, self.cuda_fp8
-        if key not in self._resolved:
-            self._resolved[key] = resolve(format, self._backend, cuda_fp8=self.cuda_fp8)
-        return self._resolved[key]
-
-    def _check(self, names: list[str], resolved: Resolved) -> None:
-        """FP8 hardware multiplies whole blocks only: refuse here, not in the next step."""
-        format = resolved.format
-        if (refusal := resolved.refusal) is not None:
-            raise ValueError(f"format {format.name!r} cannot run here: {refusal}")
-        if self._backend == "transformer-engine" and format.scaling == "delayed":
-            check_delayed_is_eager(self._model, names)
-        for name in names:
-            layer = self._layers[name]
-            if not resolved.fits(layer.in_features, layer.out_features):
-                raise ValueError(
-                    f"layer {name!r} cannot run {format.name!r}: in_features and out_features must"
-                    f" be multiples of {resolved.alignment}, got {layer.in_features} and"
-                    f" {layer.out_features}; leave it in high precision"
-                )

@@ -272,7 +272,7 @@ class LayerPrecision(GuardedPrecision):
         """Micro-batches of one step share the cast of each weight, where there are several."""
         trainer = _trainer_of(module)
         several = trainer is not None and trainer.accumulate_grad_batches > 1
-        self.precision_map.share_weight_casts = several
+        self.precision_map.scale_history.share_weight_casts = several
 
     @contextmanager
     def _evaluation(self) -> Generator[None, None, None]:

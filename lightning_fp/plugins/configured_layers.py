@@ -74,7 +74,7 @@ class ConfiguredLayers:
         Raises:
             ValueError: for rules that do not fit the model, or if it has nothing to convert.
         """
-        table.cuda_fp8 = cuda_has_fp8() and on_cuda
+        table.known.cuda_fp8 = cuda_has_fp8() and on_cuda
         if self.empty and not any(map(_is_linear, module.modules())):
             table.fill(module, {}, {})
             return None
@@ -83,7 +83,7 @@ class ConfiguredLayers:
             rules=self.rules,
             backend=self.backend,
             high_precision=high,
-            cuda_fp8=table.cuda_fp8,
+            cuda_fp8=table.known.cuda_fp8,
         )
         return convert_into(table, module, conversion)
 

@@ -180,8 +180,8 @@ class Rescue:
     def promote(self, state: FallbackState, step: int) -> FallbackState:
         """Probation is over: back to the formats from before the incident."""
         reason = f"{self.fallback.hold(state)} steps of probation are over"
-        known = self.plugin.precision_map.known_format
-        changes = self._write({n: known(name) for n, name in state.demoted.items()}, reason)
+        known = self.plugin.precision_map.known
+        changes = self._write({n: known[name] for n, name in state.demoted.items()}, reason)
         self.log.promoted(step, changes, reason)
         after = self.fallback.promoted(state, step)
         self.log.state(step, state.phase, after.phase, reason)

@@ -37,7 +37,9 @@ def raised_formats(plugin: LayerPrecision, to: LinearFormat | None) -> dict[str,
             kept = _taken_out_of_fp16(table)
             in_bf16 = [name for name, layer in layers.items() if layer.format.name == "bf16"]
             wanted = {name: FP16 for name in in_bf16 if name not in kept}
-    return {name: format for name, format in wanted.items() if table.can_run(layers[name], format)}
+    return {
+        name: format for name, format in wanted.items() if table.known.can_run(layers[name], format)
+    }
 
 
 def write_formats(

@@ -65,10 +65,10 @@ class StageMoves:
         moves: Moves = {}
         left: list[str] = []
         for name, layer in table.layers.items():
-            now, format = layer.format, table.known_format(wanted[name])
+            now, format = layer.format, table.known[wanted[name]]
             if now == format:
                 continue
-            own = now == table.known_format(before[name])
+            own = now == table.known[before[name]]
             if own or (format.is_high_precision and not now.is_high_precision):
                 moves[name] = format
             elif before[name] != wanted[name]:
@@ -100,7 +100,7 @@ def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
     """
     table = plugin.precision_map
     configured = table.configured()
-    formats = {name: table.known_format(format) for name, format in configured.items()}
+    formats = {name: table.known[format] for name, format in configured.items()}
     low = [name for name, format in formats.items() if not format.is_high_precision]
     # Without a layer in FP8 it is FP16 that a recipe moves, between itself and BF16.
     high = (plugin.base_format if low else plugin.high_precision).name
@@ -115,8 +115,8 @@ def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
     stages = formats_by_stage(recipe, configured, high=high, movable=movable)
     for entry in stages:
         for name in entry.changes:
-            format = table.known_format(entry.formats[name])
-            if not table.can_run(table.layers[name], format):
+            format = table.known[entry.formats[name]]
+            if not table.known.can_run(table.layers[name], format):
                 raise ValueError(f"{entry.stage}: layer {name!r} cannot run {format.name!r} here")
         if not low and len(set(entry.formats.values())) > 1:
             raise ValueError(

@@ -41,7 +41,7 @@ def rungs_above(
     else:
         above = [_like(format, NAMED_FORMATS[name]) for name in LADDER[_rung(format) + 1 :]]
     distinct = dict.fromkeys(rung for rung in above if rung != format)
-    return [rung for rung in distinct if table.can_run(layer, rung)] + [high]
+    return [rung for rung in distinct if table.known.can_run(layer, rung)] + [high]
 
 
 def _rung(format: LinearFormat) -> int:

@@ -106,7 +106,7 @@ def test_the_size_filter_counts_on_fp8_hardware_only() -> None:
 def test_the_map_refuses_odd_dims_on_fp8_hardware() -> None:
     model = nn.ModuleDict({"odd": nn.Linear(50, 32), "even": nn.Linear(32, 32)})
     table = convert(model).precision_map
-    table.cuda_fp8 = True
+    table.known.cuda_fp8 = True
     message = "layer 'odd' cannot run 'fp8-dynamic': in_features and out_features must be multiples"
     with pytest.raises(ValueError, match=re.escape(message)):
         table.set("odd", "fp8-dynamic")

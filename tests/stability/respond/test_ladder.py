@@ -83,7 +83,7 @@ def test_a_backend_without_rowwise_scales_has_no_such_rungs() -> None:
 
 def test_a_shape_that_the_hardware_refuses_has_only_high_precision_above() -> None:
     table = table_of(width=20)
-    table.cuda_fp8 = True  # as it is set on FP8 hardware; nothing runs here
+    table.known.cuda_fp8 = True  # as it is set on FP8 hardware; nothing runs here
     assert climb("fp8-delayed", table) == ["bf16"]
 
 
