@@ -1,0 +1,147 @@
+"""The forward gap: the same batches on the same weights, in the run's formats and in high precision.
+
+Both losses are of one set of weights, so there is no chaos between them, and no control is needed.
+A fault that a trajectory does not show yet stands out: where that one acquitted, the gap was 3%.
+The sign tells only for a while. Weights adapt to a format that harms them, and high precision then
+has the higher loss (5% after 24 steps): such a gap alarms, and does not convict.
+
+Measured on Llama-like, ViT and Mixer nets, 156 looks at 8 batches of healthy runs: the mean was at
+most 0.36% of the loss (median 0.04%), that of a single batch at most 0.97%.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+BATCHES = 8
+"""Batches of a look, to begin with."""
+
+MOST_BATCHES = 32
+"""Batches at which a look ends that is still uncertain."""
+
+ALARM = 0.01
+"""Share of the loss beyond which a mean, of either sign, is not healthy."""
+
+HARMLESS = 0.005
+"""Share of the loss that a healthy format may cost."""
+
+ONE_BATCH = 0.03
+"""Share of the loss at which a single batch convicts."""
+
+SMALL_LOSS = 5.0
+"""Times the noise below which a loss is too small to be divided by."""
+
+_LEAST_T = {4: 10.21, 5: 7.17, 6: 5.89, 7: 5.21, 8: 4.79, 16: 4.07, 32: 3.63}
+"""By number of batches, Student's t that a harmless gap exceeds once in 1,000 looks, and once in
+2,000 where it is a second or third question. Of fewer than 4 batches only a single one tells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """What a format costs, as a share of the loss; above 0 where high precision has the lower."""
+
+    count: int
+    """Batches that say something."""
+
+    mean: float
+    """NaN without any; inf where only the run's formats give inf or NaN."""
+
+    error: float
+    """Standard error of the mean; inf for fewer than 2 batches."""
+
+    worst: float
+    """The largest of a single batch."""
+
+    one_tells: bool = True
+    """Whether a single batch may convict."""
+
+    @property
+    def alarming(self) -> bool:
+        """Whether it is larger than in healthy runs, in either direction."""
+        return abs(self.mean) > ALARM
+
+    @property
+    def calm(self) -> bool:
+        """Whether it is as in healthy runs. Neither this nor `alarming` if nothing is known."""
+        return abs(self.mean) <= ALARM
+
+    @property
+    def convicts(self) -> bool:
+        """Whether precision does harm, on these weights, beyond doubt."""
+        if self.one_tells and self.worst > ONE_BATCH:
+            return True
+        most = max((count for count in _LEAST_T if count <= self.count), default=None)
+        if most is None or not self.mean > ALARM:
+            return False
+        return self.mean - HARMLESS > _LEAST_T[most] * self.error
+
+    @property
+    def wants(self) -> int | None:
+        """How many batches to look at for certainty; None if these are enough."""
+        uncertain = math.isnan(self.mean) or self.mean + 2 * self.error > ALARM
+        if self.convicts or not uncertain or self.count >= MOST_BATCHES:
+            return None
+        return min(max(2 * self.count, BATCHES), MOST_BATCHES)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """For an event."""
+        return {
+            "gap": self.mean,
+            "gap_error": self.error,
+            "gap_worst": self.worst,
+            "batches": float(self.count),
+        }
+
+    @property
+    def sentence(self) -> str:
+        """E.g. "8 batches on the weights of now: high precision has a loss 3.1% lower"."""
+        batches = "1 batch" if self.count == 1 else f"{self.count} batches"
+        if math.isnan(self.mean):
+            return "no batch has a finite loss in high precision"
+        if math.isinf(self.mean):
+            return f"{batches} on the weights of now: only high precision has a finite loss"
+        side = "lower" if self.mean >= 0 else "higher"
+        text = f"{batches} on the weights of now: high precision has a loss {abs(self.mean):.1%}"
+        return f"{text} {side}"
+
+
+def measure_gap(
+    losses: Sequence[float],
+    high_losses: Sequence[float],
+    *,
+    noise: float = 0.0,
+    batch_norm: bool = False,
+) -> Gap:
+    """Compare the losses of the same batches, on the same weights.
+
+    Args:
+        losses: in the run's formats, by batch, mean over ranks.
+        high_losses: in high precision. A batch that is not finite here says nothing.
+        noise: standard deviation of a healthy step's loss; 0 if that is not known.
+        batch_norm: whether layers normalise by the batch. Where such a net has a small loss, single
+            batches differ by up to 8%, and do not tell.
+
+    Returns:
+        Shares of the mean loss, or of 5 times the noise if that is more.
+    """
+    pairs = [
+        (low, high) for low, high in zip(losses, high_losses, strict=True) if math.isfinite(high)
+    ]
+    if not pairs:
+        return Gap(count=0, mean=math.nan, error=math.inf, worst=math.nan, one_tells=False)
+    loss, least = abs(fmean(high for _, high in pairs)), SMALL_LOSS * noise
+    unit = max(loss, least) or 1.0
+    gaps = [(low - high) / unit if math.isfinite(low) else math.inf for low, high in pairs]
+    finite = all(map(math.isfinite, gaps))
+    known = finite and len(gaps) > 1
+    return Gap(
+        count=len(gaps),
+        mean=fmean(gaps) if finite else math.inf,
+        error=stdev(gaps) / math.sqrt(len(gaps)) if known else math.inf,
+        worst=max(gaps),
+        one_tells=not batch_norm or (noise > 0 and loss >= least) or not finite,
+    )

@@ -1,0 +1,133 @@
+"""The forward gap: what convicts, what alarms, and when more batches are wanted."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_fp.stability.replay.gap import (
+    ALARM,
+    BATCHES,
+    MOST_BATCHES,
+    Gap,
+    measure_gap,
+)
+
+LOSSES = [2.31, 2.18, 2.42, 2.27, 2.36, 2.2, 2.29, 2.4]
+
+
+def shifted(*shares: float) -> Gap:
+    """Each batch's loss in the run's formats is larger by a share of the mean loss."""
+    high = LOSSES[: len(shares)]
+    unit = sum(high) / len(high)
+    return measure_gap([h + s * unit for h, s in zip(high, shares, strict=True)], high)
+
+
+def test_numbers_of_a_look() -> None:
+    gap = shifted(0.01, 0.02, 0.03, 0.02)
+    assert (gap.count, gap.mean, gap.worst) == pytest.approx((4, 0.02, 0.03))
+    assert gap.error == pytest.approx(0.008164966 / 2)
+    assert gap.numbers["gap"] == gap.mean
+    assert gap.sentence.endswith("high precision has a loss 2.0% lower")
+
+
+def test_a_steady_cost_convicts() -> None:
+    gap = shifted(*(0.025 + 0.002 * (i % 3) for i in range(8)))
+    assert gap.convicts
+    assert gap.alarming
+    assert gap.wants is None
+
+
+def test_weights_that_have_adapted_alarm_and_do_not_convict() -> None:
+    gap = shifted(*(-0.05 + 0.002 * (i % 3) for i in range(8)))
+    assert gap.alarming
+    assert not gap.convicts
+    assert gap.wants is None
+    assert "higher" in gap.sentence
+
+
+def test_what_healthy_runs_show_does_neither() -> None:
+    worst_mean = shifted(*([0.0036] * 7), 0.0097)
+    assert worst_mean.calm
+    assert not (worst_mean.convicts or worst_mean.alarming)
+
+
+def test_a_noisy_cost_wants_more_batches_up_to_a_bound() -> None:
+    shares = [0.001, 0.029, 0.002, 0.028, 0.0, 0.027, 0.001, 0.029]
+    gap = shifted(*shares)
+    assert gap.alarming
+    assert not gap.convicts
+    assert gap.wants == 2 * BATCHES
+    high = LOSSES * 4
+    assert measure_gap([h + 2.3 * s for h, s in zip(high, shares * 4, strict=True)], high).convicts
+    uncertain = Gap(count=MOST_BATCHES, mean=0.012, error=0.004, worst=0.02)
+    assert uncertain.wants is None
+
+
+def test_one_batch_convicts_where_it_tells() -> None:
+    assert shifted(0.035).convicts
+    assert not shifted(0.025).convicts
+    assert shifted(0.035, *([0.0] * 7)).convicts
+    small = measure_gap([0.0218], [0.02], noise=0.01, batch_norm=True)
+    assert small.worst == pytest.approx(0.0018 / 0.05)
+    assert not small.convicts
+    assert measure_gap([2.1], [2.0], noise=0.01, batch_norm=True).convicts
+    assert not measure_gap([2.1], [2.0], batch_norm=True).convicts  # nobody knows what is small
+
+
+def test_a_tiny_loss_is_measured_by_its_noise() -> None:
+    gap = measure_gap([0.00105] * 8, [0.001] * 8, noise=0.002)
+    assert gap.mean == pytest.approx(0.005)
+    assert not gap.convicts
+
+
+def test_inf_or_nan_in_the_formats_alone_convicts_also_with_batch_norm() -> None:
+    for bad in (math.inf, math.nan):
+        gap = measure_gap([*LOSSES[:7], bad], LOSSES, batch_norm=True)
+        assert gap.convicts
+        assert gap.alarming
+        assert "only high precision" in gap.sentence
+
+
+def test_a_batch_that_is_bad_in_high_precision_too_says_nothing() -> None:
+    gap = measure_gap([math.nan, *LOSSES[1:]], [math.nan, *LOSSES[1:]])
+    assert (gap.count, gap.mean) == (7, 0)
+    nothing = measure_gap([math.nan], [math.inf])
+    assert not (nothing.alarming or nothing.calm or nothing.convicts)
+    assert nothing.wants == BATCHES
+
+
+def test_healthy_noise_convicts_no_more_often_than_stated() -> None:
+    """At 0.5%, the largest gap that counts as harmless, with all the questions that it leads to."""
+    rng = random.Random(0)
+    convicted = 0
+    for _ in range(5000):
+        shares: list[float] = []
+        wanted: int | None = BATCHES
+        while wanted is not None:
+            shares += [rng.gauss(0.005, 0.004) for _ in range(wanted - len(shares))]
+            gap = measure_gap([2 + 2 * s for s in shares], [2.0] * len(shares))
+            if gap.convicts:
+                convicted += gap.worst <= 0.03
+                break
+            wanted = gap.wants
+    assert convicted <= 10
+
+
+@given(
+    st.lists(st.floats(-0.2, 0.2), min_size=1, max_size=40),
+    st.floats(1e-3, 1e3),
+)
+def test_laws(shares: list[float], scale: float) -> None:
+    high = [scale] * len(shares)
+    gap = measure_gap([scale * (1 + s) for s in shares], high)
+    assert not gap.convicts or gap.worst > ALARM  # never without a cost
+    assert gap.calm != gap.alarming
+    assert gap.wants is None or BATCHES <= gap.wants <= MOST_BATCHES
+    assert not (gap.convicts and gap.wants)
+    turned = measure_gap(high, [scale * (1 + s) for s in shares])
+    assert not (turned.convicts and gap.convicts and len(shares) == 1)
