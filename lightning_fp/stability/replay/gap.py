@@ -1,4 +1,4 @@
-"""The forward gap: the same batches on the same weights, in the run's formats and in high precision.
+"""The forward gap: the same batches and weights, in the run's formats and in high precision.
 
 Both losses are of one set of weights, so there is no chaos between them, and no control is needed.
 A fault that a trajectory does not show yet stands out: where that one acquitted, the gap was 3%.

@@ -53,7 +53,8 @@ def test_weights_that_have_adapted_alarm_and_do_not_convict() -> None:
 def test_what_healthy_runs_show_does_neither() -> None:
     worst_mean = shifted(*([0.0036] * 7), 0.0097)
     assert worst_mean.calm
-    assert not (worst_mean.convicts or worst_mean.alarming)
+    assert not worst_mean.convicts
+    assert not worst_mean.alarming
 
 
 def test_a_noisy_cost_wants_more_batches_up_to_a_bound() -> None:
@@ -97,7 +98,7 @@ def test_a_batch_that_is_bad_in_high_precision_too_says_nothing() -> None:
     gap = measure_gap([math.nan, *LOSSES[1:]], [math.nan, *LOSSES[1:]])
     assert (gap.count, gap.mean) == (7, 0)
     nothing = measure_gap([math.nan], [math.inf])
-    assert not (nothing.alarming or nothing.calm or nothing.convicts)
+    assert (nothing.alarming, nothing.calm, nothing.convicts) == (False, False, False)
     assert nothing.wants == BATCHES
 
 
