@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,10 +66,21 @@ class OperandRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightCast:
-    """The cast of a weight, shared by the micro-batches of one step and by their backwards."""
+    """The cast of a weight, shared by the micro-batches of one step and by their backwards.
 
-    key: tuple[object, ...]
-    """What it was made from; another key, another cast."""
+    It knows what it was made from by identity, and not by address: weights made anew for each
+    micro-batch come to lie where an earlier one lay.
+    """
+
+    weight: weakref.ref[Tensor]
+    version: int
+    """The weight's, which tells that it was changed in place."""
+
+    address: int
+    """The weight's: to assign to `.data` changes its values and not its version."""
+
+    scales: Tensor
+    kernel: object
 
     cast: Tensor
     """FP8 [out_features, in_features]."""
@@ -81,6 +93,15 @@ class WeightCast:
 
     row: Tensor
     """What each micro-batch records of the weight."""
+
+    def still_of(self, weight: Tensor, scales: Tensor, kernel: object) -> bool:
+        """Whether a cast of these would be the same."""
+        return (
+            self.weight() is weight
+            and (self.version, self.address) == (weight._version, weight.data_ptr())
+            and self.scales is scales
+            and self.kernel == kernel
+        )
 
 
 class OperandMemory(OperandRecord):
@@ -101,19 +122,26 @@ class OperandMemory(OperandRecord):
         """See `KernelMemory.on`; what was recorded stays behind."""
         return self if self.scales.device == device else OperandMemory(self.scales.to(device))
 
-    def weight_key(self, weight: Tensor, *how: object) -> tuple[object, ...]:
-        """What the cast of a weight depends on; tensors tell by their version that they changed.
-
-        Args:
-            weight: the weight.
-            how: what else the cast depends on.
-        """
-        return weight._version, weight.data_ptr(), self.scales._version, *how
-
-    def weight_cast_of(self, key: tuple[object, ...]) -> WeightCast | None:
-        """The cast kept, if it is the one of this key."""
+    def weight_cast_of(self, weight: Tensor, kernel: object) -> WeightCast | None:
+        """The cast kept, if it is one of this weight with these scales."""
         kept = self.weight_cast
-        return kept if kept is not None and kept.key == key else None
+        return kept if kept is not None and kept.still_of(weight, self.scales, kernel) else None
+
+    def keep_weight_cast(
+        self, weight: Tensor, kernel: object, cast: Tensor, scale: Tensor, amax: Tensor, row: Tensor
+    ) -> None:
+        """Keep a cast for the other micro-batches of the step; see `WeightCast`."""
+        self.weight_cast = WeightCast(
+            weight=weakref.ref(weight),
+            version=weight._version,
+            address=weight.data_ptr(),
+            scales=self.scales,
+            kernel=kernel,
+            cast=cast,
+            scale=scale,
+            amax=amax,
+            row=row,
+        )
 
 
 _call_sites = itertools.count()

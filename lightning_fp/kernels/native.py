@@ -28,7 +28,6 @@ from lightning_fp.kernels.memory import (
     INPUT,
     WEIGHT,
     OperandMemory,
-    WeightCast,
     in_slot,
 )
 from lightning_fp.numerics import (
@@ -112,7 +111,8 @@ class NativeKernel(Kernel):
         slot = 0
         if memory is not None and self.delayed:
             scales = memory.scales
-            if memory.shares_weight_cast and record and not torch.compiler.is_compiling():
+            eager = record and not torch.compiler.is_compiling()
+            if memory.shares_weight_cast and eager and not weight.is_inference():
                 share = memory
         # Without a gradient of its own a frozen backbone would keep its activations for the leaf.
         differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
@@ -172,20 +172,17 @@ class _NativeLinear(torch.autograd.Function):
         amax_x = tensor_amax(input)
         scale_x = kernel.scale(amax_x, scales, INPUT, kernel.input)
         x8, x = cast_operand(input, scale_x, kernel.input, wide)
-        key = None if share is None else share.weight_key(weight, kernel)
-        kept = None if share is None or key is None else share.weight_cast_of(key)
+        kept = None if share is None else share.weight_cast_of(weight, kernel)
         if kept is None:
             amax_w = tensor_amax(weight)
             scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
             w8, w = cast_operand(weight, scale_w, kernel.weight, wide)
             row_w = _row(weight, amax_w, record)
-            if share is not None and key is not None:
-                share.weight_cast = WeightCast(
-                    key=key, cast=w8, scale=scale_w, amax=amax_w, row=row_w
-                )
+            if share is not None:
+                share.keep_weight_cast(weight, kernel, w8, scale_w, amax_w, row_w)
         else:
-            amax_w, scale_w, row_w = kept.amax, kept.scale, kept.row
-            w = widen(kept.cast, wide)
+            w8, amax_w, scale_w, row_w = kept.cast, kept.amax, kept.scale, kept.row
+            w = widen(w8, wide)
         unscale_x, unscale_w = _unscale(scale_x, amax_x), _unscale(scale_w, amax_w)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]
@@ -193,12 +190,13 @@ class _NativeLinear(torch.autograd.Function):
         ctx.save_for_backward(
             saved_input if needs_weight else None,
             weight if needs_input else None,
+            w8 if needs_input and share is not None else None,
             scale_w,
             unscale_x,
             unscale_w,
             scales,
         )
-        ctx.kernel, ctx.wide, ctx.share, ctx.key = kernel, wide, share, key
+        ctx.kernel, ctx.wide = kernel, wide
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
         output = multiply(x, w.t(), unscale_x, unscale_w, input.dtype, fast_accumulation=True)
@@ -209,7 +207,7 @@ class _NativeLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *row_gradients: Any) -> tuple[Tensor | None, ...]:
-        saved_input, weight, scale_w, unscale_x, unscale_w, scales = ctx.saved_tensors
+        saved_input, weight, w8, scale_w, unscale_x, unscale_w, scales = ctx.saved_tensors
         kernel, wide = ctx.kernel, ctx.wide
         input_dtype, weight_dtype = ctx.dtypes
         grad_input: Tensor | None = None
@@ -221,11 +219,10 @@ class _NativeLinear(torch.autograd.Function):
             _, g = cast_operand(grad_output, scale_g, kernel.grad_output, wide)
             unscale_g = _unscale(scale_g, amax_g)
             if weight is not None:
-                kept = None if ctx.share is None else ctx.share.weight_cast_of(ctx.key)
-                if kept is None:
+                if w8 is None:
                     _, w = cast_operand(weight, scale_w, kernel.weight, wide)
                 else:
-                    w = widen(kept.cast, wide)
+                    w = widen(w8, wide)
                 grad_input = multiply(g, w, unscale_g, unscale_w, input_dtype)
                 del w
             if saved_input is not None and kernel.high_grad_weight:

@@ -95,6 +95,9 @@ class DelayedScales(ABC):
     def step(self) -> None:
         """After an optimizer step: the scales of the next one."""
 
+    def drop_weight_casts(self) -> None:  # noqa: B027 - some keep none
+        """Forget casts kept for the step, where weights may have changed within it."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Histories by layer, as plain tensors."""

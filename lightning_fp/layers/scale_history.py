@@ -24,8 +24,10 @@ class ScaleHistory(DelayedScales):
 
     A layer's memory holds a view of its scales. Once per optimizer step all recorded amax are
     gathered, reduced over ranks in one collective, put into the histories, and turned into the
-    next scales. Nothing waits for the device, except while a layer that has just entered delayed
-    scaling still looks for its first scales.
+    next scales. These are a new tensor: a graph from before the step, as a GAN's generator has
+    while its discriminator steps, goes backward with the scales of its forward. Nothing waits for
+    the device, except while a layer that has just entered delayed scaling still looks for its
+    first scales.
 
     Args:
         config: how scales follow from a history.
@@ -101,20 +103,30 @@ class ScaleHistory(DelayedScales):
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
         self._watch(amax, rows[..., NONFINITE], self._scales)
         self._history = advance_history(self._history, amax)
-        self._scales.copy_(history_scale(self._history, self._limits, self.config))
+        self._hand_out(history_scale(self._history, self._limits, self.config))
         torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
         self._grad_record.zero_()
         self._share(memories)
         self._warm_up()
 
+    def _hand_out(self, scales: Tensor) -> None:
+        self._scales = scales
+        for memory, row in zip(self._memory, scales.unbind(0), strict=True):
+            memory.scales = row
+
     def _share(self, memories: Iterable[OperandMemory]) -> None:
         """Drop the casts of the step's weights, and say whether the next step keeps its own."""
         if not (self.share_weight_casts or self._sharing):
             return
+        self.drop_weight_casts()
         self._sharing = self.share_weight_casts
         for layer, memory in zip(self._layers.values(), memories, strict=True):
-            memory.weight_cast = None
             memory.shares_weight_cast = self._sharing and _is_whole(layer)
+
+    def drop_weight_casts(self) -> None:
+        """See `DelayedScales.drop_weight_casts`."""
+        for memory in self._memory if self._sharing else ():
+            memory.weight_cast = None
 
     @torch.no_grad()
     def take_amax_record(self) -> AmaxRecord:
@@ -157,12 +169,12 @@ class ScaleHistory(DelayedScales):
     @contextmanager
     def untouched(self) -> Generator[None, None, None]:
         """Whatever writes into histories and scales in the block leaves no trace."""
-        kept = [(tensor, tensor.clone()) for tensor in (self._history, self._scales)]
+        history, scales = self._history.clone(), self._scales.clone()
         try:
             yield
         finally:
-            for tensor, before in kept:
-                tensor.copy_(before)
+            self._history = history
+            self._hand_out(scales)
 
     def _memories(self) -> list[OperandMemory]:
         """The layers' memories; where the model has moved, everything here follows it."""
@@ -175,10 +187,8 @@ class ScaleHistory(DelayedScales):
         """Move to the device where the layers' own memories already are."""
         self._history, self._limits = self._history.to(device), self._limits.to(device)
         self._grad_record, self._recorded = self._grad_record.to(device), self._recorded.to(device)
-        self._scales = self._scales.to(device)
         self._memory = self._made()
-        for memory, scales in zip(self._memory, self._scales.unbind(0), strict=True):
-            memory.scales = scales
+        self._hand_out(self._scales.to(device))
 
     # -- state ----------------------------------------------------------------------------------
 

@@ -58,7 +58,8 @@ class StatisticsTable:
         for layer in self._layers.values():
             layer.collect = on and not layer.format.is_high_precision
         if on:
-            self._sampling.offset.fill_(turn)
+            # Another tensor: a graph of an earlier step may still go backward with its own.
+            self._sampling.offset = torch.full_like(self._sampling.offset, turn)
 
     def collecting(self) -> list[bool]:
         """Which layers collect now, in the order of `take`."""

@@ -258,6 +258,8 @@ class LayerPrecision(GuardedPrecision):
         **kwargs: Any,
     ) -> Any:
         """The optimizer's step; what it asks of the table waits for the next `boundary`."""
+        if self.precision_map.scale_history.share_weight_casts:
+            closure = self._casting_anew(closure)
         output = super().optimizer_step(optimizer, model, closure, **kwargs)
         self._mid_accumulation = False
         self._share_weight_casts(model)
@@ -267,6 +269,15 @@ class LayerPrecision(GuardedPrecision):
             self.base.log(model.trainer)
         self.precision_map.after_step()
         return output
+
+    def _casting_anew(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Some optimizers move weights before a closure, and by `.data`, which shows nowhere."""
+
+        def anew() -> Any:
+            self.precision_map.scale_history.drop_weight_casts()
+            return closure()
+
+        return anew
 
     def _share_weight_casts(self, module: Module | None) -> None:
         """Micro-batches of one step share the cast of each weight, where there are several."""

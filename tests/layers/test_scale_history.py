@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_fp import DelayedScaling, FP8Precision, PrecisionMap, convert
 from lightning_fp.layers import FPLinear
 from lightning_fp.layers.statistics_table import StatisticsTable
 from lightning_fp.numerics import COLUMN, FORMATS
-from tests.helper import fit, saved_tensors, sqnr_db
+from tests.helper import fit, make_trainer, saved_tensors, sqnr_db
 
 INPUT, WEIGHT, GRAD_OUTPUT = range(3)
 E4M3 = FORMATS["e4m3"]
@@ -134,6 +136,62 @@ class TestValues:
         amax, headroom = table.scale_history.take_amax_record().values[0, INPUT, :2]
         assert amax.item() == pytest.approx(8 * x.abs().amax().item())
         assert headroom.item() == pytest.approx(-3, abs=1e-4)
+
+
+class TestStepsBetweenForwardAndBackward:
+    """As in a GAN, whose generator's graph is older than the discriminator's step."""
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("collect", [False, True], ids=["", "collecting"])
+    def test_a_graph_keeps_the_scales_of_its_forward(self, collect: bool, compiled: bool) -> None:
+        gradients = []
+        for steps_between in (0, 2):
+            torch.manual_seed(0)
+            generator, discriminator = layer(16, 32), layer(32, 16)
+            model = nn.Sequential(generator, discriminator)
+            table = delayed(model)
+            statistics = StatisticsTable(dict(table.layers), stride=2)
+            if compiled:
+                generator.compile(backend="aot_eager", fullgraph=True)
+            noise, g = torch.randn(8, 16), torch.randn(8, 16)
+            for _ in range(3):
+                step(model, noise, g, table)
+            model.zero_grad()
+            statistics.collect(collect, turn=1)
+            fake = generator(noise)
+            for turn in range(steps_between):
+                (discriminator(fake.detach() * 30) * g).sum().backward()
+                table.step()
+                statistics.collect(collect, turn)
+            (fake * 1.25).sum().backward()
+            gradients.append(generator.weight.grad)
+        assert torch.equal(*gradients)
+
+    def test_two_optimizers_one_forward_of_the_generator(self) -> None:
+        class Adversaries(L.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+                torch.manual_seed(0)
+                self.generator, self.discriminator = nn.Linear(16, 32), nn.Linear(32, 16)
+
+            def training_step(self, batch: Tensor, index: int) -> None:
+                of_generator, of_discriminator = self.optimizers()
+                fake = self.generator(batch)
+                for optimizer, given in ((of_discriminator, fake.detach()), (of_generator, fake)):
+                    optimizer.zero_grad()
+                    self.manual_backward(self.discriminator(given).square().mean())
+                    optimizer.step()
+
+            def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+                halves = self.generator, self.discriminator
+                return [torch.optim.AdamW(half.parameters(), lr=1e-3) for half in halves]
+
+        plugin = FP8Precision("delayed", layers={"*": "fp8-delayed"})
+        trainer = make_trainer(plugin, max_epochs=1)
+        # One step of the discriminator writes its weight, which the generator's loss uses after.
+        trainer.fit(Adversaries(), DataLoader(torch.randn(12, 8, 16), batch_size=None))
+        assert trainer.global_step == 24
 
 
 class TestHistories:

@@ -7,14 +7,18 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
-from lightning_fp import PrecisionMap, convert
+from lightning_fp import DelayedScaling, FP8Precision, PrecisionMap, convert
 from lightning_fp.kernels import native
 from lightning_fp.numerics import FloatFormat
+from tests.helper import make_trainer
 
 MICRO_BATCHES = 4
 
@@ -173,6 +177,57 @@ def test_a_weight_that_changes_within_a_step_is_cast_again(how: str, counted: Co
         left[-1] += train(model, table, steps=2, after_micro_batch=change)
     same(*left)
     assert counted.take(model.first.weight) == 2 * 2
+
+
+def test_weights_made_for_each_micro_batch() -> None:
+    """By a hypernetwork: each lies in memory where the last one did, with its version."""
+    target = nn.Linear(48, 80, bias=False)
+    table = converted(target, share=True)
+    x = torch.randn(16, 48)
+    errors = []
+    for _ in range(3):
+        for micro_batch in range(MICRO_BATCHES):
+            made = torch.randn(80, 48).mul(micro_batch + 1).requires_grad_()
+            output = functional_call(target, {"weight": made}, (x,))
+            output.square().mean().backward()
+            table.after_backward()
+            want = x @ made.detach().t()
+            errors.append((output.detach() - want).norm() / want.norm())
+            del made, output
+        table.step()
+    assert max(errors[MICRO_BATCHES:]) < 0.06
+
+
+def test_optimizers_that_move_weights_unseen_between_closures() -> None:
+    """By `.data`, which raises no version: SAM and its kin, of years of published code."""
+
+    class Ascent(torch.optim.SGD):
+        def step(self, closure: Callable[[], Any]) -> Any:
+            closure()
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.mul_(1.5)
+            return closure()
+
+    class Model(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(48, 80, bias=False)
+            self.errors: list[Tensor] = []
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            output, want = self.layer(batch), batch @ self.layer.weight.detach().t()
+            self.errors.append((output.detach() - want).norm() / want.norm())
+            return output.square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Ascent(self.parameters(), lr=1e-3)
+
+    plugin = FP8Precision(DelayedScaling(margin=1), base="32-true")
+    trainer = make_trainer(plugin, max_epochs=1, accumulate_grad_batches=2)
+    model = Model()
+    trainer.fit(model, DataLoader(torch.randn(12, 16, 48), batch_size=None))
+    assert len(model.errors) == 18
+    assert max(model.errors) < 0.06
 
 
 def test_nothing_is_kept_after_the_step() -> None:
