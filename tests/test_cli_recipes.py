@@ -58,13 +58,14 @@ def test_check_with_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     said = output(capsys, "check", "balanced", "--model", GPT)
     assert "8 layers fp8-dynamic" in said
     assert "and 4 more" in said
-    # two blocks are a first and a last one, with nothing between them
-    assert "Note: stage 'all-but-ends': changes nothing" in said
+    # two blocks are a first and a last one, with nothing between them: thirds take their place
+    assert "Note: recipe 'balanced': the model has 2 numbered blocks, fewer than 4" in said
     options = ["--model", GPT, "--scaling", "delayed", "--json"]
     found = json.loads(output(capsys, "check", "balanced", *options))
     high, _, everything = found["course"]
     assert set(high["formats"].values()) == {"bf16"}
-    assert len(everything["changes"]) == 8
+    assert len(everything["changes"]) == 4  # the two thirds at the ends
+    assert list(everything["formats"].values()).count("fp8-delayed") == 8
     assert everything["low_precision_share"] > 0.5
     assert everything["formats"]["lm_head"] == "bf16"
 

@@ -64,10 +64,10 @@ def check(file: str, model: str | None, scaling: str, *, json: bool) -> int:
     )
     report = convert_into(precision_map, user.model, conversion)
     try:
-        stages = follow(recipe, precision_map.configured())
+        stages = follow(recipe, precision_map.configured(), order=report.order)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    remarks = list(remarks_on(stages))
+    remarks = _remarks(recipe, stages, precision_map.configured(), report)
     if json:
         course = [_as_json(entry, report) for entry in stages]
         print_json({"recipe": as_plain(recipe), "course": course, "remarks": remarks})
@@ -75,39 +75,44 @@ def check(file: str, model: str | None, scaling: str, *, json: bool) -> int:
     _print_stages(recipe)
     _print_course(stages, report)
     for remark in remarks:
-        console().print(f"Note: {remark}", markup=False, soft_wrap=True)
+        console().print(f"Note: {remark}", markup=False, highlight=False)
     return 0
 
 
-def follow(recipe: RolloutRecipe, configured: Mapping[str, str]) -> list[StageFormats]:
+def follow(
+    recipe: RolloutRecipe, configured: Mapping[str, str], *, order: Sequence[str] = ()
+) -> list[StageFormats]:
     """A recipe's course over a converted model.
 
     Args:
         recipe: the recipe.
         configured: the configured format of each layer.
+        order: layers in the order in which they run, if that is known.
 
     Raises:
         ValueError: for a pattern that matches nothing.
     """
     low = [n for n, f in configured.items() if not linear_format(f).is_high_precision]
-    return recipes.formats_by_stage(recipe, configured, high=_HIGH, movable=low or None)
+    return recipes.formats_by_stage(
+        recipe, configured, high=_HIGH, movable=low or None, order=order
+    )
 
 
-def remarks_on(stages: Sequence[StageFormats]) -> list[str]:
-    """What is no mistake, and perhaps not meant either: rules and stages without effect.
-
-    Args:
-        stages: the recipe's course.
-    """
-    remarks: list[str] = []
-    for i, entry in enumerate(stages):
-        for pattern in entry.idle:
-            remarks.append(
-                f"{entry.stage}: pattern {pattern!r} decides about no layer of this model"
-            )
-        if i and not entry.changes:
-            remarks.append(f"{entry.stage}: changes nothing, all layers keep their formats")
-    return remarks
+def _remarks(
+    recipe: RolloutRecipe,
+    stages: Sequence[StageFormats],
+    configured: Mapping[str, str],
+    report: ConversionReport,
+) -> list[str]:
+    """What is no mistake, and perhaps not meant either."""
+    idle = [
+        f"{entry.stage}: pattern {pattern!r} decides about no layer of this model"
+        for entry in stages
+        for pattern in entry.idle
+    ]
+    never = recipes.never_low(recipe, stages, configured)
+    told = recipes.remarks_on(recipe, stages, order_known=bool(report.order))
+    return [*told, *idle, *([never] if never else [])]
 
 
 def _print_stages(recipe: RolloutRecipe) -> None:

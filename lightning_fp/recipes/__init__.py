@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from lightning_fp.recipes.gate import Gate
     from lightning_fp.recipes.recipe import RolloutRecipe
+    from lightning_fp.recipes.remarks import never_low, remarks_on
     from lightning_fp.recipes.rollout import Rollout, RolloutDecision, RolloutSignals, RolloutState
     from lightning_fp.recipes.schema import json_schema
     from lightning_fp.recipes.stage import Stage
@@ -33,6 +34,7 @@ else:
             ),
             "gate": "Gate",
             "recipe": "RolloutRecipe",
+            "remarks": "never_low remarks_on",
             "rollout": "Rollout RolloutDecision RolloutSignals RolloutState",
             "schema": "json_schema",
             "stage": "Stage",
@@ -64,4 +66,6 @@ __all__ = [
     "RolloutState",
     "StageFormats",
     "formats_by_stage",
+    "never_low",
+    "remarks_on",
 ]

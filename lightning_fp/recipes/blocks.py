@@ -6,7 +6,8 @@ A recipe is written before anybody knows how the model names its layers, or how 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from lightning_fp.layers.rules import compile_pattern
 
@@ -14,6 +15,21 @@ _END = r"(?:-?\d+|\d+(?:\.\d+)?%)"
 _SELECTOR = re.compile(
     rf"blocks\[(?:(?P<one>{_END})|(?P<start>{_END})?:(?P<stop>{_END})?)\](?:\.(?P<rest>.+))?"
 )
+
+
+FEW = 4
+"""Of fewer blocks a recipe that speaks of the first, the middle and the last makes little sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What `blocks[...]` counts in a model."""
+
+    stacks: Mapping[str, Sequence[int]]
+    """The numbers of the blocks, ascending, by what stands before them."""
+
+    places: Mapping[str, tuple[str, int, str]]
+    """Of each layer within: its stack, its block's number, and what a glob is over."""
 
 
 def check_pattern(pattern: object) -> str:
@@ -44,7 +60,7 @@ def check_pattern(pattern: object) -> str:
     return pattern
 
 
-def matching(pattern: str, names: Sequence[str]) -> list[str]:
+def matching(pattern: str, names: Sequence[str], blocks: Blocks | None = None) -> list[str]:
     """The layers that a recipe's pattern matches.
 
     >>> names = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]
@@ -54,15 +70,16 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     Args:
         pattern: see `check_pattern`.
         names: the layers, in the order of the model.
+        blocks: what `blocks[...]` counts; by default `blocks_of` these names.
     """
     found = _SELECTOR.fullmatch(pattern)
     if found is None:
         compiled = compile_pattern(pattern)
         return [name for name in names if compiled.fullmatch(name)]
     rest = compile_pattern(found["rest"] or "*")
+    blocks = blocks or blocks_of(names)
     chosen: dict[str, set[int]] = {}
-    for stack, numbers in stacks(names).items():
-        ordered = sorted(numbers)
+    for stack, ordered in blocks.stacks.items():
         count = len(ordered)
         if found["one"] is not None:
             at = _place(found["one"], count)
@@ -75,10 +92,33 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     return [
         name
         for name in names
-        if (at := _block(name)) is not None
+        if (at := blocks.places.get(name)) is not None
         and at[1] in chosen.get(at[0], ())
         and rest.fullmatch(at[2])
     ]
+
+
+def blocks_of(names: Collection[str]) -> Blocks:
+    """The numbered blocks of a model, see `stacks`."""
+    found = stacks(names)
+    places = {name: at for name in names if (at := _block(name)) is not None and at[0] in found}
+    return Blocks(stacks={stack: sorted(found[stack]) for stack in found}, places=places)
+
+
+def thirds_of(names: Sequence[str]) -> Blocks:
+    """Blocks for a model that has none: the first third of its layers, the middle, the last.
+
+    >>> thirds = thirds_of(["fc1", "fc2", "fc3", "fc4"])
+    >>> matching("blocks[1:-1]", list(thirds.places), thirds)
+    ['fc2', 'fc3']
+
+    Args:
+        names: the layers, in the order in which they run; of one or two, none is in the middle.
+    """
+    end = max(1, len(names) // 3)
+    part = [0 if i < end else 2 if i >= len(names) - end else 1 for i in range(len(names))]
+    places = {name: ("", number, name) for name, number in zip(names, part, strict=True)}
+    return Blocks(stacks={"": (0, 1, 2)}, places=places)
 
 
 def stacks(names: Collection[str]) -> dict[str, set[int]]:

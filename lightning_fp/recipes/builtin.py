@@ -57,6 +57,7 @@ def conservative(*, warmup: float = 0.05, window: int = 500) -> RolloutRecipe:
     return RolloutRecipe(
         name="conservative",
         description=CATALOGUE["conservative"].description,
+        few_blocks="thirds",
         stages=(
             Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
             Stage(
@@ -100,6 +101,7 @@ def balanced(*, warmup: float = 0.02, window: int = 100) -> RolloutRecipe:
     return RolloutRecipe(
         name="balanced",
         description=CATALOGUE["balanced"].description,
+        few_blocks="thirds",
         stages=(
             Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
             Stage(
@@ -146,6 +148,7 @@ def first_last_bf16() -> RolloutRecipe:
     return RolloutRecipe(
         name="first-last-bf16",
         description=CATALOGUE["first-last-bf16"].description,
+        few_blocks="thirds",
         stages=(stage,),
     )
 

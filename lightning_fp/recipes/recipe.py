@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
+from lightning_fp.choices import check_choice
 from lightning_fp.recipes.stage import Stage
+
+FewBlocks = Literal["refuse", "thirds"]
 
 _NAME = re.compile(r"[\w.-]+")
 
@@ -35,6 +39,11 @@ class RolloutRecipe:
     stages: tuple[Stage, ...]
     """In order; a layer that the plugin's configuration leaves in high precision stays there."""
 
+    few_blocks: FewBlocks = "refuse"
+    """What `blocks[...]` is in a model without numbered blocks, or with fewer than four: "refuse"
+    takes them as they are, and refuses a model that has none; "thirds" takes the first, the middle
+    and the last third of the converted layers instead. The built-in recipes do the latter."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError(
@@ -48,6 +57,7 @@ class RolloutRecipe:
             if not isinstance(stage, Stage):
                 raise ValueError(f"stages must be Stages, got {stage!r}")
         object.__setattr__(self, "stages", tuple(self.stages))
+        check_choice("few_blocks", self.few_blocks, get_args(FewBlocks))
         self._check_names()
         self._check_order()
         self._check_ends()

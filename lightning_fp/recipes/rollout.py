@@ -79,6 +79,9 @@ class RolloutSignals:
     over: str = ""
     """Why no further stage may begin at all."""
 
+    skipped: frozenset[int] = frozenset()
+    """The stages, by index, that come to nothing on this model; never the first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutDecision:
@@ -142,6 +145,10 @@ class Rollout:
             if signals.held:
                 return replace(state, held=signals.held), RolloutDecision()
             return self._enter(state, 0, signals.step, "enter", "the rollout begins")
+        after = self._next(state.stage, signals)
+        if state.stage in signals.skipped and after is not None and not signals.held:
+            reason = f"{stage} changes nothing on this model"
+            return self._enter(state, after, signals.step, "enter", reason)
         if signals.held:
             state = replace(
                 state,
@@ -162,16 +169,20 @@ class Rollout:
         if failed is not None and stage.on_fail == "stop":
             return self._end(state, f"a gate failed: {failed.sentence()}", new)
         if failed is not None and stage.on_fail == "step_back":
-            return self._step_back(state, stage, signals.step, failed, new)
+            return self._step_back(state, stage, signals, failed, new)
         reached = self._reached(state, stage, signals, lasted)
         passed = all(verdict.answer == "passed" for verdict in verdicts)
-        last = state.stage + 1 == len(self.recipe.stages)
-        if reached is None or not passed or (last and not stage.until):
+        if reached is None or not passed or (after is None and not stage.until):
             return state, RolloutDecision(verdicts=new)
-        if last:
+        if after is None:
             return self._end(state, f"the last stage is over: {reached}", new)
         reason = reached if not verdicts else f"{reached}; all gates pass".removeprefix("; ")
-        return self._enter(state, state.stage + 1, signals.step, "enter", reason, new)
+        return self._enter(state, after, signals.step, "enter", reason, new)
+
+    def _next(self, stage: int, signals: RolloutSignals) -> int | None:
+        """The stage after this one; None if it is the last."""
+        later = range(stage + 1, len(self.recipe.stages))
+        return next((index for index in later if index not in signals.skipped), None)
 
     # -- moves ----------------------------------------------------------------------------------
 
@@ -200,7 +211,7 @@ class Rollout:
         self,
         state: RolloutState,
         stage: Stage,
-        step: int,
+        signals: RolloutSignals,
         failed: GateVerdict,
         verdicts: tuple[GateVerdict, ...],
     ) -> tuple[RolloutState, RolloutDecision]:
@@ -209,7 +220,9 @@ class Rollout:
         wait = stage.window * 2 ** min(tries - 1, MOST_DOUBLINGS)
         then = "for good" if final else f"for {wait} steps at least"
         reason = f"{failed.sentence()}; try {tries} of {stage.max_tries}, back {then}"
-        state, decision = self._enter(state, state.stage - 1, step, "step_back", reason, verdicts)
+        earlier = range(state.stage - 1, -1, -1)
+        to = next((index for index in earlier if index not in signals.skipped), 0)
+        state, decision = self._enter(state, to, signals.step, "step_back", reason, verdicts)
         ended = f"{stage} was given up {tries} times" if final else ""
         state = replace(state, tries={**state.tries, stage.name: tries}, least=wait, ended=ended)
         return state, decision

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_fp.recipes.blocks import check_pattern, matching, stacks
+from lightning_fp.recipes.blocks import check_pattern, matching, stacks, thirds_of
 
 LLAMA = [
     f"model.layers.{i}.{part}"
@@ -87,3 +87,16 @@ def test_what_is_no_pattern(pattern: object, message: str) -> None:
 def test_slices_are_pythons(count: int, start: int, stop: int) -> None:
     names = [f"m.h.{i}.fc" for i in range(count)]
     assert matching(f"blocks[{start}:{stop}]", names) == names[start:stop]
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "middle", "last"),
+    [(1, 1, 0, 0), (2, 1, 0, 1), (3, 1, 1, 1), (4, 1, 2, 1), (8, 2, 4, 2)],
+)
+def test_thirds_of_models_without_blocks(count: int, first: int, middle: int, last: int) -> None:
+    names = [f"fc{i}" for i in range(count)]
+    thirds = thirds_of(names)
+    assert matching("blocks[0]", names, thirds) == names[:first]
+    assert matching("blocks[50%]", names, thirds) == names[first : first + middle]
+    assert matching("blocks[1:-1]", names, thirds) == names[first : first + middle]
+    assert matching("blocks[-1]", names, thirds) == names[count - last :]

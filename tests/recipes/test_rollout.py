@@ -181,6 +181,32 @@ def test_stopping_is_for_good() -> None:
     assert state.stage == 1
 
 
+def test_stages_without_effect_are_passed_over_in_both_directions() -> None:
+    gate = Gate(statistic="x", below=1.0, window=5)
+    stages = (
+        Stage(name="high", layers={"*": "high"}, until={"steps": 2}),
+        Stage(name="ends", layers={"blocks[0]": "high"}, until={"steps": 100}),
+        Stage(name="all", layers={"*": "configured"}, gates=(gate,), on_fail="step_back"),
+    )
+    rollout = Rollout(RolloutRecipe(name="a", stages=stages))
+
+    def step(state: RolloutState, at: int, **values: Any) -> tuple[RolloutState, str]:
+        seen = {name: [(at, value)] for name, value in values.items()}
+        signals = RolloutSignals(step=at, values=seen, skipped=frozenset({1}))
+        state, decision = rollout.step(state, signals)
+        return state, decision.action
+
+    state, _ = step(rollout.init(), 0)
+    state, action = step(state, 2)
+    assert (state.stage, action) == (2, "enter")
+    for at in range(3, 8):
+        state, action = step(state, at, x=9.0)
+    assert (state.stage, action) == (0, "step_back")
+    # of a checkpoint from when it was not skipped
+    state, action = step(RolloutState(stage=1, entered=0), 3)
+    assert (state.stage, action) == (2, "enter")
+
+
 def test_while_held_the_clock_stands_and_evidence_is_void() -> None:
     state, decisions = drive(gated(), 100, {12: 2.0}, held=range(13, 50))
     assert moves(decisions) == {0: "enter", 10: "enter", 57: "enter"}

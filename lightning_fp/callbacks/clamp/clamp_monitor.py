@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +20,10 @@ from lightning_fp.callbacks.clamp.summary import (
     of_column,
     per_layer,
     summary,
+    why_nothing,
 )
 from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
-from lightning_fp.layers import FPLinear
+from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,12 @@ class ClampMonitor(RunCallback):
     def published_every(self, interval: int) -> tuple[int, str]:
         """Once per log interval."""
         return self.log_every_n_steps or interval, "logs"
+
+    @override
+    def cannot_measure(
+        self, name: str, trainer: L.Trainer, formats: Collection[LinearFormat]
+    ) -> str:
+        return why_nothing(name, formats)
 
     # -- set-up ---------------------------------------------------------------------------------
 

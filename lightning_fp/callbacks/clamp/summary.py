@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,24 @@ def of_column(rows: StatisticsRows, name: str) -> float:
     values = rows.values[column][rows.low_precision].double()
     known = values[~torch.isnan(values)]
     return float(_REDUCE[how](known)) if len(known) else math.nan
+
+
+def why_nothing(name: str, formats: Collection[LinearFormat]) -> str:
+    """Why `summary` and `of_column` will never have a value; "" where they will.
+
+    Args:
+        name: one of `SUMMARIES` or `COLUMNS`.
+        formats: those that the layers are in.
+    """
+    low = [format for format in formats if not format.is_high_precision]
+    if not low:
+        return "all layers are in high precision"
+    per_tensor = [format for format in low if format.is_fp8 and format.granularity == "tensor"]
+    if name.startswith("what_if_delayed_") and not per_tensor:
+        return "no layer is in an FP8 format with one scale per tensor"
+    if name.startswith("scale_spread_bits") and all(f.granularity == "tensor" for f in low):
+        return "every layer has one scale per tensor"
+    return ""
 
 
 def per_layer(rows: StatisticsRows, names: Sequence[str]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,6 +99,12 @@ class EvaluationGap(RunCallback):
             "batches": self.batches,
             "metric": self.metric,
         }
+
+    @override
+    def cannot_measure(self, name: str, trainer: Trainer, formats: Collection[LinearFormat]) -> str:
+        validates = trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+        none = not validates or trainer.limit_val_batches == 0  # pyright: ignore[reportAttributeAccessIssue]
+        return "the run has no validation" if none else ""
 
     # -- set-up ---------------------------------------------------------------------------------
 

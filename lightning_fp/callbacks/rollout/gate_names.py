@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import lightning as L
@@ -13,7 +13,8 @@ from lightning_fp.callbacks.compare.parity_probe import ParityProbe
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
 from lightning_fp.callbacks.run.run import LOSS, RunCallback
-from lightning_fp.recipes import Gate, RolloutRecipe
+from lightning_fp.layers import PrecisionMap
+from lightning_fp.recipes import Gate, RolloutRecipe, StageFormats
 
 LOSS_GAP = "loss_gap"
 """The loss against a recorded run's, which the rollout makes of it."""
@@ -65,6 +66,35 @@ def measurements(recipe: RolloutRecipe, trainer: L.Trainer, interval: int) -> di
             _check(f"{stage}: {gate}", gate, publisher, found, option, interval)
             names[gate.statistic] = name
     return names
+
+
+def check_measurable(
+    stages: Sequence[StageFormats], trainer: L.Trainer, table: PrecisionMap
+) -> None:
+    """Refuse gates that would hold the rollout for ever, because nothing can be measured for them.
+
+    Args:
+        stages: the recipe over the model.
+        trainer: the Trainer with its callbacks, at the start of a fit.
+        table: the table of formats.
+
+    Raises:
+        ValueError: naming the stage, the gate, and why.
+    """
+    callbacks: list[L.Callback] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    for entry in stages:
+        if entry.skipped:
+            continue
+        formats = {table.known_format(format) for format in entry.formats.values()}
+        for gate in entry.stage.gates:
+            publisher, name, _ = _owner(statistic(gate)) or (None, "", "")
+            found = next((c for c in callbacks if publisher and isinstance(c, publisher)), None)
+            why = "" if found is None else found.cannot_measure(name, trainer, formats)
+            if why:
+                raise ValueError(
+                    f"{entry.stage}: {gate} can never be measured there: {why}; move the gate to a"
+                    " stage in which it can, or leave it out"
+                )
 
 
 def is_published(name: str) -> bool:

@@ -112,7 +112,8 @@ def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
             " leave every layer in high precision; configure it with the formats that the run is"
             " to come to"
         )
-    stages = formats_by_stage(recipe, configured, high=high, movable=movable)
+    order = () if plugin.report is None else plugin.report.order
+    stages = formats_by_stage(recipe, configured, high=high, movable=movable, order=order)
     for entry in stages:
         for name in entry.changes:
             format = table.known[entry.formats[name]]

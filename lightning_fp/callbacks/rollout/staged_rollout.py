@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_fp.callbacks.clamp.summary import flops_share
@@ -17,6 +18,7 @@ from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.rollout.gate_evidence import GateEvidence
 from lightning_fp.callbacks.rollout.gate_names import (
     LOSS_GAP,
+    check_measurable,
     is_published,
     measurements,
     statistic,
@@ -32,7 +34,9 @@ from lightning_fp.recipes import (
     RolloutRecipe,
     RolloutSignals,
     RolloutState,
+    never_low,
     read,
+    remarks_on,
 )
 from lightning_fp.recipes.evidence import GateVerdict
 from lightning_fp.recipes.text import as_plain
@@ -62,8 +66,8 @@ class StagedRollout(RunCallback):
     ... )
 
     Args:
-        recipe: a `RolloutRecipe`, the name of a built-in one (`lightning_fp.recipes.names()`),
-            the path of a YAML file, or YAML text.
+        recipe: a `RolloutRecipe`, the name of a built-in one (`lightning_fp.recipes.names()`; by
+            default the one to begin with), the path of a YAML file, or YAML text.
         baseline: directory of a recorded run, with whose loss gates on "loss_gap" compare.
         tokens_per_step: tokens of one optimizer step over all ranks, for stages that end by
             tokens; by default those of a batch are the elements of its first tensor of integers.
@@ -72,13 +76,13 @@ class StagedRollout(RunCallback):
 
     Raises:
         ValueError: for a recipe that cannot be; at setup without a plugin of this package, for a
-            pattern that matches nothing, a gate whose callback is missing, or a stage that ends by
-            a share of a run whose length is not known.
+            pattern that matches nothing, a gate whose callback is missing or that can never be
+            measured, or a stage that ends by a share of a run whose length is not known.
     """
 
     def __init__(
         self,
-        recipe: RolloutRecipe | str | Path,
+        recipe: RolloutRecipe | str | Path = "balanced",
         *,
         baseline: str | Path | None = None,
         tokens_per_step: int | None = None,
@@ -104,6 +108,7 @@ class StagedRollout(RunCallback):
         self._run: Run | None = None
         self._fallback: PrecisionFallback | None = None
         self._steps = math.inf
+        self._skipped: frozenset[int] = frozenset()
         self._open: int | None = None
         self._shown = -1
         self._loaded: dict[str, Any] | None = None
@@ -158,7 +163,17 @@ class StagedRollout(RunCallback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Follow the recipe over this model, and refuse what cannot be."""
-        self._moves = StageMoves(self.recipe, self.plugin(trainer))
+        plugin = self.plugin(trainer)
+        self._moves = StageMoves(self.recipe, plugin)
+        check_measurable(self._moves.stages, trainer, plugin.precision_map)
+        stages = self._moves.stages
+        self._skipped = frozenset(i for i, entry in enumerate(stages) if entry.skipped)
+        order_known = plugin.report is not None and bool(plugin.report.order)
+        for remark in remarks_on(self.recipe, stages, order_known=order_known):
+            rank_zero_info(remark)
+        never = never_low(self.recipe, stages, plugin.precision_map.configured())
+        if never and trainer.is_global_zero:
+            log.warning("%s", never)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -243,6 +258,7 @@ class StagedRollout(RunCallback):
             values=self._evidence.take(),
             held=held,
             over=over,
+            skipped=self._skipped,
         )
         before = self._state
         self._state, decision = self._rollout.step(before, signals)

@@ -8,7 +8,7 @@ nowhere else, and whoever needs it finds the record when his own hook is called.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from lightning_fp.callbacks.run.loss_files import LossFiles
 from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
-from lightning_fp.layers import Change
+from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard, gradient_norm, hyperparameters
 from lightning_fp.records.run import write_run
@@ -67,6 +67,21 @@ class RunCallback(L.Callback):
             Steps from one value to the next at most, and what it does then, as a verb.
         """
         return 1, "publishes"
+
+    def cannot_measure(
+        self, name: str, trainer: L.Trainer, formats: Collection[LinearFormat]
+    ) -> str:
+        """Why a measurement can never be made, for those who would wait for it in vain.
+
+        Args:
+            name: one of `publishes`.
+            trainer: the Trainer, at the start of a fit.
+            formats: those that the layers are in.
+
+        Returns:
+            The reason; "" where it can be made.
+        """
+        return ""
 
     def settings(self) -> dict[str, Any]:
         """The options, as plain data for the records and the loggers."""

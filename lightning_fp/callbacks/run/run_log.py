@@ -14,14 +14,13 @@ from lightning_fp.records.events import (
     GateResult,
     Replayed,
     SkippedStep,
-    StageChange,
     Started,
     StateChange,
 )
 
 log = logging.getLogger("lightning_fp.fallback")
 
-_QUIET = (StateChange, StageChange, SkippedStep, Replayed, Started)
+_QUIET = (StateChange, SkippedStep, Replayed, Started)
 """Events that are no warning; nor is a gate that passes."""
 
 
@@ -74,13 +73,15 @@ class RunLog:
 
     def changed(self, step: int, changes: Sequence[Change], *, quiet: bool = False) -> None:
         """What was written to the table, one event for each reason."""
-        by_reason: dict[str, dict[str, tuple[str, str]]] = {}
+        by_reason: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
         for change in changes:
             if change.author not in self.own:
-                formats = by_reason.setdefault(change.reason, {})
+                formats = by_reason.setdefault((change.reason, change.author), {})
                 formats[change.layer] = (change.before, change.after)
-        for reason, formats in by_reason.items():
-            self.write(FormatChange(step=step, reason=reason, formats=formats), quiet=quiet)
+        for (reason, author), formats in by_reason.items():
+            said = author == "rollout"  # the console has its stages
+            event = FormatChange(step=step, reason=reason, formats=formats)
+            self.write(event, quiet=quiet or said)
 
     def count(self, name: str, step: int) -> None:
         """One more of something, which the loggers show as `precision/<name>`."""

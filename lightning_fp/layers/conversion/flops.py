@@ -113,8 +113,8 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
 
     Yields:
         A dict that is complete when the block ends: FLOPs by name of every module with matrices of
-        its own, without those of such modules inside (of the model itself under `ITSELF`); those
-        of everything together under "".
+        its own, without those of such modules inside (of the model itself under `ITSELF`), in the
+        order in which they ran; those of everything together under "".
     """
     flops: dict[str, int] = defaultdict(int)
     counter = FlopCounterMode(display=False, custom_mapping=_NOT_IN_TORCH)

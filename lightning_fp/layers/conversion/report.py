@@ -63,6 +63,9 @@ class ConversionReport:
     parameters: int = 0
     """Elements of all Parameters of the model."""
 
+    order: tuple[str, ...] = ()
+    """The layers in the order in which they ran, where that was measured."""
+
     precision_map: PrecisionMap = dataclasses.field(repr=False, compare=False)
     """The table itself, to change formats later."""
 
@@ -84,7 +87,8 @@ class ConversionReport:
         """
         if not flops.get("", 0):
             return self
-        measured = dataclasses.replace(self.with_shares(flops), measured=True)
+        order = tuple(name for name in flops if name)
+        measured = dataclasses.replace(self.with_shares(flops), measured=True, order=order)
         ran = [row for row in measured.layers if row.flops_share or row.format != "not linear"]
         return dataclasses.replace(measured, layers=ran)
 

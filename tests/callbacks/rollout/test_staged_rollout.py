@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback, recipes
-from lightning_fp.callbacks import ParityProbe
+from lightning_fp.callbacks import EvaluationGap, ParityProbe
 from lightning_fp.callbacks.rollout.staged_rollout import STAGE, StagedRollout, follow
 from lightning_fp.demo import ByteBatches
 from lightning_fp.recipes import Gate, RolloutRecipe, Stage
@@ -497,6 +497,41 @@ def test_gates_that_nobody_can_answer(
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         train(rollout, 2, *callbacks)
     assert str(caught.value).startswith(f"stage 'high': gate {gate['statistic']!r}")
+
+
+@pytest.mark.parametrize(
+    ("gate", "stage", "callbacks", "why"),
+    [
+        ("sqnr_db/min", HIGH, [ClampMonitor()], "all layers are in high precision"),
+        (
+            "what_if_delayed_clamped_mass/max",
+            {"*": "fp8-rowwise"},
+            [ClampMonitor(what_if=True)],
+            "no layer is in an FP8 format with one scale per tensor",
+        ),
+        ("scale_spread_bits/max", LOW, [ClampMonitor()], "every layer has one scale per tensor"),
+        ("eval_gap", LOW, [EvaluationGap()], "the run has no validation"),
+    ],
+)
+def test_gates_that_could_never_be_measured(
+    gate: str, stage: dict[str, str], callbacks: list[L.Callback], why: str
+) -> None:
+    asked = Gate(statistic=gate, below=1.0, window=100)
+    stages = (Stage(name="a", layers=stage, gates=(asked,)), Stage(name="b", layers={"*": "e8m3"}))
+    rollout = StagedRollout(RolloutRecipe(name="never", stages=stages))
+    with pytest.raises(ValueError, match=re.escape(f"stage 'a': gate {gate!r} can never be")) as e:
+        train(rollout, 2, *callbacks)
+    assert why in str(e.value)
+
+
+def test_stages_are_announced_once_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        train(StagedRollout(two_stages(steps=2), dirpath=tmp_path), 4, blocks=1)
+    lines = [line for line in caplog.messages if "rollout" in line or "stage" in line]
+    assert lines == [
+        "step 0: stage high: the rollout begins; 4 layers change",
+        "step 2: stage high -> low: steps in the stage is 2, until 2; 4 layers change",
+    ]
 
 
 def test_what_else_is_refused(tmp_path: Path) -> None:
