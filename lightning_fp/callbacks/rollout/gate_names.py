@@ -85,7 +85,7 @@ def check_measurable(
     for entry in stages:
         if entry.skipped:
             continue
-        formats = {table.known_format(format) for format in entry.formats.values()}
+        formats = {table.known[format] for format in entry.formats.values()}
         for gate in entry.stage.gates:
             publisher, name, _ = _owner(statistic(gate)) or (None, "", "")
             found = next((c for c in callbacks if publisher and isinstance(c, publisher)), None)
