@@ -1,8 +1,8 @@
-"""TrainingInferenceMismatch on two real ranks with gloo; run as a program by test_mismatch.py."""
+"""TrainingInferenceMismatch on two real ranks with gloo: test_training_inference_mismatch.py."""
 
 from __future__ import annotations
 
-import sys
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +26,8 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
     return [batch(tokens) for tokens in (7, 30, 1)]
 
 
-def main(directory: Path, rank: int) -> None:
+def main(directory: Path) -> None:
+    rank = int(os.environ["RANK"])
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory}/store",
@@ -40,7 +41,3 @@ def main(directory: Path, rank: int) -> None:
     torch.save(metric.compute(), directory / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

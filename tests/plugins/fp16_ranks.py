@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,8 @@ def fall_back(directory: Path) -> dict[str, Any]:
     return {"formats": formats.seen, "weights": weights, "phase": fallback.phase}
 
 
-def main(directory: Path, rank: int) -> None:
+def main(directory: Path) -> None:
+    rank = int(os.environ["RANK"])
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory / 'meeting'}",
@@ -105,7 +106,3 @@ def main(directory: Path, rank: int) -> None:
     results["fallback"] = fall_back(directory / "run")
     torch.save(results, directory / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,14 +1,8 @@
-"""Two real processes with gloo, and what they run; started by `run_ranks`, read by the tests.
-
-The processes find each other through a file in the test's own directory: no port to collide on,
-nothing left over from a run that was killed.
-"""
+"""What two real ranks with gloo run, for test_distributed.py."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -33,40 +27,6 @@ WORLD = 2
 DONE = "all scenarios ran"
 WALK = ("bf16", "fp8-rowwise", "fp8-dynamic", "e8m3", "fp8-rowwise-gw-hp", "high")
 COMPILED_STEPS = 4  # each costs a recompilation
-
-
-def run_ranks(directory: Path, scenarios: list[str], timeout: float) -> None:
-    """Run scenarios one after the other in two processes."""
-    processes = []
-    for rank in range(WORLD):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(WORLD),
-            "LOCAL_WORLD_SIZE": str(WORLD),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",  # Lightning asks for one, nobody listens on it
-            "TORCHELASTIC_RUN_ID": "tests",  # so that Lightning starts no processes of its own
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        if Path("/sys/class/net/lo").exists():
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
-        with (directory / f"log{rank}").open("w") as log:
-            command = [sys.executable, "-m", "tests.plugins.ranks", str(directory), *scenarios]
-            processes.append(
-                subprocess.Popen(
-                    command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        for process in processes:
-            process.wait(timeout)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def read_ranks(directory: Path) -> list[dict[str, Any]]:
@@ -316,7 +276,3 @@ def main(directory: Path, scenarios: list[str]) -> None:
     dist.barrier()
     dist.destroy_process_group()
     print(DONE, flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.plugins.ranks import SCENARIOS, WALK, read_ranks, run_ranks
+from tests.plugins.ranks import SCENARIOS, WALK, read_ranks
+from tests.two_ranks import run_on_two_ranks
 
 TIMEOUT = 270
 """Seconds for all scenarios, below the limit of a test."""
@@ -36,7 +37,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             time.sleep(0.2)
         return read_ranks(directory)
     try:
-        run_ranks(directory, list(SCENARIOS), TIMEOUT)
+        run_on_two_ranks("tests.plugins.ranks", directory, list(SCENARIOS), timeout=TIMEOUT)
     finally:
         finished.touch()
     return read_ranks(directory)

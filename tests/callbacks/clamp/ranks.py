@@ -1,10 +1,9 @@
-"""ClampMonitor on two real ranks with gloo; run as a program by test_ranks.py."""
+"""ClampMonitor on two real ranks with gloo: test_ranks.py."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,7 +84,3 @@ def main(directory: Path) -> None:
     )
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,11 +1,10 @@
-"""MismatchMonitor on two real ranks with gloo; run as a program by test_mismatch_ranks.py."""
+"""MismatchMonitor on two real ranks with gloo: test_mismatch_ranks.py."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,7 +92,3 @@ def main(directory: Path) -> None:
     torch.save(found, directory / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

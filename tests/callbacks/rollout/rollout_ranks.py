@@ -1,10 +1,9 @@
-"""StagedRollout on two real ranks with gloo; run as a program by test_rollout_ranks.py."""
+"""StagedRollout on two real ranks with gloo: test_rollout_ranks.py."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,3 @@ def main(directory: Path) -> None:
     torch.save(told, directory / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

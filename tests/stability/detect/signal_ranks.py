@@ -1,8 +1,8 @@
-"""Signals of two real ranks with gloo; run as a program by test_signals.py."""
+"""Signals of two real ranks with gloo: test_signals.py."""
 
 from __future__ import annotations
 
-import sys
+import os
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -52,7 +52,8 @@ def put(queue: SignalQueue, step: int, case: dict[str, list[float] | None], devi
     )
 
 
-def main(directory: Path, rank: int) -> None:
+def main(directory: Path) -> None:
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -68,7 +69,3 @@ def main(directory: Path, rank: int) -> None:
     torch.save([asdict(signals) for signals in seen], directory / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
