@@ -44,6 +44,8 @@ def sampled(format: str = "fp8-delayed", fault: str = "none") -> tuple[Tensor, l
         layer.memory.scales[2] *= 256
     elif fault == "tiny":
         layer.memory.scales[0] /= 2**16
+    elif fault == "hot channel":
+        layer.register_forward_pre_hook(lambda _, x: x[0] * hot_channel(x[0].shape[-1]))
     elif fault == "inf":
         layer.register_forward_pre_hook(lambda _, x: x[0].index_fill(-1, torch.tensor(0), math.inf))
     statistics = StatisticsTable(dict(table.layers), stride=1)  # pyright: ignore
@@ -52,6 +54,11 @@ def sampled(format: str = "fp8-delayed", fault: str = "none") -> tuple[Tensor, l
     rows, names = statistics.take(), statistics.names
     statistics.close()
     return rows, names
+
+
+def hot_channel(features: int) -> Tensor:
+    """One in each block of 32, so that finer scales see it too."""
+    return torch.ones(features).index_fill(0, torch.arange(3, features, 32), 2.0**22)
 
 
 def over_by_hand(rows: Tensor, names: Sequence[str], limit: LayerLimit) -> dict[str, set[str]]:
@@ -67,6 +74,9 @@ def over_by_hand(rows: Tensor, names: Sequence[str], limit: LayerLimit) -> dict[
                 "clamped_mass": limit.clamped_mass is not None
                 and read["clamped_mass"] > limit.clamped_mass,
                 "sqnr_db": limit.sqnr_db is not None and read["sqnr_db"] < limit.sqnr_db,
+                "underflow_fraction": limit.underflow is not None
+                and operand != "grad_output"
+                and read["underflow_fraction"] > limit.underflow,
             }
             over = {statistic for statistic, value in tests.items() if value}
             if over:
@@ -106,7 +116,30 @@ def test_the_layer_and_the_operand_at_fault(fault: str, operand: str, statistic:
     assert excess.sentence.startswith(f"{statistic} of {operand} is {excess.value:.3g}, limit ")
 
 
-@pytest.mark.parametrize("fault", ["none", "input scale", "gradient scale", "tiny"])
+@pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-rowwise", "mxfp8"])
+def test_a_channel_that_hides_all_others_shows_in_the_underflow_alone(format: str) -> None:
+    rows, names = sampled(format, fault="hot channel")
+    limit = LayerLimit()
+    found = LimitWatch(limit, len(names)).excesses(rows, names)["blocks.1.fc1"]
+    assert (found.operand, found.statistic) == ("input", "underflow_fraction")
+    assert found.value > 0.6
+    without = LimitWatch(LayerLimit(underflow=None), len(names)).excesses(rows, names)
+    assert "blocks.1.fc1" not in without
+
+
+def test_underflow_of_gradients_is_healthy() -> None:
+    rows = torch.zeros(1, len(OPERANDS), len(STATISTICS), dtype=torch.float64)
+    rows[..., COLUMN["nonzero"]] = 100
+    rows[0, OPERANDS.index("grad_output"), COLUMN["underflow"]] = 90
+    watch = LimitWatch(LayerLimit(), 1)
+    assert watch.excesses(rows, ["a"]) == {}
+    rows[0, OPERANDS.index("weight"), COLUMN["underflow"]] = 26
+    assert watch.excesses(rows, ["a"])["a"].sentence == (
+        "underflow_fraction of weight is 0.26, limit 0.25"
+    )
+
+
+@pytest.mark.parametrize("fault", ["none", "input scale", "gradient scale", "tiny", "hot channel"])
 @pytest.mark.parametrize("mass", [None, 0.0, 0.01, 0.5])
 @pytest.mark.parametrize("sqnr_db", [None, 15.0, 27.0, 40.0])
 def test_excesses_equal_a_look_at_every_number(
@@ -165,6 +198,7 @@ def test_inf_in_a_real_model_spreads_to_all_layers() -> None:
         ({"clamped_mass": -0.1}, "clamped_mass must be None or at least 0, got -0.1"),
         ({"clamped_mass": math.nan}, "clamped_mass must be None or at least 0, got nan"),
         ({"sqnr_db": math.nan}, "sqnr_db must be None or a number, got nan"),
+        ({"underflow": -0.1}, "underflow must be None or at least 0, got -0.1"),
         ({"nonfinite": -1}, "nonfinite must be None or at least 0, got -1"),
         ({"budget": -1}, "budget must be None or at least 0, got -1"),
         ({"patience": 0}, "patience must be an integer of at least 1, got 0"),
