@@ -37,23 +37,7 @@ if TYPE_CHECKING:
     from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
     from lightning_fp.stability.respond.limits import LayerLimit
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "callbacks": (
-                "ClampMonitor EvaluationGap FP16Monitor LossRecorder MismatchMonitor ParityProbe "
-                "PrecisionFallback StagedRollout"
-            ),
-            "layers": "ConversionReport LinearFormat PrecisionMap convert recommend_scaling revert",
-            "numerics": "DelayedScaling",
-            "plugins": "DynamicScaling FP8Precision FP16Precision half_policy precision_plugin",
-            "recipes": "Gate RolloutRecipe Stage",
-            "stability": "DivergenceDetector",
-            "stability.loss_scaling": "LossScaleError LossScaling",
-            "stability.respond.fallback_policy": "FallbackPolicy",
-            "stability.respond.limits": "LayerLimit",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __version__ = "0.1.0.dev0"
 

@@ -14,19 +14,7 @@ if TYPE_CHECKING:
     from lightning_fp.kernels.simulated import SimulatedKernel
     from lightning_fp.kernels.torchao import TorchaoKernel
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "base": "Kernel KernelMemory",
-            "block": "BlockKernel",
-            "high_precision": "HighPrecisionKernel",
-            "memory": "OperandMemory",
-            "mx": "MX_EMULATION TorchaoMXKernel",
-            "native": "NativeKernel",
-            "simulated": "SimulatedKernel",
-            "torchao": "TorchaoKernel",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     # protocol

@@ -16,21 +16,7 @@ if TYPE_CHECKING:
     from lightning_fp.layers.precision_map import Change, PrecisionMap
     from lightning_fp.layers.switchable import Phase, SwitchableLayer
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "auto_scaling": "AutoScaling",
-            "backends": "Backend kernel_for",
-            "conversion.advice": "ScalingAdvice recommend_scaling",
-            "conversion.convert": "convert convert_into revert",
-            "conversion.decide": "Conversion",
-            "conversion.report": "ConversionReport LayerReport",
-            "format": "FormatLike LinearFormat linear_format",
-            "linear": "FPLinear",
-            "precision_map": "Change PrecisionMap",
-            "switchable": "Phase SwitchableLayer",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     # formats

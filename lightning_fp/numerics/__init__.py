@@ -44,22 +44,7 @@ if TYPE_CHECKING:
     )
     from lightning_fp.numerics.what_if import what_if_shares, what_if_statistics
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "blocks": "Block amax_to_e8m0 block_amax spread_blocks times_blocks",
-            "casting": "Rounding round_to_format saturating_cast scaled_cast",
-            "delayed": "DelayedScaling advance_history history_scale",
-            "formats": "FORMATS FloatFormat float_format format_of_dtype",
-            "rounding": "as_float16 round_in_range",
-            "scaling": "AMAX_LOWER_BOUND amax_to_scale nonfinite_count row_amax tensor_amax",
-            "statistics": (
-                "COLUMN MAXIMA STATISTICS WHAT_IF Casts Statistic casts_of combine "
-                "operand_statistics output_statistics sampled_rows shares"
-            ),
-            "what_if": "what_if_shares what_if_statistics",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     # formats

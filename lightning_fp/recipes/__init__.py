@@ -25,22 +25,7 @@ if TYPE_CHECKING:
     from lightning_fp.recipes.stage import Stage
     from lightning_fp.recipes.stage_formats import StageFormats, formats_by_stage
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "builtin": (
-                "aggressive balanced bf16_cooldown conservative delayed_after_dynamic "
-                "first_last_bf16 fp16_rl get names read"
-            ),
-            "gate": "Gate",
-            "recipe": "RolloutRecipe",
-            "remarks": "never_low remarks_on",
-            "rollout": "Rollout RolloutDecision RolloutSignals RolloutState",
-            "schema": "json_schema",
-            "stage": "Stage",
-            "stage_formats": "StageFormats formats_by_stage",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     # recipes

@@ -43,25 +43,7 @@ if TYPE_CHECKING:
     from lightning_fp.records.tables import StatisticsWriter, read_statistics
     from lightning_fp.records.te_inspect import InspectRecords
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "baseline": "Baseline read_baseline",
-            "evaluation": "EvaluationRow EvaluationWriter read_evaluation",
-            "events": (
-                "Demotion Event EventWriter FormatChange GateResult LayerClimb Note OtherEvent "
-                "Promotion Replayed Resumed Rollback SkippedStep StageChange Started StateChange "
-                "Suspicion Verdict read_events"
-            ),
-            "loss": "Loss LossRow LossWriter read_loss read_steps write_loss",
-            "mismatch_rows": "MismatchWriter read_mismatch",
-            "parity": "read_parity",
-            "rows": "Sampled StatisticsRows statistics_rows",
-            "run": "LayerInfo RunInfo read_run write_run",
-            "tables": "StatisticsWriter read_statistics",
-            "te_inspect": "InspectRecords",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     # reading

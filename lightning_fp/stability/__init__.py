@@ -32,22 +32,7 @@ if TYPE_CHECKING:
     )
     from lightning_fp.stability.replay.untouched import untouched
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "detect.decision": "Cause Decision",
-            "detect.detector": "DivergenceDetector",
-            "detect.detector_state": "DetectorState",
-            "detect.mismatch_detector": "MismatchDecision MismatchDetector MismatchState",
-            "keep.batch_ring": "BatchRing MicroBatch RecordedStep",
-            "keep.random_state": "RandomState",
-            "keep.snapshot": "Snapshot restore stated_bytes take",
-            "keep.snapshots": "Snapshots",
-            "replay.one_step": "Comparison GradientGap Replay compare replay_step",
-            "replay.parity": "LayerParity Parity ReplayFailedError measure_parity",
-            "replay.untouched": "untouched",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
 
 __all__ = [
     # divergence
