@@ -14,6 +14,8 @@ from lightning_fp.cli.output import console, table
 from lightning_fp.cli.strict_json import print_json
 from lightning_fp.records import read_statistics
 from lightning_fp.report.draw.sparkline import sparkline
+from lightning_fp.report.read.run_records import read_records
+from lightning_fp.report.sections.missing import why_no_statistics
 
 _RANKINGS = {
     "clamped_mass": ("clamped mass", "descending"),
@@ -49,9 +51,10 @@ def run(run: str, layer: str | None, top: int, *, json: bool) -> int:
     try:
         rows = read_statistics(run, columns=_COLUMNS)
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_why_none(run, str(error))) from error
     if not rows.num_rows:
-        raise ValueError(f"{run!r} has no rows yet; they come with the first log interval")
+        none = f"{run!r} has no rows yet; they come with the first log interval"
+        raise ValueError(_why_none(run, none))
     if layer is None:
         found = {name: worst(rows, name, top) for name in _RANKINGS}
         if json:
@@ -65,6 +68,14 @@ def run(run: str, layer: str | None, top: int, *, json: bool) -> int:
     else:
         _print_courses(curves, console())
     return 0
+
+
+def _why_none(run: str, otherwise: str) -> str:
+    """Why there are no statistics, where other records of the run can tell."""
+    try:
+        return f"{run}: {why_no_statistics(read_records(run))}"
+    except ValueError:
+        return otherwise
 
 
 def worst(rows: pa.Table, ranking: str, top: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
@@ -31,8 +32,11 @@ from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base_precision import LOSS_SCALE, Base
 from lightning_fp.plugins.configured_layers import ConfiguredLayers
 from lightning_fp.plugins.guarded import GuardedPrecision
+from lightning_fp.plugins.low_watch import LowWatch
 from lightning_fp.plugins.strategies import refuse_strategy
 from lightning_fp.stability.loss_scaling import LossScaling
+
+log = logging.getLogger(__name__)
 
 STATE_KEY = "lightning_fp.precision"
 """Where a checkpoint keeps the plugin's state, whatever the plugin's class."""
@@ -89,6 +93,7 @@ class LayerPrecision(GuardedPrecision):
         seen by any hook; not in replays. It belongs to the run: copy it."""
         self._mid_accumulation = False
         self._in_train_step = False
+        self._watch = LowWatch(self.precision_map)
 
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for the records of a run."""
@@ -150,12 +155,15 @@ class LayerPrecision(GuardedPrecision):
                     self.report = self.report.with_flops(example_flops(module, example))
                 self.base.copies.take_back()
             if optimizers:
+                self._watch.begin()
                 rank_zero_info(f"{type(self).__name__} ({self.precision}): {self.report.summary()}")
         return model, optimizers, lr_schedulers
 
     @override
     def teardown(self) -> None:
         """Outside of the Trainer `module.training` decides about evaluation again."""
+        if never := self._watch.end():
+            _say_last(never)
         self.precision_map.phase.evaluating = None
         self._mid_accumulation = self._in_train_step = False
         self.base.copies.take_back()
@@ -202,6 +210,7 @@ class LayerPrecision(GuardedPrecision):
         guard = None if trainer is None or self.precision_map.frozen else self.guard
         if guard is not None and trainer is not None:
             guard.begin(trainer)
+        self._watch.step()
         phase = self.precision_map.phase
         phase.evaluating, self._in_train_step = False, True
         try:
@@ -335,6 +344,12 @@ class LayerPrecision(GuardedPrecision):
             f"{type(self).__name__}({self.configured.format.name!r}) for lightning.pytorch.Trainer"
             " (`import lightning as L`; the pytorch_lightning package is a separate copy)"
         )
+
+
+@rank_zero_only
+def _say_last(line: str) -> None:
+    """To the console, after everything else that a run says."""
+    log.warning("%s", line)
 
 
 def _trainer_of(module: Module | None) -> Any:

@@ -210,6 +210,15 @@ def read_statistics(
     raise RuntimeError(f"{str(directory)!r} changes faster than it can be read; try again")
 
 
+def unreadable_parts(run_dir: str | Path) -> list[str]:
+    """The names of the files that `read_statistics` leaves out, because they are no statistics."""
+    directory = Path(run_dir) / DIRECTORY
+    files = sorted(directory.glob("part-*.parquet"))  # before the rest: a writer may go on
+    parts = _parts(directory)
+    taken_in = {number for part in parts for number in range(part.number, part.last + 1)}
+    return [path.name for path in files if _number(path) not in taken_in]
+
+
 def _read(
     parts: Sequence[_Part], columns: Sequence[str] | None, filters: pc.Expression | None
 ) -> pa.Table:

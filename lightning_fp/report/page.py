@@ -16,7 +16,7 @@ from lightning_fp.report.read.cost import RunCost, run_cost
 from lightning_fp.report.read.run_records import RunRecords, names_of, read_records
 from lightning_fp.report.sections.compare import comparison
 from lightning_fp.report.sections.every_section import sections
-from lightning_fp.report.sections.headline import headline, key_figures, low_precision
+from lightning_fp.report.sections.headline import headline, key_figures, low_precision, never_low
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class _Run:
     name: str
     path: str
     headline: str
+    alarm: bool
+    """Whether the headline stands in red."""
     figures: Sequence[tuple[str, str, str]]
     sections: Sequence[Section]
     unreadable: Sequence[str]
@@ -111,6 +113,7 @@ def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
             name=run.name,
             path=str(run.path),
             headline=headline(run, cost),
+            alarm=bool(never_low(run)),
             figures=key_figures(run, cost),
             sections=sections(run, cost),
             unreadable=run.unreadable,

@@ -20,7 +20,8 @@ from lightning_fp.report.read.format_history import format_histories, last_forma
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import Advice, advise, limits_of
 from lightning_fp.report.sections.compare import differences
-from lightning_fp.report.sections.headline import headline, key_figures
+from lightning_fp.report.sections.headline import headline, key_figures, never_low
+from lightning_fp.report.sections.missing import why_no_statistics
 from lightning_fp.terminal import FittedTable
 
 _EVENTS = 10
@@ -90,7 +91,8 @@ def _advice(run: RunRecords) -> list[Advice]:
 
 
 def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool) -> None:
-    console.print(Text(run.name, style="bold"), Text(headline(run, cost)))
+    style = "bold red" if never_low(run) else ""
+    console.print(Text(run.name, style="bold"), Text(headline(run, cost), style=style))
     for sentence in run.unreadable:
         console.print(Text(sentence, style="yellow"))
     if short:
@@ -107,7 +109,7 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
     _print_events(run, console)
     _print_formats(run, console)
     if run.statistics is None:
-        console.print(Text("What the casts lost is not recorded: add ClampMonitor().", style="dim"))
+        console.print(Text(f"what the casts lost: {why_no_statistics(run)}", style="dim"))
     else:
         for ranking, cells in run.statistics.worst.items():
             for layer, operand, format, step, value in worst_cells(cells, ranking).rows[:_WORST]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lightning_fp.layers import linear_format
 from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.records import Event, FormatChange
 from lightning_fp.report.read.run_records import RunRecords
@@ -71,6 +72,25 @@ def format_histories(records: RunRecords) -> dict[str, FormatHistory]:
     for event in events:
         _apply(event, change)
     return {layer: tuple(history) for layer, history in histories.items()}
+
+
+def is_low(format: str) -> bool:
+    """Whether a format's name means low precision; of one that is not known, yes."""
+    if format == HIGH:
+        return False
+    try:
+        return not linear_format(format).is_high_precision
+    except ValueError:
+        return True
+
+
+def ever_low(records: RunRecords) -> bool:
+    """Whether some layer was in low precision for a step, as far as the records go."""
+    for history in format_histories(records).values():
+        ends = [step for step, _ in history[1:]] + [records.last_step]
+        if any(is_low(f) and end > at for (at, f), end in zip(history, ends, strict=True)):
+            return True
+    return False
 
 
 def last_formats(records: RunRecords) -> dict[str, str]:

@@ -17,6 +17,7 @@ from lightning_fp.records.gradients import GradientRow, read_gradients
 from lightning_fp.records.mismatch_rows import FILE as MISMATCH_FILE
 from lightning_fp.records.resume import in_force, rows_in_force
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run
+from lightning_fp.records.tables import DIRECTORY, unreadable_parts
 from lightning_fp.report.read.digest import Digest, read_digest
 from lightning_fp.report.read.steps import Steps, read_columns, read_steps
 
@@ -115,6 +116,9 @@ def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
     no_columns: Mapping[str, Tensor] = {}
     starts = tuple(rows_in_force(read("run.jsonl", read_run, []), lambda start: start.step))
     statistics: Digest | None = read("statistics/", read_digest, None)
+    if broken := unreadable_parts(path):
+        more = f" and {len(broken) - 1} more" if broken[1:] else ""
+        unreadable.append(f"{DIRECTORY}/{broken[0]}{more} cannot be read, and is left out")
     if statistics is not None and starts:
         statistics = statistics.in_order([layer.name for layer in starts[0].layers])
     records = RunRecords(

@@ -14,7 +14,6 @@ from lightning_fp.report.draw.parts import (
     Chart,
     Section,
     Table,
-    not_recorded,
     number,
     share,
 )
@@ -28,6 +27,7 @@ from lightning_fp.report.sections.advice import (
     limits_of,
     what_if_table,
 )
+from lightning_fp.report.sections.missing import why_no_probes, why_no_statistics
 
 _HISTORIES = 6
 """Operands whose history is drawn."""
@@ -43,7 +43,7 @@ def casts_section(records: RunRecords) -> Section:
     )
     digest = records.statistics
     if digest is None:
-        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+        return replace(about, missing=why_no_statistics(records))
     limits = limits_of(records.settings)
     charts = [
         {
@@ -65,7 +65,7 @@ def worst_section(records: RunRecords) -> Section:
     )
     digest = records.statistics
     if digest is None:
-        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+        return replace(about, missing=why_no_statistics(records))
     limits = limits_of(records.settings)
     charts = [_history(history, limits, records) for history in _chosen(digest.histories)]
     return replace(
@@ -123,7 +123,7 @@ def parity_section(records: RunRecords) -> Section:
     probes = {row["step"]: row for row in records.parity}
     blamed = _blamed(records)
     if not probes and not blamed.rows:
-        return replace(about, missing=not_recorded("add ParityProbe() to the Trainer's callbacks"))
+        return replace(about, missing=why_no_probes(records))
     charts: list[Chart] = []
     if probes:
         at = list(probes)
@@ -162,8 +162,7 @@ def advice_section(records: RunRecords) -> Section:
     )
     digest = records.statistics
     if digest is None:
-        remedy = "add ClampMonitor(what_if=True) to the Trainer's callbacks"
-        return replace(about, missing=not_recorded(remedy))
+        return replace(about, missing=why_no_statistics(records, "what_if=True"))
     advice = advise(digest, limits_of(records.settings), last_formats(records))
     text = [] if advice else ["No operand is over a limit on average: nothing needs to change."]
     tables = [advice_table(advice)] if advice else []

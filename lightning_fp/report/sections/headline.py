@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from lightning_fp.layers import linear_format
-from lightning_fp.records import Demotion, Event, Verdict
+from lightning_fp.records import Demotion, Event, StageChange, Verdict
 from lightning_fp.report.draw.parts import duration, number, share
 from lightning_fp.report.read.cost import RunCost
-from lightning_fp.report.read.format_history import HIGH, changed_formats, last_formats
+from lightning_fp.report.read.format_history import (
+    changed_formats,
+    ever_low,
+    is_low,
+    last_formats,
+)
 from lightning_fp.report.read.run_records import RunRecords
 
 
@@ -20,7 +24,8 @@ def headline(records: RunRecords, cost: RunCost) -> str:
         records: the run's.
         cost: what it cost.
     """
-    parts = [_end(records), _incidents(records)]
+    never = never_low(records)
+    parts = [never, _end(records), "" if never else _incidents(records)]
     if cost.effective_speedup is not None:
         gain = cost.effective_speedup
         parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
@@ -31,6 +36,20 @@ def headline(records: RunRecords, cost: RunCost) -> str:
     elif cost.attempted and cost.useful < cost.attempted:
         parts.append(f"{cost.useful:,} of {cost.attempted:,} steps were useful.")
     return " ".join(part for part in parts if part)
+
+
+def never_low(records: RunRecords) -> str:
+    """What stands above all else: low precision was asked for, and no step was in it; or ""."""
+    asked = [layer.format for layer in records.layers if layer.reason is None]
+    if not asked or not records.last_step or ever_low(records):
+        return ""
+    stages = [event.stage for event in records.events if isinstance(event, StageChange)]
+    why = f"; the rollout ended in stage {stages[-1]!r}" if stages else ""
+    layers = "its layer" if len(asked) == 1 else f"all {len(asked)} layers"
+    what = "FP8" if any("fp8" in format for format in asked) else "Low precision"
+    return (
+        f"{what} was asked for and never on: {layers} stayed in high precision in every step{why}."
+    )
 
 
 def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]]:
@@ -71,16 +90,6 @@ def low_precision(records: RunRecords) -> tuple[int, int, str]:
 def emulated(records: RunRecords) -> bool:
     """Whether low precision was emulated, so that times say nothing about hardware that has it."""
     return any("emulated" in layer.kernel for layer in records.layers)
-
-
-def is_low(format: str) -> bool:
-    """Whether a format's name means low precision; of one that is not known, yes."""
-    if format == HIGH:
-        return False
-    try:
-        return not linear_format(format).is_high_precision
-    except ValueError:
-        return True
 
 
 def updated(records: RunRecords) -> float | None:

@@ -17,9 +17,9 @@ from lightning_fp.report.draw.parts import (
     not_recorded,
     number,
 )
-from lightning_fp.report.read.format_history import format_histories, layer_groups
+from lightning_fp.report.read.format_history import format_histories, is_low, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
-from lightning_fp.report.sections.headline import is_low
+from lightning_fp.report.sections.missing import why_no_loss
 
 _GATES = 60
 
@@ -31,7 +31,7 @@ def loss_section(records: RunRecords) -> Section:
     marks = lanes(events, records.last_step)
     about = Section(id="loss", title="Loss and gradient norm", look=look)
     if steps is None and not marks:
-        return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
+        return replace(about, missing=why_no_loss(records))
     fields: list[dict[str, Any]] = []
     notes: list[str] = []
     if steps is not None:
@@ -49,7 +49,7 @@ def loss_section(records: RunRecords) -> Section:
         if bad:
             notes.append(f"{bad:,} steps had a loss of inf or NaN; they are marked at the top.")
     else:
-        notes.append("The loss is not recorded: add ClampMonitor() to the Trainer's callbacks.")
+        notes.append(f"The loss: {why_no_loss(records)}")
     chart = panels(
         "Loss, gradient norm and events by optimizer step",
         "Faint: every step. Strong: running mean. Beneath: what happened, one lane for each kind.",

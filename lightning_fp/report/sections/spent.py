@@ -18,6 +18,7 @@ from lightning_fp.report.draw.parts import (
 )
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.missing import why_no_gap, why_no_loss
 
 
 def evaluation_section(records: RunRecords) -> Section:
@@ -32,9 +33,7 @@ def evaluation_section(records: RunRecords) -> Section:
     )
     columns = records.evaluation
     if not {"loss", "loss_high"} <= columns.keys():
-        return replace(
-            about, missing=not_recorded("add EvaluationGap() to the Trainer's callbacks")
-        )
+        return replace(about, missing=why_no_gap(records))
     at = columns["step"].tolist()
     loss, high = columns["loss"], columns["loss_high"]
     gap = columns.get("gap", (loss - high) / high.abs())
@@ -128,7 +127,7 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
     ]
     text = [cost.sentence()]
     if not known:
-        text.append("Times are not recorded: add ClampMonitor() to the Trainer's callbacks.")
+        text.append(f"Times: {why_no_loss(records)}")
     if records.finished is None and cost.attempted:
         text.append("The run has not said what became of its steps: this is made from its events.")
     return Section(

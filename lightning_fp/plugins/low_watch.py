@@ -1,0 +1,53 @@
+"""LowWatch: notices a fit that was to be in low precision and never was."""
+
+from __future__ import annotations
+
+from lightning_fp.layers import PrecisionMap
+from lightning_fp.layers.format import linear_format
+
+
+class LowWatch:
+    """Looks at the table once per training forward, until the first one in low precision.
+
+    Args:
+        table: the table of formats.
+    """
+
+    def __init__(self, table: PrecisionMap) -> None:
+        self._table = table
+        self._steps = 0
+        self._looking = False
+
+    def begin(self) -> None:
+        """A fit begins."""
+        configured = set(self._table.configured().values())
+        asked = any(not linear_format(name).is_high_precision for name in configured)
+        self._steps, self._looking = 0, asked
+
+    def step(self) -> None:
+        """A training forward begins; not counted where it is one of a replay."""
+        if not self._looking or self._table.frozen:
+            return
+        self._steps += 1
+        layers = self._table.layers.values()
+        self._looking = all(layer.format.is_high_precision for layer in layers)
+
+    def end(self) -> str:
+        """The fit is over: what is to be said of it, in a line; "" if all is well."""
+        never, self._looking = self._looking and self._steps > 0, False
+        if not never:
+            return ""
+        configured = self._table.configured()
+        low = [n for n, name in configured.items() if not linear_format(name).is_high_precision]
+        layers = "its layer" if len(low) == 1 else f"all {len(low)} layers"
+        what = "FP8" if any(linear_format(configured[n]).is_fp8 for n in low) else "Low precision"
+        last = next(reversed(self._table.changes), None)
+        why, do = "", "ask for the formats it was to be in, or train longer"
+        if last is not None:
+            why = f" ({last.reason})" if last.reason else f" (set by {last.author})"
+            if last.author == "rollout":
+                do = "the run ended before its recipe came so far: train longer, or shorten it"
+        return (
+            f"{what} was asked for and never on: {layers} stayed in high precision in every step"
+            f"{why}; {do}"
+        )
