@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_fp.layers import PrecisionMap
-from lightning_fp.layers.format import linear_format
+from lightning_fp.layers import LinearFormat, PrecisionMap
 
 
 class LowWatch:
@@ -20,9 +19,7 @@ class LowWatch:
 
     def begin(self) -> None:
         """A fit begins."""
-        configured = set(self._table.configured().values())
-        asked = any(not linear_format(name).is_high_precision for name in configured)
-        self._steps, self._looking = 0, asked
+        self._steps, self._looking = 0, bool(self._asked())
 
     def step(self) -> None:
         """A training forward begins; not counted where it is one of a replay."""
@@ -37,10 +34,9 @@ class LowWatch:
         never, self._looking = self._looking and self._steps > 0, False
         if not never:
             return ""
-        configured = self._table.configured()
-        low = [n for n, name in configured.items() if not linear_format(name).is_high_precision]
-        layers = "its layer" if len(low) == 1 else f"all {len(low)} layers"
-        what = "FP8" if any(linear_format(configured[n]).is_fp8 for n in low) else "Low precision"
+        asked = self._asked()
+        what = "FP8" if any(format.is_fp8 for format in asked) else "Low precision"
+        layers = "its layer" if len(asked) == 1 else f"all {len(asked)} layers"
         last = next(reversed(self._table.changes), None)
         why, do = "", "ask for the formats it was to be in, or train longer"
         if last is not None:
@@ -51,3 +47,8 @@ class LowWatch:
             f"{what} was asked for and never on: {layers} stayed in high precision in every step"
             f"{why}; {do}"
         )
+
+    def _asked(self) -> list[LinearFormat]:
+        """The formats of the layers that the configuration gives one in low precision."""
+        formats = [self._table.known[name] for name in self._table.configured().values()]
+        return [format for format in formats if not format.is_high_precision]

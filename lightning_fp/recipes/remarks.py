@@ -54,7 +54,14 @@ def never_low(
 
 
 def _low(formats: Mapping[str, str]) -> bool:
-    return any(not linear_format(name).is_high_precision for name in set(formats.values()))
+    return any(map(_is_low, set(formats.values())))
+
+
+def _is_low(name: str) -> bool:
+    try:
+        return not linear_format(name).is_high_precision
+    except ValueError:  # a library's own, which only the plugin knows
+        return True
 
 
 def _on_thirds(recipe: RolloutRecipe, entry: StageFormats, order_known: bool) -> list[str]:
