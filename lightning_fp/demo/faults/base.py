@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import lightning as L
@@ -18,26 +19,28 @@ class _Removable(Protocol):
     def remove(self) -> None: ...
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Fault(L.Callback):
     """Something that goes wrong in some layers, after a step.
 
     Time is what a buffer of the model counts: its forwards in training. So a fault goes back with
     the model when that is restored, and does the same again when a step is replayed. The buffer is
     in the model's checkpoints, and gone after `fit`.
-
-    Args:
-        layers: a pattern over layer names, as in `FP8Precision(layers=...)`.
-        start: after how many steps it begins.
-        seed: of what is random; the same at the same step of every run, in every format.
     """
 
-    def __init__(self, layers: str, *, start: int = 150, seed: int = 0) -> None:
-        if start < 0:
-            raise ValueError(f"start must be at least 0, got {start}")
-        self.layers = layers
-        self.start = start
-        self.seed = seed
-        self._pattern = compile_pattern(layers)
+    layers: str = field(kw_only=False)
+    """A pattern over layer names, as in `FP8Precision(layers=...)`."""
+
+    start: int = 150
+    """After how many steps it begins."""
+
+    seed: int = 0
+    """Of what is random; the same at the same step of every run, in every format."""
+
+    def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ValueError(f"start must be at least 0, got {self.start}")
+        self._pattern = compile_pattern(self.layers)
         self._plugin: LayerPrecision | None = None
         self._now = 0
         self._undo: list[Callable[[], object]] = []

@@ -6,11 +6,13 @@ of the casts say.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_fp.choices import check_choice
 from lightning_fp.demo.faults.base import Fault
 from lightning_fp.numerics import float_format
 from lightning_fp.numerics.casting import round_to_format
@@ -18,40 +20,31 @@ from lightning_fp.numerics.casting import round_to_format
 Kind = Literal["noise", "clamp", "zero", "round"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Corruption(Fault):
     """What the two have in common.
-
-    Args:
-        layers: as `Fault`.
-        kind: "noise" adds normal noise; "clamp" clamps; "zero" flushes small values; "round"
-            rounds to few mantissa bits.
-        strength: of noise its norm, of "clamp" and "zero" the threshold: relative to the root
-            mean square of the tensor. Of "round" the mantissa bits.
-        ramp: steps until noise or "zero" have their strength; 1 begins with it.
-        formats: how the names of the formats begin that it acts in.
-        start: as `Fault`.
-        seed: as `Fault`.
 
     Raises:
         ValueError: for an unknown kind.
     """
 
-    def __init__(
-        self,
-        layers: str,
-        *,
-        kind: Kind,
-        strength: float,
-        ramp: int = 1,
-        formats: str = "fp8",
-        start: int = 150,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(layers, start=start, seed=seed)
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-        self.kind: Kind = kind
-        self.strength, self.ramp, self.formats = strength, ramp, formats
+    kind: Kind
+    """"noise" adds normal noise; "clamp" clamps; "zero" flushes small values; "round" rounds to few
+    mantissa bits."""
+
+    strength: float
+    """Of noise its norm, of "clamp" and "zero" the threshold: relative to the root mean square of
+    the tensor. Of "round" the mantissa bits."""
+
+    ramp: int = 1
+    """Steps until noise or "zero" have their strength; 1 begins with it."""
+
+    formats: str = "fp8"
+    """How the names of the formats begin that it acts in."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("kind", self.kind, get_args(Kind))
 
     def corrupted(self, x: Tensor, name: str) -> Tensor:
         """`x`, corrupted; in its dtype."""

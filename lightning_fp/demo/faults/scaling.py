@@ -5,6 +5,7 @@ Factors are powers of two, so that a layer without bias gives the same bits in h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_fp.kernels.memory import GRAD_OUTPUT
 from lightning_fp.layers import FPLinear
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ActivationOutliers(Fault):
     """Some steps have inputs that are far larger, ever larger as time goes on.
 
@@ -22,30 +24,19 @@ class ActivationOutliers(Fault):
     steps that follow use the scale of the large one and flush what they have to zero, and the first
     large one in a while is clamped. With `share=1` dynamic scaling holds all of them; outliers in
     a share of the tokens only want a scale per row.
-
-    Args:
-        layers: as `Fault`.
-        bits: how large they become, as a power of two.
-        ramp: steps until they are.
-        every: one step in so many has them, at random, each layer for itself.
-        share: of the tokens that are large in such a step; 1 is all of them.
-        start: as `Fault`.
-        seed: as `Fault`.
     """
 
-    def __init__(
-        self,
-        layers: str,
-        *,
-        bits: int = 18,
-        ramp: int = 60,
-        every: int = 8,
-        share: float = 1.0,
-        start: int = 150,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(layers, start=start, seed=seed)
-        self.bits, self.ramp, self.every, self.share = bits, ramp, every, share
+    bits: int = 18
+    """How large they become, as a power of two."""
+
+    ramp: int = 60
+    """Steps until they are."""
+
+    every: int = 8
+    """One step in so many has them, at random, each layer for itself."""
+
+    share: float = 1.0
+    """Of the tokens that are large in such a step; 1 is all of them."""
 
     def attach(self, name: str, layer: nn.Linear) -> None:
         def enlarge(input: Tensor) -> Tensor:
@@ -70,33 +61,23 @@ class ActivationOutliers(Fault):
         return torch.where(large, size, 1.0).unsqueeze(-1).to(x)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class GradientBursts(Fault):
     """Some steps have gradients of the output that are far larger.
 
     The gradients of input, weight and bias are divided by the same. Under delayed scaling such a
-    step is clamped, and the steps that follow use its scale and flush their gradients to zero.
-
-    Args:
-        layers: as `Fault`; their weights must not be tied to others.
-        bits: how large they are, as a power of two; e5m2 by itself holds about 30.
-        ramp: steps until they are; 1 begins with the full size.
-        every: one step in so many has them, at random, each layer for itself.
-        start: as `Fault`.
-        seed: as `Fault`.
+    step is clamped, and the steps that follow use its scale and flush their gradients to zero. The
+    layers' weights must not be tied to others.
     """
 
-    def __init__(
-        self,
-        layers: str,
-        *,
-        bits: int = 30,
-        ramp: int = 1,
-        every: int = 8,
-        start: int = 150,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(layers, start=start, seed=seed)
-        self.bits, self.ramp, self.every = bits, ramp, every
+    bits: int = 30
+    """How large they are, as a power of two; e5m2 by itself holds about 30."""
+
+    ramp: int = 1
+    """Steps until they are; 1 begins with the full size."""
+
+    every: int = 8
+    """One step in so many has them, at random, each layer for itself."""
 
     def attach(self, name: str, layer: nn.Linear) -> None:
         self.before(layer, lambda x: _GradientTimes.apply(x, 1 / self._factor(name)))
@@ -123,30 +104,21 @@ class _GradientTimes(torch.autograd.Function):
         return grad_output * ctx.factor, None
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class StuckScale(Fault):
     """A delayed scale sticks where it is when the fault begins, times a power of two.
 
-    It acts only while a layer is under delayed scaling.
-
-    Args:
-        layers: as `Fault`.
-        bits: the power of two; a positive one clamps.
-        operand: whose scale, in the order of `lightning_fp.kernels.memory`.
-        start: as `Fault`.
-        seed: as `Fault`; nothing here is random.
+    It acts only while a layer is under delayed scaling. Nothing here is random.
     """
 
-    def __init__(
-        self,
-        layers: str,
-        *,
-        bits: int = 8,
-        operand: int = GRAD_OUTPUT,
-        start: int = 150,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(layers, start=start, seed=seed)
-        self.bits, self.operand = bits, operand
+    bits: int = 8
+    """The power of two; a positive one clamps."""
+
+    operand: int = GRAD_OUTPUT
+    """Whose scale, in the order of `lightning_fp.kernels.memory`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._stuck: dict[str, float] = {}
 
     def attach(self, name: str, layer: nn.Linear) -> None:
