@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
+from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.run import RunCallback, run_of
-from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.loss_scaler import LossScaler
 from lightning_fp.plugins.overflows import counts, layer_of
@@ -49,7 +49,7 @@ class FP16Monitor(RunCallback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self._every_n_steps = every_n_steps
         self.dirpath = dirpath
-        self._log = RunLog(None)
+        self._log = EventLog(None)
         self._directory: Path | None = None
         self._names: dict[int, str] = {}
         self._told = -1

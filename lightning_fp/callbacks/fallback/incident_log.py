@@ -10,7 +10,7 @@ from typing import Any
 from lightning_fp.callbacks.fallback.accounting import Accounting
 from lightning_fp.callbacks.fallback.investigation import Findings
 from lightning_fp.callbacks.fallback.step_count import StepCount
-from lightning_fp.callbacks.run.run_log import RunLog
+from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.records.events import (
     Demotion,
@@ -45,8 +45,8 @@ class IncidentLog:
         count: of the steps that events are told with.
     """
 
-    def __init__(self, run: RunLog | None = None, count: StepCount | None = None) -> None:
-        self._run = RunLog(None) if run is None else run
+    def __init__(self, run: EventLog | None = None, count: StepCount | None = None) -> None:
+        self._run = EventLog(None) if run is None else run
         self._run.own.add(AUTHOR)
         self._count = StepCount() if count is None else count
         self._misbehaving = False

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning_fp.callbacks.mismatch.mismatch_remedy import raised_formats, write_formats
-from lightning_fp.callbacks.run.run_log import RunLog
+from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.layers import LinearFormat
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.records.events import Suspicion
@@ -39,7 +39,7 @@ class EarlyWarning:
         self._quiet_until = 0
         self._told = False
 
-    def judge(self, plugin: object, log: RunLog, step: int, values: Mapping[str, float]) -> None:
+    def judge(self, plugin: object, log: EventLog, step: int, values: Mapping[str, float]) -> None:
         """Take in what one step has shown.
 
         Args:
@@ -93,7 +93,7 @@ class EarlyWarning:
 
 
 def _warn(
-    log: RunLog,
+    log: EventLog,
     step: int,
     decision: MismatchDecision,
     values: Mapping[str, float],

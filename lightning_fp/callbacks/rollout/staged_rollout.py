@@ -26,8 +26,8 @@ from lightning_fp.callbacks.rollout.gate_names import (
 from lightning_fp.callbacks.rollout.logged_metrics import LoggedMetrics
 from lightning_fp.callbacks.rollout.stage_moves import StageMoves, follow
 from lightning_fp.callbacks.rollout.token_counter import TokenCounter
+from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.run import LOSS, Run, RunCallback, run_of
-from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.recipes import (
     Rollout,
     RolloutDecision,
@@ -282,7 +282,7 @@ class StagedRollout(RunCallback):
 
     def _enter(
         self,
-        log: RunLog,
+        log: EventLog,
         moves: StageMoves,
         before: RolloutState,
         decision: RolloutDecision,
@@ -320,7 +320,7 @@ class StagedRollout(RunCallback):
     # -- what is said ---------------------------------------------------------------------------
 
     def _tell_gates(
-        self, log: RunLog, step: int, state: RolloutState, verdicts: Sequence[GateVerdict]
+        self, log: EventLog, step: int, state: RolloutState, verdicts: Sequence[GateVerdict]
     ) -> None:
         stage = self._rollout.stage(state)
         if stage is None:
@@ -346,14 +346,14 @@ class StagedRollout(RunCallback):
             if verdict.answer == "failed":
                 log.count("gate_failures", step)
 
-    def _tell_hold(self, log: RunLog, step: int, before: str) -> None:
+    def _tell_hold(self, log: EventLog, step: int, before: str) -> None:
         if self._state.held:
             text = f"the rollout holds in stage {self.stage}: {self._state.held}"
         else:
             text = f"the rollout goes on in stage {self.stage}, no longer held: {before}"
         log.write(Note(step=step, reason=text))
 
-    def _tell_end(self, log: RunLog, step: int, reason: str) -> None:
+    def _tell_end(self, log: EventLog, step: int, reason: str) -> None:
         text = f"the rollout ends in stage {self.stage}: {reason}"
         log.write(Note(step=step, reason=text))
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.loss_files import LossFiles
 from lightning_fp.callbacks.run.run_info import run_info, table_of
-from lightning_fp.callbacks.run.run_log import RunLog
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
 from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.plugins import LayerPrecision
@@ -115,7 +115,7 @@ class Run(L.Callback):
         self.over = False
         """Whether the fit has ended, well or not."""
         self._directories: dict[int, Path | None] = {}
-        self._logs: dict[Path | None, RunLog] = {}
+        self._logs: dict[Path | None, EventLog] = {}
         self._positions: dict[str, int | None] = {}
         self._unsubscribe: Callable[[], object] = lambda: None
         self.board = Board()
@@ -153,7 +153,7 @@ class Run(L.Callback):
         """
         return self._directories[id(callback)]
 
-    def log(self, callback: RunCallback) -> RunLog:
+    def log(self, callback: RunCallback) -> EventLog:
         """The log of events that the callbacks of one directory share."""
         return self._logs[self.directory(callback)]
 
@@ -178,7 +178,7 @@ class Run(L.Callback):
                 _write_down(directory, trainer, ours)
             keys = [c.state_key for c in ours if self.directory(c) == directory]
             known = [self._positions[key] for key in keys if key in self._positions]
-            self._logs[directory] = RunLog(
+            self._logs[directory] = EventLog(
                 directory,
                 show=self.show,
                 step=trainer.global_step,

@@ -24,7 +24,7 @@ _QUIET = (StateChange, SkippedStep, Replayed, Started)
 """Events that are no warning; nor is a gate that passes."""
 
 
-class RunLog:
+class EventLog:
     """Writes events; a failure to do so is said once and does no harm.
 
     Args:
