@@ -18,7 +18,7 @@ PLACES = sorted(set(re.findall(r"`(lightning_fp/[\w/.]+\.py(?:::[\w.]+)?)`", PAG
 
 WHERE = {
     "Where is a layer demoted?": "lightning_fp/callbacks/fallback/rescue.py::Rescue",
-    "Where does clamped mass combine over ranks?": "lightning_fp/numerics/statistics.py::combine",
+    "Where does clamped mass combine over ranks?": "lightning_fp/numerics/combine.py::combine",
     "Who writes events?": "lightning_fp/callbacks/run/event_log.py::EventLog.write",
     "Where does a write to the table take effect?": (
         "lightning_fp/layers/precision_map.py::PrecisionMap.apply"
@@ -33,7 +33,9 @@ WHERE = {
     "Where is an anomaly of the loss noticed?": (
         "lightning_fp/stability/detect/detector.py::DivergenceDetector"
     ),
-    "Where is a state of the run put back?": "lightning_fp/stability/keep/snapshot.py::restore",
+    "Where is a state of the run put back?": (
+        "lightning_fp/callbacks/fallback/run_state.py::RunState.go_back"
+    ),
     "What must a gate of a rollout be given?": "lightning_fp/recipes/gate.py::Gate",
 }
 

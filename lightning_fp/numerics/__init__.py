@@ -18,6 +18,14 @@ if TYPE_CHECKING:
         saturating_cast,
         scaled_cast,
     )
+    from lightning_fp.numerics.combine import (
+        COLUMN,
+        MAXIMA,
+        STATISTICS,
+        WHAT_IF,
+        Statistic,
+        combine,
+    )
     from lightning_fp.numerics.delayed import DelayedScaling, advance_history, history_scale
     from lightning_fp.numerics.formats import FORMATS, FloatFormat, float_format, format_of_dtype
     from lightning_fp.numerics.rounding import as_float16, round_in_range
@@ -29,14 +37,8 @@ if TYPE_CHECKING:
         tensor_amax,
     )
     from lightning_fp.numerics.statistics import (
-        COLUMN,
-        MAXIMA,
-        STATISTICS,
-        WHAT_IF,
         Casts,
-        Statistic,
         casts_of,
-        combine,
         operand_statistics,
         output_statistics,
         sampled_rows,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_fp.numerics.blocks import Block, block_amax, spread_blocks
+from lightning_fp.numerics.combine import COLUMN
 from lightning_fp.numerics.formats import FloatFormat, float_format
 from lightning_fp.numerics.scaling import amax_to_scale, row_amax, tensor_amax
-from lightning_fp.numerics.statistics import COLUMN, ratio
+from lightning_fp.numerics.statistics import ratio
 
 _OTHER = {"e4m3": "e5m2", "e5m2": "e4m3", "e4m3fnuz": "e5m2fnuz", "e5m2fnuz": "e4m3fnuz"}
 
