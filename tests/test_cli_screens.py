@@ -16,7 +16,7 @@ import pytest
 
 from lightning_fp.cli import main
 from lightning_fp.cli.doctor import FORMATS
-from lightning_fp.cli.strict_json import print_json
+from lightning_fp.cli.output import print_json
 from lightning_fp.records import LossRow, LossWriter, StatisticsWriter
 from tests.report.large_run import write_large_run
 

@@ -14,8 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fp.callbacks import LossRecorder
 from lightning_fp.cli.loading import factory_error, find_factory
-from lightning_fp.cli.output import console, table
-from lightning_fp.cli.strict_json import print_json
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import Baseline, RunInfo, read_baseline, read_run
 from lightning_fp.terminal import FittedTable
@@ -167,7 +166,7 @@ def baseline_table(baseline: Baseline, precision: str, starts: list[RunInfo]) ->
         run = starts[-1]
         rows["parameters"] = f"{run.parameters:,}"
         rows["device"] = run.device
-    grid = table(f"Baseline in {precision}", "", "value", right=("value",))
+    grid = FittedTable(f"Baseline in {precision}", "", "value", right=("value",))
     for name, value in rows.items():
         grid.add_row(name, value)
     return grid

@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_fp.cli.output import console
-from lightning_fp.cli.strict_json import print_json
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.demo import DemoOptions, run_demo
 from lightning_fp.demo.clamping import clamp_table
 from lightning_fp.demo.rollout import RolloutResult, rollout_table, run_rollout

@@ -14,12 +14,12 @@ from rich.markup import escape
 from torch import nn
 
 from lightning_fp.cli.fp16_scale import advice, load_loss, probe_scales
-from lightning_fp.cli.output import console, table
-from lightning_fp.cli.strict_json import print_json
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.format_names import TABLE
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
 from lightning_fp.kernels.transformer_engine import availability
 from lightning_fp.layers import LinearFormat, convert, linear_format
+from lightning_fp.terminal import FittedTable
 
 FORMATS = (*(row.name for row in TABLE if row.name != "high"), "e8m3")
 """The formats of the table; e8m3 stands for every simulated e{X}m{Y}."""
@@ -54,12 +54,11 @@ def run(*, fp16: str | None, json: bool) -> int:
 
     screen = console()
     for title, section in facts.items():
-        grid = table(title.capitalize(), "", "")
-        grid.show_header = False
+        grid = FittedTable(title.capitalize(), "", "", bare=True)
         for key, value in section.items():
             grid.add_row(key, escape(value))
         screen.print(grid)
-    grid = table(f"Formats on {device.upper()}", "format", "here", "kernel", "why")
+    grid = FittedTable(f"Formats on {device.upper()}", "format", "here", "kernel", "why")
     colours = {"native": "green", "emulated": "yellow", "not": "red"}
     for row in formats:
         status = f"[{colours[row.status]}]{row.status}[/]"
@@ -78,7 +77,7 @@ def _advise_on_scale(reference: str, device: str, *, json: bool) -> int:
         rows = [dataclasses.asdict(probe) for probe in probes]
         print_json({"scales": rows, "advice": advice(probes)})
         return 0
-    grid = table(
+    grid = FittedTable(
         "Gradients in FP16", "loss scale", "zero", "subnormal", "overflows first in", right=_RIGHT
     )
     for probe in probes:

@@ -7,6 +7,7 @@ import importlib.util
 import operator
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -66,10 +67,7 @@ def build(reference: str, *, meta: bool = False) -> Any:
     factory = find_factory(reference)
     try:
         if meta:
-            try:
-                with torch.device("meta"):
-                    return _call(factory)
-            except Exception:  # many constructors need real tensors
+            with suppress(Exception), torch.device("meta"):  # many constructors need real tensors
                 return _call(factory)
         return _call(factory)
     except Exception as error:
@@ -107,6 +105,7 @@ def find_factory(reference: str) -> Any:
             f"factory must be 'package.module:factory' or 'path/to/file.py:factory', got"
             f" {reference!r}"
         )
+    _put_on_path(Path.cwd())
     module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     try:
         found = operator.attrgetter(name)(module)
@@ -125,7 +124,6 @@ def find_factory(reference: str) -> Any:
 
 
 def _import_module(name: str) -> ModuleType:
-    _put_on_path(Path.cwd())
     try:
         return importlib.import_module(name)
     except Exception as error:
@@ -133,7 +131,6 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    _put_on_path(Path.cwd())
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     _put_on_path(path.resolve().parent)  # as if it were run as a script

@@ -15,12 +15,12 @@ from lightning_fp.cli.mismatch_sides import (
     rollout_logprobs,
     training_logprobs,
 )
-from lightning_fp.cli.output import console, table
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.cli.plan import parse_rules
-from lightning_fp.cli.strict_json import print_json
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.scaling import read_scaling
 from lightning_fp.metrics import TrainingInferenceMismatch
+from lightning_fp.terminal import FittedTable
 
 _FP32 = linear_format("fp32")
 
@@ -148,7 +148,7 @@ def _device(name: str) -> torch.device:
 
 def _print(policy: Policy, compared: Sequence[Compared]) -> None:
     formats = [row.format for row in compared]
-    grid = table("", "training", *formats, right=formats)
+    grid = FittedTable("", "training", *formats, right=formats)
     grid.add_row("rollout", *(row.rollout for row in compared))
     for title, name in _SHOWN.items():
         values = [row.values[name] for row in compared]

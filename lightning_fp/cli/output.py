@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
-from lightning_fp.terminal import FittedTable
+from lightning_fp.records.jsonl import json_text
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -18,12 +18,6 @@ def console(*, stderr: bool = False) -> Console:
     return Console(highlight=False, stderr=stderr)
 
 
-def table(title: str, *columns: str, right: Sequence[str] = ()) -> FittedTable:
-    """A table in the one style of the command line.
-
-    Args:
-        title: above it; may be empty.
-        columns: headings.
-        right: those whose cells are numbers.
-    """
-    return FittedTable(title, *columns, right=right)
+def print_json(value: Any) -> None:
+    """Print as JSON without inf and NaN, which JSON does not know: null stands for them."""
+    print(json_text(value))

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.text import Text
+from torch import nn
 
 from lightning_fp.cli.loading import load_model
-from lightning_fp.cli.output import console, table
+from lightning_fp.cli.output import console
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.layers import (
     Conversion,
+    ConversionReport,
     LayerReport,
     PrecisionMap,
     convert_into,
@@ -45,16 +47,7 @@ def run(
         ValueError: if the model cannot be built or the conversion is refused.
     """
     user = load_model(factory)
-    cuda_fp8 = cuda_fp8 or cuda_has_fp8()
-    conversion = Conversion(
-        format=read_scaling(scaling).format,
-        rules=layer_rules(parse_rules(layers)),
-        backend=backend,
-        high_precision=linear_format("bf16"),
-        cuda_fp8=cuda_fp8,
-    )
-    precision_map = PrecisionMap(backend=backend, cuda_fp8=cuda_fp8)
-    report = convert_into(precision_map, user.model, conversion)
+    report = planned(user.model, scaling, layers, backend, cuda_fp8=cuda_fp8)
     note = "FLOPs: of the linear layers, for lack of an example input"
     if user.example_input is not None:
         try:
@@ -65,12 +58,32 @@ def run(
     if json:
         print(report.to_json())
     else:
-        rows = [Row.of(layer) for layer in report.layers]
+        rows = [Row(**vars(layer)) for layer in report.layers]
         screen = console()
         screen.print(_as_table(rows if all else fold(rows)))
         screen.print(report.summary(), markup=False, soft_wrap=True)
         screen.print(note, markup=False, soft_wrap=True, style="dim")
     return 0
+
+
+def planned(
+    model: nn.Module,
+    scaling: str,
+    layers: Sequence[str] = (),
+    backend: Any = "auto",
+    *,
+    cuda_fp8: bool = False,
+) -> ConversionReport:
+    """Convert a model as FP8Precision over BF16 would; see `commands.plan`."""
+    cuda_fp8 = cuda_fp8 or cuda_has_fp8()
+    conversion = Conversion(
+        format=read_scaling(scaling).format,
+        rules=layer_rules(parse_rules(layers)),
+        backend=backend,
+        high_precision=linear_format("bf16"),
+        cuda_fp8=cuda_fp8,
+    )
+    return convert_into(PrecisionMap(backend=backend, cuda_fp8=cuda_fp8), model, conversion)
 
 
 def parse_rules(arguments: Sequence[str]) -> dict[str, str]:
@@ -108,31 +121,14 @@ def parse_rules(arguments: Sequence[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row of the table: a layer, or layers that differ in the numbers of their blocks only."""
+class Row(LayerReport):
+    """One row of the table: a layer, or layers that differ in the numbers of their blocks only.
 
-    name: str
-    """The layer's name, or a pattern that matches the layers and can serve in a rule."""
+    The name of several layers is a pattern that matches them, and can serve in a rule.
+    """
 
-    format: str
-    kernel: str
-    layers: int
-    parameters: int
-    flops_share: float
-    reason: str | None
-
-    @classmethod
-    def of(cls, layer: LayerReport) -> Row:
-        """The row of one layer."""
-        return cls(
-            name=layer.title,
-            format=layer.format,
-            kernel=layer.kernel,
-            layers=1,
-            parameters=layer.parameters,
-            flops_share=layer.flops_share,
-            reason=layer.reason,
-        )
+    layers: int = 1
+    """How many."""
 
 
 def fold(rows: Sequence[Row]) -> list[Row]:
@@ -164,10 +160,10 @@ def fold(rows: Sequence[Row]) -> list[Row]:
 
 def _as_table(rows: Sequence[Row]) -> FittedTable:
     numbers = ("layers", "parameters", "FLOPs")
-    grid = table("", "layer", "format, kernel", *numbers, right=numbers)
+    grid = FittedTable("", "layer", "format, kernel", *numbers, right=numbers)
     for row in rows:
         grid.add_row(
-            Text(row.name if row.reason is None else f"{row.name}\n  {row.reason}"),
+            Text(row.title if row.reason is None else f"{row.title}\n  {row.reason}"),
             Text(f"{row.format}\n  {row.kernel}"),
             str(row.layers),
             f"{row.parameters:,}",

@@ -7,14 +7,12 @@ from typing import Any
 
 from lightning_fp import recipes
 from lightning_fp.cli.loading import load_model
-from lightning_fp.cli.output import console, table
-from lightning_fp.cli.strict_json import print_json
-from lightning_fp.kernels.hardware import cuda_has_fp8
-from lightning_fp.layers import Conversion, ConversionReport, PrecisionMap, convert_into
-from lightning_fp.layers.format import linear_format
-from lightning_fp.layers.scaling import read_scaling
+from lightning_fp.cli.output import console, print_json
+from lightning_fp.cli.plan import planned
+from lightning_fp.layers import ConversionReport, linear_format
 from lightning_fp.recipes import RolloutRecipe, Stage, StageFormats
 from lightning_fp.recipes.text import as_plain
+from lightning_fp.terminal import FittedTable
 
 _HIGH = "bf16"
 """What high precision is, as long as there is no plugin to ask."""
@@ -53,21 +51,13 @@ def check(file: str, model: str | None, scaling: str, *, json: bool) -> int:
         _print_stages(recipe)
         console().print("The recipe is sound. Which layers it touches: --model module:factory")
         return 0
-    user = load_model(model)
-    precision_map = PrecisionMap(cuda_fp8=cuda_has_fp8())
-    conversion = Conversion(
-        format=read_scaling(scaling).format,
-        rules=(),
-        backend="auto",
-        high_precision=linear_format(_HIGH),
-        cuda_fp8=cuda_has_fp8(),
-    )
-    report = convert_into(precision_map, user.model, conversion)
+    report = planned(load_model(model).model, scaling)
+    configured = report.precision_map.configured()
     try:
-        stages = follow(recipe, precision_map.configured(), order=report.order)
+        stages = follow(recipe, configured, order=report.order)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    remarks = _remarks(recipe, stages, precision_map.configured(), report)
+    remarks = _remarks(recipe, stages, configured, report)
     if json:
         course = [_as_json(entry, report) for entry in stages]
         print_json({"recipe": as_plain(recipe), "course": course, "remarks": remarks})
@@ -116,7 +106,7 @@ def _remarks(
 
 
 def _print_stages(recipe: RolloutRecipe) -> None:
-    grid = table(recipe.name, "stage", "layers", "until")
+    grid = FittedTable(recipe.name, "stage", "layers", "until")
     for stage in recipe.stages:
         gates = [f"and {g.statistic} {g.bounds} over {g.window}" for g in stage.gates]
         layers = "\n".join(f"{pattern}: {format}" for pattern, format in stage.layers.items())
@@ -141,7 +131,7 @@ def _until(stage: Stage) -> str:
 
 def _print_course(stages: Sequence[StageFormats], report: ConversionReport) -> None:
     columns = ("stage", "formats", "low precision", "changes")
-    grid = table("", *columns, right=("low precision",))
+    grid = FittedTable("", *columns, right=("low precision",))
     for entry in stages:
         counts: dict[str, int] = {}
         for format in entry.formats.values():

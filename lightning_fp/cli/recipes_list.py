@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_fp.cli.output import console, table
-from lightning_fp.cli.strict_json import print_json
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.recipes.catalogue import CATALOGUE
+from lightning_fp.terminal import FittedTable
 
 
 def run(*, json: bool) -> int:
@@ -13,7 +13,7 @@ def run(*, json: bool) -> int:
         recipes = [{"name": name, **listed._asdict()} for name, listed in CATALOGUE.items()]
         print_json({"recipes": recipes})
         return 0
-    grid = table("", "recipe", "what it does, and its stages")
+    grid = FittedTable("", "recipe", "what it does, and its stages")
     for name, listed in CATALOGUE.items():
         grid.add_row(name, f"{listed.description}\n[dim]{' > '.join(listed.stages)}[/dim]")
     console().print(grid)

@@ -6,8 +6,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_fp.cli.output import console
-from lightning_fp.cli.strict_json import print_json
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.report.page import read_runs, render
 from lightning_fp.report.terminal import as_plain, print_summary
 

@@ -10,19 +10,14 @@ import pyarrow.compute as functions
 from rich.console import Console
 from rich.text import Text
 
-from lightning_fp.cli.output import console, table
-from lightning_fp.cli.strict_json import print_json
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.records import read_statistics
+from lightning_fp.report.draw.heatmaps import NAMES
 from lightning_fp.report.draw.sparkline import sparkline
+from lightning_fp.report.read.digest import RANKINGS, Ranking
 from lightning_fp.report.read.run_records import read_records
 from lightning_fp.report.sections.missing import why_no_statistics
-
-_RANKINGS = {
-    "clamped_mass": ("clamped mass", "descending"),
-    "underflow_fraction": ("underflow", "descending"),
-    "sqnr_db": ("SQNR", "ascending"),
-}
-"""What the worst are ranked by: its title, and which end is bad."""
+from lightning_fp.terminal import FittedTable
 
 # pyarrow makes its functions at import, out of sight of type checkers.
 pc: Any = functions
@@ -56,7 +51,7 @@ def run(run: str, layer: str | None, top: int, *, json: bool) -> int:
         none = f"{run!r} has no rows yet; they come with the first log interval"
         raise ValueError(_why_none(run, none))
     if layer is None:
-        found = {name: worst(rows, name, top) for name in _RANKINGS}
+        found: dict[Ranking, list[dict[str, Any]]] = {n: worst(rows, n, top) for n in RANKINGS}
         if json:
             print_json({"run": run, "worst": found})
         else:
@@ -78,12 +73,12 @@ def _why_none(run: str, otherwise: str) -> str:
         return otherwise
 
 
-def worst(rows: pa.Table, ranking: str, top: int) -> list[dict[str, Any]]:
+def worst(rows: pa.Table, ranking: Ranking, top: int) -> list[dict[str, Any]]:
     """The worst operands of a run by one statistic.
 
     Args:
         rows: what `read_statistics` returned.
-        ranking: "clamped_mass", "underflow_fraction" or "sqnr_db".
+        ranking: what they are ranked by; of SQNR, small is bad.
         top: how many.
 
     Returns:
@@ -99,7 +94,8 @@ def worst(rows: pa.Table, ranking: str, top: int) -> list[dict[str, Any]]:
     found = found.select([*keys, *(f"{name}_{how}" for name, how in _EXTREMES.items())])
     plain = [found[name].cast(pa.string()) for name in keys]
     found = pa.Table.from_arrays([*plain, *found.columns[len(keys) :]], names=names)
-    order = [(ranking, _RANKINGS[ranking][1]), ("layer", "ascending"), ("operand", "ascending")]
+    worst_first = "ascending" if ranking == "sqnr_db" else "descending"
+    order = [(ranking, worst_first), ("layer", "ascending"), ("operand", "ascending")]
     return found.sort_by(order).slice(0, top).to_pylist()
 
 
@@ -132,19 +128,19 @@ def courses(rows: pa.Table, glob: str) -> dict[str, dict[str, dict[str, list[Any
 
 
 def _print_worst(
-    run: str, rows: pa.Table, found: dict[str, list[dict[str, Any]]], screen: Console
+    run: str, rows: pa.Table, found: dict[Ranking, list[dict[str, Any]]], screen: Console
 ) -> None:
     steps = pc.min_max(rows["step"]).as_py()
     layers = len(rows["layer"].unique())
     line = f"{run}: {layers} layers in low precision, steps {steps['min']} to {steps['max']}"
     screen.print(line, markup=False, soft_wrap=True)
     for ranking, entries in found.items():
-        title = _RANKINGS[ranking][0]
+        title = NAMES[ranking]
         if not entries:
             screen.print(f"\nNo operand has any {title}.", style="dim")
             continue
         numbers = ("clamped mass", "underflow", "SQNR", "headroom", "non-finite")
-        grid = table(f"Worst by {title}", "layer, operand, format", *numbers, right=numbers)
+        grid = FittedTable(f"Worst by {title}", "layer, operand, format", *numbers, right=numbers)
         for entry in entries:
             grid.add_row(
                 Text(f"{entry['layer']} {entry['operand']}\n{entry['format']}"),
@@ -163,7 +159,7 @@ def _print_courses(curves: dict[str, dict[str, dict[str, list[Any]]]], screen: C
             formats = " -> ".join(dict.fromkeys(columns["format"]))
             numbers = ("first", "last")
             title = f"{layer}, {operand}: {formats}"
-            grid = table(title, "statistic", *numbers, "course", right=numbers)
+            grid = FittedTable(title, "statistic", *numbers, "course", right=numbers)
             for name, form in (
                 ("amax", "{:.3g}"),
                 ("headroom_bits", "{:+.2f}"),

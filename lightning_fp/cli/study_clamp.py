@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_fp.cli.loading import find_factory
-from lightning_fp.cli.output import console, table
+from lightning_fp.cli.output import console, print_json
 from lightning_fp.cli.plan import parse_rules
-from lightning_fp.cli.strict_json import print_json
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import read_statistics
 from lightning_fp.report.draw.sparkline import sparkline
 from lightning_fp.study import ClampAB, ClampSpikes, SpikeRule, clamp_ab, clamp_spikes, read_loss
 from lightning_fp.study.alignment import Correction
 from lightning_fp.study.series import Statistic
+from lightning_fp.terminal import FittedTable
 
 _CURVE = 20
 """Characters of a curve in a table."""
@@ -102,7 +102,7 @@ def _print_ties(found: ClampSpikes, top: int, screen: Console) -> None:
         title = "Clamped mass around loss spikes" if mass else "Overflow in bits around loss spikes"
         numbers = ("up to spikes", "elsewhere", "samples", "p", "corrected p")
         where = f"layer, operand, -{found.window} to +{found.window} steps"
-        grid = table(title, where, *numbers, right=numbers)
+        grid = FittedTable(title, where, *numbers, right=numbers)
         for tie in found.ties[:top]:
             grid.add_row(
                 Text(f"{tie.layer}\n{tie.operand} {sparkline(tie.curve, _CURVE)}"),
@@ -125,7 +125,7 @@ def _print_ties(found: ClampSpikes, top: int, screen: Console) -> None:
 
 def _print_ab(compared: ClampAB, output: str, screen: Console) -> None:
     a, b = compared.a, compared.b
-    grid = table("", "", f"A: {a.format}", f"B: {b.format}")
+    grid = FittedTable("", "", f"A: {a.format}", f"B: {b.format}")
     for name, field, form in (
         ("final loss", "final_loss", "{:.4g}"),
         ("loss spikes", "spikes", "{}"),
