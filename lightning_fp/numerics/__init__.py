@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         saturating_cast,
         scaled_cast,
     )
-    from lightning_fp.numerics.combine import (
+    from lightning_fp.numerics.combining import (
         COLUMN,
         MAXIMA,
         STATISTICS,

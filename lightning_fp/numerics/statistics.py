@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.numerics.combine import COLUMN, STATISTICS, WHAT_IF
+from lightning_fp.numerics.combining import COLUMN, STATISTICS, WHAT_IF
 from lightning_fp.numerics.formats import FloatFormat
 from lightning_fp.numerics.rounding import round_in_range
 from lightning_fp.numerics.scaling import tensor_amax

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.numerics.blocks import Block, block_amax, spread_blocks
-from lightning_fp.numerics.combine import COLUMN
+from lightning_fp.numerics.combining import COLUMN
 from lightning_fp.numerics.formats import FloatFormat, float_format
 from lightning_fp.numerics.scaling import amax_to_scale, row_amax, tensor_amax
 from lightning_fp.numerics.statistics import ratio

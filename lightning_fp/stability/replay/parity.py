@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.layers.statistics_table import over_ranks
-from lightning_fp.numerics.combine import COLUMN
+from lightning_fp.numerics.combining import COLUMN
 from lightning_fp.stability.replay.one_step import Replay, compare
 
 

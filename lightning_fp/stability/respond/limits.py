@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.layers.statistics_table import OPERANDS
-from lightning_fp.numerics.combine import COLUMN
+from lightning_fp.numerics.combining import COLUMN
 from lightning_fp.numerics.statistics import shares
 
 _CASTS = [OPERANDS.index(operand) for operand in ("input", "weight", "grad_output")]
