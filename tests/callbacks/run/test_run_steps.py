@@ -160,6 +160,9 @@ def test_a_gate_reads_the_board_and_asks_nobody(tmp_path: Path) -> None:
     """Whoever publishes under the name: here a callback that measures nothing."""
 
     class Says(EvaluationGap):
+        def cannot_measure(self, *_: Any) -> str:
+            return ""
+
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             step = trainer.global_step
             run_of(trainer).board.publish("precision/eval_gap", step, 1.0 if step < 5 else 0.0)

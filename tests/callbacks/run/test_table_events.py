@@ -59,7 +59,7 @@ def test_a_users_write_beside_a_monitor_alone(tmp_path: Path) -> None:
 def test_a_move_of_fp8_auto_beside_a_monitor_alone(tmp_path: Path) -> None:
     plugin = FP8Precision("auto", tokens=1e9)
     quick = AutoScaling(tokens=1e9, window=1, check_every=1, clamp_bits=20)
-    plugin.precision_map._auto = AutoScalingState(quick)
+    plugin.precision_map._histories._auto = AutoScalingState(quick)
     fit(plugin, max_steps=20, callbacks=[ClampMonitor(dirpath=tmp_path)])
     moved = [(e.step, layer) for e in changes(tmp_path) for layer in e.formats]
     assert moved
