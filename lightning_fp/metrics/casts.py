@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_fp.metrics.base import Float64Metric
 from lightning_fp.numerics import STATISTICS, format_of_dtype, operand_statistics, shares
 
 
-class CastMetric(Metric):
+class CastMetric(Float64Metric):
     """Sums what casts do; the share is formed at the end, so that updates and ranks add up.
 
     Non-finite values are left out.
@@ -21,9 +20,6 @@ class CastMetric(Metric):
         kwargs: torchmetrics' own options, e.g. `sync_on_compute`.
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
 
@@ -67,26 +63,6 @@ class CastMetric(Metric):
     def compute(self) -> Tensor:
         """The share over all updates and ranks; float64 scalar."""
         return shares(self.sums)[self.share]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
-        """Follow the module to its device, but not to a smaller dtype."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor.new_empty(0)).device)
-
-        return super()._apply(move, exclude_state)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """A figure of one or more values, as every torchmetric has it; needs matplotlib.
-
-        Args:
-            val: what `compute` or `forward` returned, or a list of it; by default computed now.
-            ax: the matplotlib axis to draw on.
-
-        Returns:
-            The figure and its axis.
-        """
-        return self._plot(val, ax)
 
 
 class ClampFraction(CastMetric):

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_fp.metrics.base import Float64Metric
 
 _FLAT = 1e-10
 """A window with a smaller standard deviation than this has no noise to measure a jump by."""
 
 
-class LossSpikeScore(Metric):
+class LossSpikeScore(Float64Metric):
     """Share of the steps whose loss is far above those before it.
 
     A step is a spike if its loss is more than `threshold` standard deviations above the mean of the
@@ -41,8 +42,6 @@ class LossSpikeScore(Metric):
     0.2
     """
 
-    is_differentiable = False
-    higher_is_better = False
     full_state_update = True  # a step is judged by those before it
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
@@ -99,18 +98,6 @@ class LossSpikeScore(Metric):
     def compute(self) -> Tensor:
         """Spikes over steps, of all ranks; 0 before the first step; float64 scalar."""
         return self.spikes.double() / self.steps.clamp(min=1)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """A figure of one or more values, as every torchmetric has it; needs matplotlib.
-
-        Args:
-            val: what `compute` or `forward` returned, or a list of it; by default computed now.
-            ax: the matplotlib axis to draw on.
-
-        Returns:
-            The figure and its axis.
-        """
-        return self._plot(val, ax)
 
     def _step(self, loss: Tensor) -> None:
         """Without waiting for the device."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_fp.metrics.base import Float64Metric
 from lightning_fp.metrics.log_histogram import BINS, histogram
 from lightning_fp.metrics.log_ratio import SAFETY_BOUND, TERMS, TOKEN_TERMS, Term
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
 from lightning_fp.metrics.mismatch_values import (
+    COUNTS,
     LARGEST,
     MOMENTS,
     PER_SEQUENCE,
     PER_TOKEN,
+    VALUES,
     Collected,
-    values_of,
 )
 from lightning_fp.metrics.moments import merge_moments, moments_of, no_moments
 
@@ -32,7 +32,7 @@ ROUNDING = 1e-3
 sampled tokens are."""
 
 
-class TrainingInferenceMismatch(Metric):
+class TrainingInferenceMismatch(Float64Metric):
     """Log-probabilities of sampled tokens: as the rollout engine gave them, and as training does.
 
     With the same weights both should be equal; they differ by what precision and kernels do, and a
@@ -59,10 +59,6 @@ class TrainingInferenceMismatch(Metric):
     >>> round(metric.compute()["rollout_probs_diff_max"].item(), 6)
     0.05
     """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
 
     token_sums: Tensor
     sequence_sums: Tensor
@@ -217,17 +213,9 @@ class TrainingInferenceMismatch(Metric):
             magnitudes=self.magnitudes,
             limit=math.log(self.threshold),
         )
-        counts = {"tokens": tokens, "sequences": sequences, "nonfinite": token["nonfinite"]}
-        values = {**values_of(collected), **counts}
+        values = {name: value(collected) for name, value in VALUES.items()}
+        values |= zip(COUNTS, (tokens, sequences, token["nonfinite"]), strict=True)
         return values | {alias: values[name] for alias, name in ALIASES[self.aliases].items()}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
-        """Follow the module to its device, but not to a smaller dtype."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor.new_empty(0)).device)
-
-        return super()._apply(move, exclude_state)
 
 
 def _sums(terms: dict[str, Term], ratios: Tensor, valid: Tensor, threshold: float) -> list[Tensor]:

@@ -7,63 +7,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from lightning_fp.metrics.mismatch_values import COUNTS, VALUES
 from lightning_fp.records.step_rows import StepRows, read_step_rows
 
 FILE = "mismatch.csv"
 """Name of the file inside of a run's directory."""
 
-COLUMNS = (
-    "step",
-    "kl",
-    "k3_kl",
-    "reverse_k3_kl",
-    "js_divergence",
-    "chi2_token",
-    "chi2_seq",
-    "mult_prob_error",
-    "training_ppl",
-    "training_log_ppl",
-    "rollout_ppl",
-    "rollout_log_ppl",
-    "log_ppl_diff",
-    "log_ppl_abs_diff",
-    "log_ppl_diff_max",
-    "log_ppl_diff_min",
-    "ppl_ratio",
-    "rollout_is_mean",
-    "rollout_is_std",
-    "rollout_is_max",
-    "rollout_is_min",
-    "rollout_is_ratio_fraction_high",
-    "rollout_is_ratio_fraction_low",
-    "rollout_is_eff_sample_size",
-    "rollout_is_abs_deviation",
-    "tis_weight_max",
-    "tis_weight_min",
-    "tis_weight_mean",
-    "tis_clip_fraction",
-    "mis_weight_mean",
-    "mis_mask_fraction",
-    "seq_tis_weight_mean",
-    "seq_tis_clip_fraction",
-    "seq_mis_weight_mean",
-    "seq_mis_mask_fraction",
-    "rollout_probs_diff_max",
-    "rollout_probs_diff_mean",
-    "rollout_probs_diff_std",
-    "rollout_actor_probs_pearson_corr",
-    "extreme_disagreement",
-    "logprob_abs_diff_mean",
-    "logprob_abs_diff_max",
-    "logprob_abs_diff_p50",
-    "logprob_abs_diff_p99",
-    "logprob_abs_diff_p99.9",
-    "seq_logprob_abs_diff_mean",
-    "seq_logprob_abs_diff_max",
-    "tokens",
-    "sequences",
-    "nonfinite",
-)
+COLUMNS = ("step", *VALUES, *COUNTS)
 """Its columns: the number of optimizer steps done, 1 after the first, and what
 `TrainingInferenceMismatch` found in that step over micro-batches and ranks, before the step's
 update; docs/training-inference-mismatch.md defines every name."""

@@ -89,6 +89,13 @@ def test_reset_forgets_the_window() -> None:
     assert metric.compute() == 0
 
 
+def test_its_window_stays_exact_in_a_module_of_a_smaller_dtype() -> None:
+    module = torch.nn.ModuleList([LossSpikeScore(window=4)]).to(torch.bfloat16)
+    assert module[0].recent.dtype == torch.float64
+    module[0].update(torch.tensor([1.0, 1.001, 1.0, 1.001, 1.02]))
+    assert module[0].compute() == 0.2
+
+
 def test_saved_and_loaded_it_continues() -> None:
     values = torch.from_numpy(losses(1))
     whole, first = LossSpikeScore(window=32), LossSpikeScore(window=32)
