@@ -14,9 +14,9 @@ import torch
 from side_by_side import cpu_seconds, report
 
 from lightning_fp import FP8Precision, PrecisionFallback
-from lightning_fp.callbacks.fallback.rescue import Rescue
-from lightning_fp.callbacks.fallback.trajectory import TrajectoryReplay
+from lightning_fp.callbacks.fallback.carry_out import CarryOut
 from lightning_fp.demo.model import ByteGPT
+from lightning_fp.stability.replay.trajectory import replay_trajectory
 
 SKIP, STEPS, BATCH, CONTEXT = 81, 128, 8, 64
 
@@ -61,29 +61,27 @@ class Replays(L.Callback):
         self.began: list[float] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: object, *_: object) -> None:
-        rescue, step = self.fallback._rescue, trainer.global_step
-        if step == 100 and rescue is not None:
-            self.measure(trainer, rescue)
+        hands, step = self.fallback._hands, trainer.global_step
+        if step == 100 and hands is not None:
+            self.measure(hands)
         self.began.append(time.process_time())
 
-    def measure(self, trainer: L.Trainer, rescue: Rescue) -> None:
+    def measure(self, hands: CarryOut) -> None:
         pairs = zip(self.began[20:-1], self.began[21:], strict=True)
         a_step = statistics.median(after - before for before, after in pairs)
-        start = rescue.snapshots.kept[0]
-        steps = rescue.ring.since(rescue.snapshots.kept[1].step)
-        before = rescue.run.take()
-        self.restore = cpu_seconds(lambda: rescue.run.restore_weights(start), runs=5) / a_step
-        rescue.run.restore_weights(before)
-        investigation = rescue._investigation()
-        replay = investigation._step_replay(rescue.ring.last)
+        loop, ring = hands.loop, self.fallback._ring
+        newest, older, *_ = self.fallback._snapshots.kept
+        steps, last = ring.since(older.step), ring.last
+        before = loop.take()
+        self.restore = cpu_seconds(lambda: loop.restore(newest), runs=5) / a_step
+        loop.restore(before)
+        replay = None if last is None else loop.replay(last)
         if replay is None or steps is None:
             raise RuntimeError("nothing was recorded")
-        high = investigation.all_high()
+        high = dict.fromkeys(loop.low(), loop.high)
         self.one = cpu_seconds(lambda: replay(high), runs=5) / a_step
-        run = rescue.run
-        trajectory = TrajectoryReplay(trainer, rescue.plugin, run.take, run.restore_weights)
         began = time.process_time()
-        trajectory(rescue.snapshots.kept[1], steps, {})
+        replay_trajectory(loop, older, steps, {})
         self.trajectory = (time.process_time() - began) / a_step / len(steps)
 
 

@@ -1,8 +1,8 @@
-"""Layer limits over sampled steps: which layers climb."""
+"""Looks at sampled steps: which layers are over their limits."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -28,17 +28,14 @@ class LayerWatch:
     """
 
     def __init__(self, limit: LayerLimit, every_n_steps: int, seed: int) -> None:
-        self._limit = limit
         self._steps = SampledSteps(every_n_steps, seed)
         self._sampler: StepSampler | None = None
         self._monitor: ClampMonitor | None = None
-        self._limits = LimitWatch(limit, 0)
-        self._state = self._limits.init()
+        self._limits = LimitWatch(limit, 0)  # it is the watch that counts
         self._looks: list[tuple[list[str], Tensor]] = []
 
     def start(self, trainer: L.Trainer, table: PrecisionMap) -> None:
         """Observe the layers from here on."""
-        self._limits = LimitWatch(self._limit, len(table.layers))
         callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
         monitors = [c for c in callbacks if isinstance(c, ClampMonitor)]
         if monitors:
@@ -89,39 +86,16 @@ class LayerWatch:
 
     # -- between steps --------------------------------------------------------------------------
 
-    def judge(self, *, sound: bool, armed: bool) -> list[Excess]:
-        """What the looks since the last time say.
-
-        Args:
-            sound: whether all steps since then were made. In a step that was left out inf and NaN
-                are everywhere, and say nothing about the layer they are seen in.
-            armed: whether layers may climb.
-
-        Returns:
-            The layers that climb.
-        """
+    def take(self) -> list[tuple[list[str], dict[str, Excess]]]:
+        """The looks since the last time: which layers, and those of them over a limit."""
         looks, self._looks = self._looks, []
-        if not (sound and armed):
-            return []
-        climbing: list[Excess] = []
-        for names, table in looks:
-            excesses = self._limits.excesses(table, names)
-            self._state, climbs = self._limits.step(self._state, excesses, names)
-            climbing += climbs
-        if self._limits.watching(self._state):
-            self.look_again()
-        return climbing
-
-    def forget(self, layers: Collection[str]) -> None:
-        """Layers whose formats were changed begin anew."""
-        self._state = self._limits.forget(self._state, layers)
+        return [(names, self._limits.excesses(table, names)) for names, table in looks]
 
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and which steps are sampled."""
+        """Which steps are sampled, and what was not taken yet."""
         return {
-            "limits": self._limits.state_dict(self._state),
             "sampled_at": self._steps.last,
             "asked": self._steps.asked,
             "looks": [{"names": names, "table": table.cpu()} for names, table in self._looks],
@@ -129,6 +103,5 @@ class LayerWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`."""
-        self._state = self._limits.load_state_dict(state["limits"])
         self._steps.last, self._steps.asked = state["sampled_at"], state["asked"]
         self._looks = [(look["names"], look["table"]) for look in state["looks"]]

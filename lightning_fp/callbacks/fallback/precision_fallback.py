@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,27 +15,37 @@ from typing_extensions import override
 
 from lightning_fp.callbacks.compare.loop_position import loop_position
 from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
-from lightning_fp.callbacks.fallback.accounting import Accounting
+from lightning_fp.callbacks.fallback.carry_out import CarryOut
 from lightning_fp.callbacks.fallback.incident_log import IncidentLog
-from lightning_fp.callbacks.fallback.investigation import Case
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
-from lightning_fp.callbacks.fallback.rescue import Rescue
 from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
 from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import StepGuard, hyperparameters
+from lightning_fp.plugins.guard import hyperparameters
 from lightning_fp.stability import RandomState
-from lightning_fp.stability.detect.decision import Cause
+from lightning_fp.stability.accounting import Accounting
+from lightning_fp.stability.actions import (
+    Answered,
+    Attempted,
+    Boundary,
+    Ended,
+    FormatsChanged,
+    Happening,
+    HighPrecisionTried,
+    Looked,
+    Question,
+    Settled,
+    StepSeen,
+)
 from lightning_fp.stability.detect.detector import DivergenceDetector
-from lightning_fp.stability.detect.overflow_watch import OverflowState, OverflowWatch
 from lightning_fp.stability.detect.signals import SignalQueue, StepSignals
 from lightning_fp.stability.keep.batch_ring import BatchRing
 from lightning_fp.stability.keep.snapshots import Snapshots
-from lightning_fp.stability.respond.fallback_policy import Fallback, FallbackPolicy, Signals
+from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
-from lightning_fp.stability.respond.probe import Probe, ProbeState
-from lightning_fp.stability.respond.verdict import Anomaly
+from lightning_fp.stability.respond.probe import Probe
+from lightning_fp.stability.watch import Watch
 from lightning_fp.state_version import check_version
 from lightning_fp.telemetry import SignalReader
 
@@ -46,10 +55,6 @@ STATE_VERSION = 1
 
 FALLBACKS = "fallbacks"
 """Published at every step: how many incidents have ended in a demotion since the one before."""
-
-CLAMPING_BITS = -1.0
-"""Headroom below which a step under delayed scaling asks for statistics of the next: its largest
-value was twice what the scale holds."""
 
 
 class PrecisionFallback(RunCallback):
@@ -89,6 +94,8 @@ class PrecisionFallback(RunCallback):
     """
 
     publishes: ClassVar[Mapping[str, str]] = {FALLBACKS: ""}
+    machine: ClassVar[type[Watch]] = Watch
+    """What decides."""
 
     def __init__(
         self,
@@ -116,16 +123,17 @@ class PrecisionFallback(RunCallback):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.detector = DivergenceDetector() if detector is None else detector
         self.dry_run, self.preflight, self.dirpath = dry_run, preflight, dirpath
-        self.steps = Accounting()
-        """What became of the steps so far."""
-        self._fallback = Fallback(policy)
-        self._state = self._fallback.init()
-        self._detected = self.detector.init()
-        self._probe = Probe(every_n_steps=probe_every_n_steps or 1)
-        self._probes = probe_every_n_steps is not None
-        self._probed = ProbeState()
+        self._make_watch = partial(
+            self.machine,
+            detector,
+            policy=policy,
+            limit=limit,
+            probe=None if probe_every_n_steps is None else Probe(every_n_steps=probe_every_n_steps),
+            dry_run=dry_run,
+        )
+        self._watch = self._make_watch()
+        self._state = self._watch.init()
         self._layers = None if limit is None else LayerWatch(limit, every_n_steps, seed)
         self._snapshots = Snapshots(
             depth=snapshots, every_n_steps=snapshot_every_n_steps, limit_bytes=snapshot_bytes
@@ -134,7 +142,7 @@ class PrecisionFallback(RunCallback):
         self._checkpoint_bytes = checkpoint_bytes
         self._settings: dict[str, Any] = {
             "detector": asdict(self.detector),
-            "policy": asdict(self._fallback.policy),
+            "policy": asdict(self._watch.fallback.policy),
             "limit": None if limit is None else asdict(limit),
             "every_n_steps": every_n_steps,
             "probe_every_n_steps": probe_every_n_steps,
@@ -145,12 +153,8 @@ class PrecisionFallback(RunCallback):
         }
         self._queue: SignalQueue | SignalReader = SignalQueue()
         self._waiting: list[StepSignals] = []
-        self._skips = 0
-        self._overflows = OverflowState()
-        self._calm = True
-        self._anomaly = Anomaly()
-        self._log = IncidentLog(None)
-        self._rescue: Rescue | None = None
+        self._log = IncidentLog()
+        self._hands: CarryOut | None = None
         self._count = StepCount()
         self._open: int | None = None
         self._opened_at = 0
@@ -160,9 +164,19 @@ class PrecisionFallback(RunCallback):
         self._failed = False
 
     @property
+    def detector(self) -> DivergenceDetector:
+        """What is suspicious in loss and gradient norm."""
+        return self._watch.detector
+
+    @property
+    def steps(self) -> Accounting:
+        """What became of the steps so far."""
+        return self._state.steps
+
+    @property
     def phase(self) -> str:
         """Where the fallback stands: "warmup", "healthy", "suspect", "probation", "permanent"."""
-        return self._state.phase
+        return self._state.fallback.phase
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -186,51 +200,51 @@ class PrecisionFallback(RunCallback):
         """State what memory the watch takes, and begin."""
         plugin = self.plugin(trainer)
         self._count.start(trainer)
-        run = RunState(trainer)
-        snapshots_bytes = self._snapshots.stated_bytes(run.parts())  # refuses too small a bound
         self._snapshots.clear()
         self._ring.clear()
         self._queue, self._open, self._failed = run_of(trainer).signals.reader(), None, False
         self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         if self._arrived not in plugin.on_input:
             plugin.on_input.append(self._arrived)
+        scaling = None if plugin.scaler is None else plugin.scaler.config
+        layers = len(plugin.precision_map.layers)
+        self._watch = self._make_watch(layers=layers, loss_scaling=scaling)
         if self._layers is not None:
             self._layers.start(trainer, plugin.precision_map)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._restore(loaded)
-        self._published = self._state.demotions
+        self._published = self._state.fallback.demotions
         self._log = IncidentLog(run_of(trainer).log(self), self._count)
-        self._rescue = Rescue(
-            trainer=trainer,
-            plugin=plugin,
-            fallback=self._fallback,
-            run=run,
-            snapshots=self._snapshots,
-            ring=self._ring,
-            log=self._log,
-            steps=self.steps,
+        self._hands = CarryOut(
+            trainer,
+            plugin,
+            self._snapshots,
+            self._ring,
+            look_again=self._look_again,
             dry_run=self.dry_run,
         )
-        self._rescue.others_changes()  # what was before this fit
+        self._say_what_it_takes(self._hands.run)
+        if not replayable(pl_module):
+            text = "training_step takes its batches out of the loader itself: it is watched, and"
+            self._log.note(self._count.done, f"{text} nothing can be replayed")
+
+    def _say_what_it_takes(self, run: RunState) -> None:
         memory = {
             "snapshot_bytes": run.stated_bytes(),
-            "all_snapshots_bytes": snapshots_bytes,
+            "all_snapshots_bytes": self._snapshots.stated_bytes(run.parts()),
             "ring_bytes_at_most": self._ring.max_bytes,
             "high_precision_bytes_per_token": run.high_precision_bytes_per_token(),
         }
         self._log.started(self._count.done, memory, dry_run=self.dry_run)
-        if not replayable(pl_module):
-            text = "training_step takes its batches out of the loader itself: it is watched, and"
-            self._log.note(self._count.done, f"{text} nothing can be replayed")
 
     # -- steps ----------------------------------------------------------------------------------
 
     def _arrived(self, batch: Any) -> None:
         """A batch comes from the loader, and nothing of it has been seen yet: record it."""
-        if self._rescue is None or self._failed:
+        if self._hands is None or self._failed:
             return
-        trainer = self._rescue.trainer
+        trainer = self._hands.trainer
         if self._open is None:
             self._begin(trainer)
             groups = [hyperparameters(optimizer) for optimizer in trainer.optimizers]
@@ -247,17 +261,18 @@ class PrecisionFallback(RunCallback):
         """Between two steps: judge, act, take a snapshot; before a hook has seen the next batch."""
         step = self._count.done
         self._safely(self._boundary, step)
-        new, self._published = self._state.demotions - self._published, self._state.demotions
+        demotions = self._state.fallback.demotions
+        new, self._published = demotions - self._published, demotions
         run_of(trainer).board.publish(FALLBACKS, trainer.global_step, float(new))
         self._open, self._opened_at = step, trainer.global_step
-        self.steps.attempted += 1
+        self._state, _, _ = self._watch.step(self._state, Attempted())
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to look at the layers, if this step is looked at."""
-        if self._rescue is None:
+        if self._hands is None:
             return
         if self._open is None:  # batches do not come through the plugin
             self._begin(trainer)
@@ -280,7 +295,7 @@ class PrecisionFallback(RunCallback):
         batch_idx: int,
     ) -> None:
         """At the end of a step: see that the ring has all of it."""
-        if self._rescue is not None and trainer.global_step != self._opened_at:
+        if self._hands is not None and trainer.global_step != self._opened_at:
             self._count.ended(trainer.global_step)
             self._safely(self._end_step, trainer, pl_module.automatic_optimization)
             self._open = None
@@ -296,27 +311,68 @@ class PrecisionFallback(RunCallback):
     # -- between two steps ----------------------------------------------------------------------
 
     def _boundary(self, step: int) -> None:
-        """Judge the steps whose signals have arrived, and do what follows, alike on all ranks."""
-        rescue = self._rescue
-        if rescue is None:
+        """Tell what has arrived, and do what follows, alike on all ranks."""
+        hands = self._hands
+        if hands is None:
             return
-        self._see_groups(rescue.trainer)
-        rescue.plugin.boundary()  # what waits for this step takes effect now, a moment earlier
-        if new := rescue.others_changes():
-            self._forget([change.layer for change in new])
-            self._detected = self.detector.precision_changed(self._detected)
+        trainer, plugin = hands.trainer, hands.plugin
+        self._see_groups(trainer)
+        plugin.boundary()  # what waits for this step takes effect now, a moment earlier
+        if new := hands.others_changes():
+            self._tell(FormatsChanged(layers=tuple(change.layer for change in new)))
         seen, self._waiting = [*self._waiting, *self._take()], []
         for signals in seen:
-            self._judge(rescue, signals, step)
+            self._ring.set_results(
+                signals.step,
+                loss=signals.loss,
+                grad_norm=signals.grad_norm,
+                skipped=signals.skipped,
+            )
+            self._tell(self._seen(plugin, signals, step))
+        sound = not any(signals.skipped for signals in seen)
+        for names, excesses in [] if self._layers is None else self._layers.take():
+            look = Looked(at=step, names=tuple(names), excesses=excesses, sound=sound)
+            self._tell(look)
+        self._tell(Boundary(at=step, sound=sound))
+        if self._snapshots.due(step):
+            self._tell(Settled(at=step))
+
+    def _tell(self, happening: Happening) -> None:
+        """Tell the watch, and do what it asks for."""
+        self._state, actions, events = self._watch.step(self._state, happening)
+        for event in events:
+            self._log.write(event)
+        for action in actions:
+            if self._hands is None:
+                return
+            if isinstance(action, Question):
+                answer = self._hands.answer(action)
+                self._tell(Answered(question=action, answer=answer))
+            else:
+                self._hands.do(action)
+
+    def _seen(self, plugin: LayerPrecision, signals: StepSignals, at: int) -> StepSeen:
+        guard, scaler = plugin.guard, plugin.scaler
+        named = None if guard is None or not signals.skipped else guard.overflowed
+        half = plugin.half_dtype is torch.float16
+        stuck = half and scaler is not None and signals.skipped and bool(scaler.state.stuck)
+        return StepSeen(
+            at=at,
+            signals=signals,
+            overflowed=None if named is None else self._overflowed(named, signals.step),
+            half=half,
+            stuck=stuck,  # waits for the device, but not often
+        )
+
+    def _overflowed(self, named: Mapping[int, str], step: int) -> str | None:
+        """The layer that overflowed first in a step, at the first of its optimizers that did."""
+        at = self._count.global_step
+        layers = (named.get(each) for each in range(at(step), max(at(step + 1), 1)))
+        return next((layer for layer in layers if layer is not None), None)
+
+    def _look_again(self) -> None:
         if self._layers is not None:
-            sound = not any(signals.skipped for signals in seen)
-            armed = self._state.phase not in ("warmup", "permanent")
-            if rescue.climb(step, self._layers.judge(sound=sound, armed=armed)):
-                self._detected = self.detector.precision_changed(self._detected)
-        self._probe_if_due(rescue, step)
-        if self._calm and self._state.phase != "suspect" and self._snapshots.due(step):
-            self._snapshots.take(step, rescue.run.parts())
-            self._ring.drop_before(self._snapshots.oldest_step or 0)
+            self._layers.look_again()
 
     def _take(self, *, all: bool = False) -> list[StepSignals]:
         """Signals that have arrived, with steps as they are counted here."""
@@ -331,124 +387,13 @@ class PrecisionFallback(RunCallback):
             self._ring.clear()
             self._snapshots.clear()
 
-    def _judge(self, rescue: Rescue, seen: StepSignals, step: int) -> None:
-        """One step's signals, and the investigation that they may call for."""
-        self._ring.set_results(
-            seen.step, loss=seen.loss, grad_norm=seen.grad_norm, skipped=seen.skipped
-        )
-        self._skips = self._skips + 1 if seen.skipped else 0
-        overflow = self._see_overflow(rescue, seen)
-        if seen.skipped:
-            self.steps.skipped += 1
-            guard = rescue.plugin.guard
-            layer = None if guard is None else self._overflowed(guard, seen.step)
-            self._log.skipped(seen, self._skips, layer)
-        self._detected, decision = self.detector.step(
-            self._detected,
-            loss=seen.loss,
-            grad_norm=seen.grad_norm,
-            lr=seen.lr,
-            skipped=seen.skipped,
-        )
-        self._calm = decision.kind == "ok"
-        self._anomaly = Anomaly(baseline=decision.baseline, noise=decision.noise)
-        clamping = seen.headroom is not None and seen.headroom < CLAMPING_BITS
-        if clamping and self._layers is not None:
-            self._layers.look_again()
-        suspicious = decision.kind in ("suspect", "diverged")
-        onset = None if decision.onset is None else seen.step - decision.onset
-        armed = decision.baseline is not None and decision.cause is not Cause.LEARNING
-        skips = self._skips
-        if rescue.plugin.half_dtype is torch.float16:  # a scale that falls skips steps
-            skips = max(skips, self._fallback.policy.max_skips + 1) if overflow else 0
-        signals = Signals(step=step, armed=armed, suspicious=suspicious, onset=onset, skips=skips)
-        before = self._state
-        self._state, action = self._fallback.step(before, signals)
-        self._log.state(step, before.phase, self._state.phase, decision.reason)
-        if action == "promote":
-            self._state = rescue.promote(self._state, step)
-            self._detected = self.detector.precision_changed(self._detected)
-        elif action == "investigate":
-            self._log.suspicion(step, decision, skips=self._skips, overflow=overflow)
-            self._investigate(rescue, step, probed=False, overflow=overflow)
-        elif before.phase == "permanent" and suspicious:
-            self._log.still_misbehaves(step, decision)
-
-    def _overflowed(self, guard: StepGuard, step: int) -> str | None:
-        """The layer that overflowed first in a step, at the first of its optimizers that did."""
-        at = self._count.global_step
-        named = (guard.overflowed.get(each) for each in range(at(step), max(at(step + 1), 1)))
-        return next((layer for layer in named if layer is not None), None)
-
-    def _see_overflow(self, rescue: Rescue, seen: StepSignals) -> str | None:
-        """Under FP16: why overflows are more than a matter of the loss scale, if they are."""
-        scaler = rescue.plugin.scaler
-        if scaler is None or rescue.plugin.half_dtype is not torch.float16:
-            self._overflows = OverflowState()
-            return None
-        watch = OverflowWatch(scaler.config, self._fallback.policy.max_skips)
-        self._overflows, reason = watch.step(
-            self._overflows,
-            skipped=seen.skipped,
-            loss_finite=seen.loss is None or math.isfinite(seen.loss),
-            stuck=seen.skipped and bool(scaler.state.stuck),  # waits, but not often
-        )
-        return reason
-
-    def _investigate(
-        self, rescue: Rescue, step: int, *, probed: bool, overflow: str | None = None
-    ) -> None:
-        case = Case(
-            step=step,
-            onset=step if self._state.onset is None else self._state.onset,
-            anomaly=self._anomaly,
-            healthy_error=self._probe.usual(self._probed),
-            risen=not probed,
-            overflow=overflow,
-        )
-        self._state, finding, went_back = rescue.investigate(self._state, case)
-        if finding == "not precision":
-            self._detected = self.detector.cleared(self._detected)
-            if probed:  # an error that does no harm is what is usual from here on
-                self._probed = self._probe.accept(self._probed)
-        if finding == "precision" and not self.dry_run:
-            self._forget(self._state.demoted)
-            self._detected = self.detector.precision_changed(self._detected)
-            self._skips = 0
-        if went_back:
-            self._detected = self.detector.rolled_back(self._detected)
-            self._calm = True
-
-    def _forget(self, layers: Collection[str]) -> None:
-        """What was seen of layers whose formats were changed is void."""
-        if self._layers is not None:
-            self._layers.forget(layers)
-
-    def _probe_if_due(self, rescue: Rescue, step: int) -> None:
-        """Compare one step's gradients with high precision, if it is time."""
-        state, probe = self._state, self._probe
-        ready = state.phase in ("healthy", "probation") and step >= state.quiet_until
-        if not (self._probes and ready and self._calm and probe.due(self._probed, step)):
-            return
-        error = rescue.probe(step)
-        before, self._probed = self._probed, probe.seen(self._probed, step, error)
-        if error is None or not probe.suspicious(before, error):
-            return
-        self._log.probe_suspicion(step, error, probe.usual(before))
-        onset = step if before.healthy is None else before.healthy
-        signals = Signals(step=step, armed=True, suspicious=True, onset=onset)
-        self._state, _ = self._fallback.step(state, signals)
-        self._log.state(step, state.phase, self._state.phase, "a probe is out of the usual")
-        self._investigate(rescue, step, probed=True)
-
     def _try_high_precision(self, trainer: L.Trainer, batch: Any, batch_idx: int) -> None:
         """One step in high precision, to see that memory suffices for it."""
         plugin = self.plugin(trainer)
         table = plugin.precision_map
         run = StepReplay(trainer, table, batch, batch_idx)
         replay = run(dict.fromkeys(table.layers, plugin.high_precision))
-        self.steps.replayed += 1
-        self._log.preflight(self._count.done, replay.outcome)
+        self._tell(HighPrecisionTried(at=self._count.done, outcome=replay.outcome))
 
     def _safely(self, function: Callable[..., object], *args: Any) -> None:
         """What fails in here is logged, and the training goes on without the watch."""
@@ -466,14 +411,12 @@ class PrecisionFallback(RunCallback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what became of the steps."""
-        if self._rescue is None:
+        if self._hands is None:
             return
-        for seen in [*self._waiting, *self._take(all=True)]:
-            if seen.skipped:
-                self._skips += 1
-                self.steps.skipped += 1
-                self._log.skipped(seen, self._skips)
-        self._log.finished(self._count.done, self.steps)
+        waiting = [*self._waiting, *self._take(all=True)]
+        at = self._count.done
+        unseen = tuple(StepSeen(at=at, signals=signals) for signals in waiting)
+        self._tell(Ended(at=at, unseen=unseen))
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -487,7 +430,7 @@ class PrecisionFallback(RunCallback):
             plugin.stop_guarding()
             if self._arrived in plugin.on_input:
                 plugin.on_input.remove(self._arrived)
-        self._rescue = None
+        self._hands = None
         self._snapshots.clear()
         self._ring.clear()
 
@@ -497,22 +440,16 @@ class PrecisionFallback(RunCallback):
     def state_dict(self) -> dict[str, Any]:
         """States, counters and signals; snapshots and batches too where they are small."""
         self._waiting += self._take(all=True)
+        watch = self._watch.state_dict(self._state)
+        limits, layers = watch.pop("limits"), self._layers
         state: dict[str, Any] = {
-            "version": STATE_VERSION,
-            "fallback": self._fallback.state_dict(self._state),
-            "detector": self.detector.state_dict(self._detected),
-            "probe": self._probe.state_dict(self._probed),
-            "layers": None if self._layers is None else self._layers.state_dict(),
-            "steps": asdict(self.steps),
+            **watch,
+            "layers": None if layers is None else {"limits": limits, **layers.state_dict()},
             "count": self._count.state_dict(),
             "waiting": [asdict(signals) for signals in self._waiting],
-            "skips": self._skips,
-            "overflows": asdict(self._overflows),
-            "calm": self._calm,
-            "anomaly": asdict(self._anomaly),
         }
         small = self._snapshots.nbytes + self._ring.nbytes <= self._checkpoint_bytes
-        if self._rescue is not None and self._rescue.run.single and small:
+        if self._hands is not None and self._hands.run.single and small:
             # Attributes of a run that has ended may be options of its callbacks.
             state["snapshots"] = self._snapshots.state_dict(without=(ATTRIBUTES,))
             state["ring"] = self._ring.state_dict()
@@ -525,21 +462,13 @@ class PrecisionFallback(RunCallback):
         self._loaded = state_dict
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._state = self._fallback.load_state_dict(state["fallback"])
-        self._detected = self.detector.load_state_dict(state["detector"])
-        self._probed = self._probe.load_state_dict(state["probe"])
-        if self._layers is not None and state["layers"] is not None:
-            self._layers.load_state_dict(state["layers"])
-        self.steps = Accounting(**state["steps"])
+        layers = state["layers"] or {}
+        self._state = self._watch.load_state_dict({**state, "limits": layers.get("limits")})
+        if self._layers is not None and layers:
+            self._layers.load_state_dict(layers)
         if "count" in state:
             self._count.load_state_dict(state["count"])
         self._waiting = [StepSignals(**signals) for signals in state["waiting"]]
-        self._skips, self._calm = state["skips"], state["calm"]
-        self._anomaly = Anomaly(**state["anomaly"])
-        if "overflows" in state:
-            saved = state["overflows"]
-            recent = tuple(saved["recent"])
-            self._overflows = replace(OverflowState(**saved), recent=recent)
         if "snapshots" in state:
             self._snapshots.load_state_dict(state["snapshots"])
             self._ring.load_state_dict(state["ring"])

@@ -7,22 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 
 from lightning_fp.callbacks import PrecisionFallback
-from lightning_fp.callbacks.fallback.investigation import Case, Findings
-from lightning_fp.callbacks.fallback.rescue import Rescue
 from lightning_fp.demo.faults.cases import CASES, FaultCase
 from lightning_fp.demo.faults.run import STEPS, FaultRun, fault_plugin, fault_run
 from lightning_fp.layers import linear_format
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.events import FormatChange, Rollback, SkippedStep, read_events
-from lightning_fp.stability.respond.fallback_policy import FallbackState
+from lightning_fp.stability.actions import Survey, Surveyed
+from lightning_fp.stability.conviction import Conclusion
 from lightning_fp.stability.respond.ladder import LADDER
-from lightning_fp.stability.respond.verdict import Finding
+from lightning_fp.stability.watch import Watch
 
 Arm = Literal["high precision", "unprotected", "skip-step", "rollback and skip", "fallback"]
 """What a run is protected by: nothing to protect, nothing, leaving non-finite steps out, going back
@@ -99,6 +98,18 @@ def _protection(arm: Arm, directory: Path) -> list[L.Callback]:
     return [_SkipStep()] if arm == "skip-step" else []
 
 
+class _GoesBack(Watch):
+    """Has the run go back whenever a case is opened, without a verdict."""
+
+    def _evidence(self, turn: Any, question: object, answer: object) -> None:
+        if not isinstance(question, Survey) or not isinstance(answer, Surveyed):
+            return
+        step = question.at
+        self._go_back(turn, step, answer, Conclusion(finding="unclear", start=answer.start))
+        calm = replace(self.fallback.acquitted(turn.state.fallback, step), acquittals=0)
+        turn.state = replace(turn.state, inquiry=None, fallback=calm)
+
+
 class _SkipStep(L.Callback):
     """Leaves out steps that are not finite, and does nothing else."""
 
@@ -111,21 +122,7 @@ class _SkipStep(L.Callback):
 class _RollbackAndSkip(PrecisionFallback):
     """The control arm: goes back at every suspicion, and never touches a format."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if self._rescue is not None:
-            self._rescue = _GoBack(**vars(self._rescue))
-
-
-class _GoBack(Rescue):
-    def investigate(
-        self, state: FallbackState, case: Case
-    ) -> tuple[FallbackState, Finding | None, bool]:
-        start = self.snapshots.newest_before(case.onset)
-        back = start is not None and self._go_back(
-            case.step, Findings(finding="precision", start=start)
-        )
-        return replace(self.fallback.acquitted(state, case.step), acquittals=0), None, back
+    machine = _GoesBack
 
 
 def _told(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,8 +16,6 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback
-from lightning_fp.callbacks.fallback.precision_fallback import Rescue
-from lightning_fp.callbacks.fallback.trajectory import TrajectoryReplay
 from lightning_fp.demo import ByteBatches
 from lightning_fp.records.events import (
     Demotion,
@@ -29,8 +26,9 @@ from lightning_fp.records.events import (
     Verdict,
     read_events,
 )
+from lightning_fp.stability.actions import Asked
+from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
-from lightning_fp.stability.respond.probe import Probe
 from tests.helper import CONTEXT, LanguageModel, fit, make_trainer, same_weights, text_rows
 
 LAYER = "model.blocks.1.fc1"
@@ -92,12 +90,11 @@ class SuspectAt(L.Callback):
         self.fallback, self.steps, self.risen, self.lasting = fallback, steps, risen, lasting
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        rescue = self.fallback._rescue
-        if trainer.global_step in self.steps and rescue is not None and between(trainer, args[-1]):
-            state, step = self.fallback._state, self.fallback._count.done
-            onset = None if self.lasting is None else step - self.lasting
-            self.fallback._state = dataclasses.replace(state, onset=onset)
-            self.fallback._investigate(rescue, step, probed=not self.risen)
+        running = self.fallback._hands is not None
+        if trainer.global_step in self.steps and running and between(trainer, args[-1]):
+            step = self.fallback._count.done
+            onset = step if self.lasting is None else step - self.lasting
+            self.fallback._tell(Asked(at=step, onset=onset, risen=self.risen))
 
 
 def between(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -133,7 +130,6 @@ def test_weights_are_bit_equal_to_those_without_it(
 ) -> None:
     plain = train([], 80, scaling, WithBatchNorm(), **options)
     fallback = PrecisionFallback(dirpath=tmp_path, probe_every_n_steps=16, preflight=True)
-    fallback._probe = Probe(every_n_steps=16)
     watched = train([fallback], 80, scaling, WithBatchNorm(), **options)
     assert same_weights(plain, watched)
     assert fallback.steps.useful == fallback.steps.attempted == watched.trainer.global_step
@@ -165,20 +161,18 @@ def test_a_trajectory_in_the_same_formats_is_the_run_bit_for_bit(
 ) -> None:
     class Compare(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-            rescue: Rescue | None = fallback._rescue
-            if trainer.global_step != 14 or rescue is None or not between(trainer, args[-1]):
+            hands = fallback._hands
+            if trainer.global_step != 14 or hands is None or not between(trainer, args[-1]):
                 return
-            start = rescue.snapshots.kept[-1]
-            steps = rescue.ring.since(start.step)
+            start = fallback._snapshots.kept[-1]
+            steps = fallback._ring.since(start.step)
             assert steps is not None
-            run = rescue.run
-            replay = TrajectoryReplay(trainer, rescue.plugin, run.take, run.restore_weights)
-            trajectory = replay(start, steps, {})
+            trajectory = replay_trajectory(hands.loop, start, steps, {})
             self.losses = list(trajectory.losses)
             self.recorded = [step.loss for step in steps]
             now = {n: p.clone() for n, p in trainer.lightning_module.state_dict().items()}
             assert trajectory.end is not None
-            run.restore_weights(trajectory.end)
+            hands.loop.restore(trajectory.end)
             again = trainer.lightning_module.state_dict()
             self.same = all(torch.equal(now[name], again[name]) for name in now)
 
@@ -319,7 +313,7 @@ def test_a_failure_of_the_watch_does_no_harm(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(fallback, "_judge", fail)
+    monkeypatch.setattr(fallback, "_boundary", fail)
     plain, watched = train([], 10), train([fallback], 10)
     assert same_weights(plain, watched)
     assert sum("PrecisionFallback failed" in r.message for r in caplog.records) == 1

@@ -30,10 +30,11 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from lightning_fp import FP8Precision, FP16Precision, PrecisionFallback
-from lightning_fp.callbacks.fallback.precision_fallback import Rescue
-from lightning_fp.callbacks.fallback.trajectory import Trajectory, TrajectoryReplay
+from lightning_fp.callbacks.fallback.carry_out import CarryOut
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.records.events import Note, Verdict, read_events
+from lightning_fp.stability.actions import Asked, ProbeStep
+from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
 from tests.helper import make_trainer
 
 WIDTH = 8
@@ -85,7 +86,7 @@ def rows(count: int = 4 * STEPS, batch_size: int = 4, **options: Any) -> DataLoa
 class Asks(L.Callback):
     """Has the fallback look into a step, whatever its detector says; last in the list."""
 
-    def __init__(self, fallback: PrecisionFallback, ask: Callable[[Rescue], object]) -> None:
+    def __init__(self, fallback: PrecisionFallback, ask: Callable[[CarryOut], object]) -> None:
         self.fallback, self.ask = fallback, ask
         self.asked = SimpleNamespace(at=None)
 
@@ -94,17 +95,16 @@ class Asks(L.Callback):
         plugin.on_input.append(self.arrived)
 
     def arrived(self, batch: Any) -> None:
-        rescue, step = self.fallback._rescue, self.fallback._count.done
-        if step == ASKED and self.asked.at is None and rescue is not None:
+        hands, step = self.fallback._hands, self.fallback._count.done
+        if step == ASKED and self.asked.at is None and hands is not None:
             self.asked.at = step
-            self.ask(rescue)
+            self.ask(hands)
 
 
-def investigate(fallback: PrecisionFallback) -> Callable[[Rescue], object]:
-    def ask(rescue: Rescue) -> None:
-        fallback._investigate(rescue, ASKED, probed=True)
-        assert fallback._rescue is not None
-        fallback._rescue.probe(ASKED)
+def investigate(fallback: PrecisionFallback) -> Callable[[CarryOut], object]:
+    def ask(hands: CarryOut) -> None:
+        fallback._tell(Asked(at=ASKED, onset=ASKED, risen=False))
+        hands.answer(ProbeStep(at=ASKED))
 
     return ask
 
@@ -462,19 +462,18 @@ TRAJECTORIES |= {
 def test_a_trajectory_in_the_runs_formats_is_the_run_bit_for_bit(case: str, tmp_path: Path) -> None:
     found: dict[str, Any] = {}
 
-    def ask(rescue: Rescue) -> None:
-        start = rescue.snapshots.kept[-1]
-        steps = rescue.ring.since(start.step)
+    def ask(hands: CarryOut) -> None:
+        start = fallback._snapshots.kept[-1]
+        steps = fallback._ring.since(start.step)
         assert steps
-        run = rescue.run
+        run = hands.run
         before = run.take()
-        replay = TrajectoryReplay(rescue.trainer, rescue.plugin, run.take, run.restore_weights)
-        made: Trajectory = replay(start, steps, {})
+        made: Trajectory = replay_trajectory(hands.loop, start, steps, {})
         assert made.end is not None
         found["losses"], found["recorded"] = made.losses, [step.loss for step in steps]
-        found["now"] = copy.deepcopy(dict(rescue.trainer.lightning_module.state_dict()))
+        found["now"] = copy.deepcopy(dict(hands.trainer.lightning_module.state_dict()))
         run.restore_weights(made.end)
-        found["again"] = copy.deepcopy(dict(rescue.trainer.lightning_module.state_dict()))
+        found["again"] = copy.deepcopy(dict(hands.trainer.lightning_module.state_dict()))
         callbacks = [vars(c) for c in run._hearing]
         found["averages"] = [
             copy.deepcopy(v["_average_model"].state_dict())

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_fp.callbacks.fallback.investigation import MOST_PROBED, Case, Investigation
 from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.stability import BatchRing, RandomState, Snapshots
-from lightning_fp.stability.respond.verdict import Anomaly
+from lightning_fp.stability.answers import MOST_PROBED, trajectory_start
 
 
 def trainer(global_step: int, batches: int, *, automatic: bool) -> Any:
@@ -57,12 +56,16 @@ def test_a_probes_suspicion_does_not_replay_the_whole_run(risen: bool, first: in
         ring.begin(step)
         ring.add(torch.ones(1), step, RandomState.capture())
         ring.end()
-    plugin: Any = SimpleNamespace(precision_map=None)
-    nowhere: Any = None
-    investigation = Investigation(nowhere, plugin, ring, snapshots.kept[::-1], nowhere, nowhere)
-    case = Case(step=400, onset=20, anomaly=Anomaly(), risen=risen)
-    start, steps = investigation._trajectory_of(case)
+    start = trajectory_start(
+        snapshots.kept[::-1],
+        lambda step: bool(ring.since(step)),
+        onset=20,
+        at=400,
+        risen=risen,
+    )
     assert start is not None
     assert start.step >= first
+    steps = ring.since(start.step)
+    assert steps is not None
     assert len(steps) == 400 - start.step >= 8
     assert risen is (start.step <= 20)

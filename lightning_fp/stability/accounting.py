@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Accounting:
     """Counts of optimizer steps; `global_step` counts attempts and never goes back."""
 

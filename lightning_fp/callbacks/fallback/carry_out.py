@@ -1,0 +1,138 @@
+"""Carries out what the watch asks of a Trainer, between two steps and alike on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+
+from lightning_fp.callbacks.fallback.demotion import AUTHOR, write_formats
+from lightning_fp.callbacks.fallback.run_state import RunState
+from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
+from lightning_fp.layers import LinearFormat
+from lightning_fp.layers.precision_map import Change
+from lightning_fp.plugins import LayerPrecision
+from lightning_fp.stability.actions import (
+    Answer,
+    Climb,
+    Climbed,
+    Failed,
+    GoBack,
+    LookAgain,
+    Order,
+    Promote,
+    Promoted,
+    Question,
+    TakeSnapshot,
+    Write,
+)
+from lightning_fp.stability.answers import Answers
+from lightning_fp.stability.keep.batch_ring import BatchRing
+from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.replay.trajectory import Trajectory
+from lightning_fp.stability.respond.ladder import rungs_above
+
+log = logging.getLogger("lightning_fp.fallback")
+
+
+class CarryOut:
+    """Questions are answered, orders done.
+
+    Args:
+        trainer: the Trainer, in `fit`.
+        plugin: the precision plugin.
+        snapshots: those of the run.
+        ring: the recorded steps.
+        look_again: has the layers looked at in the next step.
+        dry_run: whether the table is only read.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        plugin: LayerPrecision,
+        snapshots: Snapshots,
+        ring: BatchRing,
+        *,
+        look_again: Callable[[], object],
+        dry_run: bool,
+    ) -> None:
+        self.trainer, self.plugin = trainer, plugin
+        self.run = RunState(trainer)
+        self.loop = TrainerLoop(trainer, plugin, self.run)
+        self.answers = Answers(self.loop, ring, snapshots)
+        self._snapshots, self._ring = snapshots, ring
+        self._look_again, self._dry_run = look_again, dry_run
+        self._changes_seen = len(plugin.precision_map.changes)  # what was before this fit
+
+    def others_changes(self) -> list[Change]:
+        """What others have written to the table since the last time."""
+        changes = self.plugin.precision_map.changes
+        new, self._changes_seen = changes[self._changes_seen :], len(changes)
+        return [change for change in new if change.author != AUTHOR]
+
+    # -- questions ------------------------------------------------------------------------------
+
+    def answer(self, question: Question[Any]) -> Answer:
+        """What a question comes to; a replay that raises is an answer too."""
+        match question:
+            case Climb():
+                return self._climb(question)
+            case Promote(formats=formats, reason=reason):
+                known = self.plugin.precision_map.known
+                changes = self._write({name: known[format] for name, format in formats}, reason)
+                return Promoted(formats={c.layer: (c.before, c.after) for c in changes})
+            case _:
+                try:
+                    return self.answers(question)
+                except Exception as failure:
+                    log.warning("an investigation failed: %s", failure, exc_info=failure)
+                    return Failed(error=str(failure))
+
+    def _climb(self, question: Climb) -> Climbed:
+        excess, table = question.excess, self.plugin.precision_map
+        layer = table.layers[excess.layer]
+        before = layer.format.name
+        rungs = rungs_above(layer.format, self.plugin.base_format, table, layer)
+        if not rungs:
+            return Climbed(excess=excess, before=before, after=None)
+        self._write({excess.layer: rungs[0]}, excess.sentence)
+        return Climbed(excess=excess, before=before, after=rungs[0].name)
+
+    # -- orders ---------------------------------------------------------------------------------
+
+    def do(self, order: Order) -> None:
+        """Carry out an order."""
+        match order:
+            case Write(formats=formats, reason=reason):
+                self._write(formats, reason)
+            case GoBack(start=start, instead=instead):
+                made = None if instead is None else self.answers.trajectories[instead]
+                self._go_back(start, made)
+            case TakeSnapshot(at=at):
+                self._snapshots.take(at, self.run.parts())
+                self._ring.drop_before(self._snapshots.oldest_step or 0)
+            case LookAgain():
+                self._look_again()
+
+    def _go_back(self, step: int, made: Trajectory | None) -> None:
+        """To a snapshot, or to where a trajectory from it ended."""
+        start = next(snapshot for snapshot in self._snapshots.kept if snapshot.step == step)
+        since = self._ring.since(step)
+        end = None if made is None else made.end
+        self.run.go_back(start if end is None else end)
+        self.run.restore_scales(start)
+        self._snapshots.drop_after(step)
+        if made is None or since is None:  # the batches since then are not part of the run any more
+            self._ring.clear()
+            self._snapshots.clear()
+            return
+        for recorded, loss in zip(since, made.losses, strict=False):
+            left_out = not math.isfinite(loss)
+            self._ring.set_results(recorded.step, loss=loss, grad_norm=None, skipped=left_out)
+
+    def _write(self, formats: Mapping[str, LinearFormat], reason: str) -> list[Change]:
+        return [] if self._dry_run else write_formats(self.plugin, formats, reason)

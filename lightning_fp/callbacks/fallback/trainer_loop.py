@@ -1,0 +1,152 @@
+"""The Trainer as a loop whose steps can be made again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lightning_fp.callbacks.compare.loop_position import before_batch
+from lightning_fp.callbacks.compare.loop_replay import (
+    LoopReplay,
+    heard_backward,
+    replaced,
+    written_by_hooks,
+)
+from lightning_fp.callbacks.compare.step_replay import StepReplay
+from lightning_fp.callbacks.fallback.run_state import RunState
+from lightning_fp.layers import LinearFormat, PrecisionMap
+from lightning_fp.plugins import LayerPrecision
+from lightning_fp.plugins.guard import StepGuard, set_hyperparameters
+from lightning_fp.stability import Snapshot, untouched
+from lightning_fp.stability.keep.batch_ring import RecordedStep
+from lightning_fp.stability.replay.loop import MadeStep, Train
+from lightning_fp.stability.replay.parity import Run
+from lightning_fp.telemetry import StepRecorder
+
+
+class TrainerLoop:
+    """The Trainer's `stability.replay.loop.Loop`.
+
+    Every batch goes its whole way from the loader to the end of the batch, through all hooks and
+    overrides, with the random state, the learning rates and momenta, and the loops' counters of its
+    time. Logs are mute, schedulers do not step, formats cannot change in between. What hooks do
+    besides to other objects than themselves, they do again.
+
+    Args:
+        trainer: the Trainer, in `fit`, between two optimizer steps.
+        plugin: the precision plugin.
+        run: the state that a step may change.
+    """
+
+    def __init__(self, trainer: Trainer, plugin: LayerPrecision, run: RunState) -> None:
+        self._trainer, self._plugin, self._run = trainer, plugin, run
+        self._loop = LoopReplay(trainer, steps=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """What the strategy trains."""
+        model = self._trainer.strategy.model
+        if model is None:
+            raise RuntimeError("steps can be replayed only during fit")
+        return model
+
+    @property
+    def table(self) -> PrecisionMap:
+        """The plugin's."""
+        return self._plugin.precision_map
+
+    @property
+    def high(self) -> LinearFormat:
+        """See `Loop.high`."""
+        return self._plugin.high_precision
+
+    @property
+    def whole(self) -> bool:
+        """See `Loop.whole`."""
+        return self._plugin.falls_back_whole
+
+    def low(self) -> Sequence[str]:
+        """See `Loop.low`."""
+        return self._plugin.low_layers()
+
+    def replay(self, step: RecordedStep) -> Run | None:
+        """See `Loop.replay`."""
+        micro = step.micro_batches[0]
+        position = dict(micro.position)
+        run = StepReplay(
+            self._trainer, self.table, micro.batch, micro.batch_idx, micro.rng, position
+        )
+        return run if run.possible else None
+
+    @contextmanager
+    def training(self, formats: Mapping[str, LinearFormat]) -> Generator[Train, None, None]:
+        """See `Loop.training`; the guard keeps no record."""
+        guard = self._plugin.guard
+        if guard is None:
+            raise RuntimeError("steps can be made again only where a guard leaves out bad ones")
+        quiet = replaced(guard, replaying=True, replay_skipped=False, replay_hyperparameters=None)
+        stretch = _Stretch(self._trainer, self._loop, guard)
+        with (
+            untouched(self.model, written_by_hooks(self._trainer)),
+            self.table.overridden(formats),
+            self._loop.conditions(),
+            quiet,
+            stretch.heard(),
+        ):
+            yield stretch.step
+
+    def take(self) -> Snapshot:
+        """See `Loop.take`."""
+        return self._run.take()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Loop.restore`."""
+        self._run.restore_weights(snapshot)
+
+    def mean(self, value: float) -> float:
+        """See `Loop.mean`."""
+        if self._trainer.world_size == 1:
+            return value
+        device = self._trainer.strategy.root_device
+        tensor = torch.tensor(value, device=device)
+        return float(self._trainer.strategy.reduce(tensor, reduce_op="mean"))  # pyright: ignore
+
+    def all(self, true: bool) -> bool:
+        """See `Loop.all`."""
+        return bool(self._trainer.strategy.reduce_boolean_decision(true, all=True))
+
+
+class _Stretch:
+    """Makes recorded steps again, one after the other."""
+
+    def __init__(self, trainer: Trainer, loop: LoopReplay, guard: StepGuard) -> None:
+        self._trainer, self._loop, self._guard = trainer, loop, guard
+        self._record = StepRecorder()
+
+    def heard(self) -> AbstractContextManager[object]:
+        """In manual optimization the losses are heard in backward."""
+        return heard_backward(self._trainer, self._record.backward)
+
+    def step(self, step: RecordedStep) -> MadeStep:
+        """All micro-batches of a step; its loss as `StepRecord` has it."""
+        trainer, guard = self._trainer, self._guard
+        self._record.begin(step.step)
+        for optimizer, groups in zip(trainer.optimizers, step.begun_with, strict=True):
+            set_hyperparameters(optimizer, groups)
+        automatic = trainer.lightning_module.automatic_optimization
+        guard.replay_skipped = False
+        guard.replay_hyperparameters = step.hyperparameters[0] if automatic else None
+        for micro in step.micro_batches:
+            micro.rng.restore()
+            position = before_batch(dict(micro.position), micro.batch_idx)
+            loss = self._loop.run(micro.batch, position)
+            self._record.micro_batch(loss, trainer.accumulate_grad_batches if automatic else 1)
+        record = self._record.end(step.step + 1)
+        if guard.replay_skipped or record is None or record.loss is None:
+            return MadeStep(math.nan, not guard.replay_skipped)
+        return MadeStep(float(record.loss), True)

@@ -1,0 +1,357 @@
+"""What the watch asks of a training loop, and what it is told: plain records, nothing runs here.
+
+A question is answered by a replay; an order is carried out; both between two optimizer steps, and
+alike on all ranks. Questions are equal if they ask the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+from lightning_fp.layers import LinearFormat
+from lightning_fp.stability.detect.signals import StepSignals
+from lightning_fp.stability.respond.attribution import Attribution
+from lightning_fp.stability.respond.limits import Excess
+from lightning_fp.stability.respond.verdict import OneStep
+
+# --- What happens -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempted:
+    """A step begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSeen:
+    """The signals of a step have arrived."""
+
+    at: int
+    """Steps done by now."""
+
+    signals: StepSignals
+    overflowed: str | None = None
+    """Of a step that was left out, the layer whose gradient overflowed first."""
+
+    half: bool = False
+    """Whether the base computes in float16."""
+
+    stuck: bool = False
+    """Whether its loss scale cannot fall any further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatsChanged:
+    """Others have written to the table."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What the casts of a sampled step lost."""
+
+    at: int
+    names: tuple[str, ...]
+    """The layers that were looked at."""
+
+    excesses: Mapping[str, Excess] = field(default_factory=dict[str, Excess])
+    """Those over a limit."""
+
+    sound: bool = True
+    """See `Boundary`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """All that has arrived was told; the next step is about to begin."""
+
+    at: int
+    sound: bool = True
+    """Whether all steps since the last boundary were made: where one was left out inf and NaN are
+    everywhere, and say nothing about the layer they are seen in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """All that a boundary called for is done, and it is time for a snapshot."""
+
+    at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Somebody wants a verdict now, whatever the signals say."""
+
+    at: int
+    onset: int
+    risen: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighPrecisionTried:
+    """A first step in high precision was tried, to see that memory suffices."""
+
+    at: int
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The run is over."""
+
+    at: int
+    unseen: tuple[StepSeen, ...] = ()
+    """Steps whose signals have arrived since the last boundary."""
+
+
+# --- Questions and their answers ----------------------------------------------------------------
+
+A = TypeVar("A")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Generic[A]):
+    """What is asked; its answer is an `A`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a question came to."""
+
+    replays: int = 0
+    """Training steps that were run for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Answer):
+    """A question could not be answered: something raised."""
+
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surveyed(Answer):
+    """What there is to replay."""
+
+    finite: bool = True
+    """Whether the weights are, as they stand."""
+
+    low: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The layers in low precision, with their formats' names."""
+
+    high: LinearFormat
+    """What they can be given instead."""
+
+    whole: bool = False
+    """Whether all layers fall back together, with what is between them."""
+
+    start: int | None = None
+    """Step of the snapshot that a trajectory begins at; None if there is none."""
+
+    losses: tuple[float | None, ...] | None = ()
+    """Of the steps since then, as recorded; NaN where one was left out, None where the loss is not
+    known yet. None if batches are missing."""
+
+    rates: tuple[float, ...] = ()
+    """Learning rates of these steps."""
+
+    skipped: int = 0
+    """Of these steps, left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey(Question[Surveyed]):
+    """Look at weights, snapshots and recorded batches."""
+
+    at: int
+    onset: int
+    risen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReplayed(Answer):
+    """A batch on the same weights in both precisions; None if it cannot be run."""
+
+    seen: OneStep | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayStep(Question[StepReplayed]):
+    """Run the last batch twice in the run's formats and once in high precision."""
+
+    weights: int | None = None
+    """Step of the snapshot to do it on; None takes the weights of now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighReplayed(Answer):
+    """A batch in high precision."""
+
+    loss: float | None = None
+    """None if it cannot be run."""
+
+    finite: bool = False
+    """Whether loss and gradients are."""
+
+    loss_then: float | None = None
+    """Its loss when it was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayHigh(Question[HighReplayed]):
+    """Run a batch in high precision."""
+
+    batch: Literal["first", "last"]
+    """Of those recorded."""
+
+    weights: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StretchReplayed(Answer):
+    """What a stretch of training came to."""
+
+    done: bool
+    """Whether it came to its end, or was given up as hopeless."""
+
+    losses: tuple[float, ...] = ()
+    """By step, NaN where it was left out."""
+
+    made: int = 0
+    """Steps that were not left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayStretch(Question[StretchReplayed]):
+    """Train on the recorded batches since a snapshot."""
+
+    start: int
+    precision: Literal["high", "own"]
+    """All layers in high precision, or each in the run's format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attributed(Answer):
+    """Which layers are to blame; None if the batch cannot tell."""
+
+    found: Attribution | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute(Question[Attributed]):
+    """Find the layers whose formats make the error of the last batch's gradients."""
+
+    healthy: float
+    weights: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed(Answer):
+    """Relative error of a batch's gradients against high precision; None if it cannot be had."""
+
+    error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeStep(Question[Probed]):
+    """Compare the last batch's gradients with high precision."""
+
+    at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Climbed(Answer):
+    """Where a layer climbed to."""
+
+    excess: Excess
+    before: str
+    after: str | None
+    """None if there is no rung above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Climb(Question[Climbed]):
+    """Give a layer the next rung of the ladder; in a dry run only say which."""
+
+    at: int
+    excess: Excess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promoted(Answer):
+    """By layer, the format's name before and after."""
+
+    formats: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promote(Question[Promoted]):
+    """Give layers back the formats that an incident has taken from them."""
+
+    at: int
+    formats: tuple[tuple[str, str], ...]
+    """Layers, and the names of these formats."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A question was asked, and this is what it came to."""
+
+    question: Question[Any]
+    answer: Answer
+
+
+# --- Orders -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """Give layers these formats."""
+
+    formats: Mapping[str, LinearFormat]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoBack:
+    """Go back to a snapshot."""
+
+    start: int
+    instead: ReplayStretch | None = None
+    """Take over the end of this trajectory instead; None: the batches since are lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakeSnapshot:
+    """The run is sound: keep its state."""
+
+    at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookAgain:
+    """Look at the casts of the next step too."""
+
+
+Happening: TypeAlias = (
+    Attempted
+    | StepSeen
+    | FormatsChanged
+    | Looked
+    | Boundary
+    | Settled
+    | Asked
+    | HighPrecisionTried
+    | Ended
+    | Answered
+)
+"""What the watch is told."""
+
+Order: TypeAlias = Write | GoBack | TakeSnapshot | LookAgain
+
+Action: TypeAlias = "Question[Any] | Order"

@@ -1,0 +1,273 @@
+"""Answers what the watch asks, by replays. All of them leave the run as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lightning_fp.layers import LinearFormat
+from lightning_fp.stability.actions import (
+    Answer,
+    Attribute,
+    Attributed,
+    HighReplayed,
+    Probed,
+    ProbeStep,
+    Question,
+    ReplayHigh,
+    ReplayStep,
+    ReplayStretch,
+    StepReplayed,
+    StretchReplayed,
+    Survey,
+    Surveyed,
+)
+from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
+from lightning_fp.stability.keep.snapshot import Snapshot
+from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.replay.loop import Loop
+from lightning_fp.stability.replay.one_step import Replay, compare
+from lightning_fp.stability.replay.parity import Run
+from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
+from lightning_fp.stability.respond.attribution import Attributor, gradient_error
+from lightning_fp.stability.respond.probe import FIRST
+from lightning_fp.stability.respond.verdict import OneStep
+
+LEAST_STEPS = 8
+"""Steps that a trajectory should have: fewer tell little."""
+
+MOST_PROBED = 2 * FIRST
+"""Steps that a probe's suspicion may replay: those to the probe before, and as many again. The
+oldest snapshots are older, and each suspicion would replay most of a young run."""
+
+
+class Answers:
+    """Runs the replays.
+
+    Args:
+        loop: the training loop, between two optimizer steps.
+        ring: the recorded steps.
+        snapshots: those there are.
+    """
+
+    def __init__(self, loop: Loop, ring: BatchRing, snapshots: Snapshots) -> None:
+        self._loop, self._ring, self._snapshots = loop, ring, snapshots
+        self.trajectories: dict[ReplayStretch, Trajectory] = {}
+        """What can become the run, by what was asked; of the case that is open."""
+
+    def __call__(self, question: Question[Any]) -> Answer:
+        """What a question comes to; alike on all ranks.
+
+        Raises:
+            Exception: what the training step raised, save for lack of memory.
+        """
+        match question:
+            case Survey():
+                return self._survey(question)
+            case ReplayStep(weights=weights):
+                with self._on(weights):
+                    return self._replay_step()
+            case ReplayHigh(batch=batch, weights=weights):
+                with self._on(weights):
+                    return self._replay_high(
+                        self._ring.last if batch == "last" else self._ring.first
+                    )
+            case ReplayStretch():
+                return self._replay_stretch(question)
+            case Attribute(healthy=healthy, weights=weights):
+                with self._on(weights):
+                    return self._attribute(healthy)
+            case ProbeStep():
+                return self._probe()
+            case _:
+                raise TypeError(f"no replay answers a {type(question).__name__}")
+
+    # -- what there is --------------------------------------------------------------------------
+
+    def _survey(self, question: Survey) -> Surveyed:
+        self.trajectories.clear()
+        loop = self._loop
+        layers = loop.table.layers
+        start = trajectory_start(
+            self._snapshots.kept[::-1],
+            lambda step: bool(self._ring.since(step)),
+            onset=question.onset,
+            at=question.at,
+            risen=question.risen,
+        )
+        steps = None if start is None else self._ring.since(start.step)
+        return Surveyed(
+            finite=self._weights_finite(),
+            low={name: layers[name].format.name for name in loop.low()},
+            high=loop.high,
+            whole=loop.whole,
+            start=None if start is None else start.step,
+            # The last step's loss may still be on its way from the device, which says nothing; a
+            # step that was left out says much.
+            losses=None
+            if steps is None
+            else tuple(math.nan if step.skipped else step.loss for step in steps),
+            rates=tuple(map(_rate, steps or [])),
+            skipped=sum(step.skipped for step in steps or []),
+        )
+
+    def _weights_finite(self) -> bool:
+        with torch.no_grad():
+            parameters: list[Any] = list(self._loop.model.parameters())
+            tensors = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+            wide = {True: torch.complex64, False: torch.float32}
+            sums = [t.sum(dtype=wide[t.is_complex()]).abs() for t in tensors]
+            finite = bool(torch.isfinite(torch.stack(sums)).all()) if sums else True
+        return self._loop.all(finite)
+
+    @contextmanager
+    def _on(self, step: int | None) -> Generator[None, None, None]:
+        """On the weights of a snapshot for a while; None keeps those of now."""
+        if step is None:
+            yield
+            return
+        before = self._loop.take()
+        self._loop.restore(self._snapshot(step))
+        try:
+            yield
+        finally:
+            self._loop.restore(before)
+
+    def _snapshot(self, step: int) -> Snapshot:
+        return next(snapshot for snapshot in self._snapshots.kept if snapshot.step == step)
+
+    def _all_high(self) -> dict[str, LinearFormat]:
+        return dict.fromkeys(self._loop.low(), self._loop.high)
+
+    # -- one batch ------------------------------------------------------------------------------
+
+    def _run(self, step: RecordedStep | None) -> Run | None:
+        return self._loop.replay(step) if step is not None and step.micro_batches else None
+
+    def _replay_step(self) -> StepReplayed:
+        """Twice in the current formats, for the noise, and once in high precision."""
+        run = self._run(self._ring.last)
+        if run is None:
+            return StepReplayed(seen=None)
+        current, again = _done(run({})), _done(run({}))
+        if current is None or again is None:
+            return StepReplayed(seen=None, replays=2)
+        floor = self._compare(again, current).all.error
+        del again
+        high = _done(run(self._all_high()))
+        if high is None:
+            return StepReplayed(seen=None, replays=3)
+        gap = self._compare(current, high)
+        seen = OneStep(
+            loss=gap.losses[0],
+            high_loss=gap.losses[1],
+            grad_norm_ratio=gap.all.norm_ratio,
+            finite=self._is_finite(current),
+            high_finite=self._is_finite(high),
+            grad_error=gap.all.error,
+            floor=floor if math.isfinite(floor) else 0.0,  # NaN differs from itself
+        )
+        return StepReplayed(seen=seen, replays=3)
+
+    def _replay_high(self, step: RecordedStep | None) -> HighReplayed:
+        run = self._run(step)
+        if run is None or step is None:
+            return HighReplayed()
+        high = _done(run(self._all_high()))
+        if high is None:
+            return HighReplayed(replays=1)
+        loss = self._compare(high, high).losses[0]
+        finite = self._is_finite(high)
+        return HighReplayed(loss=loss, finite=finite, loss_then=step.loss, replays=1)
+
+    def _probe(self) -> Probed:
+        """inf where only the current formats give inf or NaN; None if nothing can be said."""
+        run = self._run(self._ring.last)
+        current = None if run is None else _done(run({}))
+        high = None if run is None or current is None else _done(run(self._all_high()))
+        if current is None or high is None or not self._is_finite(high):
+            return Probed(error=None)
+        return Probed(error=gradient_error(self._compare(current, high)), replays=2)
+
+    def _attribute(self, healthy: float) -> Attributed:
+        run = self._run(self._ring.last)
+        if run is None:
+            return Attributed(found=None)
+        loop = self._loop
+        found = Attributor(run, loop.model, loop.table, loop.high).attribute(healthy)
+        return Attributed(found=found, replays=0 if found is None else found.replays)
+
+    def _compare(self, one: Replay, other: Replay) -> Any:
+        return compare(one, other, self._loop.model, self._loop.table)
+
+    def _is_finite(self, replay: Replay) -> bool:
+        """Whether loss and gradients are, on all ranks: x - x is 0 for what is finite."""
+        own = self._compare(replay, replay)
+        return math.isfinite(own.losses[0]) and math.isfinite(own.all.error)
+
+    # -- many steps -----------------------------------------------------------------------------
+
+    def _replay_stretch(self, question: ReplayStretch) -> StretchReplayed:
+        steps = self._ring.since(question.start) or []
+        formats: Mapping[str, LinearFormat] = {}
+        if question.precision == "high":
+            formats = self._all_high()
+        start = self._snapshot(question.start)
+        made = replay_trajectory(self._loop, start, steps, formats, give_up=_hopeless)
+        self.trajectories[question] = made
+        return StretchReplayed(
+            done=made.outcome == "done",
+            losses=tuple(made.losses),
+            made=made.made,
+            replays=len(made.losses),
+        )
+
+
+def trajectory_start(
+    snapshots: Sequence[Snapshot],
+    has_steps: Callable[[int], bool],
+    *,
+    onset: int,
+    at: int,
+    risen: bool,
+) -> Snapshot | None:
+    """The newest snapshot from before the anomaly with all steps since; None if there is none.
+
+    Args:
+        snapshots: those there are, oldest first.
+        has_steps: whether all steps since one are recorded.
+        onset: the first anomalous step.
+        at: steps so far.
+        risen: whether the loss has; if not, the trajectory begins at most `MOST_PROBED` steps ago,
+            where there is a snapshot since.
+
+    Returns:
+        The best there is: without recorded steps one can still go back to it.
+    """
+    wanted = min(onset, at - LEAST_STEPS)
+    if not risen:
+        recent = [snapshot for snapshot in snapshots if snapshot.step >= at - MOST_PROBED]
+        snapshots = recent or snapshots[-1:]
+    before = [snapshot for snapshot in snapshots if snapshot.step <= wanted]
+    order = [*reversed(before), *(snapshot for snapshot in snapshots if snapshot.step > wanted)]
+    first = order[0] if order else None
+    return next((snapshot for snapshot in order if has_steps(snapshot.step)), first)
+
+
+def _done(replay: Replay) -> Replay | None:
+    return replay if replay.outcome == "done" else None
+
+
+def _hopeless(losses: Sequence[float]) -> bool:
+    """Whether high precision has met nothing but inf or NaN for a while."""
+    return len(losses) >= LEAST_STEPS and not any(map(math.isfinite, losses[-LEAST_STEPS:]))
+
+
+def _rate(step: RecordedStep) -> float:
+    """The learning rate of the first parameter group."""
+    groups = step.hyperparameters[0] if step.hyperparameters else []
+    return float(groups[0].get("lr", 0.0)) if groups else 0.0

@@ -1,0 +1,239 @@
+"""A verdict, from what replays have shown. Pure: what is not known yet is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
+
+from lightning_fp.stability.actions import (
+    Answer,
+    Attribute,
+    Question,
+    ReplayHigh,
+    ReplayStep,
+    ReplayStretch,
+    StretchReplayed,
+    Survey,
+    Surveyed,
+)
+from lightning_fp.stability.respond.attribution import HEALTHY_ERROR, Attribution
+from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
+from lightning_fp.stability.respond.verdict import (
+    Anomaly,
+    Finding,
+    Judgement,
+    OneStep,
+    judge_one_step,
+    judge_trajectory,
+)
+
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is to be looked into."""
+
+    step: int
+    """Optimizer steps so far."""
+
+    onset: int
+    """The first anomalous one."""
+
+    anomaly: Anomaly = field(default_factory=Anomaly)
+    healthy_error: float = HEALTHY_ERROR
+    """Relative error of the gradients in these formats while the run was healthy."""
+
+    risen: bool = True
+    """Whether the loss has risen; if not, the question is whether it could be lower."""
+
+    overflow: str | None = None
+    """Why FP16's range seems not to suffice, if that is the question."""
+
+
+class UnansweredError(Exception):
+    """A question has no answer yet."""
+
+    def __init__(self, question: Question[Any]) -> None:
+        super().__init__(question)
+        self.question = question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A case, and the questions that were answered."""
+
+    case: Case
+    known: Mapping[Question[Any], Answer] = field(default_factory=dict[Question[Any], Answer])
+
+    def answer(self, question: Question[A]) -> A:
+        """What it came to.
+
+        Raises:
+            UnansweredError: if it was not asked yet.
+        """
+        if question not in self.known:
+            raise UnansweredError(question)
+        return cast("A", self.known[question])
+
+    def told(self, question: Question[Any], answer: Answer) -> Evidence:
+        """With one more answer."""
+        return replace(self, known={**self.known, question: answer})
+
+    @property
+    def survey(self) -> Surveyed:
+        """What there is to replay."""
+        case = self.case
+        return self.answer(Survey(at=case.step, onset=case.onset, risen=case.risen))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What a case has come to."""
+
+    finding: Finding
+    one_step: Judgement | None = None
+    trajectory: Judgement | None = None
+    attribution: Attribution | None = None
+    """Who is to blame, if precision is."""
+
+    likeness: str = ""
+    """What it looks like, if precision is not to blame."""
+
+    start: int | None = None
+    """Step of the snapshot that the run has to go back to; None: of the weights of now."""
+
+    high: ReplayStretch | None = None
+    """The trajectory that can become the run."""
+
+    made: int = 0
+    """Steps of it that were not left out."""
+
+
+def conclude(evidence: Evidence) -> Conclusion:
+    """What follows from the evidence.
+
+    It is written as if all answers were there: the first that is missing is the next to ask.
+
+    Raises:
+        UnansweredError: with the next question.
+    """
+    case, survey = evidence.case, evidence.survey
+    if not survey.low:
+        return Conclusion(finding="not precision")
+    if not survey.finite and survey.start is None:
+        reason = "the weights are not finite, and there is no snapshot to go back to"
+        return Conclusion(
+            finding="unclear", one_step=Judgement(finding="unclear", reason=reason, numbers={})
+        )
+    if case.overflow is not None:
+        return _overflow(evidence, case.overflow)
+    seen = evidence.answer(ReplayStep(weights=_weights(survey))).seen
+    one_step = None if seen is None else judge_one_step(seen, case.anomaly)
+    high = _high(survey)
+    stretch = None if high is None else evidence.answer(high)
+    trajectory = None if stretch is None else _judge(case, survey, stretch)
+    finding = _together(one_step, trajectory)
+    attribution: Attribution | None = None
+    likeness = ""
+    if finding == "precision":
+        attribution = _attribute(evidence)
+    elif case.risen:
+        likeness = likely_cause(_around(evidence, seen))
+    else:
+        likeness = "the loss does not suffer from the error"
+    return Conclusion(
+        finding=finding,
+        one_step=one_step,
+        trajectory=trajectory,
+        attribution=attribution,
+        likeness=likeness,
+        start=survey.start,
+        high=high if stretch is not None and stretch.done else None,
+        made=0 if stretch is None else stretch.made,
+    )
+
+
+def _weights(survey: Surveyed) -> int | None:
+    """Nothing can be learned from weights that are not finite."""
+    return None if survey.finite else survey.start
+
+
+def _high(survey: Surveyed) -> ReplayStretch | None:
+    if survey.start is None or not survey.losses:
+        return None
+    return ReplayStretch(start=survey.start, precision="high")
+
+
+def _judge(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgement:
+    if not high.done:
+        reason = "memory does not suffice for a replay in high precision"
+        return Judgement(finding="unclear", reason=reason, numbers={})
+    anomaly = case.anomaly if case.risen else Anomaly()
+    return judge_trajectory(survey.losses or (), high.losses, anomaly)
+
+
+def _together(one_step: Judgement | None, trajectory: Judgement | None) -> Finding:
+    """The trajectory weighs more; one step alone acquits only where there is no trajectory."""
+    first = "unclear" if one_step is None else one_step.finding
+    if trajectory is None:
+        return first
+    second = trajectory.finding
+    if second == "unclear":
+        return first if first == "precision" else "unclear"
+    return "unclear" if (first, second) == ("precision", "not precision") else second
+
+
+def _overflow(evidence: Evidence, reason: str) -> Conclusion:
+    """Whether the last batch has finite gradients in a format of larger range.
+
+    The overflows themselves are the evidence against FP16, so no trajectory is needed; the steps
+    that overflowed were left out, so nothing has to be undone while weights are finite.
+    """
+    survey = evidence.survey
+    high = evidence.answer(ReplayHigh(batch="last", weights=_weights(survey)))
+    name = survey.high.name
+    finding: Finding = "unclear"
+    said = f"{reason}; the batch could not be run in {name}"
+    numbers: dict[str, float] = {}
+    if high.loss is not None:
+        numbers["high_loss"] = high.loss
+        finding = "precision" if high.finite else "not precision"
+        said = f"{reason}; in {name} they "
+        said += "are finite" if high.finite else "are not finite either"
+    return Conclusion(
+        finding=finding,
+        one_step=Judgement(finding=finding, reason=said, numbers=numbers),
+        start=None if survey.finite else survey.start,
+        likeness="" if finding == "precision" else "inf or NaN comes from elsewhere",
+    )
+
+
+def _attribute(evidence: Evidence) -> Attribution | None:
+    """On the weights of now; if those have adapted to the fault, on those before it."""
+    survey, healthy = evidence.survey, evidence.case.healthy_error
+    if survey.whole:
+        return None
+    now = _weights(survey)
+    found = evidence.answer(Attribute(healthy=healthy, weights=now)).found
+    if (found is None or not found.culprits) and survey.start not in (None, now):
+        before = Attribute(healthy=healthy, weights=survey.start)
+        earlier = evidence.answer(before).found
+        found = earlier if earlier is not None and earlier.culprits else found
+    return found
+
+
+def _around(evidence: Evidence, seen: OneStep | None) -> CauseEvidence:
+    survey = evidence.survey
+    older = evidence.answer(ReplayHigh(batch="first", weights=_weights(survey)))
+    return CauseEvidence(
+        floor=None if seen is None else seen.floor,
+        high_finite=seen is None or seen.high_finite,
+        older_finite=older.loss is None or older.finite,
+        older_loss=older.loss if older.finite or older.loss is None else math.nan,
+        older_loss_then=older.loss_then,
+        noise=evidence.case.anomaly.noise,
+        rates=survey.rates,
+    )

@@ -1,0 +1,195 @@
+"""What is said of an incident: its decisions as events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from lightning_fp.events import (
+    Demotion,
+    Event,
+    LayerClimb,
+    Note,
+    Replayed,
+    Rollback,
+    SkippedStep,
+    StateChange,
+    Suspicion,
+    Verdict,
+)
+from lightning_fp.layers import LinearFormat
+from lightning_fp.stability.accounting import Accounting
+from lightning_fp.stability.actions import Climbed, StepSeen
+from lightning_fp.stability.conviction import Conclusion
+from lightning_fp.stability.detect.decision import Decision
+from lightning_fp.stability.respond.attribution import Attribution
+from lightning_fp.stability.respond.verdict import Judgement
+
+DRY_RUN = "dry run: nothing was changed"
+
+
+def skipped(seen: StepSeen) -> SkippedStep:
+    """A step was left out."""
+    layer, loss = seen.overflowed, seen.signals.loss
+    where = "" if layer is None else f", in backward first that of {layer}"
+    return SkippedStep(
+        step=seen.signals.step,
+        reason=f"a gradient was inf or NaN{where}: the optimizer step was left out",
+        numbers={} if loss is None else {"loss": loss},
+        layers=() if layer is None else (layer,),
+    )
+
+
+def changed(step: int, before: str, after: str, reason: str) -> Iterator[Event]:
+    """The fallback went from one state to another, if it did."""
+    if before != after:
+        yield StateChange(step=step, before=before, after=after, reason=reason)
+
+
+def suspicion(step: int, decision: Decision, *, skips: int, overflow: str | None) -> Suspicion:
+    """Loss or gradient norm left their range, or gradients that of FP16."""
+    measured = {
+        "onset": decision.onset,
+        "baseline": decision.baseline,
+        "noise": decision.noise,
+        "score": decision.score,
+    }
+    known = {name: float(value) for name, value in measured.items() if value is not None}
+    reason = decision.reason
+    if skips and decision.kind in ("ok", "skip"):
+        reason = f"{skips} steps in a row were left out as not finite"
+    return Suspicion(
+        step=step,
+        reason=reason if overflow is None else overflow,
+        numbers={"skips": float(skips), **known},
+        action="replay in high precision",
+    )
+
+
+def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
+    """A probe's gradients were out of the usual."""
+    return Suspicion(
+        step=step,
+        reason=f"the gradients' error against high precision is {error:.2f}, usual is {usual:.2f}",
+        numbers={"grad_error": error, "usual": usual},
+        action="replay in high precision",
+    )
+
+
+def verdicts(step: int, conclusion: Conclusion) -> Iterator[Event]:
+    """What the replays measured, and what it means."""
+    tiers: Sequence[tuple[Literal["one step", "trajectory"], Judgement | None]] = (
+        ("one step", conclusion.one_step),
+        ("trajectory", conclusion.trajectory),
+    )
+    for tier, verdict in tiers:
+        if verdict is not None:
+            numbers = verdict.numbers
+            yield Replayed(step=step, reason=tier, numbers=numbers)
+            yield Verdict(
+                step=step,
+                reason=verdict.reason,
+                numbers=numbers,
+                verdict=verdict.finding,
+                tier=tier,
+            )
+
+
+def attribution(step: int, found: Attribution) -> Replayed:
+    """Who is to blame."""
+    worst = sorted(found.cast_errors.items(), key=lambda item: -item[1])[:4]
+    return Replayed(
+        step=step,
+        reason=(
+            "alone in low precision these layers make most of the gradients' error"
+            if found.culprits
+            else "no few layers make most of the gradients' error"
+        ),
+        numbers={
+            "grad_error": found.error,
+            "grad_error_without": found.rest,
+            **{f"alone/{name}": error for name, error in found.culprits.items()},
+            **{f"cast_error/{name}": error for name, error in worst},
+        },
+        layers=tuple(found.culprits),
+    )
+
+
+def demoted(
+    step: int,
+    before: Mapping[str, str],
+    formats: Mapping[str, LinearFormat],
+    reason: str,
+    *,
+    dry_run: bool,
+) -> Demotion:
+    """Layers are given a safer format, or would be."""
+    return Demotion(
+        step=step,
+        reason=reason,
+        formats={name: (before[name], format.name) for name, format in formats.items()},
+        action=DRY_RUN if dry_run else "",
+    )
+
+
+def climbed(step: int, climb: Climbed, *, dry_run: bool) -> Iterator[Event]:
+    """A layer over its limit climbed a rung, if there is one."""
+    excess = climb.excess
+    if climb.after is not None:
+        yield LayerClimb(
+            step=step,
+            reason=excess.sentence,
+            numbers={excess.statistic: excess.value, "limit": excess.limit},
+            formats={excess.layer: (climb.before, climb.after)},
+            action=DRY_RUN if dry_run else "",
+        )
+
+
+def rolled_back(step: int, to_step: int, replayed: int) -> Rollback:
+    """The run goes back."""
+    reason = (
+        "the same batches in high precision become the run"
+        if replayed
+        else "the data moves on, the batches since then are lost"
+    )
+    return Rollback(step=step, to_step=to_step, replayed=replayed, reason=reason)
+
+
+def tried_high_precision(step: int, outcome: str) -> Note:
+    """Whether a step in high precision fits into memory."""
+    does = "fits into memory" if outcome == "done" else f"does not work here: {outcome}"
+    text = f"a step with all layers in high precision {does}"
+    if outcome != "done":
+        text = f"{text}; verdicts that need one will be unclear"
+    return Note(step=step, reason=text)
+
+
+def all_high(step: int) -> Note:
+    """A suspicion that no format can explain."""
+    text = "every layer is in high precision already: precision is not to blame"
+    return Note(step=step, reason=f"{text}; look at the data and the learning rate")
+
+
+def still_misbehaves(step: int, decision: Decision) -> Note:
+    """High precision, for good, misbehaves too."""
+    text = f"high precision misbehaves too ({decision.reason}): look at data, learning rate"
+    return Note(step=step, reason=f"{text} and hardware; precision is left alone")
+
+
+def failed(step: int, error: str) -> Note:
+    """A replay raised."""
+    return Note(step=step, reason=f"an investigation failed, the training goes on: {error}")
+
+
+def ended(step: int, steps: Accounting) -> Note:
+    """What became of the steps."""
+    counts: Sequence[tuple[str, int]] = (
+        ("attempted", steps.attempted),
+        ("useful", steps.useful),
+        ("skipped", steps.skipped),
+        ("rolled_back", steps.rolled_back),
+        ("made_good", steps.made_good),
+        ("replayed", steps.replayed),
+    )
+    numbers = {name: float(count) for name, count in counts}
+    return Note(step=step, reason=steps.sentence(), numbers=numbers)

@@ -1,0 +1,43 @@
+"""One case while it is being asked: which replay is next, until there is a verdict. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_fp.stability.actions import Answer, Question, Survey
+from lightning_fp.stability.conviction import (
+    Case,
+    Conclusion,
+    Evidence,
+    UnansweredError,
+    conclude,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inquiry:
+    """A question that waits for its answer, and all answers before."""
+
+    evidence: Evidence
+    question: Question[Any]
+
+    @property
+    def case(self) -> Case:
+        """What it is about."""
+        return self.evidence.case
+
+
+def open_case(case: Case) -> Inquiry:
+    """The first question: what there is to replay."""
+    survey = Survey(at=case.step, onset=case.onset, risen=case.risen)
+    return Inquiry(evidence=Evidence(case=case), question=survey)
+
+
+def answered(inquiry: Inquiry, answer: Answer) -> Inquiry | Conclusion:
+    """The next question, or what the case has come to."""
+    evidence = inquiry.evidence.told(inquiry.question, answer)
+    try:
+        return conclude(evidence)
+    except UnansweredError as missing:
+        return Inquiry(evidence=evidence, question=missing.question)

@@ -1,0 +1,74 @@
+"""The steps since a snapshot once more, in other formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_fp.layers import LinearFormat
+from lightning_fp.stability.keep.batch_ring import RecordedStep
+from lightning_fp.stability.keep.snapshot import Snapshot
+from lightning_fp.stability.replay.loop import Loop
+from lightning_fp.stability.replay.one_step import is_out_of_memory
+
+Outcome = Literal["done", "out of memory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """What a stretch of training came to in other formats."""
+
+    outcome: Outcome = "done"
+    losses: Sequence[float] = ()
+    """By step, mean over ranks; NaN where it was left out."""
+
+    made: int = 0
+    """Optimizer steps that were not left out."""
+
+    end: Snapshot | None = None
+    """The state it ended in."""
+
+
+def replay_trajectory(
+    loop: Loop,
+    start: Snapshot,
+    steps: Sequence[RecordedStep],
+    formats: Mapping[str, LinearFormat],
+    *,
+    give_up: Callable[[Sequence[float]], bool] = lambda _: False,
+) -> Trajectory:
+    """Train on from a snapshot with the recorded batches, and leave the run as it was.
+
+    Args:
+        loop: what trains; call this alike on all ranks.
+        start: where to begin.
+        steps: the steps since then, in order.
+        formats: by layer; the others keep theirs.
+        give_up: looks at the losses so far and may end it.
+
+    Returns:
+        Losses, and the state it ended in. The run is back where it was.
+    """
+    before = loop.take()
+    losses: list[float] = []
+    made = 0
+    end: Snapshot | None = None
+    outcome: Outcome = "done"
+    try:
+        with loop.training(formats) as train:
+            loop.restore(start)
+            for step in steps:
+                own = train(step)
+                made += own.made
+                losses.append(loop.mean(own.loss))
+                if give_up(losses):
+                    break
+            end = loop.take()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        outcome = "out of memory"
+    finally:
+        loop.restore(before)
+    return Trajectory(outcome=outcome, losses=losses, made=made, end=end)

@@ -1,0 +1,335 @@
+"""The watch as a machine: what it decides, whatever happens in whatever order, and its state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_fp.events import Demotion, Event, LayerClimb, Note, Promotion, Rollback, Verdict
+from lightning_fp.layers import linear_format
+from lightning_fp.stability.actions import (
+    Action,
+    Answer,
+    Answered,
+    Asked,
+    Attempted,
+    Attribute,
+    Attributed,
+    Boundary,
+    Climb,
+    Climbed,
+    Ended,
+    Failed,
+    FormatsChanged,
+    GoBack,
+    Happening,
+    HighReplayed,
+    Looked,
+    Probed,
+    ProbeStep,
+    Promote,
+    Promoted,
+    Question,
+    ReplayHigh,
+    ReplayStep,
+    ReplayStretch,
+    Settled,
+    StepReplayed,
+    StepSeen,
+    StretchReplayed,
+    Survey,
+    Surveyed,
+    TakeSnapshot,
+    Write,
+)
+from lightning_fp.stability.detect.signals import StepSignals
+from lightning_fp.stability.respond.attribution import Attribution
+from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
+from lightning_fp.stability.respond.limits import Excess, LayerLimit
+from lightning_fp.stability.respond.probe import Probe
+from lightning_fp.stability.respond.verdict import OneStep
+from lightning_fp.stability.watch import Watch
+from lightning_fp.stability.watch_state import WatchState
+
+HIGH, FP8 = linear_format("bf16"), "fp8-dynamic"
+LOW = {"blocks.0.fc": FP8, "blocks.0.proj": FP8, "head": FP8}
+CULPRIT = Attribution(
+    error=0.9,
+    culprits={"blocks.0.fc": 0.88},
+    rest=0.1,
+    formats={"blocks.0.fc": HIGH},
+    cast_errors={},
+    replays=7,
+)
+STEPS = 32
+
+
+class Loop:
+    """A loop that only answers: `harm` is what the recorded loss is above high precision's."""
+
+    def __init__(self, **options: Any) -> None:
+        self.harm: float = options.pop("harm", 0.0)
+        self.finite: bool = options.pop("finite", True)
+        self.low: dict[str, str] = options.pop("low", LOW)
+        self.fails: bool = options.pop("fails", False)
+        self.error: float = options.pop("error", 0.05)
+        self.asked: list[Question[Any]] = []
+        self.done: list[Action] = []
+
+    def answer(self, question: Question[Any]) -> Answer:
+        self.asked.append(question)
+        if self.fails:
+            return Failed(error="no memory")
+        match question:
+            case Survey(at=at):
+                start = max(0, at - STEPS)
+                losses = tuple(3.0 + self.harm for _ in range(start, at))
+                return Surveyed(
+                    low=self.low, high=HIGH, start=start, losses=losses, finite=self.finite
+                )
+            case ReplayStep():
+                same = OneStep(
+                    loss=3.0,
+                    high_loss=3.0,
+                    grad_norm_ratio=1.0,
+                    finite=True,
+                    high_finite=True,
+                    grad_error=self.error,
+                    floor=0.0,
+                )
+                return StepReplayed(seen=same, replays=3)
+            case ReplayStretch():
+                return StretchReplayed(done=True, losses=(3.0,) * STEPS, made=STEPS, replays=STEPS)
+            case ReplayHigh():
+                return HighReplayed(loss=3.0, finite=True, loss_then=3.0, replays=1)
+            case Attribute():
+                return Attributed(found=CULPRIT, replays=7)
+            case ProbeStep():
+                return Probed(error=self.error, replays=2)
+            case Climb(excess=excess):
+                return Climbed(excess=excess, before=FP8, after="bf16")
+            case Promote(formats=formats):
+                return Promoted(formats={name: ("bf16", format) for name, format in formats})
+            case _:
+                raise AssertionError(question)
+
+
+def tell(
+    watch: Watch, state: WatchState, happening: Happening, loop: Loop
+) -> tuple[WatchState, list[Event]]:
+    """As an adapter drives it."""
+    state, actions, events = watch.step(state, happening)
+    for action in actions:
+        if isinstance(action, Question):
+            answer = loop.answer(action)
+            state, more = tell(watch, state, Answered(question=action, answer=answer), loop)
+            events += more
+        else:
+            loop.done.append(action)
+    return state, events
+
+
+def machine(**options: Any) -> Watch:
+    defaults: dict[str, Any] = {"probe": Probe(), "limit": LayerLimit(), "layers": len(LOW)}
+    return Watch(**{**defaults, **options})
+
+
+def signals(step: int, loss: float = 3.0, *, skipped: bool = False) -> StepSignals:
+    wiggle = 0.02 * math.sin(step)
+    return StepSignals(
+        step=step, loss=loss + wiggle, grad_norm=1.0, lr=1e-3, headroom=None, skipped=skipped
+    )
+
+
+def run(
+    watch: Watch,
+    loop: Loop,
+    losses: Callable[[int], float],
+    steps: int,
+    state: WatchState | None = None,
+    start: int = 0,
+) -> tuple[WatchState, list[Event]]:
+    state = watch.init() if state is None else state
+    events: list[Event] = []
+    for step in range(start, start + steps):
+        for happening in (
+            Attempted(),
+            StepSeen(at=step + 1, signals=signals(step, losses(step))),
+            Boundary(at=step + 1),
+            Settled(at=step + 1),
+        ):
+            state, more = tell(watch, state, happening, loop)
+            events += more
+    return state, events
+
+
+def kinds(events: Sequence[Event], kind: type[Event]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def rises_at(step: int, loop: Loop) -> Callable[[int], float]:
+    """A rise that lasts until a layer is written to."""
+
+    def loss(now: int) -> float:
+        saved = any(isinstance(order, Write) for order in loop.done)
+        return 3.5 if now >= step and not saved else 3.0
+
+    return loss
+
+
+def test_nothing_wrong_asks_for_probes_and_snapshots_only() -> None:
+    loop = Loop()
+    state, events = run(machine(), loop, lambda _: 3.0, 300)
+    assert {type(question) for question in loop.asked} == {ProbeStep}
+    assert {type(order) for order in loop.done} == {TakeSnapshot}
+    assert [event.kind for event in events] == ["state"]
+    assert state.fallback.phase == "healthy"
+    assert state.steps.attempted == state.steps.useful == 300
+
+
+def test_a_rise_that_high_precision_takes_away_convicts_and_goes_back() -> None:
+    loop = Loop(harm=0.5)
+    state, events = run(machine(), loop, rises_at(150, loop), 170)
+    (demotion,) = kinds(events, Demotion)
+    assert demotion.formats == {"blocks.0.fc": (FP8, "bf16")}
+    assert demotion.step <= 156
+    (rollback,) = kinds(events, Rollback)
+    assert rollback.replayed == demotion.step - rollback.to_step == STEPS
+    orders = [order for order in loop.done if isinstance(order, (Write, GoBack))]
+    assert [type(order) for order in orders] == [Write, GoBack]
+    assert state.fallback.phase == "probation"
+    assert state.steps.useful == state.steps.attempted
+    assert state.steps.replayed > STEPS
+
+
+def test_a_dry_run_orders_nothing() -> None:
+    loop = Loop(harm=0.5)
+    _, events = run(machine(dry_run=True), loop, rises_at(150, loop), 160)
+    assert kinds(events, Demotion)
+    assert not kinds(events, Rollback)
+    assert {type(order) for order in loop.done} <= {TakeSnapshot}
+
+
+def test_a_rise_in_high_precision_too_is_acquitted_with_a_likeness() -> None:
+    loop = Loop(harm=0.0)
+    state, _ = run(machine(), loop, lambda _: 3.0, 160)
+    state, events = tell(machine(), state, Asked(at=160, onset=150), loop)
+    assert [verdict.verdict for verdict in kinds(events, Verdict)] == ["unclear", "not precision"]
+    (note,) = kinds(events, Note)
+    assert "older batch" in note.reason
+    assert state.fallback.quiet_until == 160 + 50
+
+
+def test_where_all_is_high_nothing_is_replayed() -> None:
+    loop = Loop(low={})
+    state, events = tell(machine(), WatchState(), Asked(at=100, onset=90), loop)
+    assert [type(question) for question in loop.asked] == [Survey]
+    assert "already" in kinds(events, Note)[0].reason
+    assert state.fallback.acquittals == 1
+
+
+def test_a_replay_that_fails_leaves_the_case_unclear() -> None:
+    state, events = tell(machine(), WatchState(), Asked(at=100, onset=90), Loop(fails=True))
+    assert "no memory" in kinds(events, Note)[0].reason
+    assert state.inquiry is None
+    assert state.fallback.doubts == 1
+
+
+def test_layers_over_a_limit_climb_and_demoted_ones_come_back() -> None:
+    watch, loop = machine(policy=FallbackPolicy(hold=20)), Loop(harm=0.5)
+    state, events = run(watch, loop, rises_at(150, loop), 160)
+    excess = Excess(layer="head", operand="input", statistic="clamped_mass", value=0.2, limit=0.01)
+    for at in (160, 161, 162):
+        look = Looked(at=at, names=tuple(LOW), excesses={"head": excess})
+        state, more = tell(watch, state, look, loop)
+        events += more
+    (climb,) = kinds(events, LayerClimb)
+    assert climb.formats == {"head": (FP8, "bf16")}
+    state, more = run(watch, loop, lambda _: 3.0, 40, state, start=163)
+    (promotion,) = kinds(more, Promotion)
+    assert promotion.formats == {"blocks.0.fc": ("bf16", FP8)}
+    assert state.fallback.phase == "healthy"
+
+
+# --- Laws ---------------------------------------------------------------------------------------
+
+_FLOATS = st.one_of(st.floats(2.5, 3.5), st.just(math.nan), st.just(math.inf), st.none())
+
+
+def _step_seen(at: int, loss: float | None, skipped: bool) -> StepSeen:
+    seen = StepSignals(
+        step=at - 1, loss=loss, grad_norm=loss, lr=1e-3, headroom=-2.0, skipped=skipped
+    )
+    return StepSeen(at=at, signals=seen)
+
+
+_STEPS = st.integers(1, 500)
+_QUESTIONS: list[tuple[Question[Any], Answer]] = [
+    (ProbeStep(at=3), Probed(error=math.inf, replays=2)),
+    (Attribute(healthy=0.15), Attributed(found=None)),
+    (ReplayStep(), Failed(error="odd")),
+    (
+        Climb(
+            at=2,
+            excess=Excess(layer="head", operand="input", statistic="s", value=1.0, limit=0.0),
+        ),
+        Failed(error="odd"),
+    ),
+]
+HAPPENINGS = st.one_of(
+    st.just(Attempted()),
+    st.builds(_step_seen, _STEPS, _FLOATS, st.booleans()),
+    st.just(FormatsChanged(layers=("head",))),
+    st.builds(Looked, at=_STEPS, names=st.just(tuple(LOW)), sound=st.booleans()),
+    st.builds(Boundary, at=_STEPS, sound=st.booleans()),
+    st.builds(Settled, at=_STEPS),
+    st.builds(Asked, at=_STEPS, onset=_STEPS, risen=st.booleans()),
+    st.builds(Ended, at=_STEPS),
+    st.sampled_from([Answered(question=q, answer=a) for q, a in _QUESTIONS]),
+)
+
+
+@given(st.lists(HAPPENINGS, max_size=30), st.floats(-1, 1), st.booleans())
+def test_any_order_of_happenings_ends_in_a_state_that_is_sound(
+    happenings: list[Happening], harm: float, finite: bool
+) -> None:
+    """No order raises; a case never stays open; nothing is demoted that was not low."""
+    watch, loop = machine(), Loop(harm=harm, finite=finite)
+    state = watch.init()
+    for happening in happenings:
+        before = watch.state_dict(state)
+        after, events = tell(watch, state, happening, loop)
+        assert watch.state_dict(state) == before  # old states stay usable
+        assert after.inquiry is None
+        for event in kinds(events, Demotion):
+            assert set(event.formats) <= set(LOW)
+        state = after
+        assert state.steps.replayed >= 0
+
+
+@given(st.lists(HAPPENINGS, max_size=20), st.lists(HAPPENINGS, max_size=10))
+def test_a_saved_state_decides_as_the_one_that_was_saved(
+    before: list[Happening], after: list[Happening]
+) -> None:
+    watch, loop = machine(), Loop(harm=0.5)
+    state = watch.init()
+    for happening in before:
+        state, _ = tell(watch, state, happening, loop)
+    loaded = watch.load_state_dict(json.loads(json.dumps(watch.state_dict(state))))
+    for happening in after:
+        state, told = tell(watch, state, happening, loop)
+        loaded, again = tell(watch, loaded, happening, loop)
+        assert str([e.sentence() for e in told]) == str([e.sentence() for e in again])
+    assert str(watch.state_dict(state)) == str(watch.state_dict(loaded))
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    saved = {**machine().state_dict(WatchState()), "version": 7}
+    with pytest.raises(ValueError, match="the watch's state must have version 1, got 7"):
+        machine().load_state_dict(saved)
