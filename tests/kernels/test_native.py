@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +85,24 @@ def torchao_tensorwise() -> TorchaoKernel:
 # -- accuracy ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fast_bf16", [True, False], ids=["bf16_gemm", "fp32_gemm"])
-@pytest.mark.parametrize("compiled", [None, "inductor"], ids=["eager", "compiled"])
-@pytest.mark.parametrize("autocast_to", [None, torch.bfloat16], ids=["plain", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def accuracy_cases() -> Iterator[Any]:
+    """Each compiled case costs Inductor ten seconds and more: all but one of each dtype are slow."""
+    fast = {(torch.bfloat16, None, True), (torch.float32, torch.bfloat16, False)}
+    for dtype, autocast_to, compiled, fast_bf16 in product(
+        (torch.bfloat16, torch.float32), (None, torch.bfloat16), (None, "inductor"), (True, False)
+    ):
+        names = (
+            "bf16" if dtype is torch.bfloat16 else "fp32",
+            "autocast" if autocast_to else "plain",
+            "compiled" if compiled else "eager",
+            "bf16_gemm" if fast_bf16 else "fp32_gemm",
+        )
+        slow = compiled is not None and (dtype, autocast_to, fast_bf16) not in fast
+        marks = [pytest.mark.slow] if slow else []
+        yield pytest.param(dtype, autocast_to, compiled, fast_bf16, id="-".join(names), marks=marks)
+
+
+@pytest.mark.parametrize(("dtype", "autocast_to", "compiled", "fast_bf16"), accuracy_cases())
 def test_accuracy(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
@@ -122,12 +139,12 @@ def test_compiled_product_is_the_eager_one(
 ) -> None:
     monkeypatch.setattr(hardware, "CPU_HAS_BF16", fast_bf16)
 
-    def product(x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
         return NATIVE(x, weight, None, "layer")
 
     x, weight, _, _ = operands(dtype)
-    compiled = torch.compile(product, backend=backend, fullgraph=True)
-    assert torch.equal(compiled(x, weight), product(x, weight))
+    compiled = torch.compile(multiply, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(x, weight), multiply(x, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
