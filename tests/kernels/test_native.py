@@ -86,7 +86,7 @@ def torchao_tensorwise() -> TorchaoKernel:
 
 
 def accuracy_cases() -> Iterator[Any]:
-    """Each compiled case costs Inductor ten seconds and more: all but one of each dtype are slow."""
+    """Inductor takes ten seconds and more for each: all but one of each dtype are slow."""
     fast = {(torch.bfloat16, None, True), (torch.float32, torch.bfloat16, False)}
     for dtype, autocast_to, compiled, fast_bf16 in product(
         (torch.bfloat16, torch.float32), (None, torch.bfloat16), (None, "inductor"), (True, False)
