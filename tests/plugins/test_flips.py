@@ -170,7 +170,9 @@ def compile_it(model: nn.Module, how: str, backend: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("how", ["regional", "in place", "whole"])
+@pytest.mark.parametrize(
+    "how", ["regional", "whole", pytest.param("in place", marks=pytest.mark.slow)]
+)
 def test_flips_under_compile_are_the_eager_ones(how: str) -> None:
     walk = ["fp8-dynamic", "bf16", "fp8-rowwise", "e8m3", "fp8-dynamic", "high"]
     losses: dict[str, list[float]] = {}
