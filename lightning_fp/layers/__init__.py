@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from lightning_fp._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_fp.layers.auto_scaling import AutoScaling
     from lightning_fp.layers.backends import Backend, kernel_for
     from lightning_fp.layers.conversion.advice import ScalingAdvice, recommend_scaling
     from lightning_fp.layers.conversion.convert import convert, convert_into, revert
     from lightning_fp.layers.conversion.decide import Conversion
     from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
     from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+    from lightning_fp.layers.histories.auto_scaling import AutoScaling
     from lightning_fp.layers.linear import FPLinear
     from lightning_fp.layers.precision_map import Change, PrecisionMap
     from lightning_fp.layers.switchable import Phase, SwitchableLayer

@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_fp.layers.amax_histories import AmaxHistories
-from lightning_fp.layers.auto_scaling import AutoScaling
 from lightning_fp.layers.backends import Backend, Resolved
-from lightning_fp.layers.delayed_scales import DelayedScales
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.histories.amax_histories import AmaxHistories
+from lightning_fp.layers.histories.auto_scaling import AutoScaling
+from lightning_fp.layers.histories.delayed_scales import DelayedScales
 from lightning_fp.layers.known_formats import KnownFormats
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message

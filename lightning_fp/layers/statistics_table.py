@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.memory import fold_gradients
-from lightning_fp.layers.delayed_scales import first_device
 from lightning_fp.layers.format import LinearFormat
+from lightning_fp.layers.histories.delayed_scales import first_device
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.observe import OperandStatistics, Sampling
 from lightning_fp.numerics import MAXIMA, STATISTICS

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_fp.plugins.loss_scaler import NoScaler, gradients_of
-from lightning_fp.plugins.overflows import first_overflow
+from lightning_fp.plugins.half.loss_scaler import NoScaler, gradients_of
+from lightning_fp.plugins.half.overflows import first_overflow
 from lightning_fp.telemetry import OptimizerStep
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.plugins.base_precision import Autocast, Base, BasePrecision
-from lightning_fp.plugins.fp16_base import FP16Base
 from lightning_fp.plugins.guard import StepGuard, clip_sparse, gradient_norm, unwrapped
-from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.plugins.half.fp16_base import FP16Base
+from lightning_fp.plugins.half.loss_scaler import LossScaler
 from lightning_fp.stability.loss_scaling import LossScaling
 
 

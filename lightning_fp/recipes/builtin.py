@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fp.choices import unknown
-from lightning_fp.layers.auto_scaling import DELAYED_TOKEN_LIMIT
+from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
 from lightning_fp.recipes.catalogue import CATALOGUE
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe

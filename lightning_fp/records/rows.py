@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.layers import LinearFormat
-from lightning_fp.layers.delayed_scales import AmaxRecord
+from lightning_fp.layers.histories.delayed_scales import AmaxRecord
 from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics import (
     COLUMN,

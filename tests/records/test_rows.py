@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_fp.layers import linear_format
-from lightning_fp.layers.scale_history import AmaxRecord
+from lightning_fp.layers.histories.scale_history import AmaxRecord
 from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics import COLUMN, STATISTICS
 from lightning_fp.records import Sampled, StatisticsRows, statistics_rows

@@ -23,7 +23,7 @@ from lightning_fp.callbacks.compare.loop_replay import (
     written_by_hooks,
 )
 from lightning_fp.layers import LinearFormat, PrecisionMap
-from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.plugins.half.loss_scaler import LossScaler
 from lightning_fp.stability import RandomState, Replay, replay_step
 from lightning_fp.stability.keep.snapshot import restore, take
 from lightning_fp.stability.replay.one_step import Outcome

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
 from lightning_fp.layers import FPLinear
 from lightning_fp.plugins.guard import hyperparameters, set_hyperparameters
-from lightning_fp.plugins.loss_scaler import LossScaler
+from lightning_fp.plugins.half.loss_scaler import LossScaler
 from lightning_fp.stability.keep.attributes import Attributes
 from lightning_fp.stability.keep.snapshot import Part, Snapshot, restore, stated_bytes, take
 from lightning_fp.stability.loss_scaling import STATE_VERSION, LossScalingState

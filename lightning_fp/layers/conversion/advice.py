@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_fp.layers.auto_scaling import DELAYED_TOKEN_LIMIT
+from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
 
 CONTINUED_TOKEN_LIMIT = 1e12
 """Training tokens from which on practice uses dynamic scaling throughout."""

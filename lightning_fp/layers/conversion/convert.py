@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_fp.kernels.hardware import cuda_has_fp8
-from lightning_fp.layers.auto_scaling import AutoScaling
 from lightning_fp.layers.backends import Backend
 from lightning_fp.layers.conversion.decide import (
     Conversion,
@@ -26,6 +25,7 @@ from lightning_fp.layers.conversion.flops import (
 )
 from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
 from lightning_fp.layers.format import FormatLike
+from lightning_fp.layers.histories.auto_scaling import AutoScaling
 from lightning_fp.layers.linear import (
     FPLinear,
     is_plain_linear,

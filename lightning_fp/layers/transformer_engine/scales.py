@@ -19,7 +19,7 @@ from lightning_fp.kernels.transformer_engine.kernel import (
 )
 from lightning_fp.kernels.transformer_engine.library import library
 from lightning_fp.kernels.transformer_engine.recipe import RecipeSettings, delayed_of, make_recipe
-from lightning_fp.layers.delayed_scales import DelayedScales, first_device, many_ranks
+from lightning_fp.layers.histories.delayed_scales import DelayedScales, first_device, many_ranks
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, history_scale
 

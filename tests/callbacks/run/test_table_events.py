@@ -13,7 +13,7 @@ import torch
 from lightning_fp import ClampMonitor, FP8Precision, RolloutRecipe, Stage, StagedRollout
 from lightning_fp.callbacks import LossRecorder
 from lightning_fp.layers import AutoScaling
-from lightning_fp.layers.auto_scaling import AutoScalingState
+from lightning_fp.layers.histories.auto_scaling import AutoScalingState
 from lightning_fp.records import FormatChange, read_events
 from lightning_fp.report.read.format_history import format_histories
 from lightning_fp.report.read.run_records import read_records

@@ -13,7 +13,7 @@ from lightning_fp.kernels import HighPrecisionKernel, NativeKernel, OperandMemor
 from lightning_fp.kernels.transformer_engine import library as te_library
 from lightning_fp.kernels.transformer_engine.kernel import Engine
 from lightning_fp.layers import linear, precision_map
-from lightning_fp.layers.delayed_scales import DelayedScales
+from lightning_fp.layers.histories.delayed_scales import DelayedScales
 from tests.helper import TinyGPT, next_byte_loss, text_rows
 from tests.te_stub.fake import fake_library
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_fp import FP8Precision, recommend_scaling
 from lightning_fp.layers import AutoScaling, Conversion, PrecisionMap, convert_into, linear_format
-from lightning_fp.layers.auto_scaling import AutoScalingState
+from lightning_fp.layers.histories.auto_scaling import AutoScalingState
 
 
 def auto_map(model: nn.Module, **options: object) -> PrecisionMap:

@@ -14,7 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from lightning_fp.kernels import NativeKernel
 from lightning_fp.kernels.memory import AMAX, NONFINITE, OperandMemory, fold_gradients
-from lightning_fp.layers.delayed_scales import AmaxRecord, DelayedScales, first_device, many_ranks
+from lightning_fp.layers.histories.delayed_scales import (
+    AmaxRecord,
+    DelayedScales,
+    first_device,
+    many_ranks,
+)
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, advance_history, history_scale
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_fp.layers.auto_scaling import AutoScaling, AutoScalingState, Move
 from lightning_fp.layers.backends import Backend
-from lightning_fp.layers.delayed_scales import DelayedScales
 from lightning_fp.layers.format import NAMED_FORMATS
-from lightning_fp.layers.scale_history import ScaleHistory
+from lightning_fp.layers.histories.auto_scaling import AutoScaling, AutoScalingState, Move
+from lightning_fp.layers.histories.delayed_scales import DelayedScales
+from lightning_fp.layers.histories.scale_history import ScaleHistory
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.layers.transformer_engine.scales import EngineScales
 from lightning_fp.numerics import DelayedScaling

@@ -1,0 +1,1 @@
+"""Delayed scaling: histories of amax, the scales that follow, and moves between scalings."""
