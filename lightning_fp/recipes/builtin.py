@@ -10,7 +10,7 @@ from lightning_fp.choices import unknown
 from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
 from lightning_fp.recipes.catalogue import CATALOGUE
 from lightning_fp.recipes.gate import Gate
-from lightning_fp.recipes.recipe import RolloutRecipe
+from lightning_fp.recipes.recipe import FewBlocks, RolloutRecipe
 from lightning_fp.recipes.stage import CONFIGURED, Stage
 from lightning_fp.recipes.text import is_path
 
@@ -38,6 +38,12 @@ def _no_fallback(window: int) -> Gate:
     return Gate(statistic="fallbacks", below=1, window=window, reduce="sum")
 
 
+def _named(name: str, *stages: Stage, few_blocks: FewBlocks = "refuse") -> RolloutRecipe:
+    """A recipe of the catalogue."""
+    description = CATALOGUE[name].description
+    return RolloutRecipe(name=name, description=description, stages=stages, few_blocks=few_blocks)
+
+
 def conservative(*, warmup: float = 0.05, window: int = 500) -> RolloutRecipe:
     """High precision, one block, all but the ends, everything, and high precision at the end.
 
@@ -54,35 +60,32 @@ def conservative(*, warmup: float = 0.05, window: int = 500) -> RolloutRecipe:
         window: steps that the gates look back, and least length of the stages.
     """
     parity = Gate(statistic="parity/grad_cosine", above=0.95, window=window)
-    return RolloutRecipe(
-        name="conservative",
-        description=CATALOGUE["conservative"].description,
-        few_blocks="thirds",
-        stages=(
-            Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
-            Stage(
-                name="one-block",
-                layers={"blocks[50%]": CONFIGURED, "*": "high"},
-                until={"steps": window},
-                gates=(*_casts(window), _no_fallback(window)),
-                on_fail="step_back",
-            ),
-            Stage(
-                name="all-but-ends",
-                layers=_ENDS_HIGH,
-                until={"steps": 2 * window},
-                gates=(*_casts(window), parity, _no_fallback(window)),
-                on_fail="step_back",
-            ),
-            Stage(
-                name="all",
-                layers=_ALL_LOW,
-                until={"share": 0.9},
-                gates=(*_casts(window), _no_fallback(window)),
-                on_fail="step_back",
-            ),
-            Stage(name="cooldown", layers=_ALL_HIGH),
+    return _named(
+        "conservative",
+        Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
+        Stage(
+            name="one-block",
+            layers={"blocks[50%]": CONFIGURED, "*": "high"},
+            until={"steps": window},
+            gates=(*_casts(window), _no_fallback(window)),
+            on_fail="step_back",
         ),
+        Stage(
+            name="all-but-ends",
+            layers=_ENDS_HIGH,
+            until={"steps": 2 * window},
+            gates=(*_casts(window), parity, _no_fallback(window)),
+            on_fail="step_back",
+        ),
+        Stage(
+            name="all",
+            layers=_ALL_LOW,
+            until={"share": 0.9},
+            gates=(*_casts(window), _no_fallback(window)),
+            on_fail="step_back",
+        ),
+        Stage(name="cooldown", layers=_ALL_HIGH),
+        few_blocks="thirds",
     )
 
 
@@ -98,20 +101,17 @@ def balanced(*, warmup: float = 0.02, window: int = 100) -> RolloutRecipe:
         warmup: share of the run in high precision at the beginning.
         window: steps that the gates look back, and least length of the stage between.
     """
-    return RolloutRecipe(
-        name="balanced",
-        description=CATALOGUE["balanced"].description,
-        few_blocks="thirds",
-        stages=(
-            Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
-            Stage(
-                name="all-but-ends",
-                layers=_ENDS_HIGH,
-                until={"steps": window},
-                gates=(*_casts(window), _no_fallback(window)),
-            ),
-            Stage(name="all", layers=_ALL_LOW, gates=_casts(window), on_fail="step_back"),
+    return _named(
+        "balanced",
+        Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
+        Stage(
+            name="all-but-ends",
+            layers=_ENDS_HIGH,
+            until={"steps": window},
+            gates=(*_casts(window), _no_fallback(window)),
         ),
+        Stage(name="all", layers=_ALL_LOW, gates=_casts(window), on_fail="step_back"),
+        few_blocks="thirds",
     )
 
 
@@ -127,13 +127,10 @@ def aggressive(*, steps: int = 50, window: int = 50) -> RolloutRecipe:
         window: steps that the gate looks back.
     """
     gate = Gate(statistic="clamped_mass/max", below=0.01, window=window, reduce="mean")
-    return RolloutRecipe(
-        name="aggressive",
-        description=CATALOGUE["aggressive"].description,
-        stages=(
-            Stage(name="high", layers=_ALL_HIGH, until={"steps": steps}),
-            Stage(name="all", layers=_ALL_LOW, gates=(gate,), on_fail="step_back", max_tries=2),
-        ),
+    return _named(
+        "aggressive",
+        Stage(name="high", layers=_ALL_HIGH, until={"steps": steps}),
+        Stage(name="all", layers=_ALL_LOW, gates=(gate,), on_fail="step_back", max_tries=2),
     )
 
 
@@ -144,13 +141,8 @@ def first_last_bf16() -> RolloutRecipe:
     suggests them; Megatron-LM has --first-last-layers-bf16; pretraining with NVFP4 keeps first
     and last blocks in BF16). Needs no other callback.
     """
-    stage = Stage(name="ends-high", layers=_ENDS_HIGH)
-    return RolloutRecipe(
-        name="first-last-bf16",
-        description=CATALOGUE["first-last-bf16"].description,
-        few_blocks="thirds",
-        stages=(stage,),
-    )
+    ends_high = Stage(name="ends-high", layers=_ENDS_HIGH)
+    return _named("first-last-bf16", ends_high, few_blocks="thirds")
 
 
 def bf16_cooldown(*, share: float = 0.9) -> RolloutRecipe:
@@ -162,13 +154,10 @@ def bf16_cooldown(*, share: float = 0.9) -> RolloutRecipe:
     Args:
         share: share of the run at which high precision takes over.
     """
-    return RolloutRecipe(
-        name="bf16-cooldown",
-        description=CATALOGUE["bf16-cooldown"].description,
-        stages=(
-            Stage(name="low", layers=_ALL_LOW, until={"share": share}),
-            Stage(name="cooldown", layers=_ALL_HIGH),
-        ),
+    return _named(
+        "bf16-cooldown",
+        Stage(name="low", layers=_ALL_LOW, until={"share": share}),
+        Stage(name="cooldown", layers=_ALL_HIGH),
     )
 
 
@@ -198,14 +187,11 @@ def delayed_after_dynamic(
         max_tries=2,
     )
     again = Stage(name="dynamic-again", layers={"*": "fp8-dynamic"})
-    return RolloutRecipe(
-        name="delayed-after-dynamic",
-        description=CATALOGUE["delayed-after-dynamic"].description,
-        stages=(
-            Stage(name="dynamic", layers={"*": "fp8-dynamic"}, gates=(what_if,)),
-            delayed,
-            *(() if token_limit is None else (again,)),
-        ),
+    return _named(
+        "delayed-after-dynamic",
+        Stage(name="dynamic", layers={"*": "fp8-dynamic"}, gates=(what_if,)),
+        delayed,
+        *(() if token_limit is None else (again,)),
     )
 
 
@@ -222,13 +208,10 @@ def fp16_rl(*, k3: float = 1e-3, window: int = 20) -> RolloutRecipe:
         window: steps that the gate looks back, and length of the start in BF16.
     """
     gate = Gate(statistic="mismatch/k3_kl", below=k3, window=window, reduce="mean")
-    return RolloutRecipe(
-        name="fp16-rl",
-        description=CATALOGUE["fp16-rl"].description,
-        stages=(
-            Stage(name="bf16", layers={"*": "bf16"}, until={"steps": window}),
-            Stage(name="fp16", layers={"*": "fp16"}, gates=(gate,), on_fail="step_back"),
-        ),
+    return _named(
+        "fp16-rl",
+        Stage(name="bf16", layers={"*": "bf16"}, until={"steps": window}),
+        Stage(name="fp16", layers={"*": "fp16"}, gates=(gate,), on_fail="step_back"),
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, get_args
 
+from lightning_fp.choices import check_choice
+
 Reduce = Literal["worst", "max", "min", "mean", "last", "sum"]
 
 _REDUCE: Mapping[str, Callable[[Sequence[float]], float]] = {
@@ -62,10 +64,7 @@ class Gate:
             raise ValueError(
                 f"{self}: window must be an integer of at least 1, got {self.window!r}"
             )
-        if self.reduce not in get_args(Reduce):
-            raise ValueError(
-                f"{self}: reduce must be one of {', '.join(get_args(Reduce))}, got {self.reduce!r}"
-            )
+        check_choice(f"{self}: reduce", self.reduce, get_args(Reduce))
 
     def __str__(self) -> str:
         return f"gate {self.statistic!r}"

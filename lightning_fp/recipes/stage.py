@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, cast, get_args
 
+from lightning_fp.choices import check_choice
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.format import DynamicScaling
 from lightning_fp.recipes.blocks import check_pattern
@@ -72,11 +73,7 @@ class Stage:
         twice = [gate for i, gate in enumerate(self.gates) if gate in self.gates[:i]]
         if twice:
             raise ValueError(f"{self}: gates: {twice[0]} is given twice")
-        if self.on_fail not in get_args(OnFail):
-            raise ValueError(
-                f"{self}: on_fail must be one of {', '.join(get_args(OnFail))}, got"
-                f" {self.on_fail!r}"
-            )
+        check_choice(f"{self}: on_fail", self.on_fail, get_args(OnFail))
         if self.on_fail != "hold" and not self.gates:
             raise ValueError(
                 f"{self}: on_fail must be 'hold' without gates, got {self.on_fail!r}; add a gate"

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_fp.choices import check_choice
 from lightning_fp.records.rows import CAST
 
 Statistic = Literal["clamped_mass", "overflow_bits"]
@@ -71,10 +72,7 @@ def clamp_series(statistics: pa.Table, statistic: Statistic = "clamped_mass") ->
     Raises:
         ValueError: if columns or rows are missing, or there is no such statistic.
     """
-    if statistic not in get_args(Statistic):
-        raise ValueError(
-            f"statistic must be one of {', '.join(get_args(Statistic))}, got {statistic!r}"
-        )
+    check_choice("statistic", statistic, get_args(Statistic))
     if missing := [name for name in _COLUMNS if name not in statistics.column_names]:
         raise ValueError(
             f"statistics must have the columns {', '.join(_COLUMNS)}; {', '.join(missing)} missing"

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.records import StatisticsRows
@@ -27,15 +26,15 @@ PER_LAYER = (
     "sqnr_db",
 )
 
-SUMMARIES = (
-    "fp8/clamped_mass/max",
-    "fp8/clamped_mass/mean",
-    "fp8/underflow/max",
-    "fp8/underflow/mean",
-    "fp8/sqnr_db/min",
-    "fp8/headroom_bits/min",
-)
-"""What `summary` makes of an interval."""
+SUMMARIES = {
+    "fp8/clamped_mass/max": "clamped_mass/max",
+    "fp8/clamped_mass/mean": "clamped_mass/mean",
+    "fp8/underflow/max": "underflow_fraction/max",
+    "fp8/underflow/mean": "underflow_fraction/mean",
+    "fp8/sqnr_db/min": "sqnr_db/min",
+    "fp8/headroom_bits/min": "headroom_bits/min",
+}
+"""What `summary` makes of an interval, and of which of `COLUMNS`."""
 
 _REDUCE: Mapping[str, Any] = {"max": torch.amax, "min": torch.amin, "mean": torch.mean}
 
@@ -49,15 +48,8 @@ def summary(rows: StatisticsRows) -> dict[str, float]:
     Args:
         rows: one interval's rows.
     """
-    column = {name: rows.values[name][rows.low_precision] for name in PER_LAYER}
-    return {
-        "fp8/clamped_mass/max": _reduce(column["clamped_mass"], torch.max),
-        "fp8/clamped_mass/mean": _reduce(column["clamped_mass"], torch.mean),
-        "fp8/underflow/max": _reduce(column["underflow_fraction"], torch.max),
-        "fp8/underflow/mean": _reduce(column["underflow_fraction"], torch.mean),
-        "fp8/sqnr_db/min": _reduce(column["sqnr_db"], torch.min),
-        "fp8/headroom_bits/min": _reduce(column["headroom_bits"], torch.min),
-    }
+    values = {name: of_column(rows, column) for name, column in SUMMARIES.items()}
+    return {name: min(value, LOSSLESS_DB) for name, value in values.items()}  # NaN stays
 
 
 def of_column(rows: StatisticsRows, name: str) -> float:
@@ -126,8 +118,3 @@ def flops_share(plugin: Any, changes: Mapping[str, LinearFormat] | None = None) 
     if plugin.report is None:
         return math.nan
     return sum(layer.flops_share for layer in plugin.report.layers if layer.name in low)
-
-
-def _reduce(column: Tensor, how: Any) -> float:
-    known = column[~torch.isnan(column)]
-    return float(how(known).clamp(max=LOSSLESS_DB)) if len(known) else math.nan

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_fp.choices import check_choice
 from lightning_fp.format_names import TABLE
 from lightning_fp.layers import Backend
 from lightning_fp.numerics import DelayedScaling
@@ -79,8 +80,7 @@ def from_options(
         "torchtitan": _from_torchao_options,
         "accelerate": _from_accelerate,
     }
-    if library not in tables:
-        raise ValueError(f"library must be one of {', '.join(tables)}, got {library!r}")
+    check_choice("library", library, tables)
     found = tables[library](Options(library, options), blocks)
     arguments = {**found.arguments, "backend": backend}
     # In the order of the signature, for whoever prints it.

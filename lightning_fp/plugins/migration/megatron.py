@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lightning_fp.choices import check_choice
 from lightning_fp.layers import Backend, FormatLike, linear_format
 from lightning_fp.plugins.migration.libraries import Migration
 from lightning_fp.plugins.migration.options import Options, recipe_format
@@ -49,10 +50,7 @@ def from_megatron(
         pattern, config = options.take("pattern"), options.take("config")
         enabled = options.take("enabled", True)
         options.end()
-        if config not in configs:
-            raise ValueError(
-                f"matcher {name!r}: config must be one of {', '.join(configs)}, got {config!r}"
-            )
+        check_choice(f"matcher {name!r}: config", config, configs)
         if not enabled or pattern in layers:  # the first match wins
             continue
         layers[pattern], evaluated = _config(config, configs[config], linear_format(scaling).name)
