@@ -57,13 +57,13 @@ def main() -> None:
     data = TensorDataset(torch.randn(120 * 32, 64))
     trainer.fit(Network(), DataLoader(data, batch_size=32))
 
-    table = read_statistics(directory, columns=["layer", "operand", "clamped_mass"])
+    table = read_statistics(monitor.run_dir, columns=["layer", "operand", "clamped_mass"])
     rows = [row for row in table.to_pylist() if row["operand"] == "input"]
     print("\nlargest clamped mass of the input, over all intervals:")
     for layer in sorted({row["layer"] for row in rows}):
         mass = max(row["clamped_mass"] for row in rows if row["layer"] == layer)
         print(f"  {layer}: {mass:.2%}")
-    print(f"\nMore: lightning-fp stats {directory} --layer layers.2")
+    print(f"\nMore: lightning-fp stats {monitor.run_dir} --layer layers.2")
 
 
 if __name__ == "__main__":

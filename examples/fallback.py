@@ -43,11 +43,11 @@ def main() -> None:
     trainer.fit(ByteGPT(layers=2, width=64, heads=2), batches)
 
     print()
-    for event in read_events(options.output, kinds=["suspect", "verdict", "demote", "rollback"]):
+    for event in read_events(fallback.run_dir, kinds=["suspect", "verdict", "demote", "rollback"]):
         print(event.sentence())
     formats = {
         layer: change
-        for event in read_events(options.output, kinds=["demote"])
+        for event in read_events(fallback.run_dir, kinds=["demote"])
         for layer, change in event.formats.items()
     }
     print(f"\ndemoted: {formats}")

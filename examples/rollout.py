@@ -41,7 +41,7 @@ def main() -> None:
     trainer.fit(ByteGPT(layers=4, width=64, heads=2), batches)
 
     print()
-    for event in read_events(options.output, kinds=["stage", "gate"]):
+    for event in read_events(rollout.run_dir, kinds=["stage", "gate"]):
         print(event.sentence())
     print(f"\nThe run ended in stage {rollout.stage}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -175,6 +176,7 @@ class _Demo:
         recorder = Recorder(self.progress, title, options.steps)
         callbacks: list[L.Callback] = [recorder]
         if plugin is not None and resume is None:
+            shutil.rmtree(options.clamp_log(title), ignore_errors=True)  # of an earlier demo
             callbacks.append(ClampMonitor(dirpath=options.clamp_log(title), log_every_n_steps=16))
         if plugin is not None and title != options.other_scaling:
             callbacks.append(FlipLayer(plugin, FLIPPED_LAYER, options.flips))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.step_rows import StepRows, read_step_rows
 
 FILE = "eval_gap.csv"
@@ -67,4 +68,4 @@ def read_evaluation(run_dir: str | Path) -> pa.Table:
     Raises:
         ValueError: if the file is not one of these.
     """
-    return read_step_rows(Path(run_dir) / FILE, COLUMNS)
+    return read_step_rows(newest_run(run_dir) / FILE, COLUMNS)

@@ -32,6 +32,7 @@ from lightning_fp.events import (
     Verdict,
 )
 from lightning_fp.records.jsonl import append_line, read_lines
+from lightning_fp.records.newest_run import newest_run
 
 FILE = "events.jsonl"
 """Name of the file inside of a run's directory."""
@@ -115,11 +116,11 @@ def read_events(run_dir: str | Path, *, kinds: Collection[str] | None = None) ->
     """
     if kinds is not None and (wrong := sorted(set(kinds) - KINDS.keys())):
         raise ValueError(f"kinds must be among {sorted(KINDS)}, got {wrong}")
-    path = Path(run_dir) / FILE
+    path = newest_run(run_dir) / FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"no events in {str(run_dir)!r}: run_dir must be a directory that PrecisionFallback or"
-            " StagedRollout wrote to (their dirpath, by default the trainer's log directory)"
+            " StagedRollout wrote to (their dirpath, by default the run's directory)"
         )
     events = [event for _, event in _in_force(read_lines(path, _from_json))]
     return [event for event in events if kinds is None or event.kind in kinds]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fp.records.jsonl import append_line, read_lines
+from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.resume import rows_in_force
 
 FILE = "gradients.jsonl"
@@ -61,7 +62,7 @@ def read_gradients(run_dir: str | Path) -> list[GradientRow]:
     Returns:
         By step; empty if there is no file.
     """
-    rows = [row for _, row in read_lines(Path(run_dir) / FILE, _row)]
+    rows = [row for _, row in read_lines(newest_run(run_dir) / FILE, _row)]
     return rows_in_force(rows, lambda row: row.step)
 
 

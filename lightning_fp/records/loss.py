@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.step_rows import (
     StepRows,
     numbers,
@@ -120,7 +121,7 @@ def read_loss(
         ValueError: if there is no such file or column.
     """
     files = (FILE, LIGHTNING_FILE) if column == TRAIN_LOSS else (LIGHTNING_FILE,)
-    places = [Path(run_dir) / name for name in files]
+    places = [newest_run(run_dir) / name for name in files]
     path = (
         next((place for place in places if place.is_file()), None) if file is None else Path(file)
     )
@@ -168,4 +169,4 @@ def read_steps(run_dir: str | Path) -> pa.Table:
     Raises:
         ValueError: if the file is not one of these.
     """
-    return read_step_rows(Path(run_dir) / FILE, COLUMNS)
+    return read_step_rows(newest_run(run_dir) / FILE, COLUMNS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from lightning_fp.metrics.mismatch_values import COUNTS, VALUES
+from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.step_rows import StepRows, read_step_rows
 
 FILE = "mismatch.csv"
@@ -53,4 +54,4 @@ def read_mismatch(run_dir: str | Path) -> pa.Table:
     Raises:
         ValueError: if the file is not one of these.
     """
-    return read_step_rows(Path(run_dir) / FILE, COLUMNS)
+    return read_step_rows(newest_run(run_dir) / FILE, COLUMNS)

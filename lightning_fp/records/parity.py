@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_fp.records.jsonl import append_line, plain, read_lines
+from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.resume import rows_in_force
 
 FILE = "parity.jsonl"
@@ -60,7 +61,7 @@ def read_parity(run_dir: str | Path) -> pa.Table:
         A table with the columns of `SCHEMA`, by step; empty if there was no probe. Where a resumed
         run has repeated a step, the later probe counts.
     """
-    probes = [probe for _, probe in read_lines(Path(run_dir) / FILE, _probe)]
+    probes = [probe for _, probe in read_lines(newest_run(run_dir) / FILE, _probe)]
     rows = [
         {name: (layer if name in _OF_LAYER else probe).get(name) for name in SCHEMA.names}
         for probe in rows_in_force(probes, lambda probe: probe["step"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fp.records.jsonl import append_line, read_lines
+from lightning_fp.records.newest_run import newest_run
 
 FILE = "run.jsonl"
 """Name of the file inside of a run's directory."""
@@ -76,7 +77,7 @@ def read_run(run_dir: str | Path) -> list[RunInfo]:
     Args:
         run_dir: the directory that the run wrote to.
     """
-    return [start for _, start in read_lines(Path(run_dir) / FILE, _start)]
+    return [start for _, start in read_lines(newest_run(run_dir) / FILE, _start)]
 
 
 def _start(values: dict[str, Any]) -> RunInfo:

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lightning_fp.records.newest_run import newest_run
+
 log = logging.getLogger(__name__)
 
 DIRECTORY = "statistics"
@@ -191,11 +193,11 @@ def read_statistics(
     Raises:
         FileNotFoundError: if the run has written none.
     """
-    directory = Path(run_dir) / DIRECTORY
+    directory = newest_run(run_dir) / DIRECTORY
     if not directory.is_dir():
         raise FileNotFoundError(
             f"no statistics in {str(run_dir)!r}: run_dir must be a directory that ClampMonitor"
-            " wrote to (its dirpath, by default the trainer's log directory)"
+            " wrote to (its dirpath, by default the run's directory)"
         )
     for attempt in range(_ATTEMPTS):
         try:
@@ -212,7 +214,7 @@ def read_statistics(
 
 def unreadable_parts(run_dir: str | Path) -> list[str]:
     """The names of the files that `read_statistics` leaves out, because they are no statistics."""
-    directory = Path(run_dir) / DIRECTORY
+    directory = newest_run(run_dir) / DIRECTORY
     files = sorted(directory.glob("part-*.parquet"))  # before the rest: a writer may go on
     parts = _parts(directory)
     taken_in = {number for part in parts for number in range(part.number, part.last + 1)}

@@ -163,6 +163,7 @@ def run_arm(
     trainer.fit(module, loader)
     if not trainer.global_step:
         raise ValueError("the run made no step: the factory's dataloader must have batches")
+    directory = monitor.run_dir or directory
     recorded = read_steps(directory)
     if not len(recorded):
         raise ValueError("training_step must return a loss for the A/B, got none in any step")

@@ -53,7 +53,7 @@ class ClampMonitor(RunCallback):
         what_if: whether sampled steps also compute what other scalings would have done to the same
             tensors. Delayed scaling then gets a history of dynamic layers too, for which every
             step records their amax.
-        dirpath: where the rows go; by default the trainer's log directory.
+        dirpath: where the rows go; by default the run's directory.
         log_layers: globs of the layers whose statistics go to the loggers one by one.
         log_every_n_steps: length of a log interval; by default the trainer's.
         warn_clamped_mass: clamped mass from which on to warn; None never does.

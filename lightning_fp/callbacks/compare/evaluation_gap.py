@@ -60,7 +60,7 @@ class EvaluationGap(RunCallback):
             evaluated twice more.
         metric: what the validation step logs as its loss, if it returns none (neither a tensor
             nor a mapping with "loss").
-        dirpath: where `eval_gap.csv` goes; by default the trainer's log directory.
+        dirpath: where `eval_gap.csv` goes; by default the run's directory.
 
     Raises:
         ValueError: for an option out of range; at setup without a plugin of this package, or for

@@ -42,7 +42,7 @@ class ParityProbe(RunCallback):
         every_n_steps: one probe per so many optimizer steps.
         worst: how many layers to put into high precision one at a time, to see how much of the
             gap each of them removes.
-        dirpath: where to write `parity.jsonl`; None takes the trainer's log directory.
+        dirpath: where to write `parity.jsonl`; None takes the run's directory.
         log_layers: globs over layer names; these layers go to the loggers as well.
         seed: chooses the step within each `every_n_steps`, so that nothing periodic in the run
             hides from the probe; None takes the first.

@@ -38,7 +38,7 @@ class FP16Monitor(RunCallback):
 
     Args:
         every_n_steps: one in so many steps is looked at.
-        dirpath: where to write; by default the trainer's log directory.
+        dirpath: where to write; by default the run's directory.
 
     Raises:
         ValueError: for an option out of range; at setup without a plugin that scales the loss.

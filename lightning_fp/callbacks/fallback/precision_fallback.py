@@ -84,7 +84,7 @@ class PrecisionFallback(RunCallback):
         snapshot_bytes: most host memory for them; None sets no bound.
         ring_bytes: most host memory for recorded batches.
         checkpoint_bytes: snapshots and batches go into checkpoints if they are together no larger.
-        dirpath: where `events.jsonl` goes; by default the trainer's log directory.
+        dirpath: where `events.jsonl` goes; by default the run's directory.
         preflight: whether to try at the start that a step in high precision fits into memory.
         dry_run: whether only to log what would be done; then nothing is skipped either.
         seed: of the steps that are looked at.

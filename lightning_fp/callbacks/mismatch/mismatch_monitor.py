@@ -67,8 +67,7 @@ class MismatchMonitor(RunCallback):
         hold_steps: optimizer steps after such a change without another one, or a warning.
         aliases: log the metrics also under the names that "trl", "nemo-rl" or "slime" gives them.
         threshold: of importance weights, see `TrainingInferenceMismatch`.
-        dirpath: where to write; None takes what another callback names, else the trainer's log
-            directory.
+        dirpath: where to write; None takes the run's directory.
 
     Raises:
         ValueError: for an option out of range; at setup if precision is to be raised and the

@@ -71,8 +71,7 @@ class StagedRollout(RunCallback):
         baseline: directory of a recorded run, with whose loss gates on "loss_gap" compare.
         tokens_per_step: tokens of one optimizer step over all ranks, for stages that end by
             tokens; by default those of a batch are the elements of its first tensor of integers.
-        dirpath: where events go; None takes what another callback names, else the trainer's log
-            directory.
+        dirpath: where events go; None takes the run's directory.
 
     Raises:
         ValueError: for a recipe that cannot be; at setup without a plugin of this package, for a

@@ -23,7 +23,7 @@ class LossRecorder(RunCallback):
     ... )
 
     Args:
-        dirpath: where to write; by default the trainer's log directory.
+        dirpath: where to write; by default the run's directory.
     """
 
     writes_loss: ClassVar[bool] = True

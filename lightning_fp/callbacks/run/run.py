@@ -16,12 +16,14 @@ import lightning as L
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.loss_files import LossFiles
+from lightning_fp.callbacks.run.run_directory import run_directories
 from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
 from lightning_fp.layers import Change, LinearFormat
@@ -36,6 +38,9 @@ log = logging.getLogger("lightning_fp.fallback")
 STATE_KEY = "lightning_fp.run"
 """Where a checkpoint keeps how far the logs had come, by callback."""
 
+DIRECTORIES_KEY = "lightning_fp.directories"
+"""Where it keeps which directory each callback wrote to: there a resumed run goes on."""
+
 LOSS = "loss"
 """What the run itself publishes, if somebody follows it: each step's loss over all ranks."""
 
@@ -45,7 +50,11 @@ class RunCallback(L.Callback):
 
     dirpath: str | Path | None = None
     """Where it writes; None takes what another callback of the run names, else the trainer's log
-    directory."""
+    directory, or `runs/<module>/version_n` without a logger. A run that begins where another has
+    left records writes to a version below."""
+
+    run_dir: Path | None = None
+    """Where it has written to since the start of training; None on ranks that do not write."""
 
     publishes: ClassVar[Mapping[str, str]] = {}
     """The names that it publishes on the run's board, or globs over them; each with the option it
@@ -117,6 +126,7 @@ class Run(L.Callback):
         self._directories: dict[int, Path | None] = {}
         self._logs: dict[Path | None, EventLog] = {}
         self._positions: dict[str, int | None] = {}
+        self._written_to: dict[str, str] = {}
         self._unsubscribe: Callable[[], object] = lambda: None
         self.board = Board()
         """All that is measured in this fit."""
@@ -170,12 +180,15 @@ class Run(L.Callback):
         zero, ours, self.step = trainer.is_global_zero, _ours(trainer), trainer.global_step
         self._loggers = list(trainer.loggers) if zero else []
         writes = zero and not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
-        for callback in ours:
-            directory = run_directory(trainer, callback)  # on all ranks
-            self._directories[id(callback)] = directory if writes else None
+        named = [(callback.state_key, callback.dirpath) for callback in ours]
+        found = run_directories(trainer, named, self._written_to)  # on all ranks
+        for callback, directory in zip(ours, found, strict=True):
+            callback.run_dir = directory if writes else None
+            self._directories[id(callback)] = callback.run_dir
         for directory in dict.fromkeys(self._directories.values()):
             if directory is not None:
                 _write_down(directory, trainer, ours)
+                rank_zero_info(f"records: {directory} (lightning-fp report {directory})")
             keys = [c.state_key for c in ours if self.directory(c) == directory]
             known = [self._positions[key] for key in keys if key in self._positions]
             self._logs[directory] = EventLog(
@@ -333,6 +346,8 @@ class Run(L.Callback):
         """How far the logs have come: a run that resumes makes void what follows."""
         ours = [c for c in _ours(trainer) if id(c) in self._directories]
         checkpoint[STATE_KEY] = {c.state_key: self.log(c).position for c in ours}
+        directories = {c.state_key: c.run_dir for c in ours if c.run_dir is not None}
+        checkpoint[DIRECTORIES_KEY] = {k: str(d.absolute()) for k, d in directories.items()}
 
     @override
     def on_load_checkpoint(
@@ -340,6 +355,7 @@ class Run(L.Callback):
     ) -> None:
         """See `on_save_checkpoint`."""
         self._positions = dict(checkpoint.get(STATE_KEY) or {})
+        self._written_to = dict(checkpoint.get(DIRECTORIES_KEY) or {})
 
 
 def run_of(trainer: L.Trainer) -> Run:
@@ -348,22 +364,6 @@ def run_of(trainer: L.Trainer) -> Run:
         if isinstance(callback, Run):
             return callback
     raise RuntimeError("there is no run before the setup of a fit")
-
-
-def run_directory(trainer: L.Trainer, callback: RunCallback) -> Path:
-    """Where a callback writes; to be called on all ranks.
-
-    Args:
-        trainer: the Trainer, in `fit`.
-        callback: one of its callbacks.
-
-    Returns:
-        The callback's own directory; else the first that another callback names, so that the
-        records of a run lie together; else the trainer's.
-    """
-    named = [callback.dirpath, *(c.dirpath for c in _ours(trainer))]
-    given = [directory for directory in named if directory is not None]
-    return Path(given[0] if given else trainer.log_dir or trainer.default_root_dir)
 
 
 def _write_down(directory: Path, trainer: L.Trainer, callbacks: Sequence[RunCallback]) -> None:

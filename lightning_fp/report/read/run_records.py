@@ -15,6 +15,7 @@ from lightning_fp.records.evaluation import FILE as EVALUATION_FILE
 from lightning_fp.records.gradients import FILE as GRADIENTS_FILE
 from lightning_fp.records.gradients import GradientRow, read_gradients
 from lightning_fp.records.mismatch_rows import FILE as MISMATCH_FILE
+from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.resume import in_force, rows_in_force
 from lightning_fp.records.run import LayerInfo, RunInfo, read_run
 from lightning_fp.records.tables import DIRECTORY, unreadable_parts
@@ -93,13 +94,13 @@ def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
     """Everything a run has left behind, also one that still runs or was killed.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run's directory, or one above, see `newest_run`.
         name: what the report calls it; by default the directory's name.
 
     Raises:
         ValueError: if there is no such directory, or no record in it.
     """
-    path = Path(run_dir)
+    path = newest_run(run_dir)
     if not path.is_dir():
         raise ValueError(f"run must be a directory that a run wrote to, got {str(run_dir)!r}")
     unreadable: list[str] = []
@@ -137,8 +138,7 @@ def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
     if records.empty and not unreadable:
         raise ValueError(
             f"no records in {str(run_dir)!r}: it must be the dirpath of ClampMonitor,"
-            " PrecisionFallback or another callback that records, by default the trainer's log"
-            " directory"
+            " PrecisionFallback or another callback that records, by default the run's directory"
         )
     return records
 

@@ -310,17 +310,20 @@ class TestLoss:
     def test_a_run_that_resumes_goes_on(self, tmp_path: Path) -> None:
         run(tmp_path / "whole", max_steps=12)
         first = Net()
-        _, trainer = run(tmp_path / "parts", model=first, max_steps=8)
+        monitor = ClampMonitor(dirpath=tmp_path / "parts")
+        _, trainer = run(tmp_path / "parts", monitor=monitor, model=first, max_steps=8)
         trainer.save_checkpoint(tmp_path / "half.ckpt")
         LossWriter(tmp_path / "parts").append([LossRow(step=9, loss=9.0)])  # to be replaced
-        run(tmp_path / "parts", max_steps=12, ckpt_path=tmp_path / "half.ckpt")
+        monitor = ClampMonitor(dirpath=tmp_path / "parts")
+        half = tmp_path / "half.ckpt"
+        run(tmp_path / "parts", monitor=monitor, max_steps=12, ckpt_path=half)
         loss = read_loss(tmp_path / "parts")
         assert loss.steps.tolist() == list(range(1, 13))
         assert loss.values[:8].tolist() == pytest.approx(first.losses, rel=1e-6)
         assert 9.0 not in loss.values
 
     def test_with_the_norm_of_the_gradient_if_somebody_tells(self, tmp_path: Path) -> None:
-        monitor = ClampMonitor(every_n_steps=4)
+        monitor = ClampMonitor(every_n_steps=4, dirpath=tmp_path)
 
         class Norm(L.Callback):
             def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:

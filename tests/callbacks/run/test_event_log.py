@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_fp import FP8Precision
 from lightning_fp.callbacks import ClampMonitor, EvaluationGap, LossRecorder, ParityProbe
-from lightning_fp.callbacks.run.run import RunCallback, run_directory, run_of
+from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.callbacks.run.run_settings import flat, settings_by_class
 from lightning_fp.records import Note, read_events, read_run
 from tests.helper import LanguageModel, fit, make_trainer, text_loader
@@ -61,7 +61,7 @@ def test_without_a_name_it_is_the_loggers_directory(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="log")
     trainer = make_trainer(None, callbacks=[one], logger=logger, max_steps=1)
     trainer.fit(LanguageModel(), text_loader(8))
-    assert one.directory == Path(logger.log_dir) == run_directory(trainer, one)
+    assert one.directory == Path(logger.log_dir) == one.run_dir
     assert notes(one.directory) == [(1, "a")]
 
 

@@ -1,0 +1,85 @@
+"""Where a run's records go: one directory, new for every run.
+
+A run is what begins at step 0 without a checkpoint; what goes on from one, or in the same Trainer,
+goes on in its directory. Two runs never share one, or the second would be told as a resume of the
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_fp.records.run import FILE
+
+ROOT = "runs"
+"""Below the Trainer's `default_root_dir`, where there is no logger."""
+
+
+def run_directories(
+    trainer: L.Trainer,
+    named: Sequence[tuple[str, str | Path | None]],
+    kept: Mapping[str, str],
+) -> list[Path]:
+    """The directory of each callback; to be called on all ranks, alike.
+
+    Args:
+        trainer: the Trainer, at the start of training.
+        named: each callback's key, and what it names as its `dirpath`. Those that name none share
+            the first that is named, so that the records of a run lie together, or else the run's.
+        kept: by key, where the checkpoint says that a callback wrote to.
+    """
+    found: list[Path] = []
+    if trainer.is_global_zero:
+        begins = not trainer.global_step and not trainer.ckpt_path
+        given = next((Path(path) for _, path in named if path is not None), None)
+        by_base: dict[Path, Path] = {}
+        for key, path in named:
+            base = Path(path) if path is not None else given or _of_the_trainer(trainer)
+            if base not in by_base:
+                before = Path(kept[key]) if key in kept else None
+                ours = given is None and not trainer.loggers
+                by_base[base] = _version(base, before, begins=begins, numbered=ours)
+            found.append(by_base[base])
+    return trainer.strategy.broadcast(found)
+
+
+def _of_the_trainer(trainer: L.Trainer) -> Path:
+    """The first logger's directory for this run, as checkpoints have it; without one, ours."""
+    name = type(trainer.lightning_module).__name__
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir) / ROOT / name
+    logger = trainer.loggers[0]
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return Path(logger.log_dir)
+    version: Any = logger.version
+    folder = version if isinstance(version, str) else f"version_{version or 0}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name or name) / folder
+
+
+def _version(base: Path, before: Path | None, *, begins: bool, numbered: bool) -> Path:
+    """The base as long as no run is there, afterwards a version below it.
+
+    Args:
+        base: the directory that was asked for.
+        before: where the run has written so far, as its checkpoint says.
+        begins: whether the run begins here.
+        numbered: whether the first run has a number too.
+    """
+    if not begins and before is not None and _goes_on_in(before, base):
+        return before
+    if not numbered and (not begins or not (base / FILE).exists()):
+        return base
+    known = [int(p.name[8:]) for p in base.glob("version_*") if p.name[8:].isdecimal()]
+    last = max(known, default=-1 if numbered else 0)
+    return base / f"version_{last if not begins and known else last + 1}"
+
+
+def _goes_on_in(before: Path, base: Path) -> bool:
+    """Whether a directory of the run is still there, and is the base or a version below it."""
+    place = before.absolute()
+    return before.is_dir() and base.absolute() in (place, *place.parents)
