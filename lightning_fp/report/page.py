@@ -5,32 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
 from lightning_fp import __version__
-from lightning_fp.report.draw.parts import Chart, Section
+from lightning_fp.report.draw.parts import Chart
 from lightning_fp.report.read.cost import RunCost, run_cost
 from lightning_fp.report.read.run_records import RunRecords, names_of, read_records
 from lightning_fp.report.sections.compare import comparison
 from lightning_fp.report.sections.every_section import sections
 from lightning_fp.report.sections.headline import headline, key_figures, low_precision, never_low
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What the template shows of one run."""
-
-    name: str
-    path: str
-    headline: str
-    alarm: bool
-    """Whether the headline stands in red."""
-    figures: Sequence[tuple[str, str, str]]
-    sections: Sequence[Section]
-    unreadable: Sequence[str]
 
 
 class _Charts:
@@ -108,22 +93,14 @@ def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    shown = [
-        _Run(
-            name=run.name,
-            path=str(run.path),
-            headline=headline(run, cost),
-            alarm=bool(never_low(run)),
-            figures=key_figures(run, cost),
-            sections=sections(run, cost),
-            unreadable=run.unreadable,
-        )
-        for run, cost in zip(runs, costs, strict=True)
-    ]
     template = environment.from_string(_file("report.html"))
     return template.render(
-        title=f"{', '.join(run.name for run in shown)}: run report",
-        runs=shown,
+        title=f"{', '.join(run.name for run in runs)}: run report",
+        runs=list(zip(runs, costs, strict=True)),
+        headline=headline,
+        never_low=never_low,
+        key_figures=key_figures,
+        sections=sections,
         comparison=comparison(runs, costs) if len(runs) > 1 else None,
         charts=_Charts(),
         css=_file("report.css"),

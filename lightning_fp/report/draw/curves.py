@@ -36,21 +36,12 @@ def curve(
     stretch = math.ceil(len(steps) / _POINTS)
     if stretch > 1:
         padded = -len(steps) % stretch
-        last, none = steps[-1:].expand(padded), values.new_full((padded,), torch.nan)
-        parts = torch.cat([values, none]).masked_fill_(
-            ~torch.cat([values, none]).isfinite(), torch.nan
-        )
-        parts = parts.view(-1, stretch)
-        steps = torch.cat([steps, last]).view(-1, stretch)[:, stretch // 2]
-        known = ~parts.isnan()
-        gone = ~known.any(1)
-        drawn["low"] = plain(
-            torch.where(known, parts, torch.inf).amin(1).masked_fill(gone, torch.nan)
-        )
-        drawn["high"] = plain(
-            torch.where(known, parts, -torch.inf).amax(1).masked_fill(gone, torch.nan)
-        )
-        values = parts.nanmean(1)
+        parts = torch.cat([values, values.new_full((padded,), torch.nan)]).view(-1, stretch)
+        steps = torch.cat([steps, steps[-1:].expand(padded)]).view(-1, stretch)[:, stretch // 2]
+        known = parts.isfinite()
+        drawn["low"] = plain(torch.where(known, parts, torch.inf).amin(1))
+        drawn["high"] = plain(torch.where(known, parts, -torch.inf).amax(1))
+        values = torch.where(known, parts, torch.nan).nanmean(1)
     if smooth:
         drawn["smooth"] = plain(_running_mean(values, max(5, len(values) // 40)))
     return {

@@ -20,6 +20,8 @@ NAMES: dict[Ranking, str] = {
     "sqnr_db": "SQNR",
 }
 
+UNITS: dict[Ranking, str] = {"clamped_mass": "%", "underflow_fraction": "%", "sqnr_db": "dB"}
+
 _LOOK: dict[Ranking, str] = {
     "clamped_mass": (
         "How much of an operand's magnitude was cut off because it did not fit the format. Orange"
@@ -60,7 +62,7 @@ def heatmap(digest: Digest, ranking: Ranking, limit: float) -> Chart:
         "values": base64.b64encode(values.float().contiguous().numpy().tobytes()).decode(),
         "limit": limit,
         "low_is_bad": ranking == "sqnr_db",
-        "unit": "dB" if ranking == "sqnr_db" else "%",
+        "unit": UNITS[ranking],
         "name": NAMES[ranking],
     }
 

@@ -99,12 +99,14 @@ def said(event: Event) -> str:
     return text.removeprefix(event.kind).lstrip(": ") if event.kind != "replay" else _blame(event)
 
 
+def errors_alone(event: Event) -> dict[str, float]:
+    """By layer, the gradients' error with it alone in low precision, if that was measured."""
+    parts = [(name.partition("/"), value) for name, value in event.numbers.items()]
+    return {layer: value for (what, _, layer), value in parts if what == "alone"}
+
+
 def _blame(event: Event) -> str:
-    errors = [
-        f"{name.removeprefix('alone/')} {value:.2f}"
-        for name, value in event.numbers.items()
-        if name.startswith("alone/")
-    ]
+    errors = [f"{layer} {value:.2f}" for layer, value in errors_alone(event).items()]
     return f"{event.reason}: {', '.join(errors) or ', '.join(event.layers)}"
 
 

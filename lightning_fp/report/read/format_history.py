@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -35,9 +35,10 @@ class LayerGroup:
         return f"{first} and {len(others)} more" if others else first
 
 
-def changed_formats(event: Event) -> bool:
-    """Whether an event changed a format: in a dry run it only says what it would have done."""
-    return isinstance(event, FormatChange) and not event.action.startswith("dry run")
+def format_changes(events: Iterable[Event]) -> list[FormatChange]:
+    """Those that changed formats: in a dry run they only say what they would have done."""
+    changes = [event for event in events if isinstance(event, FormatChange)]
+    return [change for change in changes if not change.action.startswith("dry run")]
 
 
 def format_histories(records: RunRecords) -> dict[str, FormatHistory]:
@@ -62,15 +63,18 @@ def format_histories(records: RunRecords) -> dict[str, FormatHistory]:
         if not history or history[-1][1] != format:
             history.append((step, format))
 
-    events = [event for event in records.events if changed_formats(event)]
+    def apply(events: Iterable[FormatChange]) -> None:
+        for event in events:
+            for layer, (_, after) in event.formats.items():
+                change(event.step, layer, after)
+
+    events = format_changes(records.events)
     for start in records.starts[1:]:
-        for event in [e for e in events if e.step <= start.step]:
-            _apply(event, change)
+        apply(event for event in events if event.step <= start.step)
         events = [event for event in events if event.step > start.step]
         for layer in start.layers:
             change(start.step, layer.name, layer.format)
-    for event in events:
-        _apply(event, change)
+    apply(events)
     return {layer: tuple(history) for layer, history in histories.items()}
 
 
@@ -141,9 +145,7 @@ def steps_away_from(
     away: dict[str, str] = {}
     stretches: list[tuple[int, int]] = []
     begun = 0
-    for event in sorted(events, key=lambda event: event.step):
-        if not (isinstance(event, FormatChange) and changed_formats(event)):
-            continue
+    for event in sorted(format_changes(events), key=lambda event: event.step):
         was_away = bool(away)
         for layer, (before, after) in event.formats.items():
             if histories and layer not in histories:
@@ -159,12 +161,6 @@ def steps_away_from(
     if away and last > begun:
         stretches.append((begun, last))
     return stretches
-
-
-def _apply(event: Event, change: object) -> None:
-    assert isinstance(event, FormatChange) and callable(change)
-    for layer, (_, after) in event.formats.items():
-        change(event.step, layer, after)
 
 
 def _from_statistics(records: RunRecords) -> dict[str, FormatHistory]:

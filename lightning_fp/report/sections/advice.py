@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_fp.layers import linear_format
@@ -58,37 +59,34 @@ def advise(
         now: each layer's format at the end of the run; a layer that has left the format in which
             it was over a limit needs no change, and comes last.
     """
+    found: list[Advice] = []
+    for of in digest.totals:
+        last = (now or {}).get(of.layer, of.format)
+        for badness, what, do in _over_limit(of, limits):
+            if last != of.format:
+                badness, do = 0.0, f"nothing: the run has moved it to {last}"
+            found.append(Advice(of=of, badness=badness, what=what, do=do))
+    return sorted(found, key=lambda advice: (-advice.badness, advice.of.layer, advice.of.operand))
+
+
+def _over_limit(of: Totals, limits: Mapping[Ranking, float]) -> Iterator[tuple[float, str, str]]:
+    """How many times over its limit an operand is, in what, and what to do about it."""
     # Imports Lightning, which nothing else in a report needs.
     from lightning_fp.callbacks.clamp.remedies import remedy
 
-    found: list[Advice] = []
-    for of in digest.totals:
-        try:
-            format = linear_format(of.format)
-        except ValueError:  # a format of a later version
-            continue
-        arguments = of.layer, of.operand, format
-        clamped, flushed = of.mean["clamped_mass"] or 0.0, of.mean["underflow_fraction"] or 0.0
-        if of.nonfinite:
-            what = f"{of.nonfinite:,} inf or NaN"
-            do = remedy("nonfinite", *arguments)
-            found.append(Advice(of=of, badness=float("inf"), what=what, do=do))
-        if clamped >= limits["clamped_mass"]:
-            what = f"clamped mass {share(clamped)} on average"
-            do = remedy("clamped_mass", *arguments) + _dynamic_loses(of)
-            badness = clamped / limits["clamped_mass"]
-            found.append(Advice(of=of, badness=badness, what=what, do=do))
-        if flushed >= limits["underflow_fraction"]:
-            what = f"underflow {share(flushed)} on average"
-            do = _evidence(of, flushed) or remedy("underflow_fraction", *arguments)
-            badness = flushed / limits["underflow_fraction"]
-            found.append(Advice(of=of, badness=badness, what=what, do=do))
-    for index, advice in enumerate(found):
-        last = (now or {}).get(advice.of.layer, advice.of.format)
-        if last != advice.of.format:
-            done = f"nothing: the run has moved it to {last}"
-            found[index] = replace(advice, badness=0.0, do=done)
-    return sorted(found, key=lambda advice: (-advice.badness, advice.of.layer, advice.of.operand))
+    try:
+        operand = of.layer, of.operand, linear_format(of.format)
+    except ValueError:  # a format of a later version
+        return
+    clamped, flushed = of.mean["clamped_mass"] or 0.0, of.mean["underflow_fraction"] or 0.0
+    if of.nonfinite:
+        yield math.inf, f"{of.nonfinite:,} inf or NaN", remedy("nonfinite", *operand)
+    if clamped >= (limit := limits["clamped_mass"]):
+        do = remedy("clamped_mass", *operand) + _dynamic_loses(of)
+        yield clamped / limit, f"clamped mass {share(clamped)} on average", do
+    if flushed >= (limit := limits["underflow_fraction"]):
+        do = _evidence(of, flushed) or remedy("underflow_fraction", *operand)
+        yield flushed / limit, f"underflow {share(flushed)} on average", do
 
 
 def advice_table(advice: Sequence[Advice]) -> Table:

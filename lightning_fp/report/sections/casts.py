@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lightning_fp.report.draw.curves import curve, panel, panels, points
-from lightning_fp.report.draw.heatmaps import heatmap, worst_cells
+from lightning_fp.report.draw.heatmaps import NAMES, UNITS, heatmap, worst_cells
+from lightning_fp.report.draw.marks import errors_alone
 from lightning_fp.report.draw.parts import (
     Chart,
     Section,
@@ -186,21 +187,16 @@ def _chosen(histories: Sequence[OperandHistory]) -> list[OperandHistory]:
 def _history(history: OperandHistory, limits: Mapping[Any, float], records: RunRecords) -> Chart:
     steps = torch.tensor(history.steps)
     fields: list[dict[str, Any]] = []
-    for color, (name, title, unit) in enumerate(
-        (
-            ("clamped_mass", "clamped mass", "%"),
-            ("underflow_fraction", "underflow", "%"),
-            ("sqnr_db", "SQNR", "dB"),
-        )
-    ):
+    for color, name in enumerate(RANKINGS):
+        unit = UNITS[name]
         factor = 100.0 if unit == "%" else 1.0
         values = torch.tensor(
             [float("nan") if v is None else v * factor for v in history.values[name]]
         )
         if values.isfinite().any() and (unit == "dB" or values.nan_to_num().max() > 0):
             limit = (limits[name] * factor, "limit")
-            line = curve(title, steps, values, color=color)
-            fields.append(panel(title, [line], unit=unit, log=False, limit=limit, height=90))
+            line = curve(NAMES[name], steps, values, color=color)
+            fields.append(panel(NAMES[name], [line], unit=unit, log=False, limit=limit, height=90))
     formats = ", then ".join(dict.fromkeys(history.formats))
     title = f"{history.layer}, {history.operand}"
     return panels(title, f"In {formats}.", fields, last=records.last_step)
@@ -208,15 +204,10 @@ def _history(history: OperandHistory, limits: Mapping[Any, float], records: RunR
 
 def _removed(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The layers whose high precision alone took most of the gradients' error away."""
+    tried = [row for row in rows if row["removed_error"] is not None and row["removed_error"] > -1]
     best: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        value = row["removed_error"]
-        if (
-            value is not None
-            and value > best.get(row["layer"], {"removed_error": -1})["removed_error"]
-        ):
-            best[row["layer"]] = row
-    worst = sorted(best.values(), key=lambda row: -row["removed_error"])[:_ATTRIBUTED]
+    for row in sorted(tried, key=lambda row: -row["removed_error"]):
+        best.setdefault(row["layer"], row)
     return Table(
         title="Error that is gone when this layer alone runs in high precision",
         columns=("layer", "format", "step", "error removed", "its own casts' error"),
@@ -228,7 +219,7 @@ def _removed(rows: Sequence[Mapping[str, Any]]) -> Table:
                 share(row["removed_error"]),
                 number(row["cast_error"], ".3g"),
             ]
-            for row in worst
+            for row in list(best.values())[:_ATTRIBUTED]
         ],
         numbers=frozenset({2, 3, 4}),
         note="By ParityProbe. Healthy layers remove a small share each; one that removes most of it"
@@ -240,12 +231,7 @@ def _blamed(records: RunRecords) -> Table:
     """Whom the fallback's attribution named."""
     rows: list[list[str]] = []
     for event in records.events:
-        alone = {
-            name.removeprefix("alone/"): value
-            for name, value in event.numbers.items()
-            if name.startswith("alone/")
-        }
-        for layer, value in sorted(alone.items(), key=lambda item: -item[1]):
+        for layer, value in sorted(errors_alone(event).items(), key=lambda item: -item[1]):
             all_of_it = event.numbers.get("grad_error")
             rows.append([f"{event.step:,}", layer, number(value, ".3f"), number(all_of_it, ".3f")])
     return Table(

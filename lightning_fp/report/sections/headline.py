@@ -9,8 +9,8 @@ from lightning_fp.records import Demotion, Event, StageChange, Verdict
 from lightning_fp.report.draw.parts import duration, number, share
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import (
-    changed_formats,
     ever_low,
+    format_changes,
     is_low,
     last_formats,
 )
@@ -120,9 +120,7 @@ def _incidents(records: RunRecords) -> str:
     """What the fallback found and did."""
     events = records.events
     convicted = _steps(events, "precision")
-    demotions = [
-        event for event in events if isinstance(event, Demotion) and changed_formats(event)
-    ]
+    demotions = [event for event in format_changes(events) if isinstance(event, Demotion)]
     if convicted:
         times = "once" if len(convicted) == 1 else f"{len(convicted)} times"
         layers = {layer for event in demotions for layer in event.formats}
@@ -144,7 +142,7 @@ def _incidents(records: RunRecords) -> str:
 
 
 def _climbs(events: Sequence[Event]) -> str:
-    climbed = [event for event in events if event.kind == "limit" and changed_formats(event)]
+    climbed = [event for event in format_changes(events) if event.kind == "limit"]
     layers = {layer for event in climbed for layer in event.layers}
     many = "1 layer was" if len(layers) == 1 else f"{len(layers)} layers were"
     return f" {many} over a limit and got a safer format." if layers else ""
