@@ -3,7 +3,11 @@
 Under dynamic scaling one huge value takes the range from all others, and nothing is clamped. A
 batch in 20 with such a value costs 12% to 22% of the loss; probes and limits, which look at few
 steps, do not meet it. The amax of every step is known, so the step itself is caught, and its batch
-can be compared with high precision.
+can be compared with high precision. A jump convicts nobody: large values are often right.
+
+Jumps are counted in bits, for it is the exponent range of a format that one value takes from all
+others. A level that has moved for good is no event any more: the median follows it within half a
+window, and until then the waits between reports double.
 """
 
 from __future__ import annotations
@@ -98,7 +102,10 @@ class CastTrigger:
             The new state, and the jumps to look into, largest first.
         """
         level = amax.float().log2()
+        # An amax of 0 stands for a layer that was not called. As a level it would pull the median
+        # down, and every ordinary step would be a jump.
         level = torch.where(level == -torch.inf, torch.nan, level)
+        # Against the steps before, without this one: a jump must not raise its own reference.
         above = level - state.recent.nanmedian(dim=0).values if len(state.recent) else level
         recent = torch.cat([state.recent, level[None]])[-self.window :]
         if len(state.recent) < self.window:

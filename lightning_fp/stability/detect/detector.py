@@ -1,4 +1,11 @@
-"""Tells from loss and gradient norm, step by step, whether a run is diverging."""
+"""Tells from loss and gradient norm, step by step, whether a run is diverging.
+
+A loss is judged against what is usual for this run (`signal_level`), in units of the run's own
+noise, so that no threshold depends on its scale. A suspicion comes early, because what answers it,
+a replay, is cheap and settles the matter. A verdict comes late, because a rise that heals by itself
+is none. From the suspicion on nothing is learned any more: an anomaly must not become the usual.
+Why a loss rises is not asked here. docs/detector.md has the rules with what they find, measured.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +172,9 @@ class DivergenceDetector:
                 state, score, noise, grad_norm, update_ratio
             )
             incident = self._suspect(state, evidence, noise, nonfinite)
-            keep = state.grace > 0 or incident is not None  # the baselines as they were before
+            # In the grace too, baselines stay as they were before: what was done may not have
+            # cured the run, and must not teach it that its fault is the usual.
+            keep = state.grace > 0 or incident is not None
             usual = state.loss
             if finite is not None and not keep:
                 usual = usual.learn(finite, self.least_noise)
@@ -222,6 +231,7 @@ class DivergenceDetector:
             return state, state.lr
         if state.lr is None or lr < state.lr:
             return state, lr
+        # Against the lowest rate, not the one before: a warm-up rises by little at each step.
         if lr <= self.lr_rise * state.lr:
             return state, state.lr
         if state.incident is None and state.loss.seen >= START:
@@ -258,10 +268,13 @@ class DivergenceDetector:
         scores, cusum = before.scores, before.cusum
         climbing, drifting = before.climbing, before.drifting
         if score is not None and noise is not None:
+            # Outliers are heard in the grace and before the level is known well, being far off it;
+            # sums would take an error of the level itself for a rise.
             scores = with_score(scores, score, VOTES)
             if not state.grace and state.loss.seen >= self.armed:
                 excess = min(max(score, -CUSUM_CLIP), CUSUM_CLIP) - self.slack
                 cusum = max(0.0, cusum + excess)
+                # A CUSUM dates a change to where it last was zero (Page 1954).
                 climbing = climbing + 1 if cusum else 0
                 near = state.loss.drift(noise) < NEAR * self.drift
                 drifting = 0 if near else drifting + 1
@@ -282,7 +295,10 @@ class DivergenceDetector:
     def _logarithm(
         self, baseline: SignalLevel, value: float | None, scores: tuple[float, ...]
     ) -> tuple[SignalLevel, tuple[float, ...]]:
-        """SignalLevel and scores of a positive signal, with one more value of it."""
+        """Level and scores of a positive signal, with one more value of it.
+
+        Gradient norms and updates scatter by factors, not by amounts: so their logarithms count.
+        """
         if value is None or not math.isfinite(value) or value <= 0:
             return baseline, scores
         logarithm = math.log(value)
@@ -300,6 +316,8 @@ class DivergenceDetector:
             if nonfinite <= self.heals:  # a loss scaler may be looking for its scale
                 return None
             return Incident(cause=Cause.OFTEN_NOT_FINITE, onset=nonfinite - 1, level=None)
+        # `seen` begins again where the level is learned again, `known` does not: noise is known
+        # then, and what is far off is an outlier at any level.
         armed = usual.seen >= self.armed
         outlier = self.outlier if armed else _UNSETTLED * self.outlier
         cause, onset = None, 0
@@ -307,11 +325,15 @@ class DivergenceDetector:
             cause, onset = Cause.OFTEN_NOT_FINITE, nonfinite - 1
         elif usual.known >= self.armed and 2 * votes(evidence.scores, outlier) > VOTES:
             cause, onset = Cause.OUTLIERS, first_vote(evidence.scores, outlier)
+        # False alarms of a sum go with exp(-2 slack limit / variance) (Siegmund 1985, Sequential
+        # Analysis), so its limit grows with the variance. That of a mean, in `_judge`, with the
+        # root of it.
         elif evidence.cusum > self.cusum * usual.patience:
             cause, onset = Cause.RAISED, evidence.climbing - 1
         elif armed and not state.grace and usual.drift(noise) > self.drift:
             cause, onset = Cause.DRIFT, evidence.drifting
-            level = min(level, usual.floor)
+            level = min(level, usual.floor)  # the level itself has given way to the drift
+        # Four of five: two or three large norms in a row also come in healthy runs.
         elif votes(evidence.grad_scores, _GRADIENT_OUTLIER) > VOTES - 2:
             cause, onset = Cause.GRADIENT, first_vote(evidence.grad_scores, _GRADIENT_OUTLIER)
         elif votes(evidence.update_scores, _GRADIENT_OUTLIER) > VOTES - 2:
@@ -348,6 +370,7 @@ class DivergenceDetector:
             incident = replace(incident, cause=Cause.STAYS_NOT_FINITE, diverged=True)
         elif len(incident.scores) >= WINDOW // 2 and mean < self.healed:
             return self._over(state, incident)
+        # By now all scores of the mean are later than `heals`.
         elif incident.age >= self.heals + WINDOW and mean > lasting and not state.nonfinite:
             incident = replace(incident, cause=Cause.LASTING, diverged=True)
         elif incident.age >= self.undecided and not incident.diverged:
@@ -356,6 +379,7 @@ class DivergenceDetector:
 
     def _over(self, state: DetectorState, incident: Incident) -> DetectorState:
         state = replace(state, incident=None, evidence=AnomalyScores())
+        # The loss is where it was, so the other signal has found a new level, and not a fault.
         if incident.cause is Cause.GRADIENT:
             return replace(state, grad_norm=state.grad_norm.forget_level())
         if incident.cause is Cause.UPDATE:

@@ -70,6 +70,7 @@ def _plain(value: Any) -> Any:
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, tuple):
         return list(value)
+    # By its name: the value is a sentence, which may be put better in a later release.
     return value.name if isinstance(value, Cause) else value
 
 

@@ -1,4 +1,4 @@
-"""AnomalyScores that something is wrong with a run, and the incident once it suffices."""
+"""What points at an anomaly of a run, and the incident once that suffices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CUSUM_CLIP = 4.0
 """A score adds at most so much to the sum: a single outlier, of any size, raises no suspicion."""
 
 FARTHEST = 15.0
-"""Scores are cut off here, and what is not finite counts as this."""
+"""Scores are cut off here, and what is not finite counts as this. One such value alone lifts the
+mean of `WINDOW` scores by less than 1 and so makes no divergence (`DivergenceDetector.lasting`)."""
 
 NEAR = 0.25
 """Below this share of the limit of drifts the level is at its floor: there a drift begins."""

@@ -1,4 +1,10 @@
-"""Early warning: the training-inference mismatch has left its usual level."""
+"""Early warning: the training-inference mismatch has left its usual level.
+
+In reinforcement learning the mismatch grows before the run collapses (arXiv 2510.26788), while loss
+and reward still look healthy. What is usual differs between models, engines and formats by orders
+of magnitude, so each run is compared with its own beginning. This module says that it grows; what
+to do about it, and whether precision is the reason, it leaves to others.
+"""
 
 from __future__ import annotations
 
@@ -215,6 +221,7 @@ def _judge(
     """One signal; without a value its state stays as it is."""
     if value is None or not math.isfinite(value):
         return state, None
+    # In float32 both sides may agree exactly, and zero has no logarithm.
     return detector.step(state, loss=math.log(max(value, least)))
 
 

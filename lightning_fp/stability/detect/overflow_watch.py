@@ -74,6 +74,7 @@ class OverflowWatch:
                 recent=tuple(step for step in state.recent if step > begin),
             )
             return state, None
+        # Overflows by which the scale finds its level at the begin are no part of a storm.
         searching = not state.found
         recent = () if searching else (*state.recent, state.step)
         state = replace(
@@ -92,6 +93,7 @@ class OverflowWatch:
             return f"the loss of {state.lost} steps in a row was not finite, which no scale helps"
         if state.found and state.in_a_row > self._patience + self._scaling.hysteresis:
             return f"gradients overflowed in {state.in_a_row} steps in a row"
+        # Each growth of the scale is answered by overflows, `hysteresis` of them, until it falls.
         interval = self._scaling.growth_interval
         usual = 0 if interval is None else WINDOW * self._scaling.hysteresis / interval
         if len(state.recent) > max(STORM, 2 * usual):

@@ -1,4 +1,12 @@
-"""What is usual for a signal: its level and its noise, learned value by value."""
+"""What is usual for a signal: its level and its noise, learned value by value.
+
+Median and MAD over a window, the usual choice, lag half a window behind a falling loss and cost a
+sort per step. Here the level is the lowest of three running averages, less what a falling loss
+falls on: it goes down at once and up slowly, so that an anomaly does not raise its own reference.
+The noise comes from differences between neighbours, in which trends cancel. Where neighbours are
+alike, sums scatter more than such differences tell: that is measured apart (`spread`), and makes
+thresholds of sums larger. It is arithmetic on a few Python floats, and waits for no device.
+"""
 
 from __future__ import annotations
 
@@ -155,6 +163,8 @@ class SignalLevel:
         known, variance, recent = self._variances(value - self.last, least)
         spread, block, blocked = self.spread, self.block, self.blocked
         before = self.block_before
+        # Averages take outliers as less than they are, or one of them would move the level for as
+        # long as the longest looks back. Not at the begin, when nobody knows what an outlier is.
         taken = value
         if seen > START:
             taken = min(max(value, self.level - _DOWN * noise), self.level + _UP * noise)
@@ -169,9 +179,11 @@ class SignalLevel:
         long += (taken - long) / far
         descent = 0.0
         if short < middle < long and mid < far:
+            # On a straight line an average lags by its span: two of them tell the slope. Of the
+            # slope of late and the one before the smaller counts, since curves flatten.
             slope = min((middle - short) / (mid - near), (long - middle) / (far - mid))
             descent = _CAUTION * slope
-        error = noise * math.sqrt(self.patience)
+        error = noise * math.sqrt(self.patience)  # of averages, where neighbours are alike
         lowest = min(
             short + _MARGINS[0] * error,
             middle + _MARGINS[1] * error - descent * mid,
@@ -197,7 +209,7 @@ class SignalLevel:
         )
 
     def _variances(self, difference: float, least: float) -> tuple[int, float, float]:
-        square = difference * difference / 2
+        square = difference * difference / 2  # two values scatter in it
         known = self.known + 1
         variance, recent = self.variance, self.recent
         if known <= START:
@@ -217,6 +229,7 @@ class SignalLevel:
             return self.spread, block, blocked, self.block_before
         spread = self.spread
         if self.block_before is not None:
+            # Between two sums, for the same reason as between two values: trends cancel.
             squares = (block - self.block_before) ** 2 / (2 * BLOCK)
             squares = min(squares, _SPREAD_STEP * self.patience)
             gain = max(1 / BLOCKS_SPAN, 1 / (BLOCKS_SPAN / 4 + self.known / BLOCK))

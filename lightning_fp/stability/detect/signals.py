@@ -1,4 +1,10 @@
-"""Signals: a few numbers per step, alike on all ranks, read without waiting for the device."""
+"""Signals: a few numbers per step, alike on all ranks, read without waiting for the device.
+
+Alike, because ranks act on them: a rank that alone suspected something would enter a replay's
+collectives alone, and wait for ever. Without waiting, because a `.item()` in each step would let
+the device run dry between two steps. The price is a step: what is judged is the step before. That
+is soon enough, since a step that is not finite is left out by the guard, at once.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +85,8 @@ class SignalQueue:
             lr: of the first parameter group.
             device: where collectives run.
         """
+        # Whatever is missing has a value all the same, and one shape: each rank takes part in the
+        # collective below, whether its step had a loss or not. A maximum keeps a NaN.
         nothing = torch.full((), torch.nan, device=device)
         norm = torch.stack([n.float().to(device) for n in grad_norms]) if grad_norms else None
         parts = [
@@ -112,6 +120,8 @@ class SignalQueue:
             all: whether to wait for the last one too.
         """
         taken: list[StepSignals] = []
+        # By count and not by `Event.query`: whether a copy has arrived differs between ranks, and
+        # they must read the same steps.
         while self._pending and (all or self._pending[0].ready is None or len(self._pending) > 1):
             pending = self._pending.popleft()
             if pending.ready is not None:

@@ -1,4 +1,11 @@
-"""The last steps' micro-batches in host memory: what a trajectory is replayed with."""
+"""The last steps' micro-batches in host memory: what a trajectory is replayed with.
+
+A trajectory needs every step since its snapshot, so the ring is without gaps or starts behind the
+last one. What is kept is the input of a step and not what came of it: the batch as the loader gave
+it, the random state before anything was done to it, learning rates and the loop's counters. From
+these the step follows, transfer hooks and augmentation included. Of token batches that is little:
+megabytes, where one snapshot takes gigabytes.
+"""
 
 from __future__ import annotations
 
@@ -146,6 +153,7 @@ class BatchRing:
             self._warned = True
             self._gap()
             return
+        # `is_initialized`, since asking for a stream would set CUDA up in a run on the CPU.
         if torch.cuda.is_initialized():
             self._waiting.append(torch.cuda.current_stream().record_event())
         micro = MicroBatch(
@@ -260,10 +268,10 @@ class BatchRing:
         assert self._open is not None
         gap = self._open.step
         self.clear()
-        self._since = gap + 1
+        self._since = gap + 1  # a trajectory may still begin right after it
 
     def _synchronize(self) -> None:
-        """Wait for the copies from CUDA."""
+        """Wait for the copies from CUDA; a stream works in order, so the last stands for all."""
         for event in self._waiting[-1:]:
             event.synchronize()
         self._waiting.clear()

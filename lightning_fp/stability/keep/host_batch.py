@@ -1,4 +1,8 @@
-"""A batch in host memory, out of reach of what a training step writes into its own."""
+"""A batch in host memory, out of reach of what a training step writes into its own.
+
+A batch may be anything that a `collate_fn` returns. What is not recognised is kept as it is, which
+is right for what no step writes into, such as text and settings.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,8 @@ def _copy(batch: Any, leaf: Callable[[Tensor], Tensor], move: Callable[[Any], An
     copied: Any
     if kind in (list, tuple):
         return kind(_copy(item, leaf, move) for item in batch)
+    # Before named tuples and mappings, which a PackedSequence and a tokenizer's batch are besides:
+    # what has a `to` of its own knows best how it is moved.
     if hasattr(batch, "to"):
         # A copy first, because some change in place; their own, if they have one, is cheaper.
         clone: Callable[[], Any] | None = getattr(batch, "clone", None)
@@ -119,6 +125,7 @@ def _clone(tensor: Tensor) -> Tensor:
 def _on_host(tensor: Tensor) -> Tensor:
     plain = type(tensor) is Tensor and tensor.layout is torch.strided
     if tensor.is_cuda and plain:
+        # Only a copy into pinned memory lets the host go on at once.
         copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copied.copy_(tensor.detach(), non_blocking=True)
     else:
@@ -127,5 +134,6 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def _is_array(value: Any) -> bool:
+    # Nobody has an array where numpy is not loaded.
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)

@@ -109,6 +109,9 @@ class HostMemory:
             _copy(pairs)
             return
         _copy([pair for pair, t in zip(pairs, tensors, strict=True) if not t.is_cuda])
+        # Buffers may be written by the very next forward: they are copied on the stream that it
+        # runs on, before it. Parameters and states of optimizers stay as they are until the step,
+        # and the copy of these, which is most, goes beside forward and backward.
         for device, indices in on_cuda.items():
             present, side = torch.cuda.current_stream(device), _side_stream(device)
             beside = [index for index in indices if id(tensors[index]) in stepped]
@@ -130,6 +133,7 @@ class HostMemory:
         """
         self.synchronize()
         wait_for_copies()
+        # torch refuses to write into inference tensors outside of inference mode.
         for inference in (False, True):
             pairs = [
                 _writable(_as_copied(tensor), self._views[index])
@@ -207,6 +211,7 @@ def _pin(memory: HostMemory) -> None:
     content = memory.content
     if not content.numel():
         return
+    # Where it cannot be pinned, copies are slower, and no less right.
     cudart: Any = torch.cuda.cudart()
     if int(cudart.cudaHostRegister(content.data_ptr(), content.numel(), _PORTABLE)) == 0:
         finalizer = weakref.finalize(memory, _unpin, content, memory._events)
@@ -214,6 +219,7 @@ def _pin(memory: HostMemory) -> None:
 
 
 def _unpin(content: Tensor, events: list[Any]) -> None:
+    # Memory may not go while the device still copies into it.
     for event in events:
         event.synchronize()
     cudart: Any = torch.cuda.cudart()

@@ -1,4 +1,9 @@
-"""A module's parameters and buffers as a tree, put back in place."""
+"""A module's parameters and buffers as a tree, put back in place.
+
+In place, because optimizers, compiled code and the strategy's wrappers hold these very tensors. Not
+by `state_dict`, which leaves out buffers that are not persistent, though a step reads them as well,
+and runs the hooks of whoever wants a say in checkpoints.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""An optimizer's state as a tree, put back exactly, and its size before there is any."""
+"""An optimizer's state as a tree, put back exactly, and its size before there is any.
+
+`Optimizer.load_state_dict` is not exact: it casts state to the dtype of its parameter, float32
+moments of bf16 weights too, and puts new tensors in the place of those that compiled code and CUDA
+graphs hold.
+"""
 
 from __future__ import annotations
 
@@ -100,6 +105,7 @@ def state_to_come(optimizer: Optimizer) -> int:
     optimizer = _unwrapped(optimizer)
     if isinstance(optimizer, LBFGS):
         return 0
+    # Stochastic rounding draws random numbers in a step, and the run must not notice this one.
     random = RandomState.capture()
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -112,6 +118,7 @@ def state_to_come(optimizer: Optimizer) -> int:
 
 def _after_step_without_contents(optimizer: Optimizer) -> int:
     groups: list[dict[str, Any]] = []
+    # Fused and capturable steps refuse the meta device, and make the same state.
     plain = {"foreach": False, "fused": False, "capturable": False}
     for group in optimizer.param_groups:
         fresh = [p for p in group["params"] if p.requires_grad and p not in optimizer.state]
@@ -122,6 +129,8 @@ def _after_step_without_contents(optimizer: Optimizer) -> int:
     shell.param_groups, shell.state = groups, defaultdict(dict)
     shell._optimizer_step_pre_hooks = OrderedDict()
     shell._optimizer_step_post_hooks = OrderedDict()
+    # The class's step: a scheduler has put one into the instance that is bound to the optimizer
+    # itself (`LRScheduler`'s `patch_track_step_called`), and would step the run's weights.
     type(optimizer).step(shell)
     tensors = [leaf for leaf in tree_leaves(list(shell.state.values())) if _is_tensor(leaf)]
     collected = TensorCollector()
@@ -130,6 +139,7 @@ def _after_step_without_contents(optimizer: Optimizer) -> int:
 
 
 def _without_contents(parameter: Tensor) -> nn.Parameter:
+    # Of a sharded parameter this rank keeps the state of its shard.
     local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # pyright: ignore
     stand_in = nn.Parameter(torch.empty_like(local, device="meta"))
     stand_in.grad = torch.empty_like(stand_in)

@@ -32,6 +32,8 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """The state at this moment."""
+        # Nothing is imported and no device set up for this: what is not loaded has drawn nothing.
+        # `legacy=False`: the old form of numpy's state exists for one kind of generator only.
         numpy = sys.modules.get("numpy")
         return cls(
             python=random.getstate(),

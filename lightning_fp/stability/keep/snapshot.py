@@ -1,4 +1,10 @@
-"""Last-known-good states in host memory: taken at one memory copy's cost, put back bit for bit."""
+"""Last-known-good states in host memory: taken at one memory copy's cost, put back bit for bit.
+
+A checkpoint on disk is too rare and too slow to go back by: of a small run in BF16, merely going
+back 10 steps made the final loss 0.3% worse, 100 steps 3.5%. So a copy is taken every few steps,
+beside the run, and put back into the tensors that are there. What belongs to the state of a run its
+caller says, part by part; the batches that came after it are kept in `batch_ring`.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +106,7 @@ class Snapshot:
             without: names of parts to leave out as well.
         """
         self.memory.synchronize()
-        self._shared = True
+        self._shared = True  # a checkpoint may be written while the run goes on
         wanted = {name: tree for name, tree in self.trees.items() if name not in without}
         plain = {name: tree for name, tree in wanted.items() if is_plain(tree)}
         if left_out := wanted.keys() - plain.keys():
@@ -224,6 +230,8 @@ def restore(
         elif isinstance(part, Optimizer) and tree[0] == "optimizer":
             put_back.append(rebuild_optimizer(name, part, tree, rebuilt))
         elif tree[0] == "state":
+            # A restorer of its own, without tensors of now: what loads its state by itself may keep
+            # the tensors that it is given, and those must be nobody else's.
             put_back.append(
                 _rebuild_state(part, TreeRestorer(memory, snapshot.wrapped).value(tree[1]))
             )
@@ -232,6 +240,7 @@ def restore(
                 f"part {name!r} must be of the kind it was in the snapshot, {tree[0]}, got"
                 f" {type(part).__name__}"
             )
+    # Whatever can be refused has been by now: a state is put back whole, or not at all.
     rebuilt.write()
     for put in put_back:
         put()

@@ -1,4 +1,9 @@
-"""Which snapshots to keep: a few, at growing age, within a bound on memory."""
+"""Which snapshots to keep: a few, at growing age, within a bound on memory.
+
+A suspicion comes some steps after the anomaly began, a slow one many: the newest snapshot may have
+the fault in it already. But each step back costs. So some are young and some are old, and of an
+anomaly the newest from before it is taken.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +99,7 @@ class Snapshots:
 
     def due(self, step: int) -> bool:
         """Whether it is time to take one, after `step` optimizer steps."""
+        # Where the count of steps has gone back, the newest is of a later step, and of no use.
         newest = max((snapshot.step for snapshot in self.kept), default=None)
         return newest is None or not newest <= step < newest + self.every_n_steps
 
@@ -109,6 +115,8 @@ class Snapshots:
         Raises:
             ValueError: if not even one is within `limit_bytes`.
         """
+        # Its size is known before it is copied: room is made first, so that at no moment more than
+        # the limit is in use.
         present = LiveState(parts)
         nbytes = present.nbytes
         depth = self._fitting(nbytes)

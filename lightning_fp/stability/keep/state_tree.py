@@ -75,6 +75,7 @@ class TensorCollector:
             return ("wrapper", type(value).__name__, inner, len(self.wrapped) - 1)
         if value.layout is not torch.strided or value.is_quantized:
             return ("object", value.detach().clone())
+        # Tied weights are one tensor and one copy. An `id` stays its own while the list holds it.
         number = self._numbers.setdefault(id(value), len(self.tensors))
         if number == len(self.tensors):
             self.tensors.append(value)
@@ -151,6 +152,7 @@ class TreeRestorer:
         spec = (now.dtype, tuple(now.shape))
         if spec != self._memory.layout.specs[tree[1]] or now.layout is not torch.strided:
             return False
+        # Tensors that were two and are one now cannot take two contents.
         return self._into.setdefault(id(now), (now, tree[1]))[1] == tree[1]
 
     def write(self) -> None:
