@@ -1,4 +1,11 @@
-"""ClampMonitor: what FP8 does to every layer's numbers, as rows, curves and warnings."""
+"""ClampMonitor: what FP8 does to every layer's numbers, as rows, curves and warnings.
+
+A step whose casts are looked at takes 1.4 times as long, eager (benchmarks/README.md). So one step
+in a window is sampled; what delayed scaling knows anyway, amax and headroom, is taken from every
+step. Sums stay on the device until the log interval ends, and are reduced over ranks there, all
+layers in one piece. The monitor changes no format: the fallback's limits, gates of a rollout and
+the user act on what it measures.
+"""
 
 from __future__ import annotations
 
@@ -164,6 +171,7 @@ class ClampMonitor(RunCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Observe the layers from here on."""
+        # Of a Trainer that never logs it is 0.
         step = trainer.global_step
         trainers: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         self._interval = self.log_every_n_steps or trainers or self._steps.every_n_steps
@@ -214,6 +222,7 @@ class ClampMonitor(RunCallback):
         step = trainer.global_step
         if self._sampler is not None:
             self._safely(self._sampler.after_batch, step)
+        # Not `step % interval`: the count may go up by two, and step over a multiple.
         if step // self._interval > self._logged_at // self._interval:
             self._log(trainer, pl_module)
 
@@ -225,6 +234,7 @@ class ClampMonitor(RunCallback):
         if run is None:
             return
         self._logged_at = trainer.global_step
+        # A rank whose monitor has failed would be missing in `over_ranks`, and the others wait.
         if trainer.strategy.reduce_boolean_decision(self._failed, all=False):
             self._close()
         else:
@@ -241,6 +251,8 @@ class ClampMonitor(RunCallback):
         for name in run.board.followed & set(COLUMNS):
             run.board.publish(name, step, of_column(rows, name), since=began)
         if pl_module is not None:
+            # For the progress bar alone. Loggers get theirs below, at the count of optimizer steps;
+            # `batch_size`, since Lightning demands it of a step that takes a `dataloader_iter`.
             shown = {name: values[name] for name in ("fp8/share", "fp8/clamped_mass/max")}
             pl_module.log_dict(
                 shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
@@ -258,7 +270,7 @@ class ClampMonitor(RunCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is left, and write everything out."""
         if trainer.global_step > self._logged_at:
-            self._log(trainer, None)
+            self._log(trainer, None)  # Lightning allows no `self.log` in this hook
         self._close()
 
     @override

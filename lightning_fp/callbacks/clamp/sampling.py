@@ -53,6 +53,7 @@ class SampledSteps:
         if self.last >= step:
             self.last = -1
         window, place = divmod(step, self.every_n_steps)
+        # A text seeds alike in every process: `random` takes its SHA-512, not its `hash`.
         chosen = random.Random(f"{self.seed} {window}").randrange(self.every_n_steps)
         due = place >= chosen and (self.last < 0 or self.last // self.every_n_steps < window)
         if due:
@@ -119,8 +120,11 @@ class StepSampler:
         at, self._began = (self._began + 1,), None
         self._table.collect(False)
         values, steps = self._table.take(), self._collected
+        # Before the sum over ranks, which comes once per interval: who acts on a sample, as the
+        # layers' limits do, does not wait for that.
         for listener in self.listeners:
             listener(step, values, self._table.names, self._formats)
+        # Sums over two formats would describe neither: each pattern has samples of its own.
         if self._sampled and self._sampled[-1].formats == self._formats:
             before = self._sampled.pop()
             values, steps = combine(before.values, values), before.steps + steps

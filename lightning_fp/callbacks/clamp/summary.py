@@ -38,6 +38,7 @@ SUMMARIES = {
 
 _REDUCE: Mapping[str, Any] = {"max": torch.amax, "min": torch.amin, "mean": torch.mean}
 
+# The first four say what a row is: step, layer, operand, format.
 COLUMNS = tuple(f"{name}/{how}" for name in SCHEMA.names[4:] for how in _REDUCE)
 """What `of_column` can make of an interval: any column of the rows, over all operands."""
 

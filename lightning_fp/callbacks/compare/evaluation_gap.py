@@ -1,4 +1,11 @@
-"""EvaluationGap: what the training formats do to the validation loss, against high precision."""
+"""EvaluationGap: what the training formats do to the validation loss, against high precision.
+
+Weights that were trained in FP8 have learned to live with its rounding; served in BF16 they meet
+arithmetic they were not trained in. A validation runs in one of the two and cannot show it. So some
+of its batches are evaluated twice more, once in each: on the same batches the noise of the data
+cancels in the difference, and few of them suffice. The gap is the model's, not one layer's; for
+that see `parity_probe`.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +186,9 @@ class EvaluationGap(RunCallback):
             untouched(trainer.strategy.model or module),
             torch.no_grad(),
             table.overridden(formats),
+            # In both, so that formats are all that differs: high precision comes as a format too.
             replaced(table.phase, fp8_eval=True),
+            # Mute first, and then hear what the module logs: its loss may be only there.
             muted(trainer),
             replaced(module, log=note, log_dict=note_all),
         ):
@@ -206,6 +215,7 @@ class EvaluationGap(RunCallback):
         if row is None:
             return
         self.latest = row
+        # Alike on all ranks as it is; without `sync_dist` Lightning warns.
         pl_module.log(METRIC, row.gap, sync_dist=trainer.world_size > 1, batch_size=1)
         if trainer.state.fn != "fit":
             return
@@ -217,7 +227,10 @@ class EvaluationGap(RunCallback):
                 self._say("the evaluation gap cannot be written, the run goes on: %s", error)
 
     def _over_ranks(self, trainer: Trainer, sums: _Sums) -> EvaluationRow | None:
-        """Means over all batches of all ranks; None if there was none, or a rank has failed."""
+        """Means over all batches of all ranks; None if there was none, or a rank has failed.
+
+        A rank that has failed, or had no batch, takes part: the others are in the collective.
+        """
         mine = torch.tensor(
             [sums.loss, sums.loss_high, float(sums.batches), float(sums.failed)],
             dtype=torch.float64,

@@ -1,4 +1,10 @@
-"""Where the Trainer's loops stand, as plain numbers, and back there again."""
+"""Where the Trainer's loops stand, as plain numbers, and back there again.
+
+A step may depend on `global_step`, `current_epoch` or the index of its batch, and the loop decides
+by the same counters whether it accumulates and whether an epoch ends. So a batch that is run again
+must find those of its time. They are attributes of Lightning's loops, some of them private: this is
+the place to look at when another Lightning counts differently.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +36,7 @@ def before_batch(position: Position, batch_idx: int) -> Position:
         position: from before the batch, or from within its hooks.
         batch_idx: the batch's index in its epoch.
     """
+    # Lightning counts a batch as ready after `convert_input` and before `on_train_batch_start`.
     total, current = position["batch"]
     ahead = current["ready"] - batch_idx
     counted = [{**each, "ready": each["ready"] - ahead} for each in (total, current)]

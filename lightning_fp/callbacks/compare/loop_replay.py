@@ -111,6 +111,7 @@ class LoopReplay:
     def _quiet(self) -> AbstractContextManager[object]:
         trainer, plugin = self._trainer, self._trainer.precision_plugin
         epoch_loop = trainer.fit_loop.epoch_loop
+        # All of it is set on instances, never on classes: another Trainer notices nothing.
         stack = ExitStack()
         stack.enter_context(muted(trainer))
         if isinstance(plugin, LayerPrecision):
@@ -124,9 +125,14 @@ class LoopReplay:
         for callback in callbacks:
             if isinstance(callback, _DEAF):  # it stays in the list, where others look for it
                 stack.enter_context(replaced(callback, **dict.fromkeys(_HOOKS, nothing)))
+        # In front, since it may end the batch: what `on_train_batch_end` means to others, a step
+        # that was made, has not happened then.
         stack.enter_context(replaced(trainer, callbacks=[self._outputs, *callbacks]))
+        # A loop that restarts may leave `advance` without training. SIGTERM ends the run between
+        # batches of its own; asking for it is a collective besides.
         silent = {"update_lr_schedulers": nothing, "_broadcast_sigterm_tensor": nothing}
         stack.enter_context(replaced(epoch_loop, _restarting=False, **silent))
+        # The loop's own calls are silent by now; in manual optimization the step calls them.
         for config in trainer.lr_scheduler_configs:
             stack.enter_context(replaced(config.scheduler, step=nothing))
         if not self._steps:
@@ -196,6 +202,8 @@ def written_by_hooks(trainer: Trainer) -> list[object]:
 
 def muted(trainer: Trainer) -> AbstractContextManager[object]:
     """No logging: not by `self.log`, not through the loggers, not to the console; no checkpoint."""
+    # A replay may run within a hook that is being profiled, and the loop calls that hook again,
+    # which Lightning's SimpleProfiler refuses ("already started").
     stack = ExitStack()
     loggers = [DummyLogger() for _ in trainer.loggers]
     quiet = {"_loggers": loggers, "profiler": PassThroughProfiler(), "save_checkpoint": nothing}
@@ -217,7 +225,7 @@ def heard_backward(
     run_backward = trainer.strategy.backward
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        hear(loss.detach())
+        hear(loss.detach())  # before the plugin scales it
         return run_backward(loss, *args, **kwargs)
 
     if trainer.lightning_module.automatic_optimization:

@@ -1,4 +1,11 @@
-"""ParityProbe: what the current formats do to a training step, against high precision."""
+"""ParityProbe: what the current formats do to a training step, against high precision.
+
+Statistics of casts say what a format does to numbers, not whether the step minds. Here it is asked
+directly: one batch on the same weights, from the same random state, in both precisions. All that
+differs is due to formats, up to the noise of the kernels, which a second run in the formats of now
+measures. Single steps are blind to errors that are small and lasting: the fallback's trajectories
+(`stability/replay`) are for those.
+"""
 
 from __future__ import annotations
 
@@ -147,6 +154,7 @@ class ParityProbe(RunCallback):
         trainer = self._trainer
         if trainer is None:
             return
+        # The loop has not counted this batch yet.
         step, batch_idx = trainer.global_step, trainer.fit_loop.epoch_loop.batch_idx + 1
         between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         if not between_steps or not self.due(step):
@@ -156,7 +164,9 @@ class ParityProbe(RunCallback):
             run = StepReplay(trainer, table, batch, batch_idx)
             if not run.possible:
                 return
+            # First, so that a probe that fails is not tried again at every step of its period.
             self._last = step // self._every_n_steps
+            # What was written to the table holds from the coming step on, which is what is probed.
             self.plugin(trainer).boundary()
             self._probe(trainer, run, table, step)
         except Exception as error:
@@ -192,6 +202,7 @@ class ParityProbe(RunCallback):
     @property
     @override
     def state_key(self) -> str:
+        # Lightning keeps states by this key: two probes in one Trainer must not share one.
         return self._generate_state_key(every_n_steps=self._every_n_steps, seed=self._seed)
 
     @override

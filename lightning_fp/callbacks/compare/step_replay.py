@@ -1,4 +1,11 @@
-"""A training step of the Trainer as something that can be run again."""
+"""A training step of the Trainer as something that can be run again.
+
+Lightning has no function that is a step: a batch passes transfer hooks, the hooks and overrides of
+the module and the hooks of callbacks, and what it computes may depend on any of them. So a replay
+is a batch of the real loop (`loop_replay`), ended before optimizers step, and wrapped into what
+makes it leave nothing behind (`stability.replay.untouched`). Whole optimizer steps are made again
+by `fallback.trainer_loop`.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +36,7 @@ from lightning_fp.stability.keep.snapshot import restore, take
 from lightning_fp.stability.replay.one_step import Outcome
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+"""From good to bad: the worst of all ranks is the largest index."""
 
 
 class StepReplay:
@@ -75,7 +83,11 @@ class StepReplay:
 
     @property
     def possible(self) -> bool:
-        """False before the first backward of a static-graph DDP, which is special."""
+        """False before the first backward of a static-graph DDP.
+
+        That one enqueues its exchange of gradients itself, even where it is blocked, as in a replay
+        (`_DDPSink` in torch.nn.parallel.distributed).
+        """
         return getattr(self.model, "_static_graph_delay_allreduce_enqueued", True) or not getattr(
             self.model, "static_graph", False
         )
@@ -86,6 +98,7 @@ class StepReplay:
         Raises:
             Exception: what the training step raised, save for lack of memory.
         """
+        # Weights are not copied as a rule: no optimizer steps, so only users' hooks may write them.
         error: Exception | None = None
         module = self._trainer.lightning_module
         weights = take({"model": module}) if hooks_before_step(self._trainer) else None
@@ -104,6 +117,7 @@ class StepReplay:
         finally:
             if weights is not None:
                 restore(weights, {"model": module})
+        # Before anything is raised: the other ranks wait here, and would do so for ever.
         outcome = self._worst_of_ranks(result.outcome)
         if error is not None:
             raise error
@@ -121,6 +135,7 @@ class StepReplay:
             loss = self._loop.run(self._batch, self._position)
             if not trainer.lightning_module.automatic_optimization:
                 return torch.stack(losses).sum() if losses else None
+            # Lightning has divided the loss of a micro-batch by their number.
             return None if loss is None else loss * trainer.accumulate_grad_batches
 
 

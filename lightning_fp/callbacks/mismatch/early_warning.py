@@ -1,4 +1,9 @@
-"""What is done when training and rollout drift apart: say so, and raise the precision."""
+"""What is done when training and rollout drift apart: say so, and raise the precision.
+
+A rise is told once, not at every step that it lasts. Where precision is raised, nothing follows for
+a while: to raise one side alone does not help, and the rollout engine gets the new formats with its
+next weights at the earliest. Nothing goes back down by itself.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +72,7 @@ class EarlyWarning:
             return ""
         formats = raised_formats(plugin, self.raise_to)
         if not formats:
+            # A hint and no action: it comes with the first warning of a rise only.
             if self._told:
                 return ""
             fp16_next = self.raise_to is None and plugin.scaler is None

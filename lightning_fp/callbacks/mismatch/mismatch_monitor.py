@@ -1,4 +1,10 @@
-"""MismatchMonitor: how far training is from the rollout engine, and whether that grows."""
+"""MismatchMonitor: how far training is from the rollout engine, and whether that grows.
+
+Policy gradients take the engine's samples for the trainer's own, but the two round in different
+places. Log-probabilities of the sampled tokens by both sides tell how far apart they are, if both
+are of the same weights: so the trainer's are those from before the step. The monitor only brings
+them to where they are measured (`mismatch_tally`) and judged (`early_warning`).
+"""
 
 from __future__ import annotations
 
@@ -181,6 +187,8 @@ class MismatchMonitor(RunCallback):
             self._guarded(self._ask, self._hook, trainer, pl_module, batch)
 
     def _ask(self, hook: Hook, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        # Frozen, the table records no amax and no statistics: these tokens are trained on anyway,
+        # and would count twice.
         table = _table(trainer)
         unseen = nullcontext() if table is None else table.overridden({})
         before = RandomState.capture()
@@ -234,7 +242,7 @@ class MismatchMonitor(RunCallback):
         if self._open is None or trainer.global_step == self._open:
             return
         begun, self._open = self._open, None
-        run = self._run
+        run = self._run  # None after a failure: on all ranks, or on none
         if self._tally.measuring and run is not None:
             self._tally.measuring = False
             self._guarded(self._end_step, run, trainer, pl_module, begun)
@@ -278,6 +286,7 @@ class MismatchMonitor(RunCallback):
 
     def _guarded(self, function: Callable[..., None], *args: Any) -> None:
         """What is wrong from the start is raised; what goes wrong later may not end the run."""
+        # The end of a step is a collective, in which this rank tells the others that it has failed.
         if self._failed and function != self._end_step:
             return
         try:

@@ -87,6 +87,8 @@ class MismatchTally:
             RankFailedError: on all ranks, if any of them cannot go on.
             ValueError: if no token counts, or log-probabilities are above 0.
         """
+        # First of all whether everybody can go on: `compute` has collectives of its own, and a rank
+        # that is missing there keeps the others waiting.
         device = self._metric.token_sums.device
         told: Any = trainer.strategy.reduce(
             torch.tensor([float(failed), float(self._updates)], device=device), reduce_op="sum"

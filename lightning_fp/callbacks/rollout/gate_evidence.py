@@ -1,4 +1,9 @@
-"""What a recipe's gates have to go by: measurements of this stage, under the gates' own names."""
+"""What a recipe's gates have to go by: measurements of this stage, under the gates' own names.
+
+A gate asks whether this stage is safe, so nothing counts that reaches back into another: a
+clamped mass over the last 50 steps says little of formats that are 10 steps old. Evidence is
+gathered as it comes and judged between two steps, so a checkpoint at any moment has all of it.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +71,7 @@ class GateEvidence:
 
     def wait(self, step: int | None, entered: int) -> None:
         """`gather`, also of the losses that are still on the device."""
+        # They arrive one step late, and a resumed run would miss the one under way.
         self._run.signals.arrive(all=True)
         self.gather(step, entered)
 

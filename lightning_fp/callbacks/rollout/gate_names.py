@@ -1,4 +1,10 @@
-"""Which measurement each gate of a recipe reads, and whether anybody publishes it."""
+"""Which measurement each gate of a recipe reads, and whether anybody publishes it.
+
+A gate without data holds the rollout. One whose data can never come would hold it for ever, unseen
+until somebody wonders after hours why the run is still in BF16. So whatever can be known of that at
+the start is refused there, with the line to add: a callback that is missing, measures too rarely,
+or has nothing to measure in that stage.
+"""
 
 from __future__ import annotations
 

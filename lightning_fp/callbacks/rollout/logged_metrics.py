@@ -37,6 +37,8 @@ class LoggedMetrics:
         if not (due or self.validated):
             return
         began, self._read_at, self.validated = self._read_at, step, False
+        # `callback_metrics` keeps what is long past. The training loop's results have only what
+        # training logs, by its name; `<name>_step` is one that is logged per step and per epoch.
         results: Any = self._trainer.fit_loop._results
         logged = {metric.meta.name for metric in results.values()}
         for name, value in self._over_ranks().items():

@@ -1,4 +1,10 @@
-"""What a stage does to the table: which layers it moves, and which it leaves to others."""
+"""What a stage does to the table: which layers it moves, and which it leaves to others.
+
+Several hands write to the table: limits, demotions, `fp8-auto`, the user. A rollout that gave every
+layer its stage's format would undo what they did for a reason. So a stage moves a layer only from
+the format that the stage before had given it. The exception is the way to high precision, which is
+safe for any layer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""StagedRollout: takes a run from high precision to FP8 in stages, behind gates."""
+"""StagedRollout: takes a run from high precision to FP8 in stages, behind gates.
+
+When a stage begins and ends is decided by a pure machine without Lightning (`recipes.Rollout`).
+This callback brings it what it decides from, once between two optimizer steps, and carries out what
+it says: a stage is a write to the table. All that goes in is alike on all ranks, so that all decide
+alike and no rank need ask another.
+"""
 
 from __future__ import annotations
 
@@ -142,6 +148,7 @@ class StagedRollout(RunCallback):
         if stage != "fit":
             return
         self.plugin(trainer)
+        # Of this fit; a checkpoint's state comes after this hook and before the table is filled.
         self._state, self._loaded = self._rollout.init(), None
         interval = _interval(trainer)
         names = measurements(self.recipe, trainer, interval)
@@ -288,6 +295,7 @@ class StagedRollout(RunCallback):
         signals: RolloutSignals,
     ) -> None:
         """Carry a decision out: give the stage's layers their formats."""
+        # The stage is told before its writes, whose events follow it in the log.
         name = self.recipe.stages[self._state.stage].name
         changes, left = moves.plan(self._state.stage, before.stage)
         action = f"{len(changes)} layers change"
@@ -312,7 +320,7 @@ class StagedRollout(RunCallback):
         )
         moves.write(changes, f"rollout stage {name}: {decision.reason}")
         log.count("stage_changes", signals.step)
-        self._shown = -1
+        self._shown = -1  # shown at the end of this step, wherever the interval stands
         if self._state.ended:
             self._tell_end(log, signals.step, self._state.ended)
 
@@ -402,6 +410,7 @@ class StagedRollout(RunCallback):
             self._tokens.load_state_dict(loaded["tokens"])
         if same:
             return
+        # Other gates may mean other things by the same names: their evidence begins anew.
         old = RolloutRecipe.from_yaml(loaded["recipe"])
         self._state = replace(self._state, evidence={}, answers={})
         if self.stage is not None:

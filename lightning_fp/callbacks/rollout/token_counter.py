@@ -52,6 +52,7 @@ class TokenCounter:
         elif trainer.world_size == 1:
             self.total += self._here
             self._here = 0
+        # Reading a sum waits for the device, so not at every step.
         elif step % self._interval == 0:
             here = torch.tensor(self._here, device=trainer.strategy.root_device)
             self.total += int(trainer.strategy.reduce(here, reduce_op="sum"))

@@ -1,4 +1,9 @@
-"""The log of events that the callbacks of a run share in one directory."""
+"""The log of events that the callbacks of a run share in one directory.
+
+One log, so that its lines are in the order in which things happened, whoever tells them. A write to
+the table is told by the table's own subscription (`Run`), hence also one that the user makes. Only
+what is told better by its author, a demotion with its verdict for instance, is not told twice.
+"""
 
 from __future__ import annotations
 

@@ -145,6 +145,8 @@ class Run(L.Callback):
     @staticmethod
     def begin(trainer: L.Trainer) -> Run:
         """The run of this fit; made if it is not there yet."""
+        # Lightning calls this round of `setup` on the list that it began with, and takes a new list
+        # for the next hook. Changing the list itself would call one callback twice.
         callbacks = _callbacks(trainer)
         runs = [callback for callback in callbacks if isinstance(callback, Run)]
         if runs and not runs[0].over:
@@ -264,8 +266,8 @@ class Run(L.Callback):
         batch_idx: int,
     ) -> None:
         """At the end of a step: make its record, and send it on its way to those who read."""
+        # Lightning has divided a micro-batch's loss by their number, in manual optimization nobody.
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        # In manual optimization nobody has divided the loss.
         automatic = pl_module.automatic_optimization
         self.recorder.micro_batch(loss, trainer.accumulate_grad_batches if automatic else 1)
         guard = _guard(trainer)
@@ -280,6 +282,7 @@ class Run(L.Callback):
         self.last = record
         if self._files is not None:
             self._files.add(record)
+        # Where nobody reads them, steps need no collective.
         if self.signals.wanted or LOSS in self.board.followed:
             table = table_of(trainer)
             headroom = None if table is None else table.scale_history.headroom
