@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fp.numerics import FloatFormat
@@ -36,6 +35,9 @@ class Kernel(Protocol):
 
     records: ClassVar[bool] = False
     """Whether it can record in a memory what it casts, whatever scales it by."""
+
+    every_derivative: ClassVar[bool] = False
+    """Whether torch.func's transforms and forward-mode derivatives see through it."""
 
     @property
     def name(self) -> str:
@@ -129,39 +131,3 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def linear_without_autocast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear in the operands' own dtype, in backward too.
-
-    torch.compile traces the backward of F.linear under the autocast around the compiled region
-    (`torch._functorch.config.backward_pass_autocast`), where it would be cast again.
-
-    Args:
-        input: [..., in_features].
-        weight: [out_features, in_features], same dtype.
-        bias: [out_features] or None.
-
-    Returns:
-        [..., out_features].
-    """
-    with without_autocast(input.device.type):
-        return _Linear.apply(input, weight, bias)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        needs_input, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
-        return F.linear(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        input, weight = ctx.saved_tensors
-        with without_autocast(grad_output.device.type):
-            rows = grad_output.reshape(-1, grad_output.shape[-1])
-            grad_input = None if weight is None else grad_output @ weight
-            grad_weight = None if input is None else rows.t() @ input.reshape(-1, input.shape[-1])
-            grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_input, grad_weight, grad_bias

@@ -21,11 +21,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
+from lightning_fp.kernels.derivatives import (
+    gradients_again,
+    in_place_of,
+    place_of,
+    refuse_transforms,
+)
 from lightning_fp.kernels.gemm import operand_dtype, widen
 from lightning_fp.kernels.memory import WEIGHT
+from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
     FORMATS,
     Block,
@@ -103,7 +109,7 @@ class BlockKernel(Kernel):
         input = input.to(compute_dtype(input))
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
-            output: Tensor = _BlockLinear.apply(rows, weight, self)
+            output: Tensor = _BlockLinear.apply(rows, place_of(rows), weight, self, layer)
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             return output if bias is None else output + bias.to(output.dtype)
 
@@ -129,14 +135,21 @@ class _BlockLinear(torch.autograd.Function):
     """`input [M, K] @ weight [N, K].T -> [M, N]`, each operand of each product cast in blocks."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, kernel: BlockKernel) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        place: Tensor | None,
+        weight: Tensor,
+        kernel: BlockKernel,
+        layer: str,
+    ) -> Tensor:
         wide = kernel.product_dtype(input)
         scale_w = kernel.scale(weight, kernel.weight_block, kernel.weight)
         w = _rounded(weight, scale_w, kernel.weight_block, kernel.weight, wide)
         scale_x = kernel.scale(input, kernel.by_row, kernel.input)
         x = _rounded(input, scale_x, kernel.by_row, kernel.input, wide)
 
-        needs_input, needs_weight, _ = ctx.needs_input_grad
+        needs_input, _, needs_weight = ctx.needs_input_grad[:3]
         saved_input = scale_saved = None
         if needs_weight and kernel.high_grad_weight:
             saved_input = input
@@ -149,19 +162,20 @@ class _BlockLinear(torch.autograd.Function):
             weight if needs_input else None,
             scale_w if kernel.square_weight else None,
         )
-        ctx.kernel, ctx.wide = kernel, wide
+        ctx.kernel, ctx.wide, ctx.place, ctx.layer = kernel, wide, place, layer
         ctx.dtypes = input.dtype, weight.dtype
         return (x @ w.t()).to(input.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         saved_input, scale_x, weight, scale_w = ctx.saved_tensors
+        refuse_transforms(ctx.layer, grad_output)
         kernel: BlockKernel = ctx.kernel
         wide, (input_dtype, weight_dtype) = ctx.wide, ctx.dtypes
         grad_input: Tensor | None = None
         grad_weight: Tensor | None = None
-        with without_autocast(grad_output.device.type):
+        x = saved_input
+        with torch.no_grad(), without_autocast(grad_output.device.type):
             if weight is not None:
                 block = kernel.weight_block if kernel.square_weight else kernel.by_column
                 if scale_w is None:
@@ -178,7 +192,13 @@ class _BlockLinear(torch.autograd.Function):
                 g = kernel.scale(grad_output, kernel.by_column, kernel.grad_output)
                 g = _rounded(grad_output, g, kernel.by_column, kernel.grad_output, wide)
                 grad_weight = (g.t() @ x).to(weight_dtype)
-        return grad_input, grad_weight, None
+        if differentiated_again():
+            if x is not None and not kernel.high_grad_weight:
+                x = in_place_of(x.to(input_dtype), ctx.place)
+            grad_input, grad_weight = gradients_again(
+                grad_input, grad_weight, grad_output, x, weight
+            )
+        return grad_input, None, grad_weight, None, None
 
 
 def _cast(x: Tensor, scale: Tensor, block: Block, format: FloatFormat) -> Tensor:

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.kernels.base import Kernel, compute_dtype, linear_without_autocast
+from lightning_fp.kernels.base import Kernel, compute_dtype
+from lightning_fp.kernels.plain_linear import linear_without_autocast
 from lightning_fp.numerics import FloatFormat, format_of_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class HighPrecisionKernel(Kernel):
     """Bit-equal to nn.Linear where it would compute in `dtype` anyway."""
+
+    every_derivative = True
 
     dtype: torch.dtype | None = None
     """The dtype to compute in; None leaves it to autocast and the operands, as nn.Linear does."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
+from lightning_fp.kernels.derivatives import first_derivatives_only
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.torchao import import_quietly
 from lightning_fp.numerics import FloatFormat
@@ -83,6 +84,7 @@ class TorchaoMXKernel(Kernel):
                 _whole_blocks(weight.to(taken)),
                 **self._options[emulate],
             )
+            output = first_derivatives_only(output, layer)
             output = output[: rows.shape[0], : weight.shape[0]].to(dtype)
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             return output if bias is None else output + bias.to(dtype)

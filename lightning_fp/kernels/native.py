@@ -18,9 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
+from lightning_fp.kernels.derivatives import (
+    gradients_again,
+    in_place_of,
+    place_of,
+    refuse_transforms,
+)
 from lightning_fp.kernels.gemm import cast_operand, multiply, operand_dtype, widen
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.memory import (
@@ -30,6 +35,7 @@ from lightning_fp.kernels.memory import (
     OperandMemory,
     in_slot,
 )
+from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
     FORMATS,
     FloatFormat,
@@ -121,7 +127,17 @@ class NativeKernel(Kernel):
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
             output, row_input, row_weight = _NativeLinear.apply(
-                rows, weight, scales, leaf, slot, self, emulate, record, share
+                rows,
+                place_of(rows),
+                weight,
+                scales,
+                leaf,
+                slot,
+                self,
+                emulate,
+                record,
+                share,
+                layer,
             )
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             if memory is not None and record:
@@ -159,6 +175,7 @@ class _NativeLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: Tensor,
+        place: Tensor | None,
         weight: Tensor,
         scales: Tensor | None,
         leaf: Tensor | None,
@@ -167,6 +184,7 @@ class _NativeLinear(torch.autograd.Function):
         emulate: bool,
         record: bool,
         share: OperandMemory | None,
+        layer: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = operand_dtype(input) if emulate else None
         amax_x = tensor_amax(input)
@@ -185,7 +203,7 @@ class _NativeLinear(torch.autograd.Function):
             w = widen(w8, wide)
         unscale_x, unscale_w = _unscale(scale_x, amax_x), _unscale(scale_w, amax_w)
 
-        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        needs_input, _, needs_weight = ctx.needs_input_grad[:3]
         saved_input = input if kernel.high_grad_weight else x8
         ctx.save_for_backward(
             saved_input if needs_weight else None,
@@ -196,7 +214,7 @@ class _NativeLinear(torch.autograd.Function):
             unscale_w,
             scales,
         )
-        ctx.kernel, ctx.wide = kernel, wide
+        ctx.kernel, ctx.wide, ctx.place, ctx.layer = kernel, wide, place, layer
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
         output = multiply(x, w.t(), unscale_x, unscale_w, input.dtype, fast_accumulation=True)
@@ -205,15 +223,15 @@ class _NativeLinear(torch.autograd.Function):
         return output, *rows
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *row_gradients: Any) -> tuple[Tensor | None, ...]:
         saved_input, weight, w8, scale_w, unscale_x, unscale_w, scales = ctx.saved_tensors
+        refuse_transforms(ctx.layer, grad_output)
         kernel, wide = ctx.kernel, ctx.wide
         input_dtype, weight_dtype = ctx.dtypes
         grad_input: Tensor | None = None
         grad_weight: Tensor | None = None
         grad_leaf: Tensor | None = None
-        with without_autocast(grad_output.device.type):
+        with torch.no_grad(), without_autocast(grad_output.device.type):
             amax_g = tensor_amax(grad_output)
             scale_g = kernel.scale(amax_g, scales, GRAD_OUTPUT, kernel.grad_output)
             _, g = cast_operand(grad_output, scale_g, kernel.grad_output, wide)
@@ -232,7 +250,14 @@ class _NativeLinear(torch.autograd.Function):
                 grad_weight = multiply(g.t(), x, unscale_g, unscale_x, weight_dtype)
             if ctx.slot is not None:
                 grad_leaf = in_slot(_row(grad_output, amax_g, True), ctx.slot)
-        return grad_input, grad_weight, None, grad_leaf, None, None, None, None, None
+        if differentiated_again():
+            x = saved_input
+            if x is not None and not kernel.high_grad_weight:
+                x = in_place_of((widen(x, wide).float() * unscale_x).to(input_dtype), ctx.place)
+            grad_input, grad_weight = gradients_again(
+                grad_input, grad_weight, grad_output, x, weight
+            )
+        return grad_input, None, grad_weight, None, grad_leaf, None, None, None, None, None, None
 
 
 def _unscale(scale: Tensor, amax: Tensor) -> Tensor:

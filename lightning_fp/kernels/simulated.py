@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fp.kernels.base import (
-    Kernel,
-    compute_dtype,
+from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
+from lightning_fp.kernels.plain_linear import (
+    differentiated_again,
     linear_without_autocast,
-    without_autocast,
+    transformed,
 )
 from lightning_fp.numerics import FloatFormat, Rounding, round_to_format
 
@@ -23,6 +23,8 @@ from lightning_fp.numerics import FloatFormat, Rounding, round_to_format
 @dataclass(frozen=True, kw_only=True)
 class SimulatedKernel(Kernel):
     """Rounds input, weight and grad_output, each to its format; no scaling."""
+
+    every_derivative = True
 
     input: FloatFormat
     """Format of the input, e.g. e8m3."""
@@ -50,10 +52,10 @@ class SimulatedKernel(Kernel):
         """See `Kernel.__call__`."""
         input = input.to(compute_dtype(input))
         with without_autocast(input.device.type):
-            x = _Round.apply(input, self.input, None, self.rounding)
-            w = _Round.apply(weight, self.weight, None, self.rounding)
+            x = _rounded(input, self.input, None, self.rounding)
+            w = _rounded(weight, self.weight, None, self.rounding)
             output = linear_without_autocast(x, w)
-            output = _Round.apply(output, None, self.grad_output, self.rounding).to(input.dtype)
+            output = _rounded(output, None, self.grad_output, self.rounding).to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
@@ -62,9 +64,15 @@ class SimulatedKernel(Kernel):
         return torch.ones((), device=x.device), format
 
 
-class _Round(torch.autograd.Function):
-    """Round on the way forward, on the way back, or both; straight-through otherwise."""
+def _rounded(
+    x: Tensor, forward: FloatFormat | None, backward: FloatFormat | None, rounding: Rounding
+) -> Tensor:
+    """Rounded on the way forward, on the way back, or both; straight-through otherwise."""
+    function = _TransformedRound if transformed() else _Round
+    return function.apply(x, forward, backward, rounding)
 
+
+class _Round(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -74,12 +82,44 @@ class _Round(torch.autograd.Function):
         rounding: Rounding,
     ) -> Tensor:
         ctx.dtype, ctx.format, ctx.rounding = x.dtype, backward, rounding
-        if forward is None:
-            return x.clone()  # a view made in here could not be changed in place
-        return round_to_format(x, forward, rounding)
+        return _once(x, forward, rounding)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
         if ctx.format is not None:
-            grad = round_to_format(grad, ctx.format, ctx.rounding)
+            again = transformed() or differentiated_again()
+            grad = (
+                _rounded(grad, ctx.format, None, ctx.rounding)
+                if again
+                else round_to_format(grad, ctx.format, ctx.rounding)
+            )
         return grad.to(ctx.dtype), None, None, None
+
+
+class _TransformedRound(torch.autograd.Function):
+    """The same for torch.func and forward mode; slower to call, and unknown to dynamo."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, forward: FloatFormat | None, backward: FloatFormat | None, rounding: Rounding
+    ) -> Tensor:
+        return _once(x, forward, rounding)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, ctx.format, ctx.rounding = inputs
+        ctx.dtype, ctx.out_dtype = x.dtype, output.dtype
+
+    backward = staticmethod(_Round.backward)  # pyright: ignore
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore
+        return tangent.to(ctx.out_dtype)
+
+
+def _once(x: Tensor, format: FloatFormat | None, rounding: Rounding) -> Tensor:
+    if format is None:
+        return x.clone()  # a view made in here could not be changed in place
+    return round_to_format(x, format, rounding)

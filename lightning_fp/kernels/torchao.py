@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
+from lightning_fp.kernels.derivatives import gradients_again, refuse_transforms
 from lightning_fp.kernels.hardware import check_alignment
+from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
     FloatFormat,
     amax_to_scale,
@@ -83,8 +87,15 @@ class TorchaoKernel(Kernel):
                 out_features=weight.shape[0],
             )
         config, gemm_config = self._configs[emulate]
-        with without_autocast(input.device.type):
-            output = self._function.apply(input, weight.t(), gemm_config, config)
+        with without_autocast(input.device.type), _outside_inference_mode():
+            # Contiguous, because torchao's cast by rows takes nothing else.
+            rows = input.reshape(-1, input.shape[-1]).contiguous()
+            if torch.compiler.is_compiling():
+                # A copy, which the compiler leaves out, since a view could not be changed in place.
+                output = self._function.apply(rows, weight.t(), gemm_config, config).clone()
+            else:
+                output = _TwiceDifferentiable.apply(rows, weight.t(), gemm_config, config, layer)
+            output = output.reshape(*input.shape[:-1], weight.shape[0])
             return output if bias is None else output + bias.to(output.dtype)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
@@ -99,6 +110,49 @@ class TorchaoKernel(Kernel):
         amax = row_amax(x) if by_row else tensor_amax(x)
         power_of_two = config.round_scales_to_power_of_2
         return amax_to_scale(amax, format.max, power_of_two=power_of_two), format
+
+
+def _outside_inference_mode() -> AbstractContextManager[object]:
+    """In inference mode torchao's tensors that are scaled by rows cannot be reshaped."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """torchao's function, whose backward can be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight_t: Tensor, gemms: Any, config: Any, layer: str
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.function = import_float8().float8_linear.matmul_with_hp_or_float8_args
+        # Its data, since it is a view: one made in here could not be changed in place.
+        return ctx.function.forward(ctx, input, weight_t, gemms, config).data
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        refuse_transforms(ctx.layer, grad_output)
+        # Checkpointing gives saved tensors out once, and both want them.
+        input, weight_t = saved = ctx.saved_tensors
+        with torch.no_grad():
+            theirs = SimpleNamespace(**vars(ctx), saved_tensors=saved)
+            grad_input, grad_weight_t, *_ = ctx.function.backward(theirs, grad_output)
+        needs_input, needs_weight, *_ = ctx.needs_input_grad
+        if differentiated_again():
+            grad_input, grad_weight = gradients_again(
+                grad_input if needs_input else None,
+                grad_weight_t.t() if needs_weight else None,
+                grad_output,
+                input,
+                weight_t.t(),
+            )
+            grad_weight_t = None if grad_weight is None else grad_weight.t()
+        return grad_input, grad_weight_t, None, None, None
 
 
 def import_quietly(module: str) -> Any:

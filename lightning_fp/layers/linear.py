@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
+from lightning_fp.kernels.derivatives import refuse_transforms
+from lightning_fp.kernels.plain_linear import transformed
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.observe import OperandStatistics, observe
 from lightning_fp.layers.switchable import Phase
@@ -69,11 +71,15 @@ class FPLinear(nn.Linear):
         if evaluating and not self.phase.fp8_eval:
             return F.linear(input, self.weight, self.bias)
         kernel, memory = self.kernel, self.memory
-        record = self.record and not evaluating
+        record, collect = self.record and not evaluating, self.collect and not evaluating
+        if transformed():
+            if not kernel.every_derivative:
+                refuse_transforms(self.fqn)
+            collect = False
         output = kernel.multiply(
             input, self.weight, self.bias, self.fqn, memory, record=record, evaluating=evaluating
         )
-        if self.collect and not evaluating and self.statistics is not None:
+        if collect and self.statistics is not None:
             scales = None if memory is None else memory.scales
             return observe(output, input, self.weight, kernel, scales, self.statistics)
         return output

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_fp.kernels import Kernel
 from lightning_fp.kernels.base import compute_dtype, without_autocast
@@ -152,10 +151,9 @@ class _ObserveGradient(torch.autograd.Function):
         return output.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scales, offset = ctx.saved_tensors
-        with without_autocast(grad_output.device.type):
+        with torch.no_grad(), without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             scale, format = ctx.kernel.cast_of(GRAD_OUTPUT, g, scales)
             sampling = Sampling(ctx.stride, offset, ctx.what_if)

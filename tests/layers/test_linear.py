@@ -178,6 +178,40 @@ def test_output_may_be_changed_in_place(format: str, bias: bool) -> None:
     assert model[0].weight.grad is not None
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_output_may_be_changed_in_place(format: str) -> None:
+    """As nn.Linear's: by a temperature, a mask, a dropout, of any shape and strides."""
+    changes = (
+        lambda y: y.div_(0.7),
+        lambda y: y[..., :4].mul_(2.0),
+        lambda y: F.dropout(y, 0.1, training=True, inplace=True),
+        lambda y: y.view(-1, y.shape[-1]).relu_(),
+    )
+    inputs = torch.randn(8, 32), torch.randn(2, 4, 32), torch.randn(2, 32, 4).mT, torch.randn(32)
+    for bias in (False, True):
+        model = nn.Sequential(nn.Linear(32, 64, bias=bias))
+        convert(model, "high", {"*": format})
+        for x in inputs:
+            for change in changes:
+                with torch.autocast("cpu", torch.bfloat16):
+                    output = model(x)
+                change(output)
+                output.float().square().mean().backward()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inference_mode_and_strides_change_nothing(format: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 64))
+    convert(model, "high", {"*": format}, fp8_eval=True)
+    model.eval()
+    x = torch.randn(2, 32, 5)
+    expected = model(x.mT.contiguous())
+    with torch.inference_mode():
+        output = model(x.mT)
+        assert torch.equal(output, expected)
+        output += 1
+
+
 class TestLazy:
     def model(self) -> nn.Sequential:
         torch.manual_seed(0)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.kernels.base import Kernel, compute_dtype
 from lightning_fp.kernels.block import BlockKernel
+from lightning_fp.kernels.derivatives import first_derivatives_only
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.transformer_engine.library import (
     FORMATS,
@@ -86,7 +87,8 @@ class TransformerEngineKernel(Kernel):
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`; a layer that is called again and again keeps an `Engine`."""
         engine = Engine(weight.shape[1], weight.shape[0], bias is not None, layer)
-        return _eagerly(engine, self, input, weight, bias, False)
+        output = _eagerly(engine, self, input, weight, bias, False)
+        return first_derivatives_only(output, layer)
 
     def multiply(
         self,
@@ -100,7 +102,8 @@ class TransformerEngineKernel(Kernel):
         evaluating: bool,
     ) -> Tensor:
         """See `Kernel.multiply`; never compiled, so a compiled model has a graph break here."""
-        return _eagerly(memory, self, input, weight, bias, evaluating)
+        output = _eagerly(memory, self, input, weight, bias, evaluating)
+        return first_derivatives_only(output, layer)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""

@@ -1,0 +1,99 @@
+"""F.linear in the operands' own dtype, differentiable in every way that F.linear is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_fp.kernels.base import without_autocast
+
+
+def linear_without_autocast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear without autocast, in derivatives of any order too.
+
+    torch.compile traces the backward of F.linear under the autocast around the compiled region
+    (`torch._functorch.config.backward_pass_autocast`), where it would be cast again.
+
+    Args:
+        input: [..., in_features].
+        weight: [out_features, in_features], same dtype.
+        bias: [out_features] or None.
+
+    Returns:
+        [..., out_features].
+    """
+    with without_autocast(input.device.type):
+        if input.numel() == 0:
+            return F.linear(input, weight, bias)
+        # As rows, because a view made in there could not be changed in place.
+        rows = input.reshape(-1, input.shape[-1])
+        function = _TransformedLinear if transformed() else _Linear
+        return function.apply(rows, weight, bias).reshape(*input.shape[:-1], weight.shape[0])
+
+
+def transformed() -> bool:
+    """Whether torch.func or a forward-mode derivative looks on (in eager mode)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiated_again() -> bool:
+    """Asked in backward: whether its results are to be differentiated (`create_graph=True`)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_input, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        input, weight = ctx.saved_tensors
+        with without_autocast(grad_output.device.type):
+            grad_input = None if weight is None else _product(grad_output, weight)
+            grad_weight = None if input is None else _product(grad_output.t(), input)
+            grad_bias = grad_output.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, grad_weight, grad_bias
+
+
+class _TransformedLinear(torch.autograd.Function):
+    """The same for torch.func and forward mode; slower to call, and unknown to dynamo."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _ = inputs
+        needs_input, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        ctx.save_for_forward(input, weight)
+
+    backward = staticmethod(_Linear.backward)  # pyright: ignore
+
+    @staticmethod
+    def jvp(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, input_tangent: Tensor, weight_tangent: Tensor, bias_tangent: Tensor | None
+    ) -> Tensor:
+        input, weight = ctx.saved_tensors
+        with without_autocast(input.device.type):
+            tangent = F.linear(input_tangent, weight, bias_tangent)
+            return tangent + F.linear(input, weight_tangent)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, whose derivatives, where they are asked for, are without autocast too."""
+    if transformed() or differentiated_again():
+        return linear_without_autocast(a, b.t())
+    return a @ b

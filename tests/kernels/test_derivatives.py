@@ -1,0 +1,213 @@
+"""Derivatives beyond the first: all of nn.Linear's in high precision, second ones right in FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from lightning_fp import convert
+from lightning_fp.kernels.derivatives import first_derivatives_only
+from lightning_fp.layers.statistics_table import StatisticsTable
+from tests.helper import FORMATS, kept_bytes, saved_tensors, sqnr_db
+
+CASTS = [name for name in FORMATS if name not in ("high", "fp32", "bf16", "fp16", "e8m3")]
+Loss = Callable[[dict[str, Tensor], Tensor], Tensor]
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+
+
+def network(width: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(width, 3 * width // 2), nn.Tanh(), nn.Linear(3 * width // 2, width, bias=False)
+    )
+
+
+def loss_of(model: nn.Module, autocast: bool) -> Loss:
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return functional_call(model, parameters, (x,)).float().square().sum()
+
+    return loss
+
+
+def penalty(loss: Loss, parameters: dict[str, Tensor]) -> Any:
+    """Of a gradient's length (WGAN-GP), differentiated by input and weights."""
+    x = X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss(parameters, x), x, create_graph=True)
+    length = (g.float().norm(dim=1) - 1).square().sum()
+    return torch.autograd.grad(length, [x, *parameters.values()], allow_unused=True)
+
+
+def third(loss: Loss, parameters: dict[str, Tensor]) -> Any:
+    weights = list(parameters.values())
+    value: Any = [loss(parameters, X)]
+    for _ in range(3):
+        value = torch.autograd.grad(sum(v.sum() for v in value), weights, create_graph=True)
+    return value
+
+
+def forward_mode(loss: Loss, parameters: dict[str, Tensor]) -> Any:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, torch.ones_like(X))
+        return tuple(forward_ad.unpack_dual(loss(parameters, dual)))
+
+
+def hessian_vector(loss: Loss, parameters: dict[str, Tensor]) -> Any:
+    ones = {name: torch.ones_like(weight) for name, weight in parameters.items()}
+    return jvp(grad(loss), (parameters, X), (ones, torch.ones_like(X)))
+
+
+TRANSFORMS: dict[str, Callable[[Loss, dict[str, Tensor]], Any]] = {
+    "grad": lambda loss, parameters: grad(loss)(parameters, X),
+    "per sample": lambda loss, parameters: vmap(grad(loss), (None, 0))(parameters, X),
+    "vmap": lambda loss, parameters: vmap(lambda row: loss(parameters, row))(X),
+    "jvp": lambda loss, parameters: jvp(lambda x: loss(parameters, x), (X,), (X + 1,)),
+    "jacrev": lambda loss, parameters: jacrev(loss)(parameters, X),
+    "hessian": lambda loss, parameters: hessian(lambda x: loss(parameters, x))(X[0]),
+    "forward over reverse": hessian_vector,
+    "forward mode": forward_mode,
+}
+BACKWARDS = {"penalty": penalty, "third": third}
+
+
+@pytest.mark.parametrize("what", [*TRANSFORMS, *BACKWARDS])
+@pytest.mark.parametrize(("format", "under_autocast"), [("fp32", True), ("bf16", True)])
+def test_high_precision_has_all_of_them_bit_for_bit(
+    what: str, format: str, under_autocast: bool
+) -> None:
+    """A float32 layer under autocast is one of float32 without; one of bf16 nn.Linear itself."""
+    results = []
+    for converted in (False, True):
+        model = network()
+        if converted:
+            convert(model, "high", {"*": format})
+        autocast = under_autocast and (converted or format == "bf16")
+        parameters = dict(model.named_parameters())
+        transform = {**TRANSFORMS, **BACKWARDS}[what]
+        results.append(tree_leaves(transform(loss_of(model, autocast), parameters)))
+    assert len(results[0]) == len(results[1]) > 0
+    for one, other in zip(*results, strict=True):
+        if what == "third" and format == "fp32":  # the same terms, added in another order
+            assert sqnr_db(one, other) > 130
+        else:
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("what", [*TRANSFORMS, *BACKWARDS])
+def test_simulated_formats_are_straight_through_in_all_of_them(what: str) -> None:
+    results = []
+    for converted in (False, True):
+        model = network()
+        if converted:
+            convert(model, "high", {"*": "e8m14"})
+        transform = {**TRANSFORMS, **BACKWARDS}[what]
+        found = transform(loss_of(model, False), dict(model.named_parameters()))
+        results.append(tree_leaves(found))
+    for one, other in zip(*results, strict=True):
+        assert (one is None and other is None) or sqnr_db(one, other) > 70
+
+
+def second_derivatives(
+    format: str | None, autocast: bool, checkpointed: bool = False, observed: bool = False
+) -> list[Tensor]:
+    """Of a gradient penalty and of a Hessian-vector product, by input and weights."""
+    model = network(64)
+    x = torch.randn(48, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weights = list(model.parameters())
+    table = None if format is None else convert(model, "high", {"*": format}).precision_map
+    if observed and table is not None:
+        StatisticsTable(table.layers).collect(True)
+    found: list[Tensor] = []
+    for _ in range(2):  # the second with delayed scales
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        gradients = torch.autograd.grad(output.square().sum(), [x, *weights], create_graph=True)
+        length = (gradients[0].float().norm(dim=1) - 1).square().sum()
+        found = list(torch.autograd.grad(length, [x, *weights], retain_graph=True))
+        vectors = [torch.ones_like(g) for g in gradients]
+        found += torch.autograd.grad(gradients, [x, *weights], vectors)
+        if table is not None:
+            table.step()
+    return found
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("format", CASTS)
+def test_second_derivatives_are_those_of_high_precision(format: str, autocast: bool) -> None:
+    exact = second_derivatives(None, False)
+    for one, other in zip(exact, second_derivatives(format, autocast), strict=True):
+        assert sqnr_db(one, other) > 15
+
+
+@pytest.mark.parametrize("format", ["fp8-delayed", "fp8-rowwise", "fp8-block"])
+def test_checkpointing_and_observing_change_nothing(format: str) -> None:
+    expected = second_derivatives(format, True)
+    for options in ({"checkpointed": True}, {"observed": True}):
+        for one, other in zip(expected, second_derivatives(format, True, **options), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-block"])
+def test_nothing_more_is_kept_for_them(format: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    convert(model, "high", {"*": format})
+    with saved_tensors() as kept:
+        model(torch.randn(128, 64, requires_grad=True))
+    assert kept_bytes(kept, model.parameters()) < 1.1 * 128 * 64
+
+
+@pytest.mark.parametrize("what", TRANSFORMS)
+@pytest.mark.parametrize("format", CASTS)
+def test_casts_refuse_transforms_naming_the_layer(format: str, what: str) -> None:
+    model = network()
+    convert(model, "high", {"0": format})
+    with pytest.raises(RuntimeError, match=r"layer '0': its format cannot run inside.*bf16"):
+        TRANSFORMS[what](loss_of(model, False), dict(model.named_parameters()))
+    model.eval()
+    TRANSFORMS[what](loss_of(model, False), dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "e8m14"])
+def test_many_gradients_at_once(format: str) -> None:
+    x = torch.randn(4, 16, requires_grad=True)
+    results = []
+    for converted in (False, True):
+        model = network()
+        if converted:
+            convert(model, "high", {"*": format})
+        with torch.autocast("cpu", torch.bfloat16, enabled=format == "bf16"):
+            output = model(x)
+        rows = torch.eye(64).view(64, 4, 16).to(output.dtype)
+        results.append(torch.autograd.grad(output, x, rows, is_grads_batched=True)[0])
+    assert sqnr_db(*results) > 70
+
+
+@pytest.mark.parametrize("format", CASTS)
+def test_many_gradients_at_once_of_casts_are_refused(format: str) -> None:
+    model = network()
+    convert(model, "high", {"2": format})
+    output = model(torch.randn(4, 16))
+    rows = torch.eye(64).view(64, 4, 16)
+    weight = model[2].weight
+    kind = "its format cannot run inside" if format[0] != "e" else None
+    if kind is None:
+        torch.autograd.grad(output, weight, rows, is_grads_batched=True)
+    else:
+        with pytest.raises(RuntimeError, match=f"layer '2': {kind}"):
+            torch.autograd.grad(output, weight, rows, is_grads_batched=True)
+
+
+def test_what_others_multiply_has_first_ones_only() -> None:
+    x = torch.randn(3, requires_grad=True)
+    output = first_derivatives_only(x * 2, "blocks.0.fc1")
+    assert torch.equal(torch.autograd.grad(output.sum(), x, retain_graph=True)[0], 2 * x / x)
+    with pytest.raises(RuntimeError, match=r"layer 'blocks\.0\.fc1'.*second derivatives.*'bf16'"):
+        torch.autograd.grad(output.sum(), x, create_graph=True)
