@@ -102,7 +102,7 @@ def accuracy_cases() -> Iterator[Any]:
         yield pytest.param(dtype, autocast_to, compiled, fast_bf16, id="-".join(names), marks=marks)
 
 
-@pytest.mark.parametrize(("dtype", "autocast_to", "compiled", "fast_bf16"), accuracy_cases())
+@pytest.mark.parametrize(("dtype", "autocast_to", "compiled", "fast_bf16"), list(accuracy_cases()))
 def test_accuracy(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
