@@ -91,6 +91,9 @@ def remedy(kind: str, layer: str, operand: str, format: LinearFormat) -> str:
         operand: which of its operands.
         format: the format it ran in.
     """
+    # Clamping is the fault of a scale that is too large: leave room, or take it from the tensor
+    # itself, which cannot clamp. Underflow is a lack of range: e5m2 reaches 14 bits further than
+    # e4m3, and with a scale for each row an outlier takes the range from its own row only.
     if kind == "nonfinite":
         how = f"{_set(layer, 'bf16')} shows whether precision is to blame"
         return f"look at the loss and the learning rate; {how}"

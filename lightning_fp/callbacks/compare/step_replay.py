@@ -184,6 +184,8 @@ def _own_steps(trainer: Trainer) -> Generator[list[Tensor], None, None]:
 
     with heard_backward(trainer, losses.append), ExitStack() as stack:
         if not trainer.lightning_module.automatic_optimization:
+            # Both: `self.optimizers()` gives a step the wrappers, `use_pl_optimizer=False` what is
+            # inside of them.
             wrapped = trainer.strategy._lightning_optimizers
             for optimizer, wrapper in zip(trainer.optimizers, wrapped, strict=True):
                 take = _take_gradients(optimizer, stepped, scaler)

@@ -215,6 +215,8 @@ class StagedRollout(RunCallback):
         """Between two steps: gather, decide, and write to the table."""
         if self._run is None:
             return
+        # Not under `_safely`: tokens that cannot be counted are an error of the first batch, and no
+        # stage that never ends.
         if self._tokens is not None:
             self._tokens.add(batch)
         if self._open is None:
@@ -278,6 +280,8 @@ class StagedRollout(RunCallback):
 
     def _held(self) -> tuple[str, str]:
         """Why no stage may begin or end now, and why none may ever again."""
+        # A stage that moved layers now would change what the fallback compares, and its formats
+        # would be judged by a loss that has other reasons to be unusual.
         phase = "" if self._fallback is None else self._fallback.phase
         if phase == "permanent":
             return "", "PrecisionFallback has put all layers into high precision for good"

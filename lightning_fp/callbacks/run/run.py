@@ -149,6 +149,7 @@ class Run(L.Callback):
         # for the next hook. Changing the list itself would call one callback twice.
         callbacks = _callbacks(trainer)
         runs = [callback for callback in callbacks if isinstance(callback, Run)]
+        # That of an earlier fit is in the list until here, for checkpoints that are saved after it.
         if runs and not runs[0].over:
             return runs[0]
         run = Run()
@@ -179,6 +180,7 @@ class Run(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write down what the run is, open its logs, and have the table tell them its writes."""
+        # Not in `on_fit_start`: the loops get their counters from a checkpoint after that.
         zero, ours, self.step = trainer.is_global_zero, _ours(trainer), trainer.global_step
         self._loggers = list(trainer.loggers) if zero else []
         writes = zero and not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]

@@ -139,6 +139,8 @@ class BatchRing:
         """
         if self._open is None:
             return
+        # Counted once and remembered: the copy is not on CUDA, and counted again it would come out
+        # without what the allocator of pinned memory rounds up.
         nbytes = batch_bytes(batch) + rng.nbytes
         while self.nbytes + nbytes > self.max_bytes and self._steps:
             self._drop_oldest()

@@ -155,6 +155,7 @@ class LiveState:
         cuda = any(tensor.is_cuda for tensor in tensors)
         if reuse is None or not reuse.reused(self._layout, pinned=cuda):
             reuse = HostMemory(self._layout, pinned=cuda)
+        # On the CPU a copy is done when it returns, and nobody has to wait for it.
         steppers = [p for p in self._parts.values() if isinstance(p, Optimizer)] if cuda else []
         reuse.store(tensors, {key for each in steppers for key in stepped_tensors(each)})
         _wait_before_step(steppers)
