@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         DynamicScaling,
         FP8Precision,
         FP16Precision,
+        enable_precision_names,
         half_policy,
         precision_plugin,
     )
@@ -45,6 +46,7 @@ __all__ = [
     # plugins
     "FP8Precision",
     "FP16Precision",
+    "enable_precision_names",
     "precision_plugin",
     # callbacks
     "ClampMonitor",

@@ -37,9 +37,10 @@ def unknown(
         value: the value.
         known: the names there are.
         other: what else would do, after the names.
-        aliases: names that would do and are not listed.
+        aliases: shorter names that would do as well.
     """
-    hint = did_you_mean(value, (*known, *aliases))
+    hint = f"; for short: {', '.join(aliases)}" if aliases else ""
+    hint += did_you_mean(value, (*known, *aliases))
     return ValueError(f"{field} must be one of {', '.join(known)}{other}, got {value!r}{hint}")
 
 
@@ -50,5 +51,24 @@ def did_you_mean(value: object, known: Names) -> str:
 
 
 def nearest(value: object, known: Names) -> str | None:
-    """The known name that is spelled most like a value; None if none is near."""
-    return next(iter(difflib.get_close_matches(str(value), known, n=1)), None)
+    """The known name that is meant most likely by a value; None if none is near."""
+    return next(iter(near_names(value, known, 1)), None)
+
+
+def near_names(value: object, known: Names, most: int, *, cutoff: float = 0.6) -> list[str]:
+    """The known names that a value may mean: those that begin with it, then those spelled alike.
+
+    >>> near_names("fp8", ("mxfp8", "fp8-dynamic", "bf16"), 2)
+    ['fp8-dynamic', 'mxfp8']
+
+    Args:
+        value: what the user wrote.
+        known: the names.
+        most: how many, at most.
+        cutoff: how much alike they must be, 0 to 1.
+    """
+    text = str(value).lower()
+    names = {str(name).lower(): str(name) for name in reversed(tuple(known))}
+    begin = [low for low in reversed(names) if len(text) > 1 and low.startswith(text)]
+    alike = difflib.get_close_matches(text, names, n=most, cutoff=cutoff)
+    return [names[low] for low in dict.fromkeys([*begin, *alike])][:most]

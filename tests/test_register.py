@@ -13,6 +13,7 @@ import pytest
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
+import lightning_fp.plugins.precision_names
 from lightning_fp import FP8Precision
 from tests.helper import make_trainer
 
@@ -53,6 +54,22 @@ def test_other_plugins_are_kept(register: ModuleType) -> None:
     for plugins in (environment, [environment]):
         trainer = make_trainer(None, precision="fp8-dynamic", plugins=plugins)
         assert isinstance(trainer.precision_plugin, FP8Precision)
+
+
+def test_a_call_says_the_same_and_no_linter_removes_it() -> None:
+    assert _AcceleratorConnector.__init__ is ORIGINAL  # the name alone does nothing
+    lightning_fp.enable_precision_names()
+    try:
+        trainer = make_trainer(None, precision="delayed")
+        assert isinstance(trainer.precision_plugin, FP8Precision)
+        for misspelled, meant in (("fp8", "fp8-dynamic"), ("delayd", "delayed")):
+            with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+                make_trainer(None, precision=misspelled)
+        with pytest.raises(ValueError, match="Precision 'high' is invalid"):
+            make_trainer(None, precision="high")
+    finally:
+        lightning_fp.plugins.precision_names.undo()
+    assert _AcceleratorConnector.__init__ is ORIGINAL
 
 
 def test_unknown_formats_are_refused_in_our_words(register: ModuleType) -> None:

@@ -35,14 +35,19 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "native", "torchao", "transformer-engine"]
 
+BackendLike = Literal["auto", "native", "torchao", "transformer-engine", "te"]
+"""What users may write."""
 
-def check_backend(backend: str) -> None:
-    """Refuse a backend that does not exist.
+
+def read_backend(backend: str) -> Backend:
+    """The backend that a user's value stands for.
 
     Raises:
-        ValueError: naming the backends there are.
+        ValueError: if there is no such backend, naming those there are.
     """
-    check_choice("backend", backend, get_args(Backend))
+    name: Any = "transformer-engine" if backend == "te" else backend
+    check_choice("backend", name, get_args(Backend))
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,7 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
     Raises:
         ValueError: if the backend cannot run the format.
     """
-    check_backend(backend)
+    backend = read_backend(backend)
     if format.is_high_precision:
         dtype = None if format.input == "high" else float_format(format.input).dtype
         return HighPrecisionKernel(dtype=dtype)

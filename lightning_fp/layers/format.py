@@ -225,8 +225,9 @@ def linear_format(value: FormatLike) -> LinearFormat:
         return _changed(linear_format(found["base"]), found["changes"], value)
     if re.fullmatch(r"e\d+m\d+\w*", value):
         return _simulated(float_format(value).name)
+    short = [name for row in TABLE for name in row.aliases[:1]]
     other = " or a simulated e{X}m{Y} such as 'e8m3'"
-    raise unknown("format", value, tuple(NAMED_FORMATS), other=other, aliases=tuple(CANONICAL))
+    raise unknown("format", value, tuple(NAMED_FORMATS), other=other, aliases=short)
 
 
 def _text(value: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_fp.layers.backends import Backend, Resolved
+from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
@@ -74,12 +74,13 @@ class PrecisionMap:
     def __init__(
         self,
         *,
-        backend: Backend = "auto",
+        backend: BackendLike = "auto",
         cuda_fp8: bool = False,
         fp8_eval: bool = False,
         delayed: DelayedScaling | None = None,
         auto: AutoScaling | None = None,
     ) -> None:
+        backend = read_backend(backend)
         self.phase = Phase(fp8_eval=fp8_eval)
         self.changes: list[Change] = []
         """Every change of format since the table was filled, oldest first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from functools import cached_property
 
 from torch import nn
 
+from lightning_fp.choices import near_names
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 
@@ -132,9 +132,7 @@ def no_match_message(
         inside = [name for name in names if name.startswith(f"{others[0]}.")]
         hint = f"; for the layers inside write {others[0] + '.*'!r}" if inside else ""
         return f"pattern {pattern!r} matches only modules that cannot be converted: {shown}{hint}"
-    near = difflib.get_close_matches(
-        pattern.removeprefix("re:").strip("*."), names, n=3, cutoff=0.3
-    )
+    near = near_names(pattern.removeprefix("re:").strip("*."), names, 3, cutoff=0.3)
     hint = ", ".join(near or names[:3]) or "none: the model has no linear layer"
     return (
         f"pattern {pattern!r} matches no linear layer; it must cover the whole name."

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp.choices import did_you_mean
 from lightning_fp.metrics.base import Float64Metric
 from lightning_fp.metrics.log_histogram import BINS, histogram
 from lightning_fp.metrics.log_ratio import SAFETY_BOUND, TERMS, TOKEN_TERMS, Term
@@ -76,8 +77,8 @@ class TrainingInferenceMismatch(Float64Metric):
     ) -> None:
         super().__init__(**kwargs)
         if aliases not in ALIASES:
-            names = ", ".join(map(repr, ALIASES))
-            raise ValueError(f"aliases must be one of {names}, got {aliases!r}")
+            names, hint = ", ".join(map(repr, ALIASES)), did_you_mean(aliases, ALIASES)
+            raise ValueError(f"aliases must be one of {names}, got {aliases!r}{hint}")
         if not 1 < threshold <= math.exp(SAFETY_BOUND):
             raise ValueError(
                 f"threshold must be above 1, got {threshold}; 2 truncates tokens that training"

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from lightning_fp.choices import did_you_mean
+
 Specials = Literal["ieee", "nan", "nan_at_negative_zero", "none"]
 
 
@@ -173,6 +175,7 @@ def float_format(name: str) -> FloatFormat:
     raise ValueError(
         f"number format must be one of {', '.join(FORMATS)} or e{{X}}m{{Y}} with 2 to 8 exponent "
         f"and 0 to 23 mantissa bits, got {name!r}; e.g. 'e4m3' or 'e8m3'"
+        f"{did_you_mean(name, FORMATS)}"
     )
 
 

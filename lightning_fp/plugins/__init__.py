@@ -6,12 +6,14 @@ from lightning_fp.plugins.fp8 import FP8Precision
 from lightning_fp.plugins.fp16 import FP16Precision
 from lightning_fp.plugins.half.half_checks import half_policy
 from lightning_fp.plugins.names import precision_plugin
+from lightning_fp.plugins.precision_names import enable_precision_names
 
 __all__ = [
     "DynamicScaling",
     "FP8Precision",
     "FP16Precision",
     "LayerPrecision",
+    "enable_precision_names",
     "half_policy",
     "precision_plugin",
 ]

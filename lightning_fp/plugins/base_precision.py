@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.choices import unknown
 from lightning_fp.layers import LinearFormat, PrecisionMap, linear_format
 from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.plugins.half.loss_scaler import NoScaler
@@ -20,8 +21,30 @@ from lightning_fp.plugins.half.working_copies import WorkingCopies
 
 Base = Literal["bf16-mixed", "bf16-true", "32-true", "16-mixed", "16-true"]
 
+BaseLike = Literal[
+    "bf16-mixed", "bf16-true", "32-true", "16-mixed", "16-true", "bf16", "16", "32", 16, 32
+]
+"""What users may write; the short ones as Lightning's `precision` reads them."""
+
+_SHORT: Mapping[str, str] = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true"}
+
 LOSS_SCALE = "loss_scale"
 """Where the precision plugin's state keeps the loss scale."""
+
+
+def read_base(base: object) -> Base:
+    """The base precision that a user's value stands for.
+
+    >>> read_base("bf16"), read_base(16)
+    ('bf16-mixed', '16-mixed')
+
+    Raises:
+        ValueError: if there is none, naming those there are.
+    """
+    name: Any = _SHORT.get(str(base), base)
+    if name not in get_args(Base):
+        raise unknown("base", base, get_args(Base), aliases=tuple(_SHORT))
+    return name
 
 
 class Autocast(Precision):

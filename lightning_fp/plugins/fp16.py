@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from lightning_fp.layers import Backend, FormatLike, linear_format
+from typing_extensions import override
+
+from lightning_fp.layers import FormatLike, linear_format
+from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.plugins.base import LayerPrecision
+from lightning_fp.plugins.base_precision import read_base
 from lightning_fp.stability.loss_scaling import LossScaling
 
-HalfBase = Literal["16-mixed", "16-true"]
+HalfBase = Literal["16-mixed", "16-true", "16", 16]
 
 
 class FP16Precision(LayerPrecision):
@@ -43,23 +47,28 @@ class FP16Precision(LayerPrecision):
         *,
         loss_scaling: LossScaling | None = None,
         layers: Mapping[str, FormatLike] | None = None,
-        backend: Backend = "auto",
+        backend: BackendLike = "auto",
         hold_schedulers: bool = True,
     ) -> None:
-        if base not in ("16-mixed", "16-true"):
+        known = read_base(base)
+        if known not in ("16-mixed", "16-true"):
             raise ValueError(f"base must be '16-mixed' or '16-true', got {base!r}")
         super().__init__(
             linear_format("fp16"),
-            base=base,
-            backend=backend,
+            base=known,
+            backend=read_backend(backend),
             layers=layers,
             loss_scaling=loss_scaling,
             hold_schedulers=hold_schedulers,
             empty=True,
         )
         fp8 = [rule.pattern for rule in self.configured.rules if rule.format.is_fp8]
-        if base == "16-true" and fp8:
+        if known == "16-true" and fp8:
             raise ValueError(
                 f"layers must not be in FP8 with base '16-true', got {', '.join(fp8)}: they cast"
                 " from the float32 weights; take '16-mixed'"
             )
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.precision!r})"

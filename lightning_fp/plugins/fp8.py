@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from typing_extensions import override
 
-from lightning_fp.layers import AutoScaling, Backend, FormatLike
+from lightning_fp.layers import AutoScaling, FormatLike, LinearFormat
+from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.plugins.base import LayerPrecision
-from lightning_fp.plugins.base_precision import Base
+from lightning_fp.plugins.base_precision import BaseLike, read_base
 from lightning_fp.stability.loss_scaling import LossScaling
+
+FP8_NUMBERS = ("e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz")
 
 
 class FP8Precision(LayerPrecision):
@@ -47,13 +51,14 @@ class FP8Precision(LayerPrecision):
         self,
         scaling: ScalingLike = "dynamic",
         *,
-        backend: Backend = "auto",
-        base: Base = "bf16-mixed",
+        backend: BackendLike = "auto",
+        base: BaseLike = "bf16-mixed",
         layers: Mapping[str, FormatLike] | None = None,
         fp8_eval: bool = False,
         loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
     ) -> None:
+        base, backend = read_base(base), read_backend(backend)
         if base == "16-true":
             raise ValueError(
                 "base must not be '16-true' with FP8 layers, which cast from the float32 weights;"
@@ -63,6 +68,7 @@ class FP8Precision(LayerPrecision):
         if tokens is not None and not self._scaling.auto:
             raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
         self._scaling.check_backend(backend)
+        _warn_of_bare_numbers(self._scaling.format)
         super().__init__(
             self._scaling.format,
             base=base,
@@ -73,6 +79,16 @@ class FP8Precision(LayerPrecision):
             auto=AutoScaling(tokens=tokens) if self._scaling.auto else None,
             loss_scaling=loss_scaling,
         )
+
+    @override
+    def __repr__(self) -> str:
+        shown = [repr("auto" if self._scaling.auto else self.configured.format.name)]
+        if self.precision != "bf16-mixed":
+            shown.append(f"base={self.precision!r}")
+        if self.configured.rules:
+            rules = {rule.pattern: rule.format.name for rule in self.configured.rules}
+            shown.append(f"layers={rules}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -87,3 +103,13 @@ class FP8Precision(LayerPrecision):
             scaling["tokens"] = self._tokens
         del shared["format"]
         return {**scaling, **shared}
+
+
+def _warn_of_bare_numbers(format: LinearFormat) -> None:
+    """The number formats of FP8 without scales are simulated, and hardly what was meant."""
+    if format.name in FP8_NUMBERS:
+        warnings.warn(
+            f"scaling {format.name!r} is a simulated number format without scales; FP8 training is"
+            " 'fp8-dynamic', or another with its scales, as 'fp8-delayed'",
+            stacklevel=3,
+        )

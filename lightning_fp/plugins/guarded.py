@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.types import Steppable
@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.layers import LinearFormat
-from lightning_fp.plugins.base_precision import Autocast, Base, BasePrecision
+from lightning_fp.plugins.base_precision import (
+    Autocast,
+    Base,
+    BaseLike,
+    BasePrecision,
+    read_base,
+)
 from lightning_fp.plugins.guard import StepGuard, clip_sparse, gradient_norm, unwrapped
 from lightning_fp.plugins.half.fp16_base import FP16Base
 from lightning_fp.plugins.half.loss_scaler import LossScaler
@@ -38,8 +44,9 @@ class GuardedPrecision(Precision):
     precision: Base  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
-        self, base: Base, *, loss_scaling: LossScaling | None, hold_schedulers: bool
+        self, base: BaseLike, *, loss_scaling: LossScaling | None, hold_schedulers: bool
     ) -> None:
+        base = read_base(base)
         self.base = _base_precision(base, loss_scaling, hold_schedulers=hold_schedulers)
         """What everything but the layers computes in."""
         self.precision = base
@@ -159,8 +166,6 @@ class GuardedPrecision(Precision):
 def _base_precision(
     name: Base, loss_scaling: LossScaling | None, *, hold_schedulers: bool
 ) -> BasePrecision:
-    if name not in get_args(Base):
-        raise ValueError(f"base must be one of {', '.join(get_args(Base))}, got {name!r}")
     if name in ("16-mixed", "16-true"):
         return FP16Base(name, loss_scaling or LossScaling(), hold_schedulers=hold_schedulers)
     if loss_scaling is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_fp.choices import unknown
+from lightning_fp.choices import did_you_mean, unknown
 from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
 from lightning_fp.recipes.catalogue import CATALOGUE
 from lightning_fp.recipes.gate import Gate
@@ -251,8 +251,8 @@ def get(name: str, **options: Any) -> RolloutRecipe:
     known = recipe.__kwdefaults__ or {}
     for option in options:
         if option not in known:
-            has = ", ".join(known) or "none"
-            raise ValueError(f"recipe {name!r} has no option {option!r}; it has {has}")
+            has = f"; it has {', '.join(known) or 'none'}{did_you_mean(option, known)}"
+            raise ValueError(f"recipe {name!r} has no option {option!r}{has}")
     return recipe(**options)
 
 

@@ -69,8 +69,7 @@ class RolloutRecipe:
             ValueError: if there is no such stage.
         """
         names = [stage.name for stage in self.stages]
-        if name not in names:
-            raise ValueError(f"stage must be one of {', '.join(names)}, got {name!r}")
+        check_choice("stage", name, names)
         return names.index(name)
 
     @classmethod

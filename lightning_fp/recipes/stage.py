@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, cast, get_args
 
-from lightning_fp.choices import check_choice
+from lightning_fp.choices import check_choice, did_you_mean
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.format import DynamicScaling
 from lightning_fp.recipes.blocks import check_pattern
@@ -143,7 +143,8 @@ class Stage:
         for key, value in until.items():
             where = f"{self}: until.{key}"
             if key not in known:
-                raise ValueError(f"{where} is not known; until has {', '.join(known)}")
+                hint = did_you_mean(key, known)
+                raise ValueError(f"{where} is not known; until has {', '.join(known)}{hint}")
             if key in ("steps", "tokens") and not is_count(value):
                 raise ValueError(f"{where} must be an integer of at least 1, got {value!r}")
             if key == "share" and not (is_number(value) and 0 < value <= 1):

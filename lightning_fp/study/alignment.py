@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_fp.choices import unknown
+
 Correction = Literal["max", "holm"]
 """How p-values are corrected for the number of series: by the distribution of the largest score
 over all of them (Westfall and Young's single-step maxT: Resampling-Based Multiple Testing, 1993),
@@ -104,7 +106,7 @@ def corrected(p_values: Tensor, scores: Tensor, largest: Tensor, how: Correction
         stepped = (p_values[order] * factor).clamp(max=1.0)
         stepped = stepped.cummax(dim=0).values if len(stepped) else stepped
         return torch.empty_like(p_values).index_copy_(0, order, stepped)
-    raise ValueError(f"correction must be one of {', '.join(get_args(Correction))}, got {how!r}")
+    raise unknown("correction", how, get_args(Correction))
 
 
 def _largest_before(series: Tensor, window: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 
-from lightning_fp import FP8Precision, LinearFormat
+from lightning_fp import FP8Precision, FP16Precision, LinearFormat
 from lightning_fp.kernels.torchao import import_float8
 from lightning_fp.layers import FPLinear
 from lightning_fp.plugins.strategies import refuse_strategy
@@ -269,3 +270,21 @@ def test_the_other_lightning_package_is_told_apart() -> None:
         Exception, match=re.escape("(`import lightning as L`; the pytorch_lightning")
     ):
         other.Trainer(plugins=FP8Precision(), logger=False)
+
+
+def test_the_number_formats_of_fp8_are_not_fp8_training() -> None:
+    for name in ("e4m3", "e5m2"):
+        with pytest.warns(UserWarning, match=f"scaling '{name}' is a simulated .* 'fp8-dynamic'"):
+            FP8Precision(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FP8Precision("e8m3")
+        FP8Precision("dynamic", layers={"*head": "e4m3"})
+
+
+def test_a_short_repr() -> None:
+    assert repr(FP8Precision()) == "FP8Precision('fp8-dynamic')"
+    assert repr(FP8Precision("auto")) == "FP8Precision('auto')"
+    long = FP8Precision("delayed", base="32", layers={"*head": "bf16"})
+    assert repr(long) == "FP8Precision('fp8-delayed', base='32-true', layers={'*head': 'bf16'})"
+    assert repr(FP16Precision("16-true")) == "FP16Precision('16-true')"

@@ -49,7 +49,7 @@ class ClampMonitor(RunCallback):
     >>> from lightning_fp import FP8Precision
     >>> from lightning_fp.callbacks import ClampMonitor
     >>> trainer = L.Trainer(
-    ...     accelerator="cpu", plugins=FP8Precision("delayed"), callbacks=[ClampMonitor()]
+    ...     accelerator="cpu", plugins=FP8Precision(), callbacks=[ClampMonitor()]
     ... )
 
     Args:

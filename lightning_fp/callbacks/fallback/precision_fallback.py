@@ -68,7 +68,7 @@ class PrecisionFallback(RunCallback):
 
     >>> from lightning_fp import FP8Precision, PrecisionFallback
     >>> trainer = L.Trainer(
-    ...     accelerator="cpu", plugins=FP8Precision("delayed"), callbacks=[PrecisionFallback()]
+    ...     accelerator="cpu", plugins=FP8Precision(), callbacks=[PrecisionFallback()]
     ... )
 
     Args:

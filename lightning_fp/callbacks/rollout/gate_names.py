@@ -19,6 +19,7 @@ from lightning_fp.callbacks.compare.parity_probe import ParityProbe
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
 from lightning_fp.callbacks.run.run import LOSS, RunCallback
+from lightning_fp.choices import unknown
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.recipes import Gate, RolloutRecipe, StageFormats
 
@@ -149,8 +150,7 @@ def _check_family(where: str, asked: str) -> None:
     for publisher in PUBLISHERS:
         known = list(_short(publisher.publishes))
         if {name.partition("/")[0] for name in known} == {family} and "/" in asked:
-            listed = ", ".join(known)
-            raise ValueError(f"{where}: statistic must be one of {listed}, got {asked!r}")
+            raise unknown(f"{where}: statistic", asked, known)
 
 
 def _short(publishes: Mapping[str, str]) -> Iterator[str]:

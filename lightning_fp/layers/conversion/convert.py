@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_fp.kernels.hardware import cuda_has_fp8
-from lightning_fp.layers.backends import Backend
+from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.conversion.decide import (
     Conversion,
     LayerDecision,
@@ -47,7 +47,7 @@ def convert(
     format: ScalingLike = "fp8-dynamic",
     layers: Mapping[str, FormatLike] | None = None,
     *,
-    backend: Backend = "auto",
+    backend: BackendLike = "auto",
     fp8_eval: bool = False,
     delayed: DelayedScaling | None = None,
     example_input: Any = None,
@@ -76,7 +76,7 @@ def convert(
         ValueError: if a rule matches nothing, a backend cannot run a format, or there is nothing
             to convert.
     """
-    scaling = read_scaling(format)
+    scaling, backend = read_scaling(format), read_backend(backend)
     scaling.check_backend(backend)
     if delayed is not None and scaling.delayed is not None:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.hardware import check_alignment
-from lightning_fp.layers.backends import Backend, Resolved, check_backend, resolve
+from lightning_fp.layers.backends import Backend, Resolved, read_backend, resolve
 from lightning_fp.layers.conversion.flops import CONVOLUTIONS, multiplies
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
@@ -79,7 +79,7 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
     Raises:
         ValueError: as `convert`.
     """
-    check_backend(conversion.backend)
+    read_backend(conversion.backend)
     linears: dict[str, nn.Linear] = {}
     fixed: dict[str, str] = {}
     multiplying: dict[str, str] = {}
