@@ -143,6 +143,7 @@ class LossScaling:
         Returns:
             The state for the next step.
         """
+        # Selections and no branches: to ask whether a step overflowed would wait for the device.
         bad = found_inf.to(state.scale.device) != 0
         patience = torch.where(bad, (state.patience - 1).clamp(min=0), state.patience)
         exhausted = bad & (patience == 0)
@@ -192,6 +193,8 @@ class LossScaling:
             }
         check_version(saved, STATE_VERSION, "loss scaling state must have version")
         scale = min(max(float(saved["scale"]), self.min_scale), self.max_scale)
+        # `update` looks for the step at which `clean` reaches the interval. Saved under a longer one
+        # it may be past that already, and the scale would never grow again.
         interval = self.growth_interval
         return self._state(
             device,
@@ -209,6 +212,7 @@ class LossScaling:
             "scale": float(state.scale),
             "growth_factor": self.growth_factor,
             "backoff_factor": self.backoff_factor,
+            # torch counts in int32, and has no other way to say never
             "growth_interval": 2**31 - 1 if self.growth_interval is None else self.growth_interval,
             "_growth_tracker": int(state.clean),
         }
