@@ -193,8 +193,8 @@ class LossScaling:
             }
         check_version(saved, STATE_VERSION, "loss scaling state must have version")
         scale = min(max(float(saved["scale"]), self.min_scale), self.max_scale)
-        # `update` looks for the step at which `clean` reaches the interval. Saved under a longer one
-        # it may be past that already, and the scale would never grow again.
+        # `update` looks for the step at which `clean` reaches the interval. If it was saved under a
+        # longer one, it may be past that already, and the scale would never grow again.
         interval = self.growth_interval
         return self._state(
             device,
