@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TypeGuard
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -14,8 +15,12 @@ from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
 from lightning_fp.kernels.derivatives import refuse_transforms
 from lightning_fp.kernels.plain_linear import transformed
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
+from lightning_fp.layers.layouts import of_layout
 from lightning_fp.layers.observe import OperandStatistics, observe
 from lightning_fp.layers.switchable import Phase
+
+CAST_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""What autocast casts, and formats do. Others (float64, complex) somebody chose with a reason."""
 
 
 class FPLinear(nn.Linear):
@@ -67,9 +72,27 @@ class FPLinear(nn.Linear):
         Returns:
             [..., out_features].
         """
+        if not isinstance(self, FPLinear):  # turned back, but whoever wrapped `forward` kept this
+            return F.linear(input, self.weight, self.bias)
         evaluating = self.evaluating
         if evaluating and not self.phase.fp8_eval:
             return F.linear(input, self.weight, self.bias)
+        if input.dtype not in CAST_DTYPES or self.weight.dtype not in CAST_DTYPES:
+            return F.linear(input, self.weight, self.bias)
+        if input.layout is not torch.strided or input.is_nested:
+            return of_layout(self, input)
+        return self.multiply(input)
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """The product in the layer's format, recorded and observed.
+
+        Args:
+            input: [..., in_features], strided, of a dtype that is cast.
+
+        Returns:
+            [..., out_features].
+        """
+        evaluating = self.evaluating
         kernel, memory = self.kernel, self.memory
         record, collect = self.record and not evaluating, self.collect and not evaluating
         if transformed():
@@ -90,6 +113,25 @@ class FPLinear(nn.Linear):
         if self.memory is not None:
             self.memory = self.memory.on(self.weight.device)
         return self
+
+    def __prepare_scriptable__(self) -> nn.Linear:
+        """TorchScript asks for what to compile; in place of this layer, in the user's own model."""
+        raise ValueError(self._only_plain("torch.jit.script"))
+
+    @property
+    def qconfig(self) -> object:
+        """Where torch.ao.quantization notes its plans; it would find no nn.Linear and say nothing."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> None:
+        raise ValueError(self._only_plain("torch.ao.quantization"))
+
+    def _only_plain(self, who: str) -> str:
+        return (
+            f"layer {self.fqn!r}: {who} must find nn.Linear, got a layer whose format can change;"
+            " hand it a plain copy: `plain = copy.deepcopy(model); revert(plain)`"
+        )
 
     def extra_repr(self) -> str:
         """nn.Linear's, with the format."""
@@ -120,6 +162,24 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 def is_switchable_linear(module: nn.Module) -> TypeGuard[FPLinear]:
     """Whether `module` is an FPLinear, with or without FSDP2's class mix-in."""
     return _without_fsdp(type(module)) in _PLAIN
+
+
+def why_it_stays(linear: nn.Linear) -> str | None:
+    """Why the format of a linear layer cannot change; None if it can."""
+    if "forward" in vars(linear) and not is_switchable_linear(linear):
+        return (
+            "its instance has a forward of its own, which would go on as it is; wrap it after the"
+            " conversion, or by a hook"
+        )
+    if linear.weight.dtype not in CAST_DTYPES:
+        return f"{str(linear.weight.dtype).removeprefix('torch.')}, which autocast leaves alone too"
+    return None
+
+
+def has_formats(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is a linear layer whose format can change, converted or not."""
+    linear = is_plain_linear(module) or is_switchable_linear(module)
+    return linear and why_it_stays(module) is None
 
 
 def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:

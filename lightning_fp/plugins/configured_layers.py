@@ -17,7 +17,7 @@ from lightning_fp.layers import (
     convert_into,
     kernel_for,
 )
-from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
+from lightning_fp.layers.linear import has_formats
 from lightning_fp.layers.rules import Rule
 from lightning_fp.layers.transformer_engine.setup import check_device
 
@@ -75,7 +75,7 @@ class ConfiguredLayers:
             ValueError: for rules that do not fit the model, or if it has nothing to convert.
         """
         table.known.cuda_fp8 = cuda_has_fp8() and on_cuda
-        if self.empty and not any(map(_is_linear, module.modules())):
+        if self.empty and not any(map(has_formats, module.modules())):
             table.fill(module, {}, {})
             return None
         conversion = Conversion(
@@ -86,7 +86,3 @@ class ConfiguredLayers:
             cuda_fp8=table.known.cuda_fp8,
         )
         return convert_into(table, module, conversion)
-
-
-def _is_linear(module: Module) -> bool:
-    return is_plain_linear(module) or is_switchable_linear(module)

@@ -212,6 +212,98 @@ def test_inference_mode_and_strides_change_nothing(format: str) -> None:
         output += 1
 
 
+class TestForwardsOfTheInstance:
+    """`linear.forward = wrapped`, as Accelerate's hooks do."""
+
+    def test_one_from_before_the_conversion_is_left_alone_and_said(self) -> None:
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        forward = model[0].forward
+        model[0].forward = lambda x: forward(x) * 2
+        report = convert(model)
+        assert list(report.precision_map.formats()) == ["1"]
+        assert [row.name for row in report.converted] == ["1"]
+        assert "forward of its own" in str(report.layers[0].reason)
+        x = torch.randn(4, 32)
+        assert torch.equal(model[0](x), 2 * F.linear(x, model[0].weight, model[0].bias))
+        with pytest.raises(ValueError, match="forward of its own"):
+            convert(model, layers={"0": "fp8-dynamic"})
+
+    def test_one_from_after_it_runs_in_the_format_and_outlives_it(self) -> None:
+        model = nn.Sequential(nn.Linear(32, 32))
+        convert(model)
+        forward = model[0].forward
+        model[0].forward = lambda x: forward(x) * 2
+        x = torch.randn(4, 32)
+        plain = 2 * F.linear(x, model[0].weight, model[0].bias)
+        assert 20 < sqnr_db(plain, model(x)) < 40
+        assert convert(model).precision_map.formats() == {"0": "fp8-dynamic"}
+        assert 20 < sqnr_db(plain, model(x)) < 40
+        revert(model)
+        assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
+def test_dtypes_that_autocast_leaves_alone(dtype: torch.dtype, format: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, dtype=dtype))
+    report = convert(model, format, {"*": format})
+    assert list(report.precision_map.formats()) == ["0"]
+    assert "autocast leaves alone" in str(report.layers[1].reason)
+    x = torch.randn(4, 32, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model[1](x)
+    assert torch.equal(output, F.linear(x, model[1].weight, model[1].bias))
+    model[0].to(torch.float64)  # after the conversion too
+    x = torch.randn(4, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("format", ["fp32", "fp8-dynamic", "fp8-delayed", "fp8-rowwise"])
+def test_jagged_inputs_are_their_rows(format: str, compiled: bool) -> None:
+    model = nn.Sequential(nn.Linear(32, 64))
+    convert(model, "high", {"*": format})
+    parts = [torch.randn(3, 32), torch.randn(5, 32)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    expected = model(torch.cat(parts))
+    if compiled:
+        model.compile(backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        output = model(jagged)
+    assert torch.equal(output.values(), expected)
+    assert output.shape == F.linear(jagged, model[0].weight).shape
+    output.values().sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_other_layouts_run_in_high_precision_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(32, 16))
+    convert(model, "high", {"0": "fp8-dynamic"})
+    dense = torch.randn(8, 32).relu()
+    expected = F.linear(dense, model[0].weight, model[0].bias)
+    for _ in range(2):
+        torch.testing.assert_close(model(dense.to_sparse()), expected)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["layer '0': its input is sparse_coo: multiplied in high precision"]
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*deprecated")
+def test_what_must_find_a_plain_linear_is_told_how_to_get_one() -> None:
+    model = nn.Sequential(nn.Linear(32, 16))
+    convert(model)
+    with pytest.raises(ValueError, match=r"layer '0': torch\.jit\.script.*revert\(plain\)"):
+        torch.jit.script(model)
+    with pytest.raises(ValueError, match=r"layer '0': torch\.ao\.quantization.*revert\(plain\)"):
+        torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear})
+    assert isinstance(model[0], FPLinear)
+    plain = copy.deepcopy(model)
+    revert(plain)
+    torch.jit.script(plain)
+    quantised = torch.ao.quantization.quantize_dynamic(plain.eval(), {nn.Linear})
+    assert not isinstance(quantised[0], nn.Linear)
+
+
 class TestLazy:
     def model(self) -> nn.Sequential:
         torch.manual_seed(0)

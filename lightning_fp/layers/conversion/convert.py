@@ -110,6 +110,8 @@ def convert_into(
     switchable: dict[str, FPLinear] = {}
     for fqn, module in model.named_modules():
         name = clean_name(fqn)
+        if name not in decisions:
+            continue
         if is_plain_linear(module):
             switchable[name] = make_switchable(module, name, table.phase)
         elif is_switchable_linear(module):
@@ -145,7 +147,7 @@ def _report(
     rows: list[tuple[LayerReport, int]] = []
     for fqn, module in model.named_modules():
         name = clean_name(fqn)
-        if is_switchable_linear(module):
+        if is_switchable_linear(module) and name in decisions:
             format, kernel, reason = module.format.name, module.kernel.name, decisions[name].reason
         elif isinstance(module, (nn.Linear, nn.MultiheadAttention)) or multiplies(module):
             linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))

@@ -13,7 +13,7 @@ from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.layers.backends import Backend, Resolved, read_backend, resolve
 from lightning_fp.layers.conversion.flops import CONVOLUTIONS, multiplies
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
-from lightning_fp.layers.linear import is_plain_linear, is_switchable_linear
+from lightning_fp.layers.linear import CAST_DTYPES, has_formats, is_plain_linear, why_it_stays
 from lightning_fp.layers.rules import (
     Rule,
     check_rules_apply,
@@ -83,15 +83,18 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
     linears: dict[str, nn.Linear] = {}
     fixed: dict[str, str] = {}
     multiplying: dict[str, str] = {}
+    other_dtypes: list[str] = []
     for fqn, module in model.named_modules():
         name = clean_name(fqn)
-        if is_plain_linear(module) or is_switchable_linear(module):
+        if has_formats(module):
             linears[name] = module
-        else:
-            fixed[name] = why_not_convertible(module)
-            if multiplies(module):
-                multiplying[name] = fixed[name]
-    check_rules_apply(conversion.rules, linears, fixed)
+            continue
+        fixed[name] = why_not_convertible(module)
+        if multiplies(module):
+            multiplying[name] = fixed[name]
+        if is_plain_linear(module) and module.weight.dtype not in CAST_DTYPES:
+            other_dtypes.append(name)  # a rule may name them: it then has no effect
+    check_rules_apply(conversion.rules, [*linears, *other_dtypes], fixed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decisions = {
         name: _decide_one(name, linear, conversion, tied=id(linear.weight) in embeddings)
@@ -188,6 +191,8 @@ def _check_something_to_do(
 
 def why_not_convertible(module: nn.Module) -> str:
     """Why a module that multiplies has no format of the table."""
+    if is_plain_linear(module) and (reason := why_it_stays(module)) is not None:
+        return reason
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__}, a subclass of nn.Linear with a forward of its own"
     if isinstance(module, nn.MultiheadAttention):
