@@ -60,6 +60,18 @@ def _masked(r: Tensor, limit: float) -> Tensor:
     return torch.where(r > limit, 0.0, _weight(r, limit))
 
 
+PERPLEXITY_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "count": lambda train, rollout, difference: torch.ones_like(difference),
+    "train_log_ppl": lambda train, rollout, difference: train,
+    "rollout_log_ppl": lambda train, rollout, difference: rollout,
+    "train_ppl": lambda train, rollout, difference: train.exp(),
+    "rollout_ppl": lambda train, rollout, difference: rollout.exp(),
+    "log_ppl_diff": lambda train, rollout, difference: difference,
+    "log_ppl_abs_diff": lambda train, rollout, difference: difference.abs(),
+    "ppl_ratio": lambda train, rollout, difference: difference.exp(),
+}
+"""Of sequences: from the logarithms of both perplexities, and their difference."""
+
 TERMS: dict[str, Term] = {
     "abs": lambda r, limit: r.abs(),
     "chi2": lambda r, limit: (2 * r.clamp(-SAFETY_BOUND, SAFETY_BOUND)).expm1(),

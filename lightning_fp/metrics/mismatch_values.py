@@ -9,21 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_fp.metrics.log_histogram import quantile
-from lightning_fp.metrics.log_ratio import SAFETY_BOUND, TERMS, TOKEN_TERMS
+from lightning_fp.metrics.log_ratio import PERPLEXITY_TERMS, SAFETY_BOUND, TERMS, TOKEN_TERMS
 from lightning_fp.metrics.moments import covariance, means_of
 
 PER_TOKEN = ("count", "nonfinite", "positive", "extreme", *TOKEN_TERMS)
-PER_SEQUENCE = (
-    "count",
-    "train_log_ppl",
-    "rollout_log_ppl",
-    "train_ppl",
-    "rollout_ppl",
-    "log_ppl_diff",
-    "log_ppl_abs_diff",
-    "ppl_ratio",
-    *TERMS,
-)
+PER_SEQUENCE = (*PERPLEXITY_TERMS, *TERMS)
 LARGEST = ("r", "negative", "probs_diff", "log_ppl_diff", "negative_log_ppl_diff", "sequence")
 MOMENTS = ("train", "rollout", "difference", "excess_weight")
 """What each element of the states `token_sums`, `sequence_sums`, `largest` and `moments` is of."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_fp.choices import did_you_mean
 from lightning_fp.metrics.base import Float64Metric
 from lightning_fp.metrics.log_histogram import BINS, histogram
-from lightning_fp.metrics.log_ratio import SAFETY_BOUND, TERMS, TOKEN_TERMS, Term
+from lightning_fp.metrics.log_ratio import PERPLEXITY_TERMS, SAFETY_BOUND, TERMS, TOKEN_TERMS, Term
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
 from lightning_fp.metrics.mismatch_values import (
     COUNTS,
@@ -165,18 +165,9 @@ class TrainingInferenceMismatch(Float64Metric):
         exists, length = length > 0, length.clamp(min=1)
         total = r.sum(dim=1)
         log_ppl_diff = -total / length
-        train_log_ppl, rollout_log_ppl = -train.sum(dim=1) / length, -rollout.sum(dim=1) / length
-        values = [
-            torch.ones_like(total),
-            train_log_ppl,
-            rollout_log_ppl,
-            train_log_ppl.exp(),
-            rollout_log_ppl.exp(),
-            log_ppl_diff,
-            log_ppl_diff.abs(),
-            log_ppl_diff.exp(),
-        ]
-        sums = [torch.where(exists, value, 0.0).sum() for value in values]
+        log_ppl = -train.sum(dim=1) / length, -rollout.sum(dim=1) / length, log_ppl_diff
+        terms = [term(*log_ppl) for term in PERPLEXITY_TERMS.values()]
+        sums = [torch.where(exists, term, 0.0).sum() for term in terms]
         sums += _sums(TERMS, total, exists, self.threshold)
         self.sequence_sums = self.sequence_sums + torch.stack(sums)
         extremes = [log_ppl_diff, -log_ppl_diff, total.abs()]

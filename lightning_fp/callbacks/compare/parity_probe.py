@@ -25,7 +25,7 @@ from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.plugins import FP16Precision, LayerPrecision
 from lightning_fp.records.parity import append_parity
-from lightning_fp.stability import LayerParity, Parity, measure_parity
+from lightning_fp.stability import Parity, measure_parity
 
 log = logging.getLogger(__name__)
 
@@ -217,20 +217,13 @@ class ParityProbe(RunCallback):
 def _metrics(parity: Parity, layers: set[str]) -> dict[str, float]:
     """What goes to the loggers; the first three have the same names in every run."""
     metrics = {
-        "precision/parity/loss_gap": parity.loss_gap,
-        "precision/parity/grad_cosine": parity.grad_cosine,
-        "precision/parity/grad_norm_ratio": parity.grad_norm_ratio,
+        "loss_gap": parity.loss_gap,
+        "grad_cosine": parity.grad_cosine,
+        "grad_norm_ratio": parity.grad_norm_ratio,
     }
     for layer in parity.layers:
         if layer.layer in layers:
-            metrics.update(_layer_metrics(layer))
-    return metrics
-
-
-def _layer_metrics(layer: LayerParity) -> dict[str, float]:
-    prefix = f"precision/parity/{layer.layer}"
-    return {
-        f"{prefix}/grad_cosine": layer.cosine,
-        f"{prefix}/grad_norm_ratio": layer.norm_ratio,
-        f"{prefix}/cast_error": layer.cast_error,
-    }
+            metrics[f"{layer.layer}/grad_cosine"] = layer.cosine
+            metrics[f"{layer.layer}/grad_norm_ratio"] = layer.norm_ratio
+            metrics[f"{layer.layer}/cast_error"] = layer.cast_error
+    return {f"precision/parity/{name}": value for name, value in metrics.items()}

@@ -23,7 +23,8 @@ from typing_extensions import override
 from lightning_fp.callbacks.mismatch.early_warning import Act, EarlyWarning
 from lightning_fp.callbacks.mismatch.mismatch_tally import MismatchTally, RankFailedError
 from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
-from lightning_fp.layers import FormatLike, PrecisionMap, linear_format
+from lightning_fp.callbacks.run.run_info import table_of
+from lightning_fp.layers import FormatLike, linear_format
 from lightning_fp.metrics.mismatch_names import Aliases
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.records.mismatch_rows import MismatchWriter
@@ -189,7 +190,7 @@ class MismatchMonitor(RunCallback):
     def _ask(self, hook: Hook, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         # Frozen, the table records no amax and no statistics: these tokens are trained on anyway,
         # and would count twice.
-        table = _table(trainer)
+        table = table_of(trainer)
         unseen = nullcontext() if table is None else table.overridden({})
         before = RandomState.capture()
         try:
@@ -226,7 +227,7 @@ class MismatchMonitor(RunCallback):
                 "MismatchMonitor.update must be called in a training step; put the monitor into"
                 " Trainer(callbacks=[...])"
             )
-        table = _table(self._trainer)
+        table = table_of(self._trainer)
         replayed = table is not None and table.frozen
         if (
             self._tally.measuring
@@ -330,8 +331,3 @@ class MismatchMonitor(RunCallback):
         check_version(state_dict, STATE_VERSION, "MismatchMonitor state must have version")
         self._measured_at = int(state_dict["measured_at"])
         self._warning.load_state_dict(state_dict)
-
-
-def _table(trainer: L.Trainer) -> PrecisionMap | None:
-    plugin = trainer.precision_plugin
-    return plugin.precision_map if isinstance(plugin, LayerPrecision) else None

@@ -43,10 +43,6 @@ class FaultRun:
         last = self.losses[-LAST_STEPS:]
         return sum(last) / len(last)
 
-    def worse_than(self, other: FaultRun) -> float:
-        """By what share the held-out loss is higher than another run's; NaN stays NaN."""
-        return self.held_out_loss / other.held_out_loss - 1
-
 
 class TinyByteGPT(ByteGPT):
     """A GPT of a few blocks without biases, trained on weighted sequences."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from lightning_fp.records import Event, Rollback, Started
 from lightning_fp.report.read.format_history import format_histories, steps_away_from
@@ -198,13 +197,10 @@ def _incidents(steps: Steps | None, events: tuple[Event, ...]) -> float | None:
     usual = steps.seconds_per_step() if steps else None
     if steps is None or usual is None:
         return None
-    seconds = dict(zip(steps.steps.tolist(), _more(steps.seconds, usual), strict=True))
+    more = (steps.seconds - usual).clamp(min=0).nan_to_num(0.0)
+    seconds = dict(zip(steps.steps.tolist(), more.tolist(), strict=True))
     around = {step + after for step in at for after in (0, 1)}
     return sum(seconds.get(step, 0.0) for step in around)
-
-
-def _more(seconds: Tensor, usual: float) -> list[float]:
-    return (seconds - usual).clamp(min=0).nan_to_num(0.0).tolist()
 
 
 def _memory(records: RunRecords) -> dict[str, float]:
@@ -215,10 +211,6 @@ def _memory(records: RunRecords) -> dict[str, float]:
         "high_precision_bytes_per_token": "all layers in high precision, more per token",
         "peak_memory_bytes": "peak, device memory",
     }
-    found: dict[str, float] = {}
-    for event in records.events:
-        if isinstance(event, Started) or event is records.finished:
-            for name, value in event.numbers.items():
-                if name in words:
-                    found[words[name]] = value
-    return found
+    ends = [e for e in records.events if isinstance(e, Started) or e is records.finished]
+    numbers = [number for event in ends for number in event.numbers.items()]
+    return {words[name]: value for name, value in numbers if name in words}

@@ -126,10 +126,10 @@ def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
         path=path,
         name=name or path.resolve().name,
         starts=starts,
-        events=tuple(read("events.jsonl", _events, [])),
+        events=tuple(read("events.jsonl", read_events, [])),
         steps=read("loss.csv", read_steps, None),
         statistics=statistics,
-        parity=tuple(read("parity.jsonl", _parity, [])),
+        parity=tuple(read("parity.jsonl", lambda path: read_parity(path).to_pylist(), [])),
         evaluation=read(EVALUATION_FILE, _csv(EVALUATION_FILE), no_columns),
         mismatch=read(MISMATCH_FILE, _csv(MISMATCH_FILE), no_columns),
         gradients=tuple(read(GRADIENTS_FILE, read_gradients, [])),
@@ -159,14 +159,6 @@ def names_of(run_dirs: Sequence[str | Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{part[-1]} ({number})" for number, part in enumerate(parts, start=1)]
-
-
-def _events(path: Path) -> list[Event]:
-    return read_events(path)
-
-
-def _parity(path: Path) -> list[dict[str, Any]]:
-    return read_parity(path).to_pylist()
 
 
 def _csv(name: str) -> Callable[[Path], Mapping[str, Tensor]]:
