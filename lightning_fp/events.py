@@ -102,8 +102,8 @@ class Verdict(Event):
 
     kind: ClassVar[str] = "verdict"
 
-    verdict: Literal["precision", "not precision", "unclear"]
-    tier: Literal["one step", "trajectory"]
+    verdict: Literal["precision", "not precision", "unclear", "not reproducible", "compiled code"]
+    tier: Literal["one step", "trajectory", "control"]
 
     def _what(self) -> str:
         return f"verdict {self.verdict} ({self.tier})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
-from lightning_fp.layers.histories.delayed_scales import DelayedScales
+from lightning_fp.layers.histories.delayed_scales import DelayedScales, StepScales
 from lightning_fp.layers.known_formats import KnownFormats
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
@@ -245,7 +245,9 @@ class PrecisionMap:
         self._histories.follow(on, self._layers)
 
     @contextmanager
-    def overridden(self, formats: Mapping[str, FormatLike]) -> Generator[None, None, None]:
+    def overridden(
+        self, formats: Mapping[str, FormatLike], scales: StepScales | None = None
+    ) -> Generator[None, None, None]:
         """Other formats for a while, as a replay needs them, and no trace of it afterwards.
 
         Within, the table is frozen: writes wait, no change is logged, nothing is recorded or
@@ -253,6 +255,7 @@ class PrecisionMap:
 
         Args:
             formats: the formats of some layers, by exact name; the others keep theirs.
+            scales: what layers under delayed scaling multiply with; None: with the scales of now.
 
         Raises:
             ValueError: if a layer cannot run its format here.
@@ -272,7 +275,9 @@ class PrecisionMap:
                     layer.switch(other.format, other.kernel)
             for layer in self._layers.values():
                 layer.record = layer.collect = False
-            with self.scale_history.untouched():
+            history = self.scale_history
+            lent = nullcontext() if scales is None else history.lent(self._layers, scales)
+            with history.untouched(), lent:
                 yield
         finally:
             for layer, format, kernel in kept:

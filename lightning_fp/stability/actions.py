@@ -148,6 +148,9 @@ class Surveyed(Answer):
     whole: bool = False
     """Whether all layers fall back together, with what is between them."""
 
+    compiled: bool = False
+    """Whether any of the run is compiled."""
+
     start: int | None = None
     """Step of the snapshot that a trajectory begins at; None if there is none."""
 
@@ -160,6 +163,9 @@ class Surveyed(Answer):
 
     skipped: int = 0
     """Of these steps, left out."""
+
+    steps: tuple[int, ...] = ()
+    """Their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +236,10 @@ class ReplayStretch(Question[StretchReplayed]):
 
     start: int
     precision: Literal["high", "own"]
-    """All layers in high precision, or each in the run's format."""
+    """All layers in high precision; or each in the format, and with the scales, of its time."""
+
+    compiled: bool = False
+    """Whether compiled code runs as it ran; else all runs eagerly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +361,12 @@ Happening: TypeAlias = (
 )
 """What the watch is told."""
 
-Order: TypeAlias = Write | GoBack | TakeSnapshot | LookAgain
+
+@dataclass(frozen=True, kw_only=True)
+class DropRecords:
+    """Forget snapshots and batches: something happened since then that no replay repeats."""
+
+
+Order: TypeAlias = Write | GoBack | TakeSnapshot | LookAgain | DropRecords
 
 Action: TypeAlias = "Question[Any] | Order"

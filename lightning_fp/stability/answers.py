@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,7 @@ class Answers:
             low={name: layers[name].format.name for name in loop.low()},
             high=loop.high,
             whole=loop.whole,
+            compiled=loop.compiled,
             start=None if start is None else start.step,
             # The last step's loss may still be on its way from the device, which says nothing; a
             # step that was left out says much.
@@ -113,6 +114,7 @@ class Answers:
             else tuple(math.nan if step.skipped else step.loss for step in steps),
             rates=tuple(map(_rate, steps or [])),
             skipped=sum(step.skipped for step in steps or []),
+            steps=tuple(step.step for step in steps or []),
         )
 
     def _weights_finite(self) -> bool:
@@ -213,11 +215,11 @@ class Answers:
 
     def _replay_stretch(self, question: ReplayStretch) -> StretchReplayed:
         steps = self._ring.since(question.start) or []
-        formats: Mapping[str, LinearFormat] = {}
-        if question.precision == "high":
-            formats = self._all_high()
+        formats = self._all_high() if question.precision == "high" else None
         start = self._snapshot(question.start)
-        made = replay_trajectory(self._loop, start, steps, formats, give_up=_hopeless)
+        made = replay_trajectory(
+            self._loop, start, steps, formats, compiled=question.compiled, give_up=_hopeless
+        )
         self.trajectories[question] = made
         return StretchReplayed(
             done=made.outcome == "done",

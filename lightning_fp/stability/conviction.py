@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from lightning_fp.stability.actions import (
     Answer,
@@ -18,6 +18,7 @@ from lightning_fp.stability.actions import (
     Survey,
     Surveyed,
 )
+from lightning_fp.stability.replay.control import TOLERATED, Control, judge_control
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR, Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
 from lightning_fp.stability.respond.verdict import (
@@ -96,6 +97,9 @@ class Conclusion:
     finding: Finding
     one_step: Judgement | None = None
     trajectory: Judgement | None = None
+    control: Judgement | None = None
+    """What the same trajectory in the run's own formats says about that."""
+
     attribution: Attribution | None = None
     """Who is to blame, if precision is."""
 
@@ -136,23 +140,78 @@ def conclude(evidence: Evidence) -> Conclusion:
     stretch = None if high is None else evidence.answer(high)
     trajectory = None if stretch is None else _judge(case, survey, stretch)
     finding = _together(one_step, trajectory)
+    control = None
+    if finding == "precision" and stretch is not None and stretch.done:
+        control = _control(evidence, stretch)
+        if one_step is None or one_step.finding != "precision":
+            finding = control.finding
     attribution: Attribution | None = None
     likeness = ""
     if finding == "precision":
         attribution = _attribute(evidence)
+    elif finding in ("not reproducible", "compiled code") and control is not None:
+        likeness = _of_one_moment(finding)
     elif case.risen:
         likeness = likely_cause(_around(evidence, seen))
     else:
         likeness = "the loss does not suffer from the error"
+    # Only what the control repeats is the run; else its steps are not made again, but kept.
+    repeated = control is None or control.finding == "precision"
+    taken = high if repeated and stretch is not None and stretch.done else None
+    stays = finding == "precision" and survey.finite and not repeated
     return Conclusion(
         finding=finding,
         one_step=one_step,
         trajectory=trajectory,
+        control=control,
         attribution=attribution,
         likeness=likeness,
-        start=survey.start,
-        high=high if stretch is not None and stretch.done else None,
+        start=None if stays else survey.start,
+        high=taken,
         made=0 if stretch is None else stretch.made,
+    )
+
+
+def _control(evidence: Evidence, high: StretchReplayed) -> Judgement:
+    """The same stretch in the run's own formats: what it does not repeat is no proof."""
+    survey = evidence.survey
+    own = _stretch(survey, "own")
+    seen = _compare(survey, evidence.answer(own), high)
+    if seen.finding != "not reproducible" or not survey.compiled:
+        return _judged(seen)
+    compiled = _compare(survey, evidence.answer(replace(own, compiled=True)), high)
+    if compiled.finding != "repeats":
+        return _judged(compiled)
+    # The fault is there only where code is compiled: is it the format's, or the compiler's?
+    again = evidence.answer(replace(own, precision="high", compiled=True))
+    blamed = _compare(survey, again, high).finding != "repeats"
+    cause = "only the format's compiled kernel shows it" if blamed else "in high precision too"
+    return Judgement(
+        finding="precision" if blamed else "compiled code",
+        reason=f"compiled, {compiled.reason}; eagerly, {seen.reason}; {cause}",
+        numbers={"share_compiled": compiled.share, "share_eager": seen.share},
+    )
+
+
+def _compare(survey: Surveyed, own: StretchReplayed, high: StretchReplayed) -> Control:
+    return judge_control(survey.losses or (), own.losses, high.losses, steps=survey.steps)
+
+
+def _judged(control: Control) -> Judgement:
+    exact = control.first_difference is None or control.difference <= TOLERATED
+    repeats = control.finding == "repeats" or (exact and control.finding == "unclear")
+    finding: Finding = "precision" if repeats else "unclear"
+    if control.finding == "not reproducible":
+        finding = "not reproducible"
+    return Judgement(finding=finding, reason=control.reason, numbers=control.numbers)
+
+
+def _of_one_moment(finding: Finding) -> str:
+    if finding == "compiled code":
+        return "it looks like compiled code: run eagerly, the same batches do not show it"
+    return (
+        "it is not reproducible: something of one moment, weights changed outside of the training"
+        " step, or a step that depends on more than its batch and its weights"
     )
 
 
@@ -162,9 +221,13 @@ def _weights(survey: Surveyed) -> int | None:
 
 
 def _high(survey: Surveyed) -> ReplayStretch | None:
-    if survey.start is None or not survey.losses:
-        return None
-    return ReplayStretch(start=survey.start, precision="high")
+    return None if survey.start is None or not survey.losses else _stretch(survey, "high")
+
+
+def _stretch(survey: Surveyed, precision: Literal["high", "own"]) -> ReplayStretch:
+    if survey.start is None:
+        raise RuntimeError("a trajectory needs a snapshot to begin at")
+    return ReplayStretch(start=survey.start, precision=precision)
 
 
 def _judge(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgement:

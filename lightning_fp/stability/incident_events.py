@@ -78,9 +78,10 @@ def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
 
 def verdicts(step: int, conclusion: Conclusion) -> Iterator[Event]:
     """What the replays measured, and what it means."""
-    tiers: Sequence[tuple[Literal["one step", "trajectory"], Judgement | None]] = (
+    tiers: Sequence[tuple[Literal["one step", "trajectory", "control"], Judgement | None]] = (
         ("one step", conclusion.one_step),
         ("trajectory", conclusion.trajectory),
+        ("control", conclusion.control),
     )
     for tier, verdict in tiers:
         if verdict is not None:

@@ -24,6 +24,7 @@ from lightning_fp.stability.actions import (
     Boundary,
     Climb,
     Climbed,
+    DropRecords,
     Ended,
     Failed,
     FormatsChanged,
@@ -354,6 +355,8 @@ class Watch:
         if evidence.survey.low:
             text = f"precision is left alone; {conclusion.likeness}"
             turn.events.append(Note(step=step, reason=text))
+            if conclusion.finding == "not reproducible":
+                turn.actions.append(DropRecords())
         else:
             turn.events.append(tell.all_high(step))
         acquitted = self.fallback.acquitted(turn.state.fallback, step)

@@ -24,6 +24,7 @@ from lightning_fp.stability.actions import (
     Boundary,
     Climb,
     Climbed,
+    DropRecords,
     Ended,
     Failed,
     FormatsChanged,
@@ -71,7 +72,11 @@ STEPS = 32
 
 
 class Loop:
-    """A loop that only answers: `harm` is what the recorded loss is above high precision's."""
+    """A loop that only answers: `harm` is what the recorded loss is above high precision's.
+
+    Of that, replays in the run's own formats show the shares `eager` and `compiled`, and one that
+    is compiled in high precision the share `compiled_high`.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.harm: float = options.pop("harm", 0.0)
@@ -79,6 +84,9 @@ class Loop:
         self.low: dict[str, str] = options.pop("low", LOW)
         self.fails: bool = options.pop("fails", False)
         self.error: float = options.pop("error", 0.05)
+        self.eager: float = options.pop("eager", 1.0)
+        self.compiled: float | None = options.pop("compiled", None)
+        self.compiled_high: float = options.pop("compiled_high", 0.0)
         self.asked: list[Question[Any]] = []
         self.done: list[Action] = []
 
@@ -91,7 +99,13 @@ class Loop:
                 start = max(0, at - STEPS)
                 losses = tuple(3.0 + self.harm for _ in range(start, at))
                 return Surveyed(
-                    low=self.low, high=HIGH, start=start, losses=losses, finite=self.finite
+                    low=self.low,
+                    high=HIGH,
+                    start=start,
+                    losses=losses,
+                    steps=tuple(range(start, at)),
+                    finite=self.finite,
+                    compiled=self.compiled is not None,
                 )
             case ReplayStep():
                 same = OneStep(
@@ -104,8 +118,15 @@ class Loop:
                     floor=0.0,
                 )
                 return StepReplayed(seen=same, replays=3)
-            case ReplayStretch():
-                return StretchReplayed(done=True, losses=(3.0,) * STEPS, made=STEPS, replays=STEPS)
+            case ReplayStretch(precision=precision, compiled=compiled):
+                shares = {
+                    ("own", False): self.eager,
+                    ("own", True): self.compiled or 0.0,
+                    ("high", True): self.compiled_high,
+                }
+                loss = 3.0 + self.harm * shares.get((precision, compiled), 0.0)
+                losses = (loss,) * STEPS
+                return StretchReplayed(done=True, losses=losses, made=STEPS, replays=STEPS)
             case ReplayHigh():
                 return HighReplayed(loss=3.0, finite=True, loss_then=3.0, replays=1)
             case Attribute():
@@ -206,6 +227,36 @@ def test_a_rise_that_high_precision_takes_away_convicts_and_goes_back() -> None:
     assert state.fallback.phase == "probation"
     assert state.steps.useful == state.steps.attempted
     assert state.steps.replayed > STEPS
+
+
+@pytest.mark.parametrize(
+    ("shown", "verdict", "words"),
+    [
+        ({"eager": 0.05}, "not reproducible", "shows 5% of the harm"),
+        ({"eager": 0.35}, "unclear", "shows 35% of the harm"),
+        ({"eager": 0.8}, "precision", "shows 80% of the harm"),
+        ({"eager": 0.0, "compiled": 0.1}, "not reproducible", "shows 10% of the harm"),
+        ({"eager": 0.0, "compiled": 1.0}, "precision", "compiled kernel shows it"),
+        (
+            {"eager": 0.0, "compiled": 1.0, "compiled_high": 0.9},
+            "compiled code",
+            "in high precision too",
+        ),
+    ],
+)
+def test_a_conviction_needs_a_control_that_repeats_the_harm(
+    shown: dict[str, float], verdict: str, words: str
+) -> None:
+    loop = Loop(harm=0.5, **shown)
+    state, _ = run(machine(), loop, lambda _: 3.0, 150)
+    state, events = tell(machine(), state, Asked(at=150, onset=130), loop)
+    control = kinds(events, Verdict)[-1]
+    assert (control.tier, control.verdict) == ("control", verdict)
+    assert words in control.reason
+    convicted = verdict == "precision"
+    assert bool(kinds(events, Demotion)) is bool(kinds(events, Rollback)) is convicted
+    dropped = any(isinstance(order, DropRecords) for order in loop.done)
+    assert dropped is (verdict == "not reproducible")
 
 
 def test_a_dry_run_orders_nothing() -> None:

@@ -19,6 +19,7 @@ from lightning_fp.stability.actions import (
     Answer,
     Climb,
     Climbed,
+    DropRecords,
     Failed,
     GoBack,
     LookAgain,
@@ -117,6 +118,9 @@ class CarryOut:
                 self._ring.drop_before(self._snapshots.oldest_step or 0)
             case LookAgain():
                 self._look_again()
+            case DropRecords():
+                self._snapshots.clear()
+                self._ring.clear()
 
     def _go_back(self, step: int, made: Trajectory | None) -> None:
         """To a snapshot, or to where a trajectory from it ended."""
@@ -132,7 +136,12 @@ class CarryOut:
             return
         for recorded, loss in zip(since, made.losses, strict=False):
             left_out = not math.isfinite(loss)
-            self._ring.set_results(recorded.step, loss=loss, grad_norm=None, skipped=left_out)
+            self._ring.set_results(
+                recorded.step,
+                loss=loss,
+                skipped=left_out,
+                formats={**recorded.formats, **made.formats},
+            )
 
     def _write(self, formats: Mapping[str, LinearFormat], reason: str) -> list[Change]:
         return [] if self._dry_run else write_formats(self.plugin, formats, reason)

@@ -159,6 +159,7 @@ class PrecisionFallback(RunCallback):
         self._open: int | None = None
         self._opened_at = 0
         self._groups: list[int] = []
+        self._formats: tuple[int, dict[str, str]] = -1, {}
         self._published = 0
         self._loaded: dict[str, Any] | None = None
         self._failed = False
@@ -215,6 +216,7 @@ class PrecisionFallback(RunCallback):
         if loaded is not None:
             self._restore(loaded)
         self._published = self._state.fallback.demotions
+        self._formats = -1, {}
         self._log = IncidentLog(run_of(trainer).log(self), self._count)
         self._hands = CarryOut(
             trainer,
@@ -248,7 +250,12 @@ class PrecisionFallback(RunCallback):
         if self._open is None:
             self._begin(trainer)
             groups = [hyperparameters(optimizer) for optimizer in trainer.optimizers]
-            self._ring.begin(self._count.done, groups)
+            table = self._hands.plugin.precision_map
+            if len(table.changes) != self._formats[0]:
+                self._formats = len(table.changes), table.formats()
+            scales = table.scale_history.in_force()
+            formats = self._formats[1]
+            self._ring.begin(self._count.done, groups, formats=formats, scales=scales)
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
         position, rng = loop_position(trainer), RandomState.capture()
         add = partial(self._ring.add, position=position)

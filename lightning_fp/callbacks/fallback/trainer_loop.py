@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -20,6 +21,7 @@ from lightning_fp.callbacks.compare.loop_replay import (
 from lightning_fp.callbacks.compare.step_replay import StepReplay
 from lightning_fp.callbacks.fallback.run_state import RunState
 from lightning_fp.layers import LinearFormat, PrecisionMap
+from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard, set_hyperparameters
 from lightning_fp.stability import Snapshot, untouched
@@ -70,6 +72,13 @@ class TrainerLoop:
         """See `Loop.whole`."""
         return self._plugin.falls_back_whole
 
+    @property
+    def compiled(self) -> bool:
+        """See `Loop.compiled`; a compiled function shows only in what was compiled at all."""
+        dynamo = sys.modules.get("torch._dynamo")
+        graphs = 0 if dynamo is None else dynamo.utils.counters["stats"]["unique_graphs"]
+        return graphs > 0 or bool(compiled_regions(self.model, self.table.layers))
+
     def low(self) -> Sequence[str]:
         """See `Loop.low`."""
         return self._plugin.low_layers()
@@ -84,7 +93,9 @@ class TrainerLoop:
         return run if run.possible else None
 
     @contextmanager
-    def training(self, formats: Mapping[str, LinearFormat]) -> Generator[Train, None, None]:
+    def training(
+        self, formats: Mapping[str, LinearFormat] | None, *, compiled: bool = False
+    ) -> Generator[Train, None, None]:
         """See `Loop.training`; the guard keeps no record."""
         guard = self._plugin.guard
         if guard is None:
@@ -92,13 +103,28 @@ class TrainerLoop:
         quiet = replaced(guard, replaying=True, replay_skipped=False, replay_hyperparameters=None)
         stretch = _Stretch(self._trainer, self._loop, guard)
         with (
-            untouched(self.model, written_by_hooks(self._trainer)),
-            self.table.overridden(formats),
+            untouched(self.model, written_by_hooks(self._trainer), eager=not compiled),
+            self.table.overridden(formats or {}),
             self._loop.conditions(),
             quiet,
             stretch.heard(),
         ):
-            yield stretch.step
+            if formats is None:
+                yield lambda step: self._as_then(stretch, step)
+            else:
+                yield stretch.step
+
+    def _as_then(self, stretch: _Stretch, step: RecordedStep) -> MadeStep:
+        """A step in the formats, and with the delayed scales, of its time."""
+        table = self.table
+        now = table.formats()
+        then = {
+            name: table.known[format]
+            for name, format in step.formats.items()
+            if now.get(name, format) != format
+        }
+        with table.overridden(then, step.scales):
+            return stretch.step(step)
 
     def take(self) -> Snapshot:
         """See `Loop.take`."""

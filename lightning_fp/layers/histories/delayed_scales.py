@@ -42,6 +42,15 @@ class AmaxRecord:
     seen), number of inf and NaN elements, scale of the last step (0 where there was none)."""
 
 
+@dataclass(frozen=True)
+class StepScales:
+    """What the layers under delayed scaling were scaled with in one step."""
+
+    layers: tuple[str, ...]
+    values: Tensor
+    """float32 [layers, operands], on the device; 0 where there was none yet. Never written into."""
+
+
 class DelayedScales(ABC):
     """Keeps the histories and scales of the layers under delayed scaling.
 
@@ -112,6 +121,21 @@ class DelayedScales(ABC):
 
     def untouched(self) -> AbstractContextManager[object]:
         """Within it forwards that record nothing leave no trace in histories and scales."""
+        return nullcontext()
+
+    def in_force(self) -> StepScales | None:
+        """The scales of the step that is about to begin; None where they are not kept here."""
+        return None
+
+    def lent(
+        self, layers: Mapping[str, SwitchableLayer], scales: StepScales
+    ) -> AbstractContextManager[object]:
+        """Within it layers under delayed scaling multiply with these scales.
+
+        Args:
+            layers: the table's, in their formats for this time.
+            scales: of some step.
+        """
         return nullcontext()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lightning_fp.kernels.memory import AMAX, NONFINITE, OperandMemory, fold_gra
 from lightning_fp.layers.histories.delayed_scales import (
     AmaxRecord,
     DelayedScales,
+    StepScales,
     first_device,
     many_ranks,
 )
@@ -180,6 +181,37 @@ class ScaleHistory(DelayedScales):
         finally:
             self._history = history
             self._hand_out(scales)
+
+    def in_force(self) -> StepScales | None:
+        """See `DelayedScales.in_force`."""
+        return StepScales(tuple(self._layers), self._scales) if self._layers else None
+
+    @contextmanager
+    def lent(
+        self, layers: Mapping[str, SwitchableLayer], scales: StepScales
+    ) -> Generator[None, None, None]:
+        """See `DelayedScales.lent`; inside of `untouched`, and of formats that are put back."""
+        kept: list[tuple[SwitchableLayer, Any]] = []
+        ready: list[bool] = (scales.values > 0).all(dim=1).tolist()
+        rows = zip(scales.layers, scales.values.unbind(0), ready, strict=True)
+        try:
+            for name, row, warm in rows:
+                layer = layers.get(name)
+                kernel = None if layer is None else layer.kernel
+                if layer is None or not isinstance(kernel, NativeKernel) or not kernel.delayed:
+                    continue
+                if kernel.cold is warm:
+                    layer.switch(layer.format, dataclasses.replace(kernel, cold=not warm))
+                memory = layer.memory
+                if isinstance(memory, OperandMemory):
+                    memory.scales = row.to(memory.scales.device)
+                else:
+                    kept.append((layer, memory))
+                    layer.memory = kernel.make_memory(layer, row.to(layer.weight.device))
+            yield
+        finally:
+            for layer, memory in kept:
+                layer.memory = memory
 
     def _memories(self) -> list[OperandMemory]:
         """The layers' memories; where the model has moved, everything here follows it."""

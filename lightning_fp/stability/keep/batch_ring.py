@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp.layers.histories.delayed_scales import StepScales
 from lightning_fp.stability.keep.host_batch import batch_bytes, host_copy, is_plain_batch
 from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.state_version import check_version
@@ -69,6 +70,12 @@ class RecordedStep:
     hyperparameters: Hyperparameters = field(default_factory=list[list[dict[str, Any]]])
     """As the optimizers stepped with them."""
 
+    formats: Mapping[str, str] = field(default_factory=dict[str, str])
+    """By layer, the name of the format it ran in; empty where that is not known."""
+
+    scales: StepScales | None = None
+    """What layers under delayed scaling were scaled with."""
+
     loss: float | None = None
     """Mean over micro-batches; None while it is not known."""
 
@@ -104,12 +111,21 @@ class BatchRing:
 
     # -- recording ------------------------------------------------------------------------------
 
-    def begin(self, step: int, hyperparameters: Hyperparameters | None = None) -> None:
+    def begin(
+        self,
+        step: int,
+        hyperparameters: Hyperparameters | None = None,
+        *,
+        formats: Mapping[str, str] | None = None,
+        scales: StepScales | None = None,
+    ) -> None:
         """A step begins. What was recorded of this and of later steps is dropped.
 
         Args:
             step: optimizer steps done.
             hyperparameters: see `RecordedStep`.
+            formats: see `RecordedStep`; kept as it is.
+            scales: see `RecordedStep`.
         """
         if self._open is not None and self._open.step < step:
             self._gap()  # it did not come to its end, and nobody knows what it did
@@ -117,7 +133,13 @@ class BatchRing:
         if self._since is None:
             self._since = step
         groups = hyperparameters or []
-        self._open = RecordedStep(step=step, begun_with=groups, hyperparameters=groups)
+        self._open = RecordedStep(
+            step=step,
+            begun_with=groups,
+            hyperparameters=groups,
+            formats=formats or {},
+            scales=scales,
+        )
 
     def add(
         self,
@@ -197,12 +219,17 @@ class BatchRing:
         loss: float | None = None,
         grad_norm: float | None = None,
         skipped: bool = False,
+        formats: Mapping[str, str] | None = None,
     ) -> None:
         """What came of a step, where that is known only later; nothing if it is not kept."""
         for index, recorded in enumerate(self._steps):
             if recorded.step == step:
                 self._steps[index] = replace(
-                    recorded, loss=loss, grad_norm=grad_norm, skipped=skipped
+                    recorded,
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    skipped=skipped,
+                    formats=recorded.formats if formats is None else formats,
                 )
 
     # -- reading --------------------------------------------------------------------------------
@@ -321,7 +348,9 @@ class BatchRing:
 
 def _step_to_state(step: RecordedStep) -> dict[str, Any]:
     micro_batches = [{**vars(micro), "rng": micro.rng.state_dict()} for micro in step.micro_batches]
-    return {**vars(step), "micro_batches": micro_batches}
+    scales = None if step.scales is None else [list(step.scales.layers), step.scales.values]
+    formats = dict(step.formats)
+    return {**vars(step), "micro_batches": micro_batches, "formats": formats, "scales": scales}
 
 
 def _step_from_state(state: Mapping[str, Any]) -> RecordedStep:
@@ -336,6 +365,9 @@ def _step_from_state(state: Mapping[str, Any]) -> RecordedStep:
         for micro in state["micro_batches"]
     ]
     values: dict[str, Any] = {**state, "micro_batches": micro_batches}
+    if state.get("scales") is not None:
+        layers, scales = state["scales"]
+        values["scales"] = StepScales(tuple(layers), scales)
     return RecordedStep(**values)
 
 

@@ -51,6 +51,11 @@ class Loop(Protocol):
         """Whether layers can only fall back all together."""
         ...
 
+    @property
+    def compiled(self) -> bool:
+        """Whether any of it runs compiled."""
+        ...
+
     def low(self) -> Sequence[str]:
         """The layers in low precision."""
         ...
@@ -59,10 +64,17 @@ class Loop(Protocol):
         """Runs a step's first micro-batch forward and backward; None where that is impossible."""
         ...
 
-    def training(self, formats: Mapping[str, LinearFormat]) -> AbstractContextManager[Train]:
-        """Optimizer steps are made again, in these formats, with nothing told or logged.
+    def training(
+        self, formats: Mapping[str, LinearFormat] | None, *, compiled: bool = False
+    ) -> AbstractContextManager[Train]:
+        """Optimizer steps are made again, with nothing told or logged.
 
         Afterwards all but the state that `restore` puts back is as it was.
+
+        Args:
+            formats: by layer, the others keep theirs; None: each step in those of its time, with
+                the scales of its time.
+            compiled: whether compiled code runs as in the run; else everything runs eagerly.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_fp.layers import LinearFormat
@@ -26,6 +26,9 @@ class Trajectory:
     made: int = 0
     """Optimizer steps that were not left out."""
 
+    formats: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The formats it was made in, of the layers that were given others."""
+
     end: Snapshot | None = None
     """The state it ended in."""
 
@@ -34,8 +37,9 @@ def replay_trajectory(
     loop: Loop,
     start: Snapshot,
     steps: Sequence[RecordedStep],
-    formats: Mapping[str, LinearFormat],
+    formats: Mapping[str, LinearFormat] | None,
     *,
+    compiled: bool = False,
     give_up: Callable[[Sequence[float]], bool] = lambda _: False,
 ) -> Trajectory:
     """Train on from a snapshot with the recorded batches, and leave the run as it was.
@@ -44,7 +48,8 @@ def replay_trajectory(
         loop: what trains; call this alike on all ranks.
         start: where to begin.
         steps: the steps since then, in order.
-        formats: by layer; the others keep theirs.
+        formats: by layer, the others keep theirs; None: those of each step's time.
+        compiled: whether compiled code runs as in the run; else everything runs eagerly.
         give_up: looks at the losses so far and may end it.
 
     Returns:
@@ -56,7 +61,7 @@ def replay_trajectory(
     end: Snapshot | None = None
     outcome: Outcome = "done"
     try:
-        with loop.training(formats) as train:
+        with loop.training(formats, compiled=compiled) as train:
             loop.restore(start)
             for step in steps:
                 own = train(step)
@@ -71,4 +76,5 @@ def replay_trajectory(
         outcome = "out of memory"
     finally:
         loop.restore(before)
-    return Trajectory(outcome=outcome, losses=losses, made=made, end=end)
+    given = {name: format.name for name, format in (formats or {}).items()}
+    return Trajectory(outcome=outcome, losses=losses, made=made, formats=given, end=end)

@@ -33,7 +33,9 @@ _OF_STEPS = ("state", "param_groups")
 
 
 @contextmanager
-def untouched(model: nn.Module, others: Sequence[object] = ()) -> Generator[None, None, None]:
+def untouched(
+    model: nn.Module, others: Sequence[object] = (), *, eager: bool = True
+) -> Generator[None, None, None]:
     """Undo on leaving what a forward and backward of the block did, also after an exception.
 
     Undone are: gradients (moved aside, not copied), all buffers and tensor attributes of all
@@ -43,13 +45,15 @@ def untouched(model: nn.Module, others: Sequence[object] = ()) -> Generator[None
     are not looked into. Parameters that no optimizer trains, such as an averaged teacher's, are
     copied if they are no larger than the trained ones; weights in training are not. Call it between
     optimizer steps, when no graph waits for its backward. Within, gradients are enabled, and
-    nothing is compiled.
+    nothing is compiled anew.
 
     Args:
         model: the module that is called, with its wrappers.
         others: further objects whose attributes are kept, such as callbacks; of optimizers all but
             their state and groups.
+        eager: whether compiled code runs eagerly too; else as it was compiled before.
     """
+    stance = "force_eager" if eager else "eager_on_recompile"
     with ExitStack() as undo:
         undo.callback(RandomState.capture().restore)
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -57,7 +61,7 @@ def untouched(model: nn.Module, others: Sequence[object] = ()) -> Generator[None
         undo.enter_context(_attributes_kept(model, others))
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(torch.compiler.set_stance(stance))
         yield
 
 

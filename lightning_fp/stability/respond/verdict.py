@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, TypeAlias
 
-Finding = Literal["precision", "not precision", "unclear"]
+Finding = Literal["precision", "not precision", "unclear", "not reproducible", "compiled code"]
+"""The last two: run again, the same batches do not show it; they show it only where compiled."""
 
 _Pairs: TypeAlias = "Sequence[tuple[float, float]]"
 """By step, the loss of the run and that of the replay."""

@@ -496,6 +496,53 @@ def test_a_trajectory_in_the_runs_formats_is_the_run_bit_for_bit(case: str, tmp_
     assert_same(found["averages"], found["averages now"])
 
 
+class Writes(L.Callback):
+    """Gives a layer another format in the middle of what is replayed."""
+
+    def __init__(self, step: int, pattern: str, format: str) -> None:
+        self.step, self.written = step, (pattern, format)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.precision_plugin.precision_map.set(*self.written)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "callbacks"),
+    [
+        ("delayed", lambda: []),  # from the first steps on, which have no scales yet
+        ("delayed", lambda: [Writes(8, "body", "fp8-dynamic")]),
+        ("dynamic", lambda: [Writes(8, "*", "fp32"), Writes(11, "head", "fp8-delayed")]),
+    ],
+    ids=["delayed", "left", "came"],
+)
+def test_a_control_has_the_formats_and_scales_of_its_time(
+    scaling: Any, callbacks: Callable[[], list[Any]], tmp_path: Path
+) -> None:
+    found: dict[str, Any] = {}
+
+    def ask(hands: CarryOut) -> None:
+        start = fallback._snapshots.kept[-1]
+        steps = fallback._ring.since(start.step)
+        assert steps
+        table = hands.plugin.precision_map
+        before = copy.deepcopy(table.scale_history.state_dict())
+        formats = table.formats()
+        made = replay_trajectory(hands.loop, start, steps, None)
+        found["losses"], found["recorded"] = made.losses, [step.loss for step in steps]
+        found["start"] = start.step
+        assert_same(table.scale_history.state_dict(), before)
+        assert table.formats() == formats
+
+    fallback = fallback_at(tmp_path)
+    plugin = FP8Precision(scaling, base="32-true", layers={"*": f"fp8-{scaling}"})
+    model = train(Regression(), [*callbacks(), fallback, Asks(fallback, ask)], plugin)
+    assert found["start"] < 8
+    assert found["losses"] == found["recorded"]
+    plain = FP8Precision(scaling, base="32-true", layers={"*": f"fp8-{scaling}"})
+    assert_same(state_of(model), state_of(train(Regression(), callbacks(), plain)))
+
+
 # --- The way of a batch -------------------------------------------------------------------------
 
 CALLS: list[tuple[bool, str]] = []
