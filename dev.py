@@ -29,8 +29,8 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "installed.json"
 CALLER = VENV / "calling_python"
 OLDEST_TORCH = (2, 11)
-ALL_EXTRAS = {"report", "study", "dev", "docs"}
-TEST_EXTRAS = {"report", "study", "dev"}
+ALL_EXTRAS = {"dev", "docs"}
+TEST_EXTRAS = {"dev"}
 
 
 # --- Targets ------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def install(extras: set[str]) -> None:
         make_venv(reuse_packages=kind == "system")
         had = set()
     STAMP.write_text(json.dumps({"base": base, "files": "", "extras": []}))  # nothing is sure now
-    wanted = sorted(had | extras)
+    wanted = sorted((had | extras) & ALL_EXTRAS)  # an earlier version may have had others
     what = f"torch {torch}" + (" (reused)" if kind == "system" else "")
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
     pip += [*constraints(kind, torch), "--editable", f".[{','.join(wanted)}]"]

@@ -120,7 +120,7 @@ class FPLinear(nn.Linear):
 
     @property
     def qconfig(self) -> object:
-        """Where torch.ao.quantization notes its plans; it would find no nn.Linear and say nothing."""
+        """Where torch.ao.quantization notes its plans; it would find no nn.Linear, in silence."""
         raise AttributeError("qconfig")
 
     @qconfig.setter

@@ -72,7 +72,7 @@ def write_report(
 
     Raises:
         ValueError: if a run has no records.
-        ImportError: without jinja2, naming the extra.
+        ImportError: without jinja2.
     """
     _jinja2()
     runs, costs = read_runs(run_dirs, baseline)
@@ -137,4 +137,4 @@ def _jinja2() -> Any:
     try:
         return import_module("jinja2")
     except ImportError as error:
-        raise ImportError('a report needs jinja2: pip install "lightning-fp[report]"') from error
+        raise ImportError("a report needs jinja2: pip install jinja2") from error

@@ -221,7 +221,7 @@ def test_the_terminal_needs_no_jinja2(
     assert len(text.splitlines()) <= 45  # a screenful
     for part in ("useful", "demotion", "fp8-dynamic (step 326)", "clamped mass", "cost:"):
         assert part in text
-    with pytest.raises(ImportError, match=r'pip install "lightning-fp\[report\]"'):
+    with pytest.raises(ImportError, match="pip install jinja2"):
         write_report([made_up], tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
 
