@@ -1,4 +1,4 @@
-"""Values that must be one of a few names, and the one error for those that are not."""
+"""Values that must be one of a few names or large enough, and the one error for each of the two."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ def check_choice(field: str, value: object, known: Names) -> None:
     """
     if value not in known:
         raise unknown(field, value, known)
+
+
+def check_at_least(least: float, **values: float | None) -> None:
+    """Refuse numbers that are too small.
+
+    >>> check_at_least(1, steps=10, batches=None)
+
+    Args:
+        least: the smallest that will do.
+        values: by what they are for, as the user knows it; None is not asked.
+
+    Raises:
+        ValueError: for the first that is smaller.
+    """
+    for field, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{field} must be at least {least}, got {value}")
 
 
 def unknown(

@@ -19,7 +19,7 @@ from lightning_fp import (
     convert,
     recipes,
 )
-from lightning_fp.choices import near_names, nearest
+from lightning_fp.choices import check_at_least, near_names, nearest
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.numerics import float_format
 from tests.helper import TinyGPT
@@ -92,3 +92,9 @@ def test_names_that_begin_alike_come_first_and_case_does_not_matter() -> None:
     assert near_names("FP8", known, 3) == ["fp8-dynamic", "fp8-delayed", "mxfp8"]
     assert nearest("something", known) is None
     assert nearest("", known) is None
+
+
+def test_the_first_number_that_is_too_small_is_named() -> None:
+    check_at_least(1, steps=1, batches=None)
+    with pytest.raises(ValueError, match="batches must be at least 2, got 1"):
+        check_at_least(2, steps=2, batches=1, window=0)

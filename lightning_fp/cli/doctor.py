@@ -139,12 +139,8 @@ def support(name: str, device: str) -> Support:
     if kernel.runs_on_fp8_hardware and device == "cuda":
         return Support(format=name, status="native", kernel=kernel.name, reason="FP8 tensor cores")
     lacking = _lacking(format, device)
-    return Support(
-        format=name,
-        status="emulated" if lacking else "native",
-        kernel=kernel.name,
-        reason=lacking or "",
-    )
+    status = "emulated" if lacking else "native"
+    return Support(format=name, status=status, kernel=kernel.name, reason=lacking or "")
 
 
 def _lacking(format: LinearFormat, device: str) -> str | None:

@@ -29,8 +29,7 @@ def worst_of(scaling: str, directory: Path) -> Worst:
         scaling: the run's format; rows of other formats are left out.
         directory: where ClampMonitor wrote.
     """
-    columns: dict[str, list[Any]] = read_statistics(directory).to_pydict()
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    rows: list[dict[str, Any]] = read_statistics(directory).to_pylist()
     rows = [row for row in rows if row["format"] == scaling and row["operand"] != "output"]
 
     def worst(name: str, *, largest: bool) -> tuple[float, str]:

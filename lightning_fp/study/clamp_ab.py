@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_fp.choices import check_at_least
 from lightning_fp.layers import FormatLike
 from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.records.jsonl import json_text, plain
@@ -132,9 +133,7 @@ def clamp_ab(
         ValueError: for an option out of range, a factory that returns something else, or a pattern
             that matches nothing or a layer without delayed scaling.
     """
-    for name, value in (("steps", steps), ("every_n_steps", every_n_steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, steps=steps, every_n_steps=every_n_steps)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     if not patterns:
         raise ValueError("layers must name the suspected layers, got none")

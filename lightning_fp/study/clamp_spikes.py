@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_fp.choices import check_at_least
 from lightning_fp.records.jsonl import plain
 from lightning_fp.records.loss import Loss
 from lightning_fp.study.alignment import (
@@ -141,8 +142,7 @@ def clamp_spikes(
         ValueError: for an option out of range, missing columns or rows, or a loss and statistics
             that share no steps.
     """
-    if window < 0:
-        raise ValueError(f"window must be at least 0, got {window}")
+    check_at_least(0, window=window)
     series = clamp_series(statistics, statistic)
     armed = armed_step(loss, rule)
     first = max(begin, int(series.begins[0]) + 1, int(loss.steps[0]) if armed is None else armed)

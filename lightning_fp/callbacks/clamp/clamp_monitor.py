@@ -30,6 +30,7 @@ from lightning_fp.callbacks.clamp.summary import (
     why_nothing,
 )
 from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
+from lightning_fp.choices import check_at_least
 from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
 
@@ -93,13 +94,8 @@ class ClampMonitor(RunCallback):
         warn_nonfinite: int | None = 1,
         seed: int = 0,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("sample", sample),
-            ("log_every_n_steps", 1 if log_every_n_steps is None else log_every_n_steps),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, every_n_steps=every_n_steps, sample=sample)
+        check_at_least(1, log_every_n_steps=log_every_n_steps)
         if isinstance(log_layers, str):
             raise ValueError(f"log_layers must be a list of globs, got {log_layers!r}")
         self.sample = sample

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_fp.callbacks.compare.loop_replay import muted, replaced
 from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.choices import check_at_least
 from lightning_fp.layers import LinearFormat
 from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter
 from lightning_fp.stability.keep.host_batch import copy_batch
@@ -84,12 +85,7 @@ class EvaluationGap(RunCallback):
         metric: str = "val_loss",
         dirpath: str | Path | None = None,
     ) -> None:
-        for name, value in (
-            ("every_n_validations", every_n_validations),
-            ("batches", 1 if batches is None else batches),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, every_n_validations=every_n_validations, batches=batches)
         self.every_n_validations, self.batches = every_n_validations, batches
         self.metric, self.dirpath = metric, dirpath
         self.latest: EvaluationRow | None = None

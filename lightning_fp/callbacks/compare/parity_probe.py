@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
 from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.choices import check_at_least
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.plugins import FP16Precision, LayerPrecision
 from lightning_fp.records.parity import append_parity
@@ -70,8 +71,7 @@ class ParityProbe(RunCallback):
         log_layers: Sequence[str] = (),
         seed: int | None = 0,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        check_at_least(1, every_n_steps=every_n_steps)
         if worst < 0:
             raise ValueError(f"worst must not be negative, got {worst}")
         if isinstance(log_layers, str):

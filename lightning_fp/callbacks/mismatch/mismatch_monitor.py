@@ -24,6 +24,7 @@ from lightning_fp.callbacks.mismatch.early_warning import Act, EarlyWarning
 from lightning_fp.callbacks.mismatch.mismatch_tally import MismatchTally, RankFailedError
 from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
 from lightning_fp.callbacks.run.run_info import table_of
+from lightning_fp.choices import check_at_least
 from lightning_fp.layers import FormatLike, linear_format
 from lightning_fp.metrics.mismatch_names import Aliases
 from lightning_fp.plugins.base import LayerPrecision
@@ -97,9 +98,7 @@ class MismatchMonitor(RunCallback):
         threshold: float = 2.0,
         dirpath: str | Path | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("hold_steps", hold_steps)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, every_n_steps=every_n_steps, hold_steps=hold_steps)
         if act is not None and act not in get_args(Act):
             raise ValueError(f"act must be 'log', 'raise-precision' or None, got {act!r}")
         if logprobs is not None and not callable(logprobs):

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_fp.choices import check_at_least
 from lightning_fp.layers.rules import compile_pattern, no_match_message
 from lightning_fp.plugins import LayerPrecision
 
@@ -38,8 +39,7 @@ class Fault(L.Callback):
     """Of what is random; the same at the same step of every run, in every format."""
 
     def __post_init__(self) -> None:
-        if self.start < 0:
-            raise ValueError(f"start must be at least 0, got {self.start}")
+        check_at_least(0, start=self.start)
         self._pattern = compile_pattern(self.layers)
         self._plugin: LayerPrecision | None = None
         self._now = 0

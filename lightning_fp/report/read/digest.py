@@ -224,11 +224,10 @@ class _Sums:
     def __init__(self, steps: Tensor, width: int) -> None:
         self.layers: dict[str, int] = {}
         self.formats: dict[str, int] = {}
-        self.grids: dict[Ranking, Tensor] = {}
         self._steps, self._width = steps, width
         self._last: Tensor = torch.full((0, width), -1, dtype=torch.int64)
-        for ranking in RANKINGS:
-            self.grids[ranking] = torch.full((0, width), torch.nan)
+        nothing = torch.full((0, width), torch.nan)
+        self.grids: dict[Ranking, Tensor] = dict.fromkeys(RANKINGS, nothing)
 
     def add(self, rows: pa.Table) -> None:
         """Take in a stretch of the table."""
