@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -94,6 +95,7 @@ class LayerPrecision(GuardedPrecision):
         self._mid_accumulation = False
         self._in_train_step = False
         self._watch = LowWatch(self.precision_map)
+        self._told: weakref.ref[Module] | None = None
 
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for the records of a run."""
@@ -156,8 +158,14 @@ class LayerPrecision(GuardedPrecision):
                 self.base.copies.take_back()
             if optimizers:
                 self._watch.begin()
-                rank_zero_info(f"{type(self).__name__} ({self.precision}): {self.report.summary()}")
+                self._say_what_runs(module, self.report)
         return model, optimizers, lr_schedulers
+
+    def _say_what_runs(self, module: Module, report: ConversionReport) -> None:
+        """Once for each model, however often it is fitted."""
+        if self._told is None or self._told() is not module:
+            self._told = weakref.ref(module)
+            rank_zero_info(report.screen(f"{type(self).__name__} ({self.precision})"))
 
     @override
     def teardown(self) -> None:

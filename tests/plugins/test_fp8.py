@@ -288,3 +288,16 @@ def test_a_short_repr() -> None:
     long = FP8Precision("delayed", base="32", layers={"*head": "bf16"})
     assert repr(long) == "FP8Precision('fp8-delayed', base='32-true', layers={'*head': 'bf16'})"
     assert repr(FP16Precision("16-true")) == "FP16Precision('16-true')"
+
+
+def test_what_runs_is_said_once_for_a_model(caplog: pytest.LogCaptureFixture) -> None:
+    plugin, model = FP8Precision(), LanguageModel(blocks=1)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            trainer = make_trainer(plugin, max_steps=1)
+            trainer.fit(model, text_loader(8))
+            trainer.validate(model, text_loader(8), verbose=False)
+            trainer.predict(model, text_loader(8))
+        assert caplog.text.count("linear layers in low precision") == 1
+        make_trainer(plugin, max_steps=1).fit(LanguageModel(blocks=1), text_loader(8))
+    assert caplog.text.count("linear layers in low precision") == 2

@@ -247,12 +247,19 @@ class ClampMonitor(RunCallback):
         for name in run.board.followed & set(COLUMNS):
             run.board.publish(name, step, of_column(rows, name), since=began)
         if pl_module is not None:
-            # For the progress bar alone. Loggers get theirs below, at the count of optimizer steps;
-            # `batch_size`, since Lightning demands it of a step that takes a `dataloader_iter`.
-            shown = {name: values[name] for name in ("fp8/share", "fp8/clamped_mass/max")}
-            pl_module.log_dict(
-                shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
-            )
+            # For the progress bar and `callback_metrics`. Loggers get theirs below, at the count of
+            # optimizer steps; `batch_size`, since Lightning demands it of a step that takes a
+            # `dataloader_iter`. The bar has room for one number of ours.
+            for name in ("fp8/share", "fp8/clamped_mass/max"):
+                pl_module.log(
+                    name,
+                    values[name],
+                    prog_bar=name == "fp8/share",
+                    logger=False,
+                    on_step=True,
+                    on_epoch=False,
+                    batch_size=1,
+                )
         run.show({**values, **per_layer(rows, named)}, step, since=began)
         if self._writer is not None:
             self._writer.append(rows.columns(step))

@@ -19,6 +19,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.clamp.summary import flops_share
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.rollout.gate_evidence import GateEvidence
@@ -114,6 +115,7 @@ class StagedRollout(RunCallback):
         self._fallback: PrecisionFallback | None = None
         self._steps = math.inf
         self._skipped: frozenset[int] = frozenset()
+        self._share_is_shown = False
         self._open: int | None = None
         self._shown = -1
         self._loaded: dict[str, Any] | None = None
@@ -162,6 +164,8 @@ class StagedRollout(RunCallback):
         tokens = TokenCounter(self.tokens_per_step, interval)
         self._tokens = tokens if "tokens" in until else None
         callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        # The progress bar has room for one number of ours.
+        self._share_is_shown = any(isinstance(c, ClampMonitor) for c in callbacks)
         watching = [c for c in callbacks if isinstance(c, PrecisionFallback) and not c.dry_run]
         self._fallback = watching[0] if watching else None
         self._open, self._run = None, None
@@ -238,7 +242,7 @@ class StagedRollout(RunCallback):
             pl_module.log(
                 STAGE,
                 index,
-                prog_bar=True,
+                prog_bar=not self._share_is_shown,
                 logger=False,
                 on_step=True,
                 on_epoch=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,6 +143,27 @@ class ConversionReport:
             if format in HIGH_PRECISION:
                 where = "left in high precision" if format == "high" else f"left in {format}"
             lines.append(f"  {where}: {shown} ({reason})")
+        return "\n".join(lines)
+
+    def screen(self, who: str, *, width: int = 80, most: int = 12) -> str:
+        """The summary as a console has it at the start of a run.
+
+        Args:
+            who: the plugin, before the first line.
+            width: lines break between words where they would be longer.
+            most: lines in all.
+        """
+        first, *rest = self.summary().splitlines()
+        told, lines = [f"{who}: {first}", *rest], list[str]()
+        wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False)
+        wrapper.break_on_hyphens = False
+        for index, line in enumerate(told):
+            wrapped = wrapper.wrap(line)
+            last = index + 1 == len(told)
+            if len(lines) + len(wrapped) > (most if last else most - 1):
+                lines.append(f"  and {len(told) - index} more: print(plugin.report)")
+                break
+            lines += wrapped
         return "\n".join(lines)
 
     def __str__(self) -> str:

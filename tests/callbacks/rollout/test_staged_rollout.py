@@ -172,7 +172,8 @@ def test_what_is_written_down(tmp_path: Path) -> None:
 
     class Shown(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            shown.append(float(trainer.progress_bar_metrics.get(STAGE, -1)))
+            shown.append(float(trainer.callback_metrics.get(STAGE, -1)))
+            assert list(trainer.progress_bar_metrics) == ["fp8/share"]
 
     from lightning.pytorch.loggers import CSVLogger
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fp import ConversionReport, convert
 from lightning_fp.layers.conversion.flops import counting_flops
+from lightning_fp.layers.conversion.report import LayerReport
 from tests.helper import TinyGPT, text_rows
 
 
@@ -232,3 +234,27 @@ def test_what_multiplied_nothing_has_no_row() -> None:
 def test_nothing_to_convert_names_what_multiplies_instead() -> None:
     with pytest.raises(ValueError, match=r"no nn.Linear layer .* left alone: core: a LSTM, not an"):
         convert(nn.ModuleDict({"core": nn.LSTM(16, 64)}))
+
+
+def test_a_screen_of_at_most_twelve_lines_that_break_between_words() -> None:
+    reasons = [
+        LayerReport(
+            name=f"blocks.{block}.part{part}.with.a.long.name",
+            format="high",
+            kernel="Linear",
+            parameters=1,
+            flops_share=0.0,
+            reason=f"reason number {part}",
+        )
+        for block in range(40)
+        for part in range(20)
+    ]
+    few = convert(TinyGPT()).screen("FP8Precision (bf16-mixed)").splitlines()
+    assert few[0].startswith("FP8Precision (bf16-mixed): 8 of 9 linear layers in low precision,")
+    assert few[-1] == "  left in high precision: lm_head (output head)"
+    many = dataclasses.replace(convert(TinyGPT()), layers=reasons)
+    lines = many.screen("FP8Precision (bf16-mixed)").splitlines()
+    assert len(lines) == 12
+    assert max(map(len, lines)) <= 80
+    assert "blocks.0-39.part0.with.a.long.name (reason number 0)" in lines[2]
+    assert lines[-1].endswith(" more: print(plugin.report)")
