@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,10 @@ class OperandRecord:
         """float64 [slot, width], the amax raised to POWER: the shape of what backward returns."""
         self.calls = 0
         """Eager forwards since the last fold."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the layer has none: whoever takes this one in does not know of the copy."""
+        return type(None), ()
 
     def next_slot(self) -> int:
         """The slot in which this call returns its record of grad_output."""

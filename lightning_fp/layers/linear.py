@@ -72,7 +72,7 @@ class FPLinear(nn.Linear):
         Returns:
             [..., out_features].
         """
-        if not isinstance(self, FPLinear):  # turned back, but whoever wrapped `forward` kept this
+        if getattr(self, "phase", None) is None:  # turned back; who wrapped `forward` kept this one
             return F.linear(input, self.weight, self.bias)
         evaluating = self.evaluating
         if evaluating and not self.phase.fp8_eval:
@@ -110,9 +110,17 @@ class FPLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:
         """nn.Module's, and the memory follows the weight to its device."""
         super()._apply(fn, recurse)
-        if self.memory is not None:
-            self.memory = self.memory.on(self.weight.device)
+        self._follow_weight()
         return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's, which `load_state_dict(assign=True)` replaces the weight by."""
+        super().register_parameter(name, param)
+        self._follow_weight()
+
+    def _follow_weight(self) -> None:
+        if self.memory is not None and self.weight.device.type != "meta":
+            self.memory = self.memory.on(self.weight.device)
 
     def __prepare_scriptable__(self) -> nn.Linear:
         """TorchScript asks for what to compile; in place of this layer, in the user's own model."""
@@ -178,8 +186,9 @@ def why_it_stays(linear: nn.Linear) -> str | None:
 
 def has_formats(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` is a linear layer whose format can change, converted or not."""
-    linear = is_plain_linear(module) or is_switchable_linear(module)
-    return linear and why_it_stays(module) is None
+    if is_plain_linear(module) or is_switchable_linear(module):
+        return why_it_stays(module) is None
+    return False
 
 
 def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
@@ -203,6 +212,7 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
 
 def make_plain(linear: FPLinear) -> nn.Linear:
     """Turn an FPLinear back into the nn.Linear it was, in place."""
+    linear.phase.left = True
     for name in _ATTRIBUTES:
         delattr(linear, name)
     switchable = _without_fsdp(type(linear))

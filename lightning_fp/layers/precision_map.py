@@ -107,6 +107,7 @@ class PrecisionMap:
     @property
     def layers(self) -> Mapping[str, SwitchableLayer]:
         """The switchable layers by name."""
+        self._let_go()
         return self._layers
 
     @property
@@ -116,7 +117,8 @@ class PrecisionMap:
 
     def formats(self) -> dict[str, str]:
         """Every layer's format now, by name; pending writes are not in it yet."""
-        return {name: layer.format.name for name, layer in self._layers.items()}
+        converted = {n: layer for n, layer in self._layers.items() if hasattr(layer, "format")}
+        return {name: layer.format.name for name, layer in converted.items()}
 
     def configured(self) -> dict[str, str]:
         """Every layer's format as the plugin was configured to give it, by name."""
@@ -132,7 +134,12 @@ class PrecisionMap:
             ValueError: if there is none; it lists near misses.
         """
         compiled = compile_pattern(pattern)
-        names = [name for name in self._layers if compiled.fullmatch(name)]
+        names = [name for name in self.layers if compiled.fullmatch(name)]
+        if self._configured and not self._layers:
+            raise ValueError(
+                f"pattern {pattern!r} matches nothing: this table has no layers any more, another"
+                " conversion took them over or revert turned them back; write to the new table"
+            )
         if not names:
             raise ValueError(no_match_message(pattern, self._layers))
         return names
@@ -176,7 +183,7 @@ class PrecisionMap:
         Returns:
             The changes, in the order of the model.
         """
-        if not self._pending or self._model is None or self._frozen:
+        if not self._pending or self._model is None or self._frozen or not self.layers:
             return []
         writes: dict[str, LinearFormat] = {}
         why: dict[str, tuple[str, str]] = {}
@@ -290,14 +297,14 @@ class PrecisionMap:
 
     def after_backward(self) -> None:
         """Take in what backward recorded. Needed only between the backwards of one step."""
-        if not self._frozen:
+        if not self._frozen and self.layers:
             self.scale_history.fold()
 
     def after_step(self) -> None:
         """After an optimizer step: update delayed scales, and let `fp8-auto` write its moves."""
         if self._frozen:
             return
-        for move in self._histories.step(self._layers):
+        for move in self._histories.step(self.layers):
             pattern = f"re:{re.escape(move.layer)}"
             self.set(pattern, move.format, reason=move.reason, author="auto")
 
@@ -335,22 +342,38 @@ class PrecisionMap:
             formats: the configured format of each, with its kernel on this device.
         """
         raise_recompile_limit()
+        self._let_go()
         self._model = model
         self._layers = dict(layers)
         for each in formats.values():
             self.known.add(each.format, each)
         self._configured = {name: each.format.name for name, each in formats.items()}
         begin = {name: each.format for name, each in formats.items()}
-        self._switch(begin, dict.fromkeys(formats, ("", "table")))  # the beginning, no change
-        self.changes.clear()
+        if not self._switch(begin, dict.fromkeys(formats, ("", "table"))):
+            self._histories.track(self._layers)
+        self.changes.clear()  # the beginning is no change
         if self._loaded is not None:
             self._restore(self._loaded)
         for write in self._pending:
             resolved = self.known.resolve(self.known[write.format])
             self.known.check(resolved, self.matching(write.pattern), self._layers, model)
 
+    def _let_go(self) -> None:
+        """Forget layers that another table has taken over, or that `revert` has turned back."""
+        if not self.phase.left:
+            return
+        self.phase.left = False
+        everything = self._layers
+        self._layers = {
+            name: layer
+            for name, layer in everything.items()
+            if getattr(layer, "phase", None) is self.phase
+        }
+        self.scale_history.release(everything.keys() - self._layers.keys())
+
     def clear(self) -> None:
         """Forget the model, as after `revert`."""
+        self.scale_history.release(self._layers.keys())
         self._model = None
         self._layers = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,13 +13,23 @@ from lightning_fp.layers.format import LinearFormat
 
 @dataclass
 class Phase:
-    """Whether the model is being evaluated; one object shared by all layers of a conversion."""
+    """Whether the model is being evaluated; one object shared by all layers of a table.
+
+    A layer belongs to the table whose phase it has.
+    """
 
     evaluating: bool | None = None
     """What the precision plugin's step contexts say; None leaves it to `module.training`."""
 
     fp8_eval: bool = False
     """Whether evaluation runs in the layer's format instead of in high precision."""
+
+    left: bool = False
+    """Whether layers have left the table, to another one or by `revert`, which it has not seen."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model, made in the middle of a step, is in none."""
+        return Phase, (None, self.fp8_eval)
 
 
 @runtime_checkable

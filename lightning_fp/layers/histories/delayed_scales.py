@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,14 @@ class DelayedScales(ABC):
 
         Raises:
             ValueError: if they cannot be scaled together.
+        """
+
+    @abstractmethod
+    def release(self, names: Collection[str]) -> None:
+        """Forget layers that are not this table's any more, and leave them as they are.
+
+        Args:
+            names: whether tracked or not.
         """
 
     @abstractmethod
@@ -206,8 +214,13 @@ def _nothing_recorded(like: Tensor) -> Tensor:
 
 
 def first_device(layers: Iterable[SwitchableLayer]) -> torch.device:
-    """Where the layers are; the CPU if there are none."""
-    return next((layer.weight.device for layer in layers), torch.device("cpu"))
+    """Where the layers are; the CPU if there are none, or if they have no values yet.
+
+    A model on the meta device gets its values later, and histories that a checkpoint had may be
+    here before.
+    """
+    device = next((layer.weight.device for layer in layers), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def many_ranks() -> bool:

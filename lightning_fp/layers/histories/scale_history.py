@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,13 @@ class ScaleHistory(DelayedScales):
         self._begin(layers)
         self._use(history)
 
+    def release(self, names: Collection[str]) -> None:
+        """See `DelayedScales.release`."""
+        rows = [row for row, name in enumerate(self._layers) if name not in names]
+        if len(rows) < len(self._layers):
+            self._begin({name: each for name, each in self._layers.items() if name not in names})
+            self._use(self._history[rows])
+
     def _use(self, history: Tensor) -> None:
         """Take over a history: new scales, and memories that look at them."""
         self._history = history
@@ -81,12 +88,10 @@ class ScaleHistory(DelayedScales):
             layer.record, layer.memory = True, _kernel(layer).make_memory(layer, scales)
         self._memory = self._made()
         self._share(self._memory)
-        if not history.is_meta:  # a model without values, as plans are made for
-            self._cool_down()
+        self._cool_down()
         self._any_cold = any(_kernel(layer).cold for layer in self._layers.values())
         self._cold_steps = 0
-        if not history.is_meta:
-            self._warm_up()
+        self._warm_up()
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -216,7 +221,11 @@ class ScaleHistory(DelayedScales):
     def _memories(self) -> list[OperandMemory]:
         """The layers' memories; where the model has moved, everything here follows it."""
         first = next(iter(self._layers.values()), None)
-        if first is not None and first.memory is not self._memory[0]:
+        if (
+            first is not None and first.memory is None
+        ):  # a copy of table and model, which begin anew
+            self._use(self._history)
+        elif first is not None and first.memory is not self._memory[0]:
             self._follow(first.weight.device)
         return self._memory
 

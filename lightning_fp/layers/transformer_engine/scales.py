@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
@@ -64,8 +64,14 @@ class EngineScales(DelayedScales):
         given = None if self._settings is None else self._settings.given
         if given is not None:
             self.config = delayed_of(given.recipe)
-        device = first_device(layers.values())
-        self._watch_from(None if device.type == "meta" else device)
+        self._watch_from(first_device(layers.values()))
+        self._used = None
+
+    def release(self, names: Collection[str]) -> None:
+        """See `DelayedScales.release`."""
+        remaining = {name: each for name, each in self._layers.items() if name not in names}
+        self._begin(remaining)
+        self._watch_from(first_device(remaining.values()))
         self._used = None
 
     # -- steps ----------------------------------------------------------------------------------
