@@ -2,7 +2,7 @@
 
 Kernels, layers, the safety ladder, options, help texts and reports look up here what they need of
 a format, and no two places can disagree. What has no row is simulated, as every e{X}m{Y} is, or a
-format of the table with changes, which shares its row: "fp8-dynamic[input=e5m2]".
+format of the table with changes, which shares its row: "fp8-dynamic[grad_output=e4m3]".
 
 Neither torch nor anything else is imported here, so that a command's help costs nothing.
 """

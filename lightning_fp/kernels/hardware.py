@@ -65,6 +65,53 @@ def cuda_mx_refusal() -> str | None:
     return None
 
 
+def cuda_product_refusal(
+    input: str, weight: str, grad_output: str, *, high_grad_weight: bool, by_row: bool = False
+) -> str | None:
+    """Why NVIDIA's FP8 tensor cores cannot multiply a layer's operands in these number formats.
+
+    cuBLASLt has no product of two e5m2 matrices, and torch's products with a scale per row take
+    e5m2 as their first operand only (ATen's RowwiseScaledMM.cuh). The fnuz formats are AMD's.
+
+    Args:
+        input: number format, see `lightning_fp.numerics.float_format`.
+        weight: likewise.
+        grad_output: likewise.
+        high_grad_weight: whether the weight's gradient is multiplied in high precision.
+        by_row: whether each row has a scale.
+
+    Returns:
+        The reason, with what to take instead; None if they can.
+    """
+    operands = {"input": input, "weight": weight, "grad_output": grad_output}
+    for operand, number in operands.items():
+        if number.endswith("fnuz"):
+            other = number.removesuffix("fnuz")
+            return f"{operand} {number} is a format of AMD's; take {operand}={other!r}"
+    products = {
+        "output": ("input", "weight"),
+        "grad_input": ("grad_output", "weight"),
+        "grad_weight": ("grad_output", "input"),
+    }
+    if high_grad_weight:
+        del products["grad_weight"]
+    for product, (first, second) in products.items():
+        if operands[second] != "e5m2":
+            continue
+        high = " or grad_weight='high'" if product == "grad_weight" else ""
+        if operands[first] == "e5m2":
+            return (
+                f"{product} would be {first} in e5m2 by {second} in e5m2, a product that NVIDIA's"
+                f" tensor cores do not have; take {first}='e4m3'{high}"
+            )
+        if by_row:
+            return (
+                f"{product} would have {second} in e5m2 with a scale per row, which torch takes for"
+                f" its first operand only; take {second}='e4m3'{high}"
+            )
+    return None
+
+
 def check_alignment(
     layer: str, *, tokens: int, in_features: int, out_features: int, multiple: int = ALIGNMENT
 ) -> None:

@@ -27,7 +27,7 @@ from lightning_fp.kernels.derivatives import (
     refuse_transforms,
 )
 from lightning_fp.kernels.gemm import cast_operand, multiply, operand_dtype, widen
-from lightning_fp.kernels.hardware import check_alignment
+from lightning_fp.kernels.hardware import check_alignment, cuda_product_refusal
 from lightning_fp.kernels.memory import (
     GRAD_OUTPUT,
     INPUT,
@@ -71,6 +71,12 @@ class NativeKernel(Kernel):
 
     cuda_fp8: bool = False
     """Whether CUDA tensors go to FP8 tensor cores; everything else is emulated."""
+
+    def __post_init__(self) -> None:
+        names = self.input.name, self.weight.name, self.grad_output.name
+        why = cuda_product_refusal(*names, high_grad_weight=self.high_grad_weight)
+        if self.cuda_fp8 and why is not None:
+            raise ValueError(f"cuda_fp8 must be False for these formats, got True: {why}")
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from lightning_fp.kernels import (
     TorchaoKernel,
     TorchaoMXKernel,
 )
-from lightning_fp.kernels.hardware import cuda_mx_refusal
+from lightning_fp.kernels.hardware import cuda_mx_refusal, cuda_product_refusal
 from lightning_fp.kernels.torchao import import_float8
 from lightning_fp.kernels.transformer_engine.kernel import (
     NVFP4_CASTS,
@@ -137,6 +137,16 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
             f"backend 'native' cannot run {format.name!r}: it scales per tensor, by any factor;"
             " take backend='auto' or 'torchao'"
         )
+    why = cuda_product_refusal(
+        format.input,
+        format.weight,
+        format.grad_output,
+        high_grad_weight=format.grad_weight == "high",
+        by_row=format.granularity == "row",
+    )
+    emulated = format.torchao is not None and format.torchao.emulate
+    if cuda_fp8 and not emulated and why is not None:
+        raise ValueError(f"format {format.name!r} cannot run on FP8 hardware: {why}")
     if backend == "torchao" or format.torchao is not None or not native_can:
         return TorchaoKernel(config=_torchao_config(format), cuda_fp8=cuda_fp8)
     return NativeKernel(
@@ -148,6 +158,18 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         cold=format.scaling == "delayed",
         cuda_fp8=cuda_fp8,
     )
+
+
+def could_run(format: LinearFormat, backend: Backend) -> bool:
+    """Whether the backend has a kernel for a format on FP8 hardware, whatever is here.
+
+    Advice is taken to the machine that trains, and there it must hold.
+    """
+    try:
+        kernel_for(format, backend, cuda_fp8=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _transformer_engine_kernel(format: LinearFormat) -> Kernel:

@@ -18,7 +18,7 @@ from lightning_fp.report.page import read_runs
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import format_histories, last_formats, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
-from lightning_fp.report.sections.advice import Advice, advise, limits_of
+from lightning_fp.report.sections.advice import Advice, advise, backend_of, limits_of
 from lightning_fp.report.sections.compare import differences
 from lightning_fp.report.sections.headline import headline, key_figures, never_low
 from lightning_fp.report.sections.missing import why_no_statistics
@@ -86,7 +86,9 @@ def as_plain(run: RunRecords, cost: RunCost) -> dict[str, Any]:
 def _advice(run: RunRecords) -> list[Advice]:
     if run.statistics is None:
         return []
-    found = advise(run.statistics, limits_of(run.settings), last_formats(run))
+    found = advise(
+        run.statistics, limits_of(run.settings), last_formats(run), backend_of(run.settings)
+    )
     return [advice for advice in found if advice.badness]
 
 

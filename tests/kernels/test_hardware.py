@@ -13,6 +13,7 @@ from lightning_fp.kernels.hardware import (
     cuda_fp8_refusal,
     cuda_has_fp8,
     cuda_mx_refusal,
+    cuda_product_refusal,
 )
 
 
@@ -92,3 +93,27 @@ def test_mx_needs_blackwell(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index])
     monkeypatch.setattr(torch.version, "hip", None)
     assert cuda_mx_refusal() == refusal
+
+
+@pytest.mark.parametrize(
+    ("operands", "options", "instead"),
+    [
+        (("e4m3", "e4m3", "e5m2"), {}, None),
+        (("e5m2", "e4m3", "e4m3"), {}, None),
+        (("e4m3", "e5m2", "e4m3"), {}, None),
+        (("e5m2", "e4m3", "e5m2"), {}, "take grad_output='e4m3' or grad_weight='high'"),
+        (("e5m2", "e4m3", "e5m2"), {"high_grad_weight": True}, None),
+        (("e4m3", "e5m2", "e5m2"), {"high_grad_weight": True}, "take grad_output='e4m3'"),
+        (("e5m2", "e5m2", "e4m3"), {}, "take input='e4m3'"),
+        (("e4m3", "e4m3", "e5m2"), {"by_row": True}, None),
+        (("e5m2", "e4m3", "e4m3"), {"by_row": True}, "take input='e4m3' or grad_weight='high'"),
+        (("e4m3", "e5m2", "e4m3"), {"by_row": True}, "take weight='e4m3'"),
+        (("e4m3fnuz", "e4m3", "e5m2"), {}, "take input='e4m3'"),
+        (("e4m3", "e4m3", "e5m2fnuz"), {}, "take grad_output='e5m2'"),
+    ],
+)
+def test_products_that_nvidia_has_not(
+    operands: tuple[str, str, str], options: dict[str, bool], instead: str | None
+) -> None:
+    found = cuda_product_refusal(*operands, **{"high_grad_weight": False, **options})
+    assert found is None if instead is None else str(found).endswith(instead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -125,6 +126,11 @@ def test_the_details_of_a_block_format_reach_its_kernel() -> None:
         ("fp8-block", "torchao", False, "backend 'torchao' cannot run 'fp8-block'"),
         ("mxfp8[input=e5m2]", "torchao", False, "torchao's MXFP8 has e4m3 for all operands"),
         ("mxfp8[grad_output=e5m2]", "auto", True, "torchao's MXFP8 has e4m3 for all operands"),
+        ("fp8-dynamic[input=e5m2]", "auto", True, "'fp8-dynamic[input=e5m2]' cannot run on FP8"),
+        ("fp8-dynamic[input=e5m2]", "torchao", True, "grad_output='e4m3' or grad_weight='high'"),
+        ("fp8-delayed[weight=e5m2]", "auto", True, "grad_input would be grad_output in e5m2 by"),
+        ("fp8-delayed[input=e4m3fnuz]", "native", True, "a format of AMD's; take input='e4m3'"),
+        ("fp8-rowwise[input=e5m2]", "auto", True, "input in e5m2 with a scale per row"),
     ],
 )
 def test_what_no_engine_has_is_refused(
@@ -132,6 +138,14 @@ def test_what_no_engine_has_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         kernel_for(linear_format(name), backend, cuda_fp8=cuda_fp8)  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["input=e5m2", "weight=e5m2", "grad_output=e5m2fnuz"])
+def test_products_that_hardware_has_not_are_emulated_elsewhere(name: str) -> None:
+    kernel = kernel_for(linear_format(f"fp8-dynamic[{name}]"), "auto", cuda_fp8=False)
+    assert isinstance(kernel, NativeKernel)
+    with pytest.raises(ValueError, match="cuda_fp8 must be False for these formats"):
+        dataclasses.replace(kernel, cuda_fp8=True)
 
 
 def test_mxfp8_before_blackwell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

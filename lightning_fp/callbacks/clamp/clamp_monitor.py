@@ -264,7 +264,8 @@ class ClampMonitor(RunCallback):
         if self._writer is not None:
             self._writer.append(rows.columns(step))
         if trainer.is_global_zero:
-            for warning in self._warnings.of(rows):
+            backend = self.plugin(trainer).precision_map.known.backend
+            for warning in self._warnings.of(rows, backend):
                 log.warning("%s", warning)
 
     # -- the end --------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lightning_fp.layers import LinearFormat
+from lightning_fp.layers import Backend, LinearFormat, linear_format
+from lightning_fp.layers.backends import could_run
 from lightning_fp.records import StatisticsRows
 
 _SHOWN = 3
@@ -33,18 +34,19 @@ class Warnings:
         self.limits = limits
         self._seen: dict[tuple[str, str, str], int] = {}
 
-    def of(self, rows: StatisticsRows) -> list[str]:
+    def of(self, rows: StatisticsRows, backend: Backend = "auto") -> list[str]:
         """The warnings of one interval, the worst first; a repeated one at its 2nd, 4th, 8th time.
 
         Args:
             rows: the interval's rows.
+            backend: the run's, which advice must suit.
         """
         due: list[tuple[float, str]] = []
         for kind, row, excess in self._over_limit(rows):
             key = rows.layers[row], rows.operands[row], kind
             self._seen[key] = times = self._seen.get(key, 0) + 1
             if times & (times - 1) == 0:
-                due.append((excess, _sentence(rows, row, kind)))
+                due.append((excess, _sentence(rows, row, kind, backend)))
         due.sort(key=lambda entry: -entry[0])
         shown = [sentence for _, sentence in due[:_SHOWN]]
         if due[_SHOWN:]:
@@ -70,7 +72,7 @@ class Warnings:
                 yield kind, row, float("inf") if kind == "nonfinite" else float(values[row]) / limit
 
 
-def _sentence(rows: StatisticsRows, row: int, kind: str) -> str:
+def _sentence(rows: StatisticsRows, row: int, kind: str, backend: Backend) -> str:
     layer, operand, format = rows.layers[row], rows.operands[row], rows.formats[row]
     value, steps = float(rows.values[kind][row]), int(rows.values["sampled_steps"][row])
     over = f"over {steps} sampled step{'s' if steps != 1 else ''}"
@@ -79,10 +81,13 @@ def _sentence(rows: StatisticsRows, row: int, kind: str) -> str:
         "clamped_mass": f"{operand} clamped mass {value:.1%} {over}",
         "underflow_fraction": f"{operand} underflow {value:.1%} {over}",
     }[kind]
-    return f"layer {layer}: {what} under {format.name}; {remedy(kind, layer, operand, format)}"
+    do = remedy(kind, layer, operand, format, backend)
+    return f"layer {layer}: {what} under {format.name}; {do}"
 
 
-def remedy(kind: str, layer: str, operand: str, format: LinearFormat) -> str:
+def remedy(
+    kind: str, layer: str, operand: str, format: LinearFormat, backend: Backend = "auto"
+) -> str:
     """What to do about a row that is over a limit.
 
     Args:
@@ -90,6 +95,7 @@ def remedy(kind: str, layer: str, operand: str, format: LinearFormat) -> str:
         layer: the layer's name.
         operand: which of its operands.
         format: the format it ran in.
+        backend: the run's; what it could not run on FP8 hardware is not advised.
     """
     # Clamping is the fault of a scale that is too large: leave room, or take it from the tensor
     # itself, which cannot clamp. Underflow is a lack of range: e5m2 reaches 14 bits further than
@@ -101,15 +107,40 @@ def remedy(kind: str, layer: str, operand: str, format: LinearFormat) -> str:
         return f"{_set(layer, 'bf16')}, or take a format with more exponent bits"
     if kind == "clamped_mass":
         return f"raise margin, or {_set(layer, 'fp8-dynamic')}"
-    only_e4m3 = format.torchao is not None or format.granularity in ("mx", "nv")
-    if getattr(format, operand) == "e4m3" and not only_e4m3:
-        wider = dataclasses.replace(format, **{operand: "e5m2"})  # pyright: ignore[reportArgumentType]
-        if format.granularity == "tensor":
-            return f"{_set(layer, wider.name)}, or {_set(layer, 'fp8-rowwise')}"
-        return f"{_set(layer, wider.name)}, or {_set(layer, 'bf16')}"
-    if format.granularity == "tensor":
-        return _set(layer, "fp8-rowwise")
-    return _set(layer, "bf16")
+    by_row = [linear_format("fp8-rowwise")] if format.granularity == "tensor" else []
+    wider = in_number(format, operand, "e5m2", backend)
+    able = [each for each in (wider, *by_row) if each is not None and could_run(each, backend)]
+    names = [each.name for each in able] or ["bf16"]
+    if len(names) == 1 and wider is not None:
+        names.append("bf16")
+    return ", or ".join(_set(layer, name) for name in names)
+
+
+def in_number(
+    format: LinearFormat, operand: str, number: str, backend: Backend
+) -> LinearFormat | None:
+    """A format with one operand in another number format, as FP8 hardware could run it.
+
+    Args:
+        format: what to change.
+        operand: which operand.
+        number: "e4m3" or "e5m2".
+        backend: the run's.
+
+    Returns:
+        The format, with the weight's gradient in high precision where that product would be of two
+        e5m2 operands; None if it is that format already, or could not run.
+    """
+    given = format.torchao is not None or format.recipe is not None  # objects say more than fields
+    if given or getattr(format, operand, number) == number:
+        return None
+    changes: dict[str, str] = {operand: number}
+    try:
+        other = dataclasses.replace(format, **changes)  # pyright: ignore[reportArgumentType]
+    except ValueError:  # granularities with number formats of their own
+        return None
+    high = dataclasses.replace(other, grad_weight="high")
+    return next((each for each in (other, high) if could_run(each, backend)), None)
 
 
 def _set(layer: str, format: str) -> str:

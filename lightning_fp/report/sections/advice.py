@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from lightning_fp.layers import linear_format
+from lightning_fp.layers import Backend, linear_format
+from lightning_fp.layers.backends import could_run
 from lightning_fp.report.draw.heatmaps import LIMITS
 from lightning_fp.report.draw.parts import Table, share
 from lightning_fp.report.read.digest import WHAT_IF, Digest, Ranking, Totals
@@ -48,8 +49,21 @@ def limits_of(settings: Mapping[str, Mapping[str, Any]]) -> dict[Ranking, float]
     return {name: LIMITS[name] if value is None else float(value) for name, value in own.items()}
 
 
+def backend_of(settings: Mapping[str, Mapping[str, Any]]) -> Backend:
+    """The backend that a run had.
+
+    Args:
+        settings: options by class, as `RunRecords.settings`.
+    """
+    told = [options["backend"] for options in settings.values() if "backend" in options]
+    return next((backend for backend in get_args(Backend) if backend in told), "auto")
+
+
 def advise(
-    digest: Digest, limits: Mapping[Ranking, float], now: Mapping[str, str] | None = None
+    digest: Digest,
+    limits: Mapping[Ranking, float],
+    now: Mapping[str, str] | None = None,
+    backend: Backend = "auto",
 ) -> list[Advice]:
     """What is over a limit throughout, the worst first; one bad interval is no reason to change.
 
@@ -58,24 +72,27 @@ def advise(
         limits: by ranking.
         now: each layer's format at the end of the run; a layer that has left the format in which
             it was over a limit needs no change, and comes last.
+        backend: the run's; what it could not run on FP8 hardware is not advised.
     """
     found: list[Advice] = []
     for of in digest.totals:
         last = (now or {}).get(of.layer, of.format)
-        for badness, what, do in _over_limit(of, limits):
+        for badness, what, do in _over_limit(of, limits, backend):
             if last != of.format:
                 badness, do = 0.0, f"nothing: the run has moved it to {last}"
             found.append(Advice(of=of, badness=badness, what=what, do=do))
     return sorted(found, key=lambda advice: (-advice.badness, advice.of.layer, advice.of.operand))
 
 
-def _over_limit(of: Totals, limits: Mapping[Ranking, float]) -> Iterator[tuple[float, str, str]]:
+def _over_limit(
+    of: Totals, limits: Mapping[Ranking, float], backend: Backend
+) -> Iterator[tuple[float, str, str]]:
     """How many times over its limit an operand is, in what, and what to do about it."""
     # Imports Lightning, which nothing else in a report needs.
     from lightning_fp.callbacks.clamp.remedies import remedy
 
     try:
-        operand = of.layer, of.operand, linear_format(of.format)
+        operand = of.layer, of.operand, linear_format(of.format), backend
     except ValueError:  # a format of a later version
         return
     clamped, flushed = of.mean["clamped_mass"] or 0.0, of.mean["underflow_fraction"] or 0.0
@@ -85,7 +102,7 @@ def _over_limit(of: Totals, limits: Mapping[Ranking, float]) -> Iterator[tuple[f
         do = remedy("clamped_mass", *operand) + _dynamic_loses(of)
         yield clamped / limit, f"clamped mass {share(clamped)} on average", do
     if flushed >= (limit := limits["underflow_fraction"]):
-        do = _evidence(of, flushed) or remedy("underflow_fraction", *operand)
+        do = _evidence(of, flushed, backend) or remedy("underflow_fraction", *operand)
         yield flushed / limit, f"underflow {share(flushed)} on average", do
 
 
@@ -162,13 +179,15 @@ def _dynamic_loses(of: Totals) -> str:
     return "" if flushed is None else f" (it would have flushed {share(flushed)} to zero)"
 
 
-def _evidence(of: Totals, flushed: float) -> str:
+def _evidence(of: Totals, flushed: float, backend: Backend) -> str:
     """The scaling that would have lost least, if it was measured and is much better."""
+    rowwise = linear_format("fp8-rowwise")
     tried = {
-        "fp8-rowwise": of.mean["what_if_rowwise_underflow_fraction"],
-        f"{_other(of)}": of.mean["what_if_other_underflow_fraction"],
+        rowwise.name if could_run(rowwise, backend) else "": "what_if_rowwise_underflow_fraction",
+        _other(of, backend): "what_if_other_underflow_fraction",
     }
-    measured = {name: value for name, value in tried.items() if name and value is not None}
+    measured = {name: of.mean[column] for name, column in tried.items() if name}
+    measured = {name: value for name, value in measured.items() if value is not None}
     if not measured:
         return ""
     best = min(measured, key=lambda name: measured[name])
@@ -178,9 +197,14 @@ def _evidence(of: Totals, flushed: float) -> str:
     return f"{set_it}: it would have flushed {share(measured[best])}"
 
 
-def _other(of: Totals) -> str:
-    """fp8-dynamic with the other 8-bit format for this operand."""
+def _other(of: Totals, backend: Backend) -> str:
+    """fp8-dynamic with the other 8-bit format for this operand, if the backend could run that."""
+    # Imports Lightning, which nothing else in a report needs.
+    from lightning_fp.callbacks.clamp.remedies import in_number
+
     format = linear_format(of.format)
-    own = getattr(format, of.operand, "")
-    other = {"e4m3": "e5m2", "e5m2": "e4m3"}.get(own, "")
-    return f"fp8-dynamic[{of.operand}={other}]" if other and format.is_fp8 else ""
+    number = {"e4m3": "e5m2", "e5m2": "e4m3"}.get(getattr(format, of.operand, ""), "")
+    if not number or not format.is_fp8:
+        return ""
+    other = in_number(linear_format("fp8-dynamic"), of.operand, number, backend)
+    return "" if other is None else other.name

@@ -24,6 +24,7 @@ from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import (
     advice_table,
     advise,
+    backend_of,
     delayed_would_do,
     limits_of,
     what_if_table,
@@ -164,7 +165,9 @@ def advice_section(records: RunRecords) -> Section:
     digest = records.statistics
     if digest is None:
         return replace(about, missing=why_no_statistics(records, "what_if=True"))
-    advice = advise(digest, limits_of(records.settings), last_formats(records))
+    advice = advise(
+        digest, limits_of(records.settings), last_formats(records), backend_of(records.settings)
+    )
     text = [] if advice else ["No operand is over a limit on average: nothing needs to change."]
     tables = [advice_table(advice)] if advice else []
     compared = what_if_table(digest)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import get_args
 
 import pytest
 import torch
 
 from lightning_fp.callbacks.clamp.remedies import Limits, Warnings, remedy
-from lightning_fp.layers import linear_format
+from lightning_fp.layers import Backend, linear_format
+from lightning_fp.layers.backends import could_run
 from lightning_fp.records import StatisticsRows
 
 LIMITS = Limits(clamped_mass=0.01, underflow=0.25, nonfinite=1)
@@ -46,7 +48,8 @@ class TestWhich:
             "layer b: input clamped mass 3.1% over 3 sampled steps under fp8-delayed; raise margin,"
             " or set layers={'b': 'fp8-dynamic'}",
             "layer c: input underflow 50.0% over 3 sampled steps under fp8-delayed; set"
-            " layers={'c': 'fp8-delayed[input=e5m2]'}, or set layers={'c': 'fp8-rowwise'}",
+            " layers={'c': 'fp8-delayed[input=e5m2,grad_weight=high]'}, or set"
+            " layers={'c': 'fp8-rowwise'}",
         ]
 
     def test_the_worst_first_and_not_all(self) -> None:
@@ -99,3 +102,20 @@ def test_every_format_advised_exists_and_is_another_one(
     assert named
     for name in named:
         assert linear_format(name) != linear_format(format)
+
+
+@pytest.mark.parametrize("backend", get_args(Backend))
+@pytest.mark.parametrize("kind", ["clamped_mass", "underflow_fraction", "nonfinite"])
+@pytest.mark.parametrize("operand", ["input", "weight", "grad_output"])
+def test_every_format_advised_could_run_on_fp8_hardware(
+    backend: Backend, kind: str, operand: str
+) -> None:
+    """e5m2 x e5m2 is no product of NVIDIA's, fnuz no format of its, and TE has its recipes only."""
+    named = 0
+    for base in ("fp8-dynamic", "fp8-delayed", "fp8-rowwise", "fp8-rowwise-gw-hp", "fp8-block"):
+        for changes in ("", "[input=e5m2]", "[weight=e5m2]", "[grad_output=e4m3]"):
+            advice = remedy(kind, "up", operand, linear_format(base + changes), backend)
+            for name in re.findall(r"'up': '([^']+)'", advice):
+                named += 1
+                assert could_run(linear_format(name), backend), (base + changes, name)
+    assert named >= 20

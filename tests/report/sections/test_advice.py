@@ -10,6 +10,7 @@ from lightning_fp.report.draw.heatmaps import LIMITS
 from lightning_fp.report.read.digest import Digest, read_digest
 from lightning_fp.report.sections.advice import (
     advise,
+    backend_of,
     delayed_would_do,
     limits_of,
     what_if_table,
@@ -62,11 +63,28 @@ def test_evidence_comes_before_the_rule(tmp_path: Path) -> None:
         {"layer": "not", **row, other: 0.35},
     )
     by_layer = {a.of.layer: a.do for a in advise(found, LIMITS)}
-    assert "'fp8-dynamic[input=e5m2]'}: it would have flushed 1.00%" in by_layer["helped"]
+    advised = "'fp8-dynamic[input=e5m2,grad_weight=high]'}: it would have flushed 1.00%"
+    assert advised in by_layer["helped"]
     assert "would have" not in by_layer["not"]
     table = what_if_table(found)
     assert table is not None
     assert len(table.rows) == 2
+
+
+def test_evidence_for_what_cannot_run_is_not_advised(tmp_path: Path) -> None:
+    row = {"underflow_fraction": 0.4, "what_if_rowwise_underflow_fraction": 0.01}
+    found = digest(tmp_path, {"layer": "a", **row, "what_if_other_underflow_fraction": 0.0})
+    (advice,) = advise(found, LIMITS, backend="transformer-engine")
+    assert advice.do == "set layers={'a': 'bf16'}"
+    weight = {"layer": "a", "operand": "weight", **row, "what_if_other_underflow_fraction": 0.0}
+    (advice,) = advise(digest(tmp_path / "weight", weight), LIMITS)
+    assert "'fp8-rowwise'}: it would have flushed 1.00%" in advice.do
+
+
+def test_the_runs_own_backend_counts() -> None:
+    assert backend_of({"FP8Precision": {"backend": "native"}, "ClampMonitor": {}}) == "native"
+    assert backend_of({"FP8Precision": {"backend": "of a later version"}}) == "auto"
+    assert backend_of({}) == "auto"
 
 
 def test_one_bad_interval_of_many_is_no_reason_to_change(tmp_path: Path) -> None:
