@@ -74,8 +74,12 @@ class FPLinear(nn.Linear):
         """
         if getattr(self, "phase", None) is None:  # turned back; who wrapped `forward` kept this one
             return F.linear(input, self.weight, self.bias)
-        evaluating = self.evaluating
-        if evaluating and not self.phase.fp8_eval:
+        phase = self.phase
+        if self.evaluating:
+            high = not phase.fp8_eval
+        else:
+            high = phase.evaluating is None and phase.away is not None and phase.away()
+        if high:
             return F.linear(input, self.weight, self.bias)
         if input.dtype not in CAST_DTYPES or self.weight.dtype not in CAST_DTYPES:
             return F.linear(input, self.weight, self.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,10 @@ class Phase:
 
     left: bool = False
     """Whether layers have left the table, to another one or by `revert`, which it has not seen."""
+
+    away: Callable[[], bool] | None = None
+    """Asked by training forwards where nobody says the phase: whether somebody trains the model who
+    knows of no formats, as a Trainer of another precision. He finds nn.Linear's products."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model, made in the middle of a step, is in none."""

@@ -32,6 +32,7 @@ from lightning_fp.layers.rules import layer_rules
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base_precision import LOSS_SCALE, Base
 from lightning_fp.plugins.configured_layers import ConfiguredLayers
+from lightning_fp.plugins.elsewhere import Elsewhere
 from lightning_fp.plugins.guarded import GuardedPrecision
 from lightning_fp.plugins.low_watch import LowWatch
 from lightning_fp.plugins.strategies import refuse_strategy
@@ -135,6 +136,7 @@ class LayerPrecision(GuardedPrecision):
             self.base.place(device_type)
             on_cuda = device_type == "cuda"
         self.base.check(module)
+        self.precision_map.phase.away = None
         module = self.base.plugin.convert_module(module)
         if self.precision_map.model is not module:
             high, table = self.base_format, self.precision_map
@@ -169,9 +171,13 @@ class LayerPrecision(GuardedPrecision):
 
     @override
     def teardown(self) -> None:
-        """Outside of the Trainer `module.training` decides about evaluation again."""
+        """Outside of the Trainer `module.training` decides about evaluation again.
+
+        Not in a Trainer of another precision, which hears nothing of ours: see `Elsewhere`.
+        """
         if never := self._watch.end():
             _say_last(never)
+        self.precision_map.phase.away = Elsewhere(self, self.precision_map.model)
         self.precision_map.phase.evaluating = None
         self._mid_accumulation = self._in_train_step = False
         self.base.copies.take_back()
