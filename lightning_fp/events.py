@@ -217,6 +217,24 @@ class GateResult(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rehearsed(Event):
+    """What replays have left behind on this loop, and what the watch confines itself to."""
+
+    kind: ClassVar[str] = "rehearsal"
+
+    outcome: Literal["passed", "one step", "limits only"]
+
+    differs: tuple[str, ...] = ()
+    """A sentence for each thing that was not as before, or not the same twice."""
+
+    not_looked_at: tuple[str, ...] = ()
+    """What a step may change unnoticed: objects that cannot be looked into."""
+
+    def _what(self) -> str:
+        return f"rehearsal {self.outcome}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Note(Event):
     """Something to know: what an incident looks like if not precision, a failure in telemetry."""
 

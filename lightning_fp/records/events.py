@@ -21,6 +21,7 @@ from lightning_fp.events import (
     Note,
     OtherEvent,
     Promotion,
+    Rehearsed,
     Replayed,
     Resumed,
     Rollback,
@@ -54,6 +55,7 @@ KINDS: Mapping[str, type[Event]] = {
         FormatChange,
         StageChange,
         GateResult,
+        Rehearsed,
         Note,
     )
 }
@@ -148,7 +150,7 @@ def _to_json(event: Event) -> dict[str, Any]:
 def _from_json(values: dict[str, Any]) -> Event:
     kind: str = values.pop("kind")
     values["numbers"] = {name: float(value) for name, value in values["numbers"].items()}
-    values["layers"] = tuple(values["layers"])
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     if "formats" in values:
         formats = values["formats"]
         values["formats"] = {layer: (before, after) for layer, (before, after) in formats.items()}

@@ -32,6 +32,7 @@ from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.loop import Loop
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.replay.parity import Run
+from lightning_fp.stability.replay.rehearsal import Outcome
 from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
 from lightning_fp.stability.respond.attribution import Attributor, gradient_error
 from lightning_fp.stability.respond.probe import FIRST
@@ -56,6 +57,8 @@ class Answers:
 
     def __init__(self, loop: Loop, ring: BatchRing, snapshots: Snapshots) -> None:
         self._loop, self._ring, self._snapshots = loop, ring, snapshots
+        self.reach: Outcome = "passed"
+        """What the rehearsal has shown may be replayed."""
         self.trajectories: dict[ReplayStretch, Trajectory] = {}
         """What can become the run, by what was asked; of the case that is open."""
 
@@ -99,7 +102,9 @@ class Answers:
             at=question.at,
             risen=question.risen,
         )
-        steps = None if start is None else self._ring.since(start.step)
+        steps: Sequence[RecordedStep] | None = None
+        if start is not None and self.reach == "passed":
+            steps = self._ring.since(start.step)
         return Surveyed(
             finite=self._weights_finite(),
             low={name: layers[name].format.name for name in loop.low()},
@@ -148,7 +153,9 @@ class Answers:
     # -- one batch ------------------------------------------------------------------------------
 
     def _run(self, step: RecordedStep | None) -> Run | None:
-        return self._loop.replay(step) if step is not None and step.micro_batches else None
+        if step is None or not step.micro_batches or self.reach == "limits only":
+            return None
+        return self._loop.replay(step)
 
     def _replay_step(self) -> StepReplayed:
         """Twice in the current formats, for the noise, and once in high precision."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_fp.demo import read_sources
 from lightning_fp.records import read_statistics, read_steps
 
-NOT_TRACED = {"time", "seconds", "position", "content"}
+NOT_TRACED = {"time", "seconds", "incident_seconds", "position", "content"}
 """Fields that differ from run to run. `position` is how many bytes of events, times among them;
 `content` of a snapshot has gaps that align its tensors, in which there is anything."""
 

@@ -56,6 +56,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "previous": text,
     "statistic": text,
     "passed": st.booleans(),
+    "outcome": st.sampled_from(["passed", "one step", "limits only"]),
+    "differs": st.lists(text, max_size=4).map(tuple),
+    "not_looked_at": st.lists(text, max_size=4).map(tuple),
 }
 
 

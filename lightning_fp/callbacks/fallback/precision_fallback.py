@@ -18,6 +18,7 @@ from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.carry_out import CarryOut
 from lightning_fp.callbacks.fallback.incident_log import IncidentLog
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
+from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
 from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
 from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.callbacks.run.run import RunCallback, run_of
@@ -86,6 +87,8 @@ class PrecisionFallback(RunCallback):
         checkpoint_bytes: snapshots and batches go into checkpoints if they are together no larger.
         dirpath: where `events.jsonl` goes; by default the run's directory.
         preflight: whether to try at the start that a step in high precision fits into memory.
+        rehearse: whether to replay in the first steps as in an incident, and to confine the watch
+            to what leaves nothing behind on this loop.
         dry_run: whether only to log what would be done; then nothing is skipped either.
         seed: of the steps that are looked at.
 
@@ -112,6 +115,7 @@ class PrecisionFallback(RunCallback):
         checkpoint_bytes: int = 2**30,
         dirpath: str | Path | None = None,
         preflight: bool = False,
+        rehearse: bool = True,
         dry_run: bool = False,
         seed: int = 0,
     ) -> None:
@@ -124,6 +128,7 @@ class PrecisionFallback(RunCallback):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.dry_run, self.preflight, self.dirpath = dry_run, preflight, dirpath
+        self._rehearses = rehearse
         self._make_watch = partial(
             self.machine,
             detector,
@@ -155,6 +160,8 @@ class PrecisionFallback(RunCallback):
         self._waiting: list[StepSignals] = []
         self._log = IncidentLog()
         self._hands: CarryOut | None = None
+        self._rehearsal: Rehearsal | None = None
+        self._rehearsed: dict[str, Any] | None = None
         self._count = StepCount()
         self._open: int | None = None
         self._opened_at = 0
@@ -226,6 +233,7 @@ class PrecisionFallback(RunCallback):
             look_again=self._look_again,
             dry_run=self.dry_run,
         )
+        self._begin_rehearsal(self._hands, None if loaded is None else loaded.get("rehearsal"))
         self._say_what_it_takes(self._hands.run)
         if not replayable(pl_module):
             text = "training_step takes its batches out of the loader itself: it is watched, and"
@@ -327,6 +335,7 @@ class PrecisionFallback(RunCallback):
         plugin.boundary()  # what waits for this step takes effect now, a moment earlier
         if new := hands.others_changes():
             self._tell(FormatsChanged(layers=tuple(change.layer for change in new)))
+        self._rehearse(hands, step, changed=bool(new))
         seen, self._waiting = [*self._waiting, *self._take()], []
         for signals in seen:
             self._ring.set_results(
@@ -381,6 +390,27 @@ class PrecisionFallback(RunCallback):
         if self._layers is not None:
             self._layers.look_again()
 
+    def _begin_rehearsal(self, hands: CarryOut, shown: dict[str, Any] | None) -> None:
+        self._rehearsal, self._rehearsed = None, shown
+        if self._rehearses:
+            self._rehearsal = Rehearsal(
+                hands.trainer, hands.plugin, hands.run, self._ring, self._snapshots
+            )
+            if shown is not None:  # by the run that goes on
+                self._rehearsal.load_state_dict(shown, self._count.done)
+                hands.answers.reach = shown["reach"]
+
+    def _rehearse(self, hands: CarryOut, step: int, *, changed: bool) -> None:
+        """In the first steps, and a little of it whenever the run changes."""
+        rehearsal = self._rehearsal
+        if rehearsal is None:
+            return
+        if changed:
+            rehearsal.changed(step)
+        if rehearsal.due(step) and (event := rehearsal(step)) is not None:
+            hands.answers.reach, self._rehearsed = event.outcome, rehearsal.state_dict()
+            self._log.write(event)
+
     def _take(self, *, all: bool = False) -> list[StepSignals]:
         """Signals that have arrived, with steps as they are counted here."""
         seen = self._queue.take(all=all)
@@ -393,6 +423,8 @@ class PrecisionFallback(RunCallback):
             self._groups = groups
             self._ring.clear()
             self._snapshots.clear()
+            if self._rehearsal is not None:
+                self._rehearsal.changed(self._count.done)
 
     def _try_high_precision(self, trainer: L.Trainer, batch: Any, batch_idx: int) -> None:
         """One step in high precision, to see that memory suffices for it."""
@@ -437,7 +469,7 @@ class PrecisionFallback(RunCallback):
             plugin.stop_guarding()
             if self._arrived in plugin.on_input:
                 plugin.on_input.remove(self._arrived)
-        self._hands = None
+        self._hands = self._rehearsal = None
         self._snapshots.clear()
         self._ring.clear()
 
@@ -454,6 +486,7 @@ class PrecisionFallback(RunCallback):
             "layers": None if layers is None else {"limits": limits, **layers.state_dict()},
             "count": self._count.state_dict(),
             "waiting": [asdict(signals) for signals in self._waiting],
+            "rehearsal": self._rehearsed,
         }
         small = self._snapshots.nbytes + self._ring.nbytes <= self._checkpoint_bytes
         if self._hands is not None and self._hands.run.single and small:

@@ -17,6 +17,7 @@ from lightning_fp.records.events import (
     EventWriter,
     FormatChange,
     GateResult,
+    Rehearsed,
     Replayed,
     SkippedStep,
     Started,
@@ -67,6 +68,7 @@ class EventLog:
         """One event, everywhere; not on the console if `quiet`."""
         if self._console and not quiet:
             passes = isinstance(event, GateResult) and event.passed
+            passes |= isinstance(event, Rehearsed) and event.outcome == "passed"
             usual = passes or isinstance(event, _QUIET)
             log.log(logging.INFO if usual else logging.WARNING, "%s", event.sentence())
         if self._writer is not None and not self._failed:

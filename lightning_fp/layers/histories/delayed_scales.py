@@ -203,6 +203,11 @@ class DelayedScales(ABC):
             values=torch.cat([part.values.to(self._limits.device) for part in parts]),
         )
 
+    @property
+    def recorded(self) -> Tensor:
+        """See `AmaxRecord.values`; of the present layers, this rank's, since they were taken."""
+        return self._recorded
+
     def _amax_record(self) -> AmaxRecord:
         return AmaxRecord(list(self._layers), self._formats, self._recorded)
 

@@ -17,17 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_fp.stability.keep.own_state import OwnState
+
 _NUMBERS = (bool, int, float, str, type(None))
 _MOST_ITEMS = 64
 """A container with more is a record that only grows, and no part of a state."""
+_CONTAINERS = (list, tuple, dict, OrderedDict)
 _DEPTH = 2
+_MOST_BYTES = 2**24
+"""A larger numpy array is data, and no part of a state."""
 
 _APART = frozenset(vars(nn.Module())) | frozenset(vars(Optimizer([torch.zeros(1)], {})))
 """What belongs to torch itself: parameters, buffers, hooks, groups."""
 
 
 class Attributes:
-    """The attributes that are numbers, text, tensors, or lists and dicts of these.
+    """Attributes that are numbers, text, tensors, arrays, generators, or lists and dicts of these.
 
     All else is not looked at, nor are containers of more than 64 items.
 
@@ -46,7 +51,7 @@ class Attributes:
         state: dict[str, Any] = {}
         for owner, item in self._owners.items():
             plain = {
-                name: value
+                name: _taken(value)
                 for name, value in vars(item).items()
                 if name not in _APART and _is_plain(value, _DEPTH)
             }
@@ -73,28 +78,42 @@ def _is_plain(value: Any, depth: int) -> bool:
         # One that belongs to a graph keeps its activations alive, and is none of the next step's.
         free = value.grad_fn is None and not value.is_inference()
         return free and value.layout is torch.strided
-    if kind in (list, tuple, dict, OrderedDict):
-        if depth == 0 or len(value) > _MOST_ITEMS:
-            return False
-        keys = list(value) if isinstance(value, dict) else []
-        items = list(value.values()) if isinstance(value, dict) else list(value)
-        named = all(type(key) in _NUMBERS for key in keys)
-        return named and all(_is_plain(item, depth - 1) for item in items)
-    return False
+    if kind not in _CONTAINERS:
+        return getattr(value, "nbytes", 0) <= _MOST_BYTES and OwnState.of(value) is not None
+    if depth == 0 or len(value) > _MOST_ITEMS:
+        return False
+    keys = list(value) if isinstance(value, dict) else []
+    items = list(value.values()) if isinstance(value, dict) else list(value)
+    named = all(type(key) in _NUMBERS for key in keys)
+    return named and all(_is_plain(item, depth - 1) for item in items)
+
+
+def _taken(value: Any) -> Any:
+    """As it is now, but for tensors, which are shared."""
+    kind = type(value)
+    if kind in _NUMBERS or kind is Tensor:
+        return value
+    if kind in (dict, OrderedDict):
+        return kind((key, _taken(item)) for key, item in value.items())
+    if kind in (list, tuple):
+        return kind(map(_taken, value))
+    return OwnState.of(value)
 
 
 def _has_tensors(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_has_tensors, value.values()))
-    return isinstance(value, Tensor) or (
-        isinstance(value, (list, tuple)) and any(map(_has_tensors, value))
-    )
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_tensors, value))
+    return isinstance(value, Tensor) or (isinstance(value, OwnState) and value.is_array)
 
 
 def _put_back(now: Any, value: Any) -> Any:
     """The value, in the object that is there now if it can take it in: others may hold it too."""
     if isinstance(value, Tensor):
         return _written_into(now, value) if isinstance(now, Tensor) else value
+    if isinstance(value, OwnState):
+        return value.put_into(now)
     if type(now) is not type(value):
         return value
     if isinstance(value, dict):

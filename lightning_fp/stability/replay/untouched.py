@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightning_fp.stability.keep.own_state import OwnState
 from lightning_fp.stability.keep.random_state import RandomState
 
 Undo = Callable[[], object]
@@ -162,30 +161,8 @@ def _keep(value: Any, seen: set[int], depth: int) -> list[Undo]:
             return []
         seen.add(id(value))
         return [_keep_tensor(value, depth < _DEPTH)]
-    return _keep_generator(value) or _keep_array(value)
-
-
-def _keep_generator(value: Any) -> list[Undo]:
-    """A generator of random numbers that is not one of the global ones."""
-    if isinstance(value, torch.Generator):
-        return [partial(value.set_state, value.get_state())]
-    if isinstance(value, random.Random):
-        return [partial(value.setstate, value.getstate())]
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        bits, before = value.bit_generator, value.bit_generator.state
-        return [partial(setattr, bits, "state", before)]
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return [partial(value.set_state, value.get_state())]
-    return []
-
-
-def _keep_array(value: Any) -> list[Undo]:
-    """The same numpy array with the same contents."""
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, numpy.ndarray) or not value.flags.writeable:
-        return []
-    return [partial(numpy.copyto, value, value.copy())]
+    state = OwnState.of(value)
+    return [] if state is None else [partial(state.put_into, value)]
 
 
 def _refill(container: Any, contents: list[Any], before: Any) -> None:

@@ -109,9 +109,13 @@ def investigate(fallback: PrecisionFallback) -> Callable[[CarryOut], object]:
     return ask
 
 
-def fallback_at(directory: Path) -> PrecisionFallback:
+def fallback_at(directory: Path, *, rehearse: bool = True) -> PrecisionFallback:
     return PrecisionFallback(
-        dirpath=directory, probe_every_n_steps=None, limit=None, snapshot_every_n_steps=4
+        dirpath=directory,
+        probe_every_n_steps=None,
+        limit=None,
+        snapshot_every_n_steps=4,
+        rehearse=rehearse,
     )
 
 
@@ -139,10 +143,12 @@ def watched(
     model: L.LightningModule,
     directory: Path,
     callbacks: list[L.Callback] | None = None,
+    *,
+    rehearse: bool = True,
     **options: Any,
 ) -> tuple[Any, PrecisionFallback]:
     """The run with an investigation in its middle, of which the verdict is not "precision"."""
-    fallback = fallback_at(directory)
+    fallback = fallback_at(directory, rehearse=rehearse)
     asks = Asks(fallback, investigate(fallback))
     train(model, [*(callbacks or []), fallback, asks], **options)
     assert asks.asked.at == ASKED
@@ -616,7 +622,7 @@ WAY = [
 def test_a_replay_takes_the_batchs_whole_way(tmp_path: Path) -> None:
     CALLS.clear()
     plugin = Converts("dynamic", base="32-true", layers={"*": "fp8-dynamic"})
-    watched(Told(), tmp_path, [Hears()], plugin=plugin)
+    watched(Told(), tmp_path, [Hears()], plugin=plugin, rehearse=False)
     made = [name for replay, name in CALLS if not replay]
     assert made == WAY * STEPS
     replayed = [name for replay, name in CALLS if replay]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -83,6 +85,46 @@ def test_only_what_has_tensors_goes_back_where_counts_go_on() -> None:
     assert item.steps == 4
     assert torch.equal(item.bank, torch.arange(3.0))
     assert torch.equal(item.averages["w"], torch.ones(2))
+
+
+def drawn(item: Any) -> list[float]:
+    return [
+        float(torch.rand(1, generator=item.noise)),
+        item.python[0].random(),
+        float(item.numpy["rng"].random()),
+        float(item.legacy.random()),
+    ]
+
+
+def test_generators_and_arrays_go_back_too() -> None:
+    item: Any = SimpleNamespace(
+        noise=torch.Generator().manual_seed(1),
+        python=[random.Random(2)],
+        numpy={"rng": np.random.default_rng(3)},
+        legacy=np.random.RandomState(4),
+        array=np.arange(3.0),
+        objects=np.array([object()]),
+        data=np.zeros(2**22),
+    )
+    array, generators = item.array, (item.noise, item.python[0], item.numpy["rng"], item.legacy)
+    snapshot = take({"attributes": Attributes({"x": item})})
+    first = drawn(item)
+    item.array += 1
+    item.data += 1
+    restore(snapshot, {"attributes": Attributes({"x": item})})
+    assert drawn(item) == first
+    assert item.array is array
+    assert array.tolist() == [0.0, 1.0, 2.0]
+    now = (item.noise, item.python[0], item.numpy["rng"], item.legacy)
+    assert all(a is b for a, b in zip(now, generators, strict=True))
+    assert item.data[0] == 1  # too large for a state
+
+    item.array = np.zeros(5)
+    parts = Attributes({"x": item})
+    parts.numbers = False
+    restore(snapshot, {"attributes": parts})
+    assert item.array.tolist() == [0.0, 1.0, 2.0]
+    assert drawn(item) != first  # random numbers go on
 
 
 def test_what_belongs_to_torch_is_left_alone() -> None:

@@ -1,0 +1,71 @@
+"""What a rehearsal says, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_fp.stability.replay.fingerprint import Item
+from lightning_fp.stability.replay.rehearsal import (
+    changes,
+    noise_of,
+    not_as_recorded,
+    not_twice,
+    outcome_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("one_step", "trajectory", "outcome"),
+    [
+        ([], [], "passed"),
+        ([], ["x"], "one step"),
+        (["x"], [], "limits only"),
+        (["x"], ["y"], "limits only"),
+    ],
+)
+def test_the_watch_confines_itself_to_what_was_harmless(
+    one_step: list[str], trajectory: list[str], outcome: str
+) -> None:
+    assert outcome_of(one_step, trajectory) == outcome
+
+
+def test_the_hook_and_what_it_changes_are_named() -> None:
+    own = [Item(owner="Average", what=f"self.shadow[{i}]") for i in range(5)]
+    assert changes("on_train_batch_end", "Average", own) == (
+        "on_train_batch_end of Average changes self.shadow[0], self.shadow[1], self.shadow[2]"
+        " and 2 more"
+    )
+    assert changes("training_step", "Net", own[:1]) == (
+        "training_step of Net changes self.shadow[0] of Average"
+    )
+    weight = [Item(owner="", what="the Parameter a.weight")]
+    assert changes("", "", weight) == "a replayed step changes the Parameter a.weight"
+
+
+def test_the_same_step_twice() -> None:
+    assert not_twice([2.31, 2.31, 2.29]) == (
+        "training_step is not the same twice: loss 2.31 and 2.29"
+    )
+    assert not_twice([2.0, 2.0, 2.001]) == ""  # kernels that are not deterministic
+    assert not_twice([math.nan, math.nan]) == ""
+    assert "nan" in not_twice([2.0, math.nan])
+    assert not_twice([2.0]) == not_twice([]) == ""
+
+
+def test_a_step_from_a_snapshot() -> None:
+    line = not_as_recorded(2.5, 2.4)
+    assert line.endswith("loss 2.5 and 2.4")
+    assert not_as_recorded(None, 2.4) == not_as_recorded(2.4, 2.4) == ""
+    assert not_as_recorded(2.4001, 2.4) == ""
+
+
+def test_losses_are_told_as_short_as_they_differ() -> None:
+    assert not_twice([100.4, 99.9]).endswith("100 and 99.9")
+    assert not_twice([100.4, 99.96]).endswith("100.4 and 99.96")
+
+
+def test_noise() -> None:
+    assert noise_of([2.0, 2.0]) == noise_of([]) == 0
+    assert noise_of([2.0, 1.9, 2.0]) == pytest.approx(0.05)
