@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lightning_fp.cli import main
-from lightning_fp.cli.doctor import FORMATS, support
+from lightning_fp.cli.commands.doctor import FORMATS, support
+from lightning_fp.cli.commands.plan import Row, fold, parse_rules
 from lightning_fp.cli.loading import load_model
-from lightning_fp.cli.plan import Row, fold, parse_rules
 from lightning_fp.kernels.hardware import cuda_has_fp8
 
 MODELS = Path(__file__).parents[1] / "examples" / "models.py"

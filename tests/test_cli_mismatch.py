@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from lightning_fp.cli import main
-from lightning_fp.cli.mismatch_sides import load_policy, rollout_logprobs, training_logprobs
+from lightning_fp.cli.commands.mismatch_sides import (
+    load_policy,
+    rollout_logprobs,
+    training_logprobs,
+)
 from lightning_fp.layers import linear_format
 
 FACTORIES = """

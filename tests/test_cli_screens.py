@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from lightning_fp.cli import main
-from lightning_fp.cli.doctor import FORMATS
+from lightning_fp.cli.commands.doctor import FORMATS
 from lightning_fp.cli.output import print_json
 from lightning_fp.records import LossRow, LossWriter, StatisticsWriter
 from tests.report.large_run import write_large_run

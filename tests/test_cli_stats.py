@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightning_fp.cli import main, stats
-from lightning_fp.cli.stats import sparkline
+from lightning_fp.cli import main
+from lightning_fp.cli.commands import stats
+from lightning_fp.cli.commands.stats import sparkline
 from lightning_fp.records import StatisticsWriter
 
 

@@ -13,9 +13,9 @@ import pytest
 
 import lightning_fp
 from lightning_fp.cli import main
-from lightning_fp.cli.commands import COMMANDS
 from lightning_fp.cli.interrupted import kept
 from lightning_fp.cli.parser import Command, Commands
+from lightning_fp.cli.signatures import COMMANDS
 
 
 def all_commands(commands: Commands = COMMANDS) -> Iterator[tuple[list[str], Command]]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_fp import __version__
-from lightning_fp.cli.commands import COMMANDS
 from lightning_fp.cli.parser import PROGRAM, build_parser
+from lightning_fp.cli.signatures import COMMANDS
 
 __all__ = ["main"]
 

@@ -16,8 +16,8 @@ def run(shell: str) -> int:
         ValueError: if shtab is not installed.
     """
     from lightning_fp import __version__
-    from lightning_fp.cli.commands import COMMANDS
     from lightning_fp.cli.parser import build_parser
+    from lightning_fp.cli.signatures import COMMANDS
 
     try:
         shtab: Any = importlib.import_module("shtab")

@@ -13,7 +13,7 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from lightning_fp.cli.fp16_scale import advice, load_loss, probe_scales
+from lightning_fp.cli.commands.fp16_scale import advice, load_loss, probe_scales
 from lightning_fp.cli.output import console, print_json
 from lightning_fp.format_names import TABLE
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal

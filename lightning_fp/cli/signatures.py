@@ -20,7 +20,7 @@ def doctor(*, fp16: str | None = None, json: bool = False) -> int:
             path/to/file.py:factory, which returns (LightningModule, batch) or (module, loss)
         json: print everything as JSON
     """
-    from lightning_fp.cli.doctor import run
+    from lightning_fp.cli.commands.doctor import run
 
     return run(fp16=fp16, json=json)
 
@@ -48,7 +48,7 @@ def plan(
         all: a row for every layer; else repeated blocks share rows
         json: print the report as JSON
     """
-    from lightning_fp.cli.plan import run
+    from lightning_fp.cli.commands.plan import run
 
     return run(factory, scaling, layers, backend, cuda_fp8=cuda_fp8, all=all, json=json)
 
@@ -59,7 +59,7 @@ def recipes_list(*, json: bool = False) -> int:
     Args:
         json: print JSON
     """
-    from lightning_fp.cli.recipes_list import run
+    from lightning_fp.cli.commands.recipes_list import run
 
     return run(json=json)
 
@@ -70,7 +70,7 @@ def recipes_show(name: str) -> int:
     Args:
         name: one of those that `lightning-fp recipes list` names
     """
-    from lightning_fp.cli.recipes import show
+    from lightning_fp.cli.commands.recipes import show
 
     return show(name)
 
@@ -87,14 +87,14 @@ def recipes_check(
         scaling: with --model: the scaling that the plugin will be configured with
         json: print JSON, with all layers
     """
-    from lightning_fp.cli.recipes import check
+    from lightning_fp.cli.commands.recipes import check
 
     return check(file, model, scaling, json=json)
 
 
 def recipes_schema() -> int:
     """The JSON schema of recipes, for editors."""
-    from lightning_fp.cli.recipes import schema
+    from lightning_fp.cli.commands.recipes import schema
 
     return schema()
 
@@ -125,7 +125,7 @@ def mismatch(
         device: cpu, cuda, or auto: cuda if there is one
         json: print everything as JSON
     """
-    from lightning_fp.cli.mismatch import run
+    from lightning_fp.cli.commands.mismatch import run
 
     return run(factory, formats, rollout, layers, batch, length, device, json=json)
 
@@ -153,7 +153,7 @@ def demo(
         rollout: whether to run the second part, with the recipe
         json: print JSON, and what is going on to stderr
     """
-    from lightning_fp.cli.demo import run
+    from lightning_fp.cli.commands.demo import run
 
     return run(output, steps, scaling, batch_size, context, seed, rollout=rollout, json=json)
 
@@ -179,7 +179,7 @@ def baseline(
         seed: of weights and data
         json: print JSON
     """
-    from lightning_fp.cli.baseline import run
+    from lightning_fp.cli.commands.baseline import run
 
     return run(factory, steps, output, precision, seed, json=json)
 
@@ -193,7 +193,7 @@ def stats(run: str, *, layer: str | None = None, top: int = 8, json: bool = Fals
         top: how many of the worst to show
         json: print JSON
     """
-    from lightning_fp.cli import stats
+    from lightning_fp.cli.commands import stats
 
     return stats.run(run, layer, top, json=json)
 
@@ -216,7 +216,7 @@ def report(
         open: open the file in the browser
         json: print the summary as JSON
     """
-    from lightning_fp.cli.report import run
+    from lightning_fp.cli.commands.report import run
 
     return run(runs, output, baseline, open=open, json=json)
 
@@ -268,7 +268,7 @@ def study_clamp(
         output: DIR: with --ab: where records go
         json: print JSON
     """
-    from lightning_fp.cli.study_clamp import run as look
+    from lightning_fp.cli.commands.study_clamp import run as look
 
     return look(
         run=run,

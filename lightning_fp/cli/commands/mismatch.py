@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fp.cli.mismatch_sides import (
+from lightning_fp.cli.commands.mismatch_sides import (
     Policy,
     load_policy,
     rollout_logprobs,
     training_logprobs,
 )
+from lightning_fp.cli.commands.plan import parse_rules
 from lightning_fp.cli.output import console, print_json
-from lightning_fp.cli.plan import parse_rules
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.scaling import read_scaling
 from lightning_fp.metrics import TrainingInferenceMismatch

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from lightning_fp.cli.commands.plan import parse_rules
 from lightning_fp.cli.loading import find_factory
 from lightning_fp.cli.output import console, print_json
-from lightning_fp.cli.plan import parse_rules
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import read_statistics
 from lightning_fp.report.draw.sparkline import sparkline

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_fp import recipes
+from lightning_fp.cli.commands.plan import planned
 from lightning_fp.cli.loading import load_model
 from lightning_fp.cli.output import console, print_json
-from lightning_fp.cli.plan import planned
 from lightning_fp.layers import ConversionReport, linear_format
 from lightning_fp.recipes import RolloutRecipe, Stage, StageFormats
 from lightning_fp.recipes.text import as_plain
