@@ -29,7 +29,7 @@ from lightning_fp.kernels.derivatives import (
     place_of,
     refuse_transforms,
 )
-from lightning_fp.kernels.gemm import operand_dtype, widen
+from lightning_fp.kernels.gemm import emulated_product, operand_dtype, widen
 from lightning_fp.kernels.memory import WEIGHT
 from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
@@ -191,7 +191,7 @@ class _BlockLinear(torch.autograd.Function):
                 x = _dequantised(saved_input, scale_x, kernel.by_column, wide)
                 g = kernel.scale(grad_output, kernel.by_column, kernel.grad_output)
                 g = _rounded(grad_output, g, kernel.by_column, kernel.grad_output, wide)
-                grad_weight = (g.t() @ x).to(weight_dtype)
+                grad_weight = emulated_product(g.t(), x, weight_dtype).to(weight_dtype)
         if differentiated_again():
             if x is not None and not kernel.high_grad_weight:
                 x = in_place_of(x.to(input_dtype), ctx.place)

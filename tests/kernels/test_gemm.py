@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from lightning_fp import convert
 from lightning_fp.kernels import gemm, hardware
 from lightning_fp.numerics import FORMATS, scaled_cast
+from tests.helper import sqnr_db
 
 FP8 = ["e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"]
 
@@ -64,3 +67,26 @@ def test_emulation_dtype(
 ) -> None:
     monkeypatch.setattr(hardware, "CPU_HAS_BF16", fast)
     assert gemm.operand_dtype(torch.ones(1, dtype=dtype)) is expected
+
+
+@pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-delayed", "mxfp8", "fp8-block"])
+def test_the_gradient_of_a_float32_weight_is_rounded_once(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs that multiply bf16, too, whose product torch would round to bf16 (56 dB)."""
+    gradients = []
+    for fast in (True, False):
+        monkeypatch.setattr(hardware, "CPU_HAS_BF16", fast)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 48))
+        table = convert(model, "high", {"*": format}).precision_map
+        x, g = torch.randn(160, 64), torch.randn(160, 48)
+        for _ in range(2):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(x)
+            output.backward(g.bfloat16())
+            table.step()
+        gradients.append(model[0].weight.grad)
+    assert gradients[0].dtype is torch.float32
+    assert sqnr_db(*gradients) > 120
