@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_fp.layers.format import LinearFormat
-from lightning_fp.layers.rules import clean_name
+from lightning_fp.layers.rules import clean_named_modules
 
 RECOMPILE_LIMIT = 64
 """Graphs per code object that setup asks dynamo for."""
@@ -44,11 +44,10 @@ def raise_recompile_limit() -> None:
 def compiled_regions(model: nn.Module, layers: Mapping[str, object]) -> list[Region]:
     """The compiled modules of `model` that hold at least one of `layers`."""
     regions: list[Region] = []
-    for fqn, module in model.named_modules():
+    for name, module in clean_named_modules(model):
         if not _is_compiled(module):
             continue
         inner = module._orig_mod if isinstance(module, OptimizedModule) else module
-        name = clean_name(fqn)
         prefix = f"{name}." if name else ""
         inside = tuple(layer for layer in layers if layer == name or layer.startswith(prefix))
         code = getattr(type(inner).forward, "__code__", None)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_fp.choices import near_names
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_forward_module",
+)
+_CALL_IT_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+"""Wrappers whose inside is `module`, a name that a user's own module may have as well."""
 _HEAD_ANYWHERE = {"lm_head", "output_layer", "embed_out", "classifier", "score", "logits"}
 _HEAD_AT_END = {"head", "output", "decoder", "unembed", "unembedding", "to_logits"}
 _ROUTER_AT_END = {"gate", "router", "gating", "gate_network", "router_linear", "shared_expert_gate"}
@@ -22,12 +30,29 @@ _ADAPTER = re.compile(r"lora_|adapter|vera_|dora_|ia3_")
 
 
 def clean_name(fqn: str) -> str:
-    """A module's name without the wrappers that torch.compile, checkpointing and FSDP insert.
+    """A module's name without the wrappers of torch.compile, checkpointing, FSDP and Fabric.
 
     >>> clean_name("model.blocks.0._orig_mod.fc")
     'model.blocks.0.fc'
     """
     return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
+
+
+def clean_named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` with the names that a user knows, whatever wraps the model or parts.
+
+    A wrapper and what it wraps have the same name, in this order.
+    """
+    seen: dict[str, tuple[str, nn.Module]] = {}
+    for fqn, module in model.named_modules():
+        parent, _, part = fqn.rpartition(".")
+        name = ""
+        if fqn:
+            name, owner = seen[parent]
+            dropped = part in _WRAPPERS or (part == "module" and isinstance(owner, _CALL_IT_MODULE))
+            name = name if dropped else f"{name}.{part}".removeprefix(".")
+        seen[fqn] = name, module
+        yield name, module
 
 
 @dataclass(frozen=True)

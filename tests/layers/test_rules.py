@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_fp import convert
+from lightning_fp import convert, revert
 from lightning_fp.layers.format import linear_format
+from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.layers.rules import clean_name, gains_nothing, layer_rules
 from tests.helper import TinyGPT
 
@@ -154,6 +159,55 @@ def test_names_are_those_of_the_unwrapped_model(wrapper: str) -> None:
     assert clean_name(f"a.{wrapper}.b") == "a.b"
     assert clean_name(wrapper) == ""
     assert clean_name("a.b") == "a.b"
+
+
+class Wraps(nn.Module):
+    """A user's own module that calls what it has `module`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+def fabric_module(model: nn.Module) -> nn.Module:
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    return fabric.setup(torch.compile(model, backend="eager"))  # pyright: ignore
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        return nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        AveragedModel,
+        distributed,
+        fabric_module,
+        checkpoint_wrapper,
+        lambda model: nn.DataParallel(torch.compile(nn.DataParallel(model), backend="eager")),
+    ],
+)
+def test_rules_match_the_users_names_under_any_wrapper(wrap: Any) -> None:
+    wrapped = wrap(Wraps())
+    report = convert(wrapped, layers={"module.1": "bf16"}, example_input=torch.ones(16, 16))
+    formats = {"module.0": "fp8-dynamic", "module.1": "bf16"}
+    assert report.precision_map.formats() == formats
+    assert [row.name for row in report.layers] == list(formats)
+    assert [row.flops_share for row in report.layers] == [0.5, 0.5]
+    for region in compiled_regions(wrapped, formats):
+        assert (region.name, region.layers) == ("", tuple(formats))
+    assert revert(wrapped) == 2
+    inside = nn.ModuleDict({"generator": wrap(Wraps())})
+    assert list(convert(inside).precision_map.formats()) == [f"generator.{n}" for n in formats]
 
 
 def test_sizes_that_gain_nothing_are_torchaos() -> None:

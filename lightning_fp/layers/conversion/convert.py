@@ -35,7 +35,7 @@ from lightning_fp.layers.linear import (
 )
 from lightning_fp.layers.precision_map import PrecisionMap
 from lightning_fp.layers.rules import (
-    clean_name,
+    clean_named_modules,
     layer_rules,
 )
 from lightning_fp.layers.scaling import ScalingLike, read_scaling
@@ -108,8 +108,7 @@ def convert_into(
     """
     decisions = decide(model, conversion)
     switchable: dict[str, FPLinear] = {}
-    for fqn, module in model.named_modules():
-        name = clean_name(fqn)
+    for name, module in clean_named_modules(model):
         if name not in decisions:
             continue
         if is_plain_linear(module):
@@ -145,8 +144,7 @@ def _report(
 ) -> ConversionReport:
     """Every layer with weights to multiply, in the order of the model."""
     rows: list[tuple[LayerReport, int]] = []
-    for fqn, module in model.named_modules():
-        name = clean_name(fqn)
+    for name, module in clean_named_modules(model):
         if is_switchable_linear(module) and name in decisions:
             format, kernel, reason = module.format.name, module.kernel.name, decisions[name].reason
         elif isinstance(module, (nn.Linear, nn.MultiheadAttention)) or multiplies(module):

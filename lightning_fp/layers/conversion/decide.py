@@ -17,7 +17,7 @@ from lightning_fp.layers.linear import CAST_DTYPES, has_formats, is_plain_linear
 from lightning_fp.layers.rules import (
     Rule,
     check_rules_apply,
-    clean_name,
+    clean_named_modules,
     default_exclusion,
     gains_nothing,
 )
@@ -84,8 +84,7 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
     fixed: dict[str, str] = {}
     multiplying: dict[str, str] = {}
     other_dtypes: list[str] = []
-    for fqn, module in model.named_modules():
-        name = clean_name(fqn)
+    for name, module in clean_named_modules(model):
         if has_formats(module):
             linears[name] = module
             continue

@@ -8,6 +8,7 @@ formula here.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lightning_fp.layers.rules import clean_name
+from lightning_fp.layers.rules import clean_named_modules
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -139,12 +140,10 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
         if running:
             running[-1][1] += count() - start
 
-    for fqn, module in model.named_modules():
+    for name, module in clean_named_modules(model):
         if isinstance(module, nn.MultiheadAttention) or multiplies(module):
             hooks.append(module.register_forward_pre_hook(before))
-            hooks.append(
-                module.register_forward_hook(partial(after, name=clean_name(fqn) or ITSELF))
-            )
+            hooks.append(module.register_forward_hook(partial(after, name=name or ITSELF)))
     # In evaluation nn.MultiheadAttention and nn.TransformerEncoderLayer run one fused operator,
     # which the counter does not know and which skips the linear layers inside.
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -177,11 +176,14 @@ def example_flops(model: nn.Module, example_input: Any) -> dict[str, int]:
     model.eval()
     try:
         with (
+            warnings.catch_warnings(),
             torch.random.fork_rng(rng_devices),
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
             counting_flops(model) as flops,
         ):
+            # torch's counter has hooks, of which torch.compile warns although it is off here.
+            warnings.filterwarnings("ignore", "Using `torch.compile")
             if isinstance(arguments, Mapping):
                 model(**arguments)
             elif isinstance(arguments, (tuple, list)):

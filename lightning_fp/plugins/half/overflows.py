@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_fp.layers.rules import clean_name
 from lightning_fp.numerics import float_format
 
 LEAST_NORMAL = float_format("fp16").smallest_normal
@@ -58,8 +59,8 @@ def counts(gradients: Sequence[Tensor], scale: Tensor) -> Tensor:
 
 
 def layer_of(parameter: str) -> str:
-    """The name of the layer that a parameter belongs to, as in `named_modules()`."""
-    return parameter.rpartition(".")[0]
+    """The name of the layer that a parameter belongs to, as layer rules have it."""
+    return clean_name(parameter.rpartition(".")[0])
 
 
 def _local(gradient: Any) -> Tensor:
