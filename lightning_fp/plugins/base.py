@@ -36,6 +36,7 @@ from lightning_fp.plugins.elsewhere import Elsewhere
 from lightning_fp.plugins.guarded import GuardedPrecision
 from lightning_fp.plugins.low_watch import LowWatch
 from lightning_fp.plugins.strategies import refuse_strategy
+from lightning_fp.plugins.throughput import FP8_PEAK, PEAK, tell_throughput_monitors
 from lightning_fp.stability.loss_scaling import LossScaling
 
 log = logging.getLogger(__name__)
@@ -158,10 +159,18 @@ class LayerPrecision(GuardedPrecision):
                 with self.forward_context():
                     self.report = self.report.with_flops(example_flops(module, example))
                 self.base.copies.take_back()
+            tell_throughput_monitors(_trainer_of(module), self._peak_dtype)
             if optimizers:
                 self._watch.begin()
                 self._say_what_runs(module, self.report)
         return model, optimizers, lr_schedulers
+
+    @property
+    def _peak_dtype(self) -> torch.dtype:
+        """In which dtype the hardware is to show what it can: that of most products."""
+        formats = [row.format for row in self.report.converted] if self.report else []
+        low = any(self.precision_map.known[name].is_fp8 for name in formats)
+        return FP8_PEAK if low else PEAK[self.base_format.name]
 
     def _say_what_runs(self, module: Module, report: ConversionReport) -> None:
         """Once for each model, however often it is fitted."""
@@ -192,13 +201,29 @@ class LayerPrecision(GuardedPrecision):
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """As the base precision; in training those in `on_input` see the data first."""
-        trainer = _trainer_of(self.precision_map.model)
+        """As the base precision; in training those in `on_input` see the data first.
+
+        Raises:
+            ValueError: in Fabric, whose plugins are of another kind.
+        """
+        model = self.precision_map.model
+        trainer = _trainer_of(model)
+        if model is not None and trainer is None:
+            raise ValueError(self._not_in_fabric())
         if trainer is not None and trainer.training and not self.precision_map.frozen:
             for see in self.on_input:
                 see(data)
         self.base.follow(self.precision_map)
         return self.base.plugin.convert_input(data)
+
+    def _not_in_fabric(self) -> str:
+        name = self.configured.format.name
+        return (
+            f"plugins must not have {type(self).__name__} in Fabric: it is a Trainer's plugin, and"
+            f" steps of Fabric do not reach it; take Fabric(precision={self.precision!r}) and"
+            f" `report = lightning_fp.convert(model, {name!r})` before fabric.setup, then call"
+            " report.precision_map.step() after each optimizer step"
+        )
 
     # -- steps ----------------------------------------------------------------------------------
 
