@@ -31,8 +31,9 @@ def tell_throughput_monitors(trainer: Any, dtype: torch.dtype) -> None:
         trainer: a Trainer; None does nothing.
         dtype: that in which the hardware is to show what it can.
     """
-    callbacks: list[Any] = [] if trainer is None else list(trainer.callbacks)
-    for monitor in callbacks:
+    if trainer is None:
+        return
+    for monitor in trainer.callbacks:
         if isinstance(monitor, ThroughputMonitor):
             flops = get_available_flops(trainer.strategy.root_device, dtype)
             monitor.available_flops = flops
