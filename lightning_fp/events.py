@@ -235,6 +235,13 @@ class Rehearsed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchFailed(Event):
+    """The watch itself has raised: from here on the run goes on unprotected."""
+
+    kind: ClassVar[str] = "watch_failed"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Note(Event):
     """Something to know: what an incident looks like if not precision, a failure in telemetry."""
 

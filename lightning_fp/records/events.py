@@ -31,6 +31,7 @@ from lightning_fp.events import (
     StateChange,
     Suspicion,
     Verdict,
+    WatchFailed,
 )
 from lightning_fp.records.jsonl import append_line, read_lines
 from lightning_fp.records.newest_run import newest_run
@@ -56,6 +57,7 @@ KINDS: Mapping[str, type[Event]] = {
         StageChange,
         GateResult,
         Rehearsed,
+        WatchFailed,
         Note,
     )
 }

@@ -15,7 +15,7 @@ from lightning_fp.report.read.cost import RunCost, run_cost
 from lightning_fp.report.read.run_records import RunRecords, names_of, read_records
 from lightning_fp.report.sections.compare import comparison
 from lightning_fp.report.sections.every_section import sections
-from lightning_fp.report.sections.headline import headline, key_figures, low_precision, never_low
+from lightning_fp.report.sections.headline import alarming, headline, key_figures, low_precision
 
 
 class _Charts:
@@ -98,7 +98,7 @@ def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
         title=f"{', '.join(run.name for run in runs)}: run report",
         runs=list(zip(runs, costs, strict=True)),
         headline=headline,
-        never_low=never_low,
+        alarming=alarming,
         key_figures=key_figures,
         sections=sections,
         comparison=comparison(runs, costs) if len(runs) > 1 else None,

@@ -20,7 +20,7 @@ from lightning_fp.report.read.format_history import format_histories, last_forma
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import Advice, advise, backend_of, limits_of
 from lightning_fp.report.sections.compare import differences
-from lightning_fp.report.sections.headline import headline, key_figures, never_low
+from lightning_fp.report.sections.headline import alarming, headline, key_figures
 from lightning_fp.report.sections.missing import why_no_statistics
 from lightning_fp.terminal import FittedTable
 
@@ -93,7 +93,7 @@ def _advice(run: RunRecords) -> list[Advice]:
 
 
 def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool) -> None:
-    style = "bold red" if never_low(run) else ""
+    style = "bold red" if alarming(run) else ""
     console.print(Text(run.name, style="bold"), Text(headline(run, cost), style=style))
     for sentence in run.unreadable:
         console.print(Text(sentence, style="yellow"))

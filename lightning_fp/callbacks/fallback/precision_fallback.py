@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing_extensions import override
 from lightning_fp.callbacks.compare.loop_position import loop_position
 from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.carry_out import CarryOut
+from lightning_fp.callbacks.fallback.finite_checkpoints import finite_checkpoints
+from lightning_fp.callbacks.fallback.in_bar import shown_in_bar
 from lightning_fp.callbacks.fallback.incident_log import IncidentLog
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
 from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
 from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
 from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.events import WatchFailed
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import hyperparameters
 from lightning_fp.stability import RandomState
@@ -89,6 +93,8 @@ class PrecisionFallback(RunCallback):
         preflight: whether to try at the start that a step in high precision fits into memory.
         rehearse: whether to replay in the first steps as in an incident, and to confine the watch
             to what leaves nothing behind on this loop.
+        refuse_nonfinite_checkpoints: whether checkpoints are left out whose weights are inf or NaN,
+            and those before them kept.
         dry_run: whether only to log what would be done; then nothing is skipped either.
         seed: of the steps that are looked at.
 
@@ -116,6 +122,7 @@ class PrecisionFallback(RunCallback):
         dirpath: str | Path | None = None,
         preflight: bool = False,
         rehearse: bool = True,
+        refuse_nonfinite_checkpoints: bool = True,
         dry_run: bool = False,
         seed: int = 0,
     ) -> None:
@@ -128,7 +135,7 @@ class PrecisionFallback(RunCallback):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.dry_run, self.preflight, self.dirpath = dry_run, preflight, dirpath
-        self._rehearses = rehearse
+        self._rehearses, self._refuses = rehearse, refuse_nonfinite_checkpoints and not dry_run
         self._make_watch = partial(
             self.machine,
             detector,
@@ -169,7 +176,8 @@ class PrecisionFallback(RunCallback):
         self._formats: tuple[int, dict[str, str]] = -1, {}
         self._published = 0
         self._loaded: dict[str, Any] | None = None
-        self._failed = False
+        self._failed_at: int | None = None
+        self._around = ExitStack()
 
     @property
     def detector(self) -> DivergenceDetector:
@@ -210,7 +218,8 @@ class PrecisionFallback(RunCallback):
         self._count.start(trainer)
         self._snapshots.clear()
         self._ring.clear()
-        self._queue, self._open, self._failed = run_of(trainer).signals.reader(), None, False
+        self._queue, self._open = run_of(trainer).signals.reader(), None
+        self._failed_at = None
         self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         if self._arrived not in plugin.on_input:
             plugin.on_input.append(self._arrived)
@@ -235,9 +244,23 @@ class PrecisionFallback(RunCallback):
         )
         self._begin_rehearsal(self._hands, None if loaded is None else loaded.get("rehearsal"))
         self._say_what_it_takes(self._hands.run)
+        self._around.close()  # of a fit that failed
+        self._around.enter_context(shown_in_bar(trainer, self._word))
+        if self._refuses:
+            self._around.enter_context(finite_checkpoints(trainer, self._note))
         if not replayable(pl_module):
             text = "training_step takes its batches out of the loader itself: it is watched, and"
             self._log.note(self._count.done, f"{text} nothing can be replayed")
+
+    def _word(self) -> str:
+        """For the progress bar: what the watch cannot do."""
+        if self._failed_at is not None:
+            return f"failed at step {self._count.global_step(self._failed_at)}"
+        reach = None if self._rehearsal is None else self._rehearsal.reach
+        return "" if reach in (None, "passed") else reach
+
+    def _note(self, text: str) -> None:
+        self._log.note(self._count.done, text)
 
     def _say_what_it_takes(self, run: RunState) -> None:
         memory = {
@@ -252,7 +275,7 @@ class PrecisionFallback(RunCallback):
 
     def _arrived(self, batch: Any) -> None:
         """A batch comes from the loader, and nothing of it has been seen yet: record it."""
-        if self._hands is None or self._failed:
+        if self._hands is None or self._failed_at is not None:
             return
         trainer = self._hands.trainer
         if self._open is None:
@@ -436,14 +459,15 @@ class PrecisionFallback(RunCallback):
 
     def _safely(self, function: Callable[..., object], *args: Any) -> None:
         """What fails in here is logged, and the training goes on without the watch."""
-        if self._failed:
+        if self._failed_at is not None:
             return
         try:
             function(*args)
         except Exception as error:
-            self._failed = True
+            self._failed_at = at = self._count.done
             log.exception("PrecisionFallback failed; the training goes on, unwatched from here")
-            self._log.note(self._open or 0, f"the watch has failed, the run goes on: {error}")
+            reason = f"the watch has failed, the run goes on unprotected: {error}"
+            self._log.write(WatchFailed(step=at, reason=reason))
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -456,6 +480,9 @@ class PrecisionFallback(RunCallback):
         at = self._count.done
         unseen = tuple(StepSeen(at=at, signals=signals) for signals in waiting)
         self._tell(Ended(at=at, unseen=unseen))
+        if self._failed_at is not None:
+            since = self._count.global_step(self._failed_at)
+            self._note(f"the watch had failed: the run was unprotected from step {since}")
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -469,6 +496,7 @@ class PrecisionFallback(RunCallback):
             plugin.stop_guarding()
             if self._arrived in plugin.on_input:
                 plugin.on_input.remove(self._arrived)
+        self._around.close()
         self._hands = self._rehearsal = None
         self._snapshots.clear()
         self._ring.clear()

@@ -20,6 +20,7 @@ WORDS: Mapping[str, str] = {
     "rollback": "rollback",
     "promote": "promotion",
     "resumed": "resume",
+    "watch_failed": "unprotected",
 }
 """What the kinds of events are called, in the order of the lanes beneath a curve."""
 
@@ -27,6 +28,7 @@ _IN_TABLE: Mapping[str, str] = {
     **WORDS,
     "started": "start",
     "replay": "blame",
+    "rehearsal": "rehearsal",
     "note": "note",
 }
 _MARKS = 250

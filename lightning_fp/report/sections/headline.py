@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from lightning_fp.events import Rehearsed, WatchFailed
 from lightning_fp.records import Demotion, Event, StageChange, Verdict
 from lightning_fp.report.draw.parts import duration, number, share
 from lightning_fp.report.read.cost import RunCost
@@ -25,7 +26,7 @@ def headline(records: RunRecords, cost: RunCost) -> str:
         cost: what it cost.
     """
     never = never_low(records)
-    parts = [never, _end(records), "" if never else _incidents(records)]
+    parts = [never, unwatched(records), _end(records), "" if never else _incidents(records)]
     if cost.effective_speedup is not None:
         gain = cost.effective_speedup
         parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
@@ -50,6 +51,24 @@ def never_low(records: RunRecords) -> str:
     return (
         f"{what} was asked for and never on: {layers} stayed in high precision in every step{why}."
     )
+
+
+def unwatched(records: RunRecords) -> str:
+    """What the watch over the run did not do: it failed, or confined itself; or ""."""
+    failed = [event.step for event in records.events if isinstance(event, WatchFailed)]
+    if failed:
+        return f"The watch failed: the run was unprotected from step {failed[0]:,}."
+    rehearsed = [event for event in records.events if isinstance(event, Rehearsed)]
+    if not rehearsed or rehearsed[-1].outcome == "passed":
+        return ""
+    reach = "single steps" if rehearsed[-1].outcome == "one step" else "limits"
+    why = rehearsed[-1].differs[0] if rehearsed[-1].differs else "see the events"
+    return f"From step {rehearsed[-1].step:,} on the watch was confined to {reach} ({why})."
+
+
+def alarming(records: RunRecords) -> bool:
+    """Whether the headline begins with what must not be missed."""
+    return bool(never_low(records) or unwatched(records))
 
 
 def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]]:
@@ -136,7 +155,8 @@ def _incidents(records: RunRecords) -> str:
         return climbs.strip()
     if any(event.kind in ("suspect", "skip", "demote", "rollback") for event in events):
         return "Something unusual happened; the events say what was done about it."
-    if any(event.kind == "started" for event in events):
+    failed = any(isinstance(event, WatchFailed) for event in events)
+    if not failed and any(event.kind == "started" for event in events):
         return "Nothing went wrong."
     return ""
 

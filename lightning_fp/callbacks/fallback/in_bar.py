@@ -1,0 +1,33 @@
+"""A word about the watch in the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_fp.callbacks.compare.loop_replay import replaced
+
+NAME = "watch"
+"""What it is called there."""
+
+
+def shown_in_bar(trainer: Trainer, word: Callable[[], str]) -> AbstractContextManager[object]:
+    """Within it the bar has the word beside its numbers.
+
+    Args:
+        trainer: the Trainer; without a bar nothing happens.
+        word: what to show at this moment; nothing if empty.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return nullcontext()
+    metrics_of = bar.get_metrics
+
+    def with_word(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        metrics, said = metrics_of(*args, **kwargs), word()
+        return {**metrics, NAME: said} if said else metrics
+
+    return replaced(bar, get_metrics=with_word)
