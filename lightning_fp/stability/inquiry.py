@@ -1,4 +1,9 @@
-"""One case while it is being asked: which replay is next, until there is a verdict. Pure."""
+"""One case while it is being asked: which replay is next, until there is a verdict. Pure.
+
+Replays are dear, so each is run only if what is known by then leaves the question open. How a
+verdict follows is written once, in `conviction.conclude`, as if all were known: it runs again with
+every answer, and stops at the first that is missing. That is the next question.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Looks at sampled steps: which layers are over their limits."""
+"""Looks at sampled steps: which layers are over their limits.
+
+What a look has shown waits until its step is known to be sound: where one was left out, inf and NaN
+are everywhere, and the layer that they are seen in need not be the one that made them.
+"""
 
 from __future__ import annotations
 

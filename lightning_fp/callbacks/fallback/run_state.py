@@ -1,4 +1,8 @@
-"""The state of a run that a rollback takes back: weights, optimizers, averages, scales."""
+"""The state of a run that a rollback takes back: weights, optimizers, averages, scales.
+
+What counts the run's progress stays: `global_step`, schedulers, the loaders' position, the random
+state. The run goes on with the batches that come next, and so with the learning rates of now.
+"""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 A training step may read what lies neither in a parameter nor in a buffer. With a step counter or a
 memory bank of now instead of its time, the run's own steps, made again, came out 0.8% to 57% off;
 with it put back they were equal to the bit. Only what can be copied for certain is taken: plain
-values, tensors, and small containers of these. Objects of other classes may be anything, a logger
-or a data set, and are left alone.
+values, tensors, arrays, generators of random numbers, and small containers of these. Objects of
+other classes may be anything, a logger or a data set, and are left alone.
 """
 
 from __future__ import annotations

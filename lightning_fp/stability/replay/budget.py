@@ -1,4 +1,9 @@
-"""What replays may cost: a share of the steps, and one incident."""
+"""What replays may cost: a share of the steps, and one incident.
+
+Replays take the run's own time, and a watch that asks at every doubt can cost more than it saves.
+So what is replayed is counted in steps, and bounded by a share of those that the run has made. A
+young run has made few: the most expensive incident is free, or the first could never be answered.
+"""
 
 from __future__ import annotations
 

@@ -73,6 +73,7 @@ class Gap:
         """Whether precision does harm, on these weights, beyond doubt."""
         if self.one_tells and self.worst > ONE_BATCH:
             return True
+        # Between two counts the smaller one's bound, which is the stricter.
         most = max((count for count in _LEAST_T if count <= self.count), default=None)
         if most is None or not self.mean > ALARM:
             return False

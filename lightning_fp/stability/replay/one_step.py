@@ -1,4 +1,11 @@
-"""Run a batch again in other formats, as a transaction, and compare what came out."""
+"""Run a batch again in other formats, as a transaction, and compare what came out.
+
+Same batch, same weights, same random numbers: what differs is due to formats. Forward and backward
+run as always, and everything they write is put back (`untouched`); no optimizer steps, so weights
+need not be copied. Running out of memory is an outcome and no error, since high precision may keep
+more activations than there is room for. Over ranks, squared norms add up where cosines do not:
+so sums are exchanged, and angles made of them at the end.
+"""
 
 from __future__ import annotations
 

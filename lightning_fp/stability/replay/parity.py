@@ -111,6 +111,7 @@ def measure_parity(
     """
     low = [n for n, layer in table.layers.items() if not layer.format.is_high_precision]
     current = _done(run({}, observe=True))
+    # What two runs of the same differ by bounds what any other difference can mean.
     noise = compare(_done(run({})), current, model, table).all.error
     reference = _done(run(dict.fromkeys(low, high)))
     gap = compare(current, reference, model, table)

@@ -27,6 +27,7 @@ def perturb_(tensors: Iterable[Tensor], *, seed: int, size: float = SIZE) -> Non
         seed: of the shares.
         size: their standard deviation.
     """
+    # On the CPU, whose numbers are the same for every device.
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors:
         own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore

@@ -2,7 +2,8 @@
 
 In the first steps of a run, before anything is armed, steps are replayed as in an incident. What a
 step can change is compared with before, bit for bit. The watch then confines itself to what was
-harmless there.
+harmless there. What a user's training step writes to cannot be known beforehand, and a replay that
+leaves something behind, a counter or an average, would harm a healthy run unseen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""The steps since a snapshot once more, in other formats."""
+"""The steps since a snapshot once more, in other formats.
+
+One step hides a fault of many small errors: gradients clamped by a stuck scale cost a tiny GPT 13%
+of its loss, though the two precisions' losses were equal in each step that was compared. Trained on
+over the same batches, with the same random numbers and learning rates, they part. The end of such a
+stretch in high precision can become the run: then a conviction costs time, and no step is lost.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +72,11 @@ def replay_trajectory(
             for step in steps:
                 own = train(step)
                 made += own.made
+                # Over ranks, so that all of them give up at the same step.
                 losses.append(loop.mean(own.loss))
                 if give_up(losses):
                     break
+            # Within: leaving puts buffers and attributes back, and the end state is of all of it.
             end = loop.take()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

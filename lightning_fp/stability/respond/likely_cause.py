@@ -1,4 +1,9 @@
-"""What an incident looks like if precision is not to blame."""
+"""What an incident looks like if precision is not to blame.
+
+An acquittal alone helps nobody whose run diverges. The replays have shown more on the way: whether
+a batch gives the same twice, whether an older one is still learned, what the learning rate did. A
+sentence is made of that to begin the search with. It is no verdict, and nothing is done about it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Layer limits: a layer whose casts lose too much climbs one rung, without an incident."""
+"""Layer limits: a layer whose casts lose too much climbs one rung, without an incident.
+
+The statistics of a cast show by themselves what a format does to a layer, and one rung is cheap. So
+neither a replay nor a verdict is asked for, and nothing goes back. But then limits must never move
+a healthy run: they stand where no healthy layer was seen to come, need several looks in a row, and
+have a budget.
+"""
 
 from __future__ import annotations
 
@@ -123,6 +129,7 @@ class LimitWatch:
             The new state, and the layers that climb now, in the order given.
         """
         seen = set(looked)
+        # A look that was not taken says nothing: those layers keep their count.
         over = {n: c for n, c in state.over.items() if n not in seen}
         resting = {n: c - 1 for n, c in state.resting.items() if c > 1}
         climbing: list[Excess] = []

@@ -1,4 +1,10 @@
-"""Verdicts: what replays say about the part that precision had in an anomaly."""
+"""Verdicts: what replays say about the part that precision had in an anomaly.
+
+A wrong conviction costs speed and hides the true cause; a wrong acquittal lets the run spoil. So
+both need evidence, and without it a verdict is "unclear", which is asked again. One step convicts
+only where nothing but the format can be the cause. A trajectory is compared step by step, which
+takes the batches' own differences out, and judged where the two have had time to part.
+"""
 
 from __future__ import annotations
 
