@@ -1,4 +1,10 @@
-"""A checkpoint whose weights are not finite is not written, and what was good is not removed."""
+"""A checkpoint whose weights are not finite is not written, and what was good is not removed.
+
+Lightning's callbacks keep a few files and remove the others. A run whose weights have become NaN
+replaces, save by save, all that it could be resumed from. So both are watched: the callbacks, which
+would otherwise take a file that was refused for their best, and the strategy, through which anybody
+saves.
+"""
 
 from __future__ import annotations
 
@@ -85,6 +91,7 @@ class _Gate:
         saved: Mapping[str, Any] = state if isinstance(state, Mapping) else {}
         named = self._trainer.lightning_module.named_parameters()
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        # Decided together: a checkpoint that some ranks write and others do not is of no use.
         finite = all(_finite(saved.get(name)) and _finite(weight) for name, weight in trained)
         return bool(self._trainer.strategy.reduce_boolean_decision(finite, all=True))
 

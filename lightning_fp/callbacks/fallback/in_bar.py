@@ -1,4 +1,8 @@
-"""A word about the watch in the progress bar."""
+"""A word about the watch in the progress bar.
+
+A line in the log that the watch has failed, or replays less than it could, is gone from the screen
+within seconds. The bar is what people look at.
+"""
 
 from __future__ import annotations
 

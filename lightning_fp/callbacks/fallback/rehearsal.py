@@ -180,6 +180,8 @@ class Rehearsal:
     def _rehearse(self, step: int, start: Snapshot, steps: Sequence[RecordedStep]) -> Rehearsed:
         began = time.perf_counter()
         numbers: dict[str, float] = {"incident_bytes": float(self._run.stated_bytes())}
+        # Hashes see far more than a snapshot holds, and cost no memory. What a snapshot does hold
+        # can be put back.
         before, kept = self._look(), self._run.take()
         one_step = self._one_step(before, steps[-1], numbers)
         trajectory: list[str] = []
