@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,12 +188,26 @@ def fold_gradients(records: Sequence[OperandRecord], into: Tensor) -> None:
     gradients = [record.grad_leaf.grad for record in records]
     there = [gradient for gradient in gradients if gradient is not None]
     if there:
-        rows = from_slots(torch.stack(there))
-        if len(there) < len(records):
-            ran = [index for index, gradient in enumerate(gradients) if gradient is not None]
-            index = torch.tensor(ran, device=rows.device)
-            rows = torch.zeros_like(into).index_copy_(0, index, rows)
-        into.copy_(combine(into, rows))
+        # Zeros for layers that did not run: an index of those that did would come from the host.
+        nothing = torch.zeros_like(there[0])
+        filled = [nothing if gradient is None else gradient for gradient in gradients]
+        into.copy_(combine(into, from_slots(torch.stack(filled))))
     for record in records:
-        record.grad_leaf.grad = None
         record.calls = 0
+    empty(record.grad_leaf for record in records)
+
+
+def empty(leaves: Iterable[Tensor]) -> None:
+    """Have leaves without a gradient for the next step.
+
+    On CUDA it stays where it is, and is zero: a CUDA graph's replays write to that place.
+    """
+    kept: list[Tensor] = []
+    for leaf in leaves:
+        gradient = leaf.grad
+        if gradient is not None and gradient.is_cuda and not gradient.requires_grad:
+            kept.append(gradient)
+        else:
+            leaf.grad = None
+    if kept:
+        torch._foreach_zero_(kept)  # pyright: ignore[reportPrivateImportUsage]

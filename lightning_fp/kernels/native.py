@@ -279,4 +279,4 @@ def _row(x: Tensor, amax: Tensor, record: bool) -> Tensor:
     """float32 [amax, non-finite count], the count only where it is recorded."""
     if not record:
         return amax
-    return torch.stack([amax, nonfinite_count(x, amax)])
+    return torch.stack([amax, nonfinite_count(x)])

@@ -85,11 +85,15 @@ def operand_statistics(
         return torch.zeros(len(STATISTICS), dtype=torch.float64, device=x.device)
     casts = casts_of(x, scale, format) if casts is None else casts
     x, scale = x.detach(), torch.nan_to_num(scale, nan=1.0)
-    # Reading a flag is free on the CPU alone, and what does not wait can be one pass if compiled.
-    by_passes = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    by_passes = _reading_is_free(x)
     sums = (_by_passes if by_passes else _at_once)(x, scale, format)
     sums = torch.cat([sums, _squares(casts, format, by_passes), _scales(casts.scale)])
     return torch.cat([sums, sums.new_zeros(len(WHAT_IF)) if what_if is None else what_if])
+
+
+def _reading_is_free(x: Tensor) -> bool:
+    """Reading a flag is free on the CPU alone, and what is compiled can be one pass instead."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _at_once(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
@@ -198,7 +202,6 @@ def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
         float64 [len(STATISTICS)]; only amax, nonfinite, numel, signal, noise and clamp_noise
         are filled.
     """
-    row = torch.zeros(len(STATISTICS), dtype=torch.float64, device=exact.device)
     exact = exact.float()
     finite = torch.isfinite(exact)
     exact = torch.where(finite, exact, 0.0)
@@ -210,8 +213,8 @@ def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
         "noise": _sums(torch.where(finite, cast.float() - exact, 0.0).square()).sum(),
         "clamp_noise": _sums(torch.where(finite, clamped.float() - exact, 0.0).square()).sum(),
     }
-    index = torch.tensor([COLUMN[name] for name in values], device=exact.device)
-    return row.index_copy(0, index, torch.stack([value.double() for value in values.values()]))
+    nothing = torch.zeros((), dtype=torch.float64, device=exact.device)
+    return torch.stack([values.get(name, nothing).double() for name in COLUMN])
 
 
 def sampled_rows(count: int, stride: int, offset: Tensor) -> Tensor:

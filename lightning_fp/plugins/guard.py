@@ -17,6 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_fp.plugins.half.loss_scaler import NoScaler, gradients_of
 from lightning_fp.plugins.half.overflows import first_overflow
+from lightning_fp.plugins.late_flags import LateFlags
 from lightning_fp.telemetry import OptimizerStep
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,9 @@ _PLAIN = (bool, int, float, str, type(None))
 class StepGuard:
     """Runs the closure, looks at the gradients, and steps or skips.
 
-    A fused optimizer on CUDA takes the finding as a device flag; for others one scalar is waited
-    for. An optimizer that has to call its closure itself, such as LBFGS, steps unguarded.
+    A fused optimizer on CUDA takes the finding as a device flag, and the host hears of it a step
+    later; for others one scalar is waited for. An optimizer that has to call its closure itself,
+    such as LBFGS, steps unguarded.
 
     Args:
         skip_nonfinite: whether a step with an inf or NaN gradient is left out.
@@ -65,7 +67,7 @@ class StepGuard:
         """What a replay's optimizer steps with, if that is known."""
         self._norm: Tensor | None = None
         self._hold = SchedulerHold(on=hold_schedulers)
-        self._late: Tensor | None = None
+        self._late = LateFlags()
         self._warned = False
 
     def step(
@@ -95,33 +97,36 @@ class StepGuard:
             unguarded: Any = Precision.optimizer_step
             return unguarded(plugin, optimizer, model, closure, **kwargs)
         groups = hyperparameters(optimizer)
-        known = True  # at once, whether the step is left out
         if closure is not do_nothing_closure and not _calls_closure_once(optimizer):
-            output, norm, skipped = self._inside(plugin, optimizer, model, closure, kwargs)
-            finite = ~skipped if self.skip_nonfinite else torch.isfinite(norm)
+            output, norm, skip = self._inside(plugin, optimizer, model, closure, kwargs)
+            finite = torch.isfinite(norm)
+            if self.skip_nonfinite:  # any pass may have been it, and the norm is the last one's
+                finite = torch.full_like(finite, not skip)
         else:
             result = closure()
             norm, finite = self._look(plugin, optimizer, model)
             if self._takes_flag(optimizer, norm):
-                known, output = False, self._fused(optimizer, finite, result, kwargs)
-                skipped = ~finite if self.skip_nonfinite else torch.zeros_like(finite)
+                output, skip = self._fused(optimizer, finite, result, kwargs), False
             else:
                 skip = self.skip_nonfinite and not bool(finite)
                 output = result if skip else optimizer.step(closure=lambda: result, **kwargs)
-                skipped = torch.tensor(skip)
         if self.replaying:
             self.replay_skipped |= self.skip_nonfinite and not bool(finite)
             return output
-        if known and bool(skipped):
+        late = self._late.take()  # the step before this one, if a kernel left it out
+        if skip or late:
             self._hold.hold(model.trainer)
+        if skip:
             self._name_overflow(model.trainer, model.trainer.global_step)
+        # Made on the device: a copy from the host would wait for it.
+        skipped = ~finite if self.skip_nonfinite else torch.zeros_like(finite)
         if self.keeps_record:
             seen = OptimizerStep(grad_norm=norm, skipped=skipped, hyperparameters=groups)
             self.steps.append(seen)
         self.scaler.update(finite)
         if model.automatic_optimization:
             self.scaler.settle()
-        if not skipped.is_cuda and bool(skipped):
+        if skip or late:
             self.scaler.check()
         return output
 
@@ -140,7 +145,7 @@ class StepGuard:
         model: LightningModule,
         closure: Callable[[], Any],
         kwargs: dict[str, Any],
-    ) -> tuple[Any, Tensor, Tensor]:
+    ) -> tuple[Any, Tensor, bool]:
         """The optimizer runs the closure when and as often as it likes, as without a guard.
 
         Sharpness-aware optimizers do so twice, at different weights. Gradients that are not finite
@@ -170,7 +175,7 @@ class StepGuard:
             output = optimizer.step(closure=guarded, **kwargs)
         except _LeftOutError as left_out:
             output = left_out.args[0]
-        return output, norms[-1] if norms else torch.zeros(()), torch.tensor(skipped)
+        return output, norms[-1] if norms else torch.zeros(()), skipped
 
     def _name_overflow(self, trainer: Trainer, step: int) -> None:
         """Gradients stay until the next backward, so a step that a kernel skipped has them too."""
@@ -195,7 +200,7 @@ class StepGuard:
             if self.skip_nonfinite:
                 del optimizer.found_inf
                 if not self.replaying:
-                    self._late = ~finite if self._late is None else self._late | ~finite
+                    self._late.put(~finite)
 
     def _around_clipping(
         self, plugin: Precision, optimizer: Optimizer, model: LightningModule
@@ -215,13 +220,13 @@ class StepGuard:
     # -- schedulers -----------------------------------------------------------------------------
 
     def begin(self, trainer: Trainer) -> None:
-        """At the begin of a batch: schedulers go on, or wait for a step that a kernel skipped."""
+        """At the begin of a batch: schedulers go on."""
         self._hold.release(trainer)
-        late, self._late = self._late, None
-        if late is not None and bool(late):
-            self._hold.hold(trainer)
+        self._late.next_batch()
+        # Its gradients are still there. To name the layer is not worth waiting for the device, and
+        # several ranks would have to do it together.
+        if trainer.world_size == 1 and self._late.already():
             self._name_overflow(trainer, trainer.global_step - 1)
-            self.scaler.check()
 
     def end_training_step(self, trainer: Trainer) -> None:
         """In manual optimization schedulers wait, and the loss scale stays, to the step's end."""
