@@ -92,6 +92,7 @@ class Answers:
     # -- what there is --------------------------------------------------------------------------
 
     def _survey(self, question: Survey) -> Surveyed:
+        # Their ends are whole snapshots: those of the case before are let go.
         self.trajectories.clear()
         loop = self._loop
         layers = loop.table.layers
@@ -126,6 +127,7 @@ class Answers:
         with torch.no_grad():
             parameters: list[Any] = list(self._loop.model.parameters())
             tensors = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+            # One sum for each tensor, which inf and NaN survive, and one wait for all of them.
             wide = {True: torch.complex64, False: torch.float32}
             sums = [t.sum(dtype=wide[t.is_complex()]).abs() for t in tensors]
             finite = bool(torch.isfinite(torch.stack(sums)).all()) if sums else True

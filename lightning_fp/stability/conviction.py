@@ -1,4 +1,11 @@
-"""A verdict, from what replays have shown. Pure: what is not known yet is asked for."""
+"""A verdict, from what replays have shown. Pure: what is not known yet is asked for.
+
+From the cheap to the dear: batches on one set of weights, then a trajectory in high precision. The
+former are their own control. A trajectory is compared with what was recorded, and would convict
+whatever was of one moment: a flipped bit, one bad launch, weights that a user has set. So before it
+convicts, the same stretch is asked for in the run's own formats, as it ran. An acquittal needs no
+control: where high precision does as badly, nothing is blamed.
+"""
 
 from __future__ import annotations
 

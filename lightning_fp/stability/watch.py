@@ -147,6 +147,7 @@ class Watch:
                     turn.actions += [LookAgain()] if watching else []
                 self._probe_if_due(turn, at)
             case Settled(at=at):
+                # A state with the fault in it is no place to go back to.
                 if turn.state.calm and turn.state.fallback.phase != "suspect":
                     turn.actions.append(TakeSnapshot(at=at))
             case Asked(at=at, onset=onset, risen=risen):
@@ -266,6 +267,7 @@ class Watch:
         if error is None or not probe.suspicious(before, error):
             return
         turn.events.append(tell.probe_suspicion(step, error, probe.usual(before)))
+        # Between two probes nobody has looked: it may have begun right after the last good one.
         onset = step if before.healthy is None else before.healthy
         signals = Signals(step=step, armed=True, suspicious=True, onset=onset)
         after, _ = self.fallback.step(state.fallback, signals)

@@ -1,4 +1,8 @@
-"""Carries out what the watch asks of a Trainer, between two steps and alike on all ranks."""
+"""Carries out what the watch asks of a Trainer, between two steps and alike on all ranks.
+
+The watch decides without a Trainer; this is the one place where its decisions touch a run: replays
+are run, the table is written to, states are put back. Nothing is decided here.
+"""
 
 from __future__ import annotations
 
@@ -127,10 +131,14 @@ class CarryOut:
         start = next(snapshot for snapshot in self._snapshots.kept if snapshot.step == step)
         since = self._ring.since(step)
         end = None if made is None else made.end
+        # A trajectory's end has no scales (`RunState.take`), and those of now have seen the fault:
+        # so they are taken from before it.
         self.run.go_back(start if end is None else end)
         self.run.restore_scales(start)
         self._snapshots.drop_after(step)
-        if made is None or since is None:  # the batches since then are not part of the run any more
+        # The batches since then are not part of the run any more, and without them older snapshots
+        # lead to a state that is none of it.
+        if made is None or since is None:
             self._ring.clear()
             self._snapshots.clear()
             return

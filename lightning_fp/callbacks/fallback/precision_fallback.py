@@ -1,4 +1,11 @@
-"""PrecisionFallback: notices that a run diverges, finds out whether precision did it, saves it."""
+"""PrecisionFallback: notices that a run diverges, finds out whether precision did it, saves it.
+
+Others go back and skip data, or turn precision up at every spike; most spikes have other causes.
+Here the run itself is asked: the batches that were trained on are run again in high precision, and
+only what that takes away is precision's. What is decided, `stability.watch` decides, without a
+Trainer. This callback is its ears and hands: it records batches and states, tells what has happened
+once between two steps, and has done what follows (`carry_out`).
+"""
 
 from __future__ import annotations
 
@@ -299,6 +306,7 @@ class PrecisionFallback(RunCallback):
         """Between two steps: judge, act, take a snapshot; before a hook has seen the next batch."""
         step = self._count.done
         self._safely(self._boundary, step)
+        # At every step, 0 too: a gate without data would hold a rollout.
         demotions = self._state.fallback.demotions
         new, self._published = demotions - self._published, demotions
         run_of(trainer).board.publish(FALLBACKS, trainer.global_step, float(new))

@@ -1,10 +1,10 @@
 """The last steps' micro-batches in host memory: what a trajectory is replayed with.
 
 A trajectory needs every step since its snapshot, so the ring is without gaps or starts behind the
-last one. What is kept is the input of a step and not what came of it: the batch as the loader gave
-it, the random state before anything was done to it, learning rates and the loop's counters. From
-these the step follows, transfer hooks and augmentation included. Of token batches that is little:
-megabytes, where one snapshot takes gigabytes.
+last one. What is kept is what a step was made from: the batch as the loader gave it, the random
+state before anything was done to it, learning rates, formats and delayed scales, the loop's
+counters. The step follows from these, transfer hooks and augmentation included. Of token batches
+that is little: megabytes, where one snapshot takes gigabytes.
 """
 
 from __future__ import annotations

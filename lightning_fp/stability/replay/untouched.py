@@ -1,4 +1,12 @@
-"""Run a training step and leave no trace of it in the model."""
+"""Run a training step and leave no trace of it in the model.
+
+A copy of the model would be the simple way, and is twice the memory; nor would it be the same model
+to hooks, wrappers and compiled code. So the model itself is run, and what a forward and backward
+can write is kept aside and put back: in place, since others hold the same tensors and containers.
+Weights in training are not among it: who lets an optimizer step within puts them back himself. What
+is not seen is what a step does to objects of other classes, to files, over the network: that it
+does again.
+"""
 
 from __future__ import annotations
 

@@ -172,6 +172,7 @@ class Fallback:
         return replace(
             _enter(state, "permanent" if final else "probation", step),
             onset=None,
+            # A layer that is demoted again keeps the format that it had in the first place.
             demoted={**before, **state.demoted},
             demotions=state.demotions + 1,
             escalation=state.escalation + 1,

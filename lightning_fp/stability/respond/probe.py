@@ -76,7 +76,10 @@ class Probe:
         return not error <= max(limit, HARMLESS * state.accepted)
 
     def seen(self, state: ProbeState, step: int, error: float | None) -> ProbeState:
-        """Take in a probe; None if it could not be done."""
+        """Take in a probe; None if it could not be done.
+
+        What is suspicious is not learned as usual, or the next one would pass.
+        """
         wait = FIRST if state.count < OFTEN else 2 * state.wait
         wait = min(wait, self.every_n_steps)
         state = replace(state, last=step, count=state.count + 1, wait=wait)
