@@ -13,12 +13,13 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
-def of_layout(layer: Any, input: Tensor) -> Tensor:
+def of_layout(layer: Any, input: Tensor, weight: Tensor) -> Tensor:
     """A layer's product of an input that its kernel would not take as it is.
 
     Args:
         layer: an FPLinear.
         input: [..., in_features], jagged, sparse, or nested otherwise.
+        weight: [out_features, in_features], the layer's.
 
     Returns:
         [..., out_features]: of a jagged one in the layer's format, the rows of all its parts
@@ -27,7 +28,7 @@ def of_layout(layer: Any, input: Tensor) -> Tensor:
     jagged: Any = input
     if input.layout is torch.jagged and jagged._ragged_idx < input.dim() - 1:
         return torch.nested.nested_tensor_from_jagged(
-            layer.multiply(jagged.values()),
+            layer.multiply(jagged.values(), weight),
             jagged.offsets(),
             jagged.lengths(),
             jagged_dim=jagged._ragged_idx,
@@ -36,7 +37,7 @@ def of_layout(layer: Any, input: Tensor) -> Tensor:
         )
     if not (layer.format.is_high_precision or torch.compiler.is_compiling()):
         _say(layer.fqn, "nested" if input.is_nested else str(input.layout).removeprefix("torch."))
-    return F.linear(input, layer.weight, layer.bias)
+    return F.linear(input, weight, layer.bias)
 
 
 @cache

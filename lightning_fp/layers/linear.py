@@ -79,19 +79,20 @@ class FPLinear(nn.Linear):
             high = not phase.fp8_eval
         else:
             high = phase.evaluating is None and phase.away is not None and phase.away()
-        if high:
-            return F.linear(input, self.weight, self.bias)
-        if input.dtype not in CAST_DTYPES or self.weight.dtype not in CAST_DTYPES:
-            return F.linear(input, self.weight, self.bias)
+        # Asked for once: a parametrization computes it anew, and spectral_norm's then moves on.
+        weight = self.weight
+        if high or input.dtype not in CAST_DTYPES or weight.dtype not in CAST_DTYPES:
+            return F.linear(input, weight, self.bias)
         if input.layout is not torch.strided or input.is_nested:
-            return of_layout(self, input)
-        return self.multiply(input)
+            return of_layout(self, input, weight)
+        return self.multiply(input, weight)
 
-    def multiply(self, input: Tensor) -> Tensor:
+    def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
         """The product in the layer's format, recorded and observed.
 
         Args:
             input: [..., in_features], strided, of a dtype that is cast.
+            weight: [out_features, in_features], the layer's.
 
         Returns:
             [..., out_features].
@@ -104,11 +105,11 @@ class FPLinear(nn.Linear):
                 refuse_transforms(self.fqn)
             collect = False
         output = kernel.multiply(
-            input, self.weight, self.bias, self.fqn, memory, record=record, evaluating=evaluating
+            input, weight, self.bias, self.fqn, memory, record=record, evaluating=evaluating
         )
         if collect and self.statistics is not None:
             scales = None if memory is None else memory.scales
-            return observe(output, input, self.weight, kernel, scales, self.statistics)
+            return observe(output, input, weight, kernel, scales, self.statistics)
         return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:
@@ -123,8 +124,10 @@ class FPLinear(nn.Linear):
         self._follow_weight()
 
     def _follow_weight(self) -> None:
-        if self.memory is not None and self.weight.device.type != "meta":
-            self.memory = self.memory.on(self.weight.device)
+        # Any parameter's device: weight_norm and its like have taken the weight's name away.
+        first = next(self.parameters(), None)
+        if self.memory is not None and first is not None and first.device.type != "meta":
+            self.memory = self.memory.on(first.device)
 
     def __prepare_scriptable__(self) -> nn.Linear:
         """TorchScript asks for what to compile; in place of this layer, in the user's own model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -286,6 +287,37 @@ def test_other_layouts_run_in_high_precision_and_say_so(caplog: pytest.LogCaptur
         torch.testing.assert_close(model(dense.to_sparse()), expected)
     told = [record.getMessage() for record in caplog.records]
     assert told == ["layer '0': its input is sparse_coo: multiplied in high precision"]
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*deprecated")
+@pytest.mark.parametrize("format", ["fp32", "fp8-dynamic", "fp8-delayed", "fp8-rowwise"])
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+    ],
+)
+def test_weights_of_a_parametrization_are_made_once_a_call(
+    reparametrize: Callable[[nn.Module], nn.Module], format: str
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(32, 16, bias=False))
+    model = copy.deepcopy(plain)
+    convert(model, "high", {"*": format})
+    for each in (plain, model):
+        torch.manual_seed(1)
+        reparametrize(each[0])
+    x = torch.randn(8, 32)
+    for _ in range(2):
+        expected, output = plain(x), model(x)
+    assert sqnr_db(expected, output) > 20
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    for name, value in plain.state_dict().items():  # power iterations keep their vectors there
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*deprecated")
