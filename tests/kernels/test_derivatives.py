@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -162,6 +163,27 @@ def test_nothing_more_is_kept_for_them(format: str) -> None:
     with saved_tensors() as kept:
         model(torch.randn(128, 64, requires_grad=True))
     assert kept_bytes(kept, model.parameters()) < 1.1 * 128 * 64
+
+
+@pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-block"])
+def test_first_backwards_do_no_more_for_them(format: str) -> None:
+    class Zeros(TorchDispatchMode):
+        shapes: ClassVar[list[tuple[int, ...]]] = []
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            output = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.zeros.default:
+                self.shapes.append(tuple(output.shape))
+            return output
+
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    convert(model, "high", {"*": format})
+    output = model(torch.randn(128, 64, requires_grad=True))
+    with Zeros() as zeros:
+        output.sum().backward()
+    assert (128, 64) not in zeros.shapes
 
 
 @pytest.mark.parametrize("what", TRANSFORMS)
