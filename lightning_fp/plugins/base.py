@@ -308,6 +308,7 @@ class LayerPrecision(GuardedPrecision):
         """The optimizer's step; what it asks of the table waits for the next `boundary`."""
         if self.precision_map.scale_history.share_weight_casts:
             closure = self._casting_anew(closure)
+        self.base.copies.write_back()  # before the Parameters move away from them
         output = super().optimizer_step(optimizer, model, closure, **kwargs)
         self._mid_accumulation = False
         self._share_weight_casts(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from lightning_fp.plugins.half.lent_weight import LentWeight, masters_in_state
+
 
 class WorkingCopies:
     """Lends a module 16-bit copies of its float32 parameters and buffers, and takes them back.
 
     The copies are part of the graph: backward brings the gradients to the float32 parameters,
-    which optimizers, DDP and checkpoints keep seeing. What FSDP2 shards it leaves alone, because
-    that casts by itself (see `half_policy`); so it does norms with running statistics, which would
-    stop moving in 16 bits.
+    which optimizers, DDP and checkpoints keep seeing. What a step writes to them is written back.
+    What FSDP2 shards it leaves alone, because that casts by itself (see `half_policy`); so it does
+    norms with running statistics, which would stop moving in 16 bits.
     """
 
     def __init__(self) -> None:
+        self._weights: list[LentWeight] = []
         self._undo: list[Callable[[], object]] = []
 
     @property
@@ -32,28 +36,59 @@ class WorkingCopies:
     def lend(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Replace weights by copies until `take_back`; copies still out are taken back first."""
         self.take_back()
-        copies: dict[int, Tensor] = {}  # tied weights are cast once
+        weights: dict[int, LentWeight] = {}  # tied weights are cast once
         for child in module.modules():
             if isinstance(child, _NormBase) and child.track_running_stats:
                 continue
-            both: list[dict[str, Any]] = [child._parameters, child._buffers]
-            for slots in both:
-                for name, tensor in slots.items():
-                    if tensor is None or not _is_master(tensor):
-                        continue
-                    if id(tensor) not in copies:
-                        sparse = getattr(child, "sparse", False) is True
-                        cast = _sparse_cast if sparse else Tensor.to
-                        copies[id(tensor)] = cast(tensor, dtype)
-                    copy = copies[id(tensor)]
-                    slots[name] = copy
-                    self._undo.append(_taking_back(slots, name, tensor, copy))
+            self._lend_weights(child, dtype, weights)
+            self._lend_buffers(child, dtype)
+        self._weights = list(weights.values())
+
+    def _lend_weights(
+        self, module: nn.Module, dtype: torch.dtype, weights: dict[int, LentWeight]
+    ) -> None:
+        slots: Any = module._parameters
+        masters = {n: p for n, p in slots.items() if p is not None and _is_master(p)}
+        if not masters:
+            return
+        to = _sparse_cast if getattr(module, "sparse", False) is True else Tensor.to
+        for name, master in masters.items():
+            if id(master) not in weights:
+                weights[id(master)] = LentWeight.of(master, partial(_cast, to=to, dtype=dtype))
+            weights[id(master)].put(slots, name)
+            self._undo.append(partial(_restore, slots, name, master))
+        hook = module._register_state_dict_hook(masters_in_state)
+        self._undo.append(hook.remove)
+
+    def _lend_buffers(self, module: nn.Module, dtype: torch.dtype) -> None:
+        slots: Any = module._buffers
+        for name, tensor in slots.items():
+            if tensor is not None and _is_master(tensor):
+                slots[name] = cast = tensor.to(dtype)
+                self._undo.append(_taking_back(slots, name, tensor, cast))
+
+    def write_back(self) -> None:
+        """What was written to weights since they were lent is in the float32 ones."""
+        for weight in self._weights:
+            weight.write_back()
 
     def take_back(self) -> None:
-        """The float32 tensors are in their places again; buffers with what was written to them."""
+        """The float32 tensors are in their places again, with what was written to them."""
+        self.write_back()
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self._weights = []
+
+
+def _cast(master: Tensor, *, to: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+    return to(master, dtype)
+
+
+def _restore(slots: dict[str, Any], name: str, master: nn.Parameter) -> None:
+    """Whoever has put another Parameter there in between keeps it."""
+    if isinstance(slots.get(name), LentWeight):
+        slots[name] = master
 
 
 def _is_master(tensor: Tensor) -> bool:
@@ -90,7 +125,7 @@ def _taking_back(slots: Any, name: str, tensor: Tensor, copy: Tensor) -> Callabl
     def undo() -> None:
         now = slots.get(name)
         written = now is not copy or (not copy.is_inference() and copy._version != version)
-        if now is not None and written and not isinstance(tensor, nn.Parameter):
+        if now is not None and written:
             if now.shape == tensor.shape:
                 with torch.no_grad():
                     tensor.copy_(now)
