@@ -227,6 +227,9 @@ class Rehearsed(Event):
     differs: tuple[str, ...] = ()
     """A sentence for each thing that was not as before, or not the same twice."""
 
+    put_back: tuple[str, ...] = ()
+    """A sentence for each hook that writes attributes: a replay runs it, and puts them back."""
+
     not_looked_at: tuple[str, ...] = ()
     """What a step may change unnoticed: objects that cannot be looked into."""
 

@@ -58,6 +58,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "passed": st.booleans(),
     "outcome": st.sampled_from(["passed", "one step", "limits only"]),
     "differs": st.lists(text, max_size=4).map(tuple),
+    "put_back": st.lists(text, max_size=4).map(tuple),
     "not_looked_at": st.lists(text, max_size=4).map(tuple),
 }
 

@@ -167,6 +167,8 @@ class PrecisionFallback(RunCallback):
             "probe_every_n_steps": probe_every_n_steps,
             "snapshot_every_n_steps": snapshot_every_n_steps,
             "snapshots": snapshots,
+            "rehearse": rehearse,
+            "refuse_nonfinite_checkpoints": refuse_nonfinite_checkpoints,
             "dry_run": dry_run,
             "seed": seed,
         }

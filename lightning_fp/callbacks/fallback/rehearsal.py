@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import cycle, islice
 from typing import Any
 
@@ -53,6 +53,9 @@ ELSEWHERE = "on another rank more is not as before"
 INCIDENT = 64
 """Steps of the incident whose time is told."""
 
+_MANY = 3
+"""Lines of what is put back that a sentence has; the event has all."""
+
 LONG = 8
 """Steps of the longer trajectory."""
 
@@ -90,6 +93,8 @@ class Rehearsal:
         self._again_from: int | None = None
         self._active: list[bool] | None = None
         self._replayed = 0
+        self._put_back: dict[Item, tuple[str, str]] = {}
+        """What hooks have written, and was as before afterwards."""
 
     # -- when -----------------------------------------------------------------------------------
 
@@ -231,7 +236,7 @@ class Rehearsal:
                 lines.append(f"a step in high precision cannot be run: {high.outcome}")
             return lines
 
-        lines = self._tried(before, lambda: self._controls(run, 1, losses, numbers))
+        lines = self._tried(before, lambda: self._controls(run, 1, losses, numbers), watch=True)
         return lines if self._any(lines) else self._tried(before, rest)
 
     def _controls(
@@ -289,7 +294,7 @@ class Rehearsal:
             done = self._train_on(start, many, self._all_high())
             return [] if done.outcome == "done" else [f"a trajectory cannot be run: {done.outcome}"]
 
-        lines = self._tried(before, short)
+        lines = self._tried(before, short, watch=True)
         return lines if self._any(lines) else self._tried(before, long)
 
     def _train_on(
@@ -305,34 +310,43 @@ class Rehearsal:
 
     # -- comparing ------------------------------------------------------------------------------
 
-    def _look(self, only: Sequence[Item] | None = None) -> Fingerprint:
-        taken = fingerprint_of(self._trainer, self._plugin, only)
+    def _look(self) -> Fingerprint:
+        taken = fingerprint_of(self._trainer, self._plugin)
         taken.hashes()
         return taken
 
-    def _tried(self, before: Fingerprint, act: Callable[[], list[str]]) -> list[str]:
+    def _tried(
+        self, before: Fingerprint, act: Callable[[], list[str]], *, watch: bool = False
+    ) -> list[str]:
         """What was wrong, and what is not as before.
 
         Args:
             before: the state that must be there again.
             act: replays, and says what is wrong; done once more where something has changed, to see
                 during which hook that happens.
+            watch: whether to see which attributes hooks write the first time already.
         """
         items: list[Item] = []
+        seen = self._hooks(_is_attribute) if watch else nullcontext(dict[Item, tuple[str, str]]())
         try:
-            lines = act()
+            with seen as written:
+                lines = act()
             items = changed(before.hashes(), self._look().hashes())
+            self._put_back |= {i: by for i, by in written.items() if i not in items}
         except Exception as error:  # whatever a user's step may raise that is run again
             lines = [f"a step cannot be run again: {type(error).__name__}: {error}"]
         if not self._any(items):
             return lines
-        watched = watched_hooks(self._trainer, self._plugin, items)
-        with watched as found, suppress(Exception):  # what was changed may make it fail
+        wanted = set(items)
+        # what was changed may make it fail
+        with self._hooks(wanted.__contains__) as found, suppress(Exception):
             act()
-        by: dict[tuple[str, str], list[Item]] = {}
-        for item in items:
-            by.setdefault(found.get(item, ("", "")), []).append(item)
-        return [*(changes(hook, owner, them) for (hook, owner), them in by.items()), *lines]
+        return [*_by_hook({item: found.get(item, ("", "")) for item in items}), *lines]
+
+    def _hooks(
+        self, wanted: Callable[[Item], bool]
+    ) -> AbstractContextManager[dict[Item, tuple[str, str]]]:
+        return watched_hooks(self._trainer, self._plugin, wanted)
 
     def _any(self, lines: Sequence[object]) -> bool:
         """Whether anything is wrong on any rank."""
@@ -350,15 +364,31 @@ class Rehearsal:
         self, step: int, lines: Sequence[str], seen: Fingerprint | None, numbers: dict[str, float]
     ) -> Rehearsed:
         reach: Outcome = self.reach or "limits only"
-        notes = [] if self.eager_comparable else ["eager not comparable with compiled"]
+        put_back = _by_hook(self._put_back)
+        notes = [f"{line}, which is put back" for line in put_back[:_MANY]]
+        if not self.eager_comparable:
+            notes.append("eager not comparable with compiled")
         return Rehearsed(
             step=step,
             reason="; ".join([*lines, CONSEQUENCES[reach], *notes]),
             outcome=reach,
             differs=tuple(lines),
+            put_back=tuple(put_back),
             not_looked_at=() if seen is None else tuple(seen.not_looked_at),
             numbers=numbers,
         )
+
+
+def _is_attribute(item: Item) -> bool:
+    return item.what.startswith("self.")
+
+
+def _by_hook(items: Mapping[Item, tuple[str, str]]) -> list[str]:
+    """A line for each hook."""
+    by: dict[tuple[str, str], list[Item]] = {}
+    for item, hook in items.items():
+        by.setdefault(hook, []).append(item)
+    return [changes(hook, owner, them) for (hook, owner), them in by.items()]
 
 
 def _steps(step: RecordedStep) -> bool:

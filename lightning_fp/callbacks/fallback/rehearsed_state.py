@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from typing import Any
@@ -37,16 +37,16 @@ _HOOKS = (
 
 
 def fingerprint_of(
-    trainer: Trainer, plugin: LayerPrecision, only: Collection[Item] | None = None
+    trainer: Trainer, plugin: LayerPrecision, wanted: Callable[[Item], bool] = lambda _: True
 ) -> Fingerprint:
     """Hashes of the state as it is now.
 
     Args:
         trainer: the Trainer, in `fit`.
         plugin: its precision plugin.
-        only: see `Fingerprint`.
+        wanted: see `Fingerprint`.
     """
-    taken, module = Fingerprint(only), trainer.lightning_module
+    taken, module = Fingerprint(wanted), trainer.lightning_module
     for name, parameter in module.named_parameters():
         taken.add("", f"the Parameter {name}", parameter)
         taken.add("", f"the gradient of {name}", parameter.grad)
@@ -115,32 +115,38 @@ def _datamodule(trainer: Trainer) -> list[Any]:
 
 @contextmanager
 def watched_hooks(
-    trainer: Trainer, plugin: LayerPrecision, items: Sequence[Item]
+    trainer: Trainer, plugin: LayerPrecision, wanted: Callable[[Item], bool]
 ) -> Generator[dict[Item, tuple[str, str]], None, None]:
     """See which of the user's hooks changes what.
 
     Args:
         trainer: the Trainer, in `fit`.
         plugin: its precision plugin.
-        items: what to watch.
+        wanted: whether to watch an item.
 
     Yields:
         To be read at the end: by item, the first hook that changed it, and its object's class.
     """
     found: dict[Item, tuple[str, str]] = {}
 
+    def look() -> Mapping[Item, Hashable]:
+        try:
+            taken = fingerprint_of(trainer, plugin, lambda i: i not in found and wanted(i))
+            return taken.hashes()
+        except Exception:  # in the middle of a step anything may be half done
+            return {}
+
     def watched(hook: str, owner: Any) -> Callable[..., Any]:
         run = getattr(owner, hook)
 
         @wraps(run)
         def watching(*args: Any, **kwargs: Any) -> Any:
-            left = [item for item in items if item not in found]
-            before = fingerprint_of(trainer, plugin, left).hashes()
+            before = look()
             try:
                 return run(*args, **kwargs)
             finally:
-                after = fingerprint_of(trainer, plugin, left).hashes()
-                for item in changed(before, after):
+                after = look()
+                for item in changed(before, after) if before and after else ():
                     found.setdefault(item, (hook, type(owner).__name__))
 
         return watching

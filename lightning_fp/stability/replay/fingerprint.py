@@ -91,11 +91,11 @@ class Fingerprint:
     """Takes hashes of values.
 
     Args:
-        only: the items to hash; all others are passed over. None hashes all.
+        wanted: whether to hash an item; the others are passed over.
     """
 
-    def __init__(self, only: Collection[Item] | None = None) -> None:
-        self._only = only
+    def __init__(self, wanted: Callable[[Item], bool] = lambda _: True) -> None:
+        self._wanted = wanted
         self._hashes: dict[Item, Hashable] = {}
         self._waiting: dict[torch.device, list[tuple[Item, Tensor]]] = {}
         self._seen: set[int] = set()
@@ -132,7 +132,7 @@ class Fingerprint:
             value: see `add`.
         """
         item = Item(owner="", what=what)
-        if self._only is None or item in self._only:
+        if self._wanted(item):
             parts = Fingerprint()
             parts.add("", "", value)
             self._hashes[item] = tuple(parts.hashes().items())
@@ -215,7 +215,7 @@ class Fingerprint:
                 self.not_looked_at[f"{item.said()} ({type(value).__name__})"] = None
 
     def _put(self, item: Item, hashed: Callable[[], Hashable]) -> None:
-        if self._only is None or item in self._only:
+        if self._wanted(item):
             self._hashes[item] = hashed()
 
     def _container(self, item: Item, value: Any, depth: int, list_unseen: bool) -> None:
@@ -246,7 +246,7 @@ class Fingerprint:
             self._vars(item.owner, prefix, vars(module), depth - 1, (), list_unseen)
 
     def _tensor(self, item: Item, value: Tensor) -> None:
-        if self._only is not None and item not in self._only:
+        if not self._wanted(item):
             return
         head = (str(value.dtype), tuple(value.shape), str(value.device), value.requires_grad)
         parts: list[Hashable] = []

@@ -703,3 +703,27 @@ def test_what_cannot_be_looked_into_is_listed_once(tmp_path: Path) -> None:
     event = rehearsed(Net(), tmp_path, [Opaque()])
     assert event.outcome == "passed"
     assert event.not_looked_at == ("self.stream of Opaque (range_iterator)",)
+
+
+class Average(L.Callback):
+    def __init__(self) -> None:
+        self.ema, self.count = torch.zeros(WIDTH), 0
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.ema.lerp_(batch.mean(dim=0), 0.1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.count += 1
+
+
+def test_what_hooks_write_and_a_replay_puts_back_is_told_too(tmp_path: Path) -> None:
+    event = rehearsed(Net(), tmp_path, [Average()])
+    assert event.outcome == "passed"
+    assert event.put_back == (
+        "on_train_batch_start of Average changes self.ema",
+        "on_train_batch_end of Average changes self.count",
+        "on_train_batch_end of Net changes self.told",
+    )
+    assert "on_train_batch_start of Average changes self.ema, which is put back" in event.reason
