@@ -122,6 +122,8 @@ class OperandMemory(OperandRecord):
         self.shares_weight_cast = False
         """Whether calls of one step share the cast of the weight, in eager mode."""
         self.weight_cast: WeightCast | None = None
+        self.captured = False
+        """Whether a CUDA graph reads `scales` where they are."""
 
     def on(self, device: torch.device) -> OperandMemory:
         """See `KernelMemory.on`; what was recorded stays behind."""

@@ -123,9 +123,11 @@ class NativeKernel(Kernel):
         slot = 0
         if memory is not None and self.delayed:
             scales = memory.scales
-            eager = record and not torch.compiler.is_compiling()
-            if memory.shares_weight_cast and eager and not weight.is_inference():
-                share = memory
+            if not torch.compiler.is_compiling():
+                if input.is_cuda and torch.cuda.is_current_stream_capturing():
+                    memory.captured = True
+                if memory.shares_weight_cast and record and not weight.is_inference():
+                    share = memory
         # Without a gradient of its own a frozen backbone would keep its activations for the leaf.
         differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         if memory is not None and record and differentiable:

@@ -31,9 +31,10 @@ class ScaleHistory(DelayedScales):
     A layer's memory holds a view of its scales. Once per optimizer step all recorded amax are
     gathered, reduced over ranks in one collective, put into the histories, and turned into the
     next scales. These are a new tensor: a graph from before the step, as a GAN's generator has
-    while its discriminator steps, goes backward with the scales of its forward. Nothing waits for
-    the device, except while a layer that has just entered delayed scaling still looks for its
-    first scales.
+    while its discriminator steps, goes backward with the scales of its forward. Where a CUDA graph
+    was captured they stay in their place, since its replays read them there. Nothing waits for the
+    device, except while a layer that has just entered delayed scaling still looks for its first
+    scales.
 
     Args:
         config: how scales follow from a history.
@@ -121,6 +122,9 @@ class ScaleHistory(DelayedScales):
         self._warm_up()
 
     def _hand_out(self, scales: Tensor) -> None:
+        if any(memory.captured for memory in self._memory):
+            self._scales.copy_(scales)
+            return
         self._scales = scales
         for memory, row in zip(self._memory, scales.unbind(0), strict=True):
             memory.scales = row

@@ -167,6 +167,21 @@ class TestStepsBetweenForwardAndBackward:
             gradients.append(generator.weight.grad)
         assert torch.equal(*gradients)
 
+    def test_scales_stay_where_a_cuda_graph_reads_them(self) -> None:
+        model = layer()
+        table = delayed(model)
+        x, g = torch.randn(8, 32), torch.randn(8, 16)
+        for _ in range(2):
+            step(model, x, g, table)
+        before = model.memory.scales
+        step(model, 2 * x, g, table)
+        assert model.memory.scales is not before
+        model.memory.captured = True  # as a capture does
+        before = model.memory.scales
+        step(model, 4 * x, g, table)
+        assert model.memory.scales is before
+        assert before[INPUT].item() == pytest.approx(448 / (4 * x).abs().amax().item())
+
     def test_two_optimizers_one_forward_of_the_generator(self) -> None:
         class Adversaries(L.LightningModule):
             def __init__(self) -> None:
