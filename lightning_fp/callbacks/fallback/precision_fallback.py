@@ -32,7 +32,7 @@ from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
 from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
 from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.callbacks.run.run import RunCallback, run_of
-from lightning_fp.events import WatchFailed
+from lightning_fp.events import Suspicion, WatchFailed
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import hyperparameters
 from lightning_fp.stability import RandomState
@@ -54,6 +54,7 @@ from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.signals import SignalQueue, StepSignals
 from lightning_fp.stability.keep.batch_ring import BatchRing
 from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.replay.rehearsal import Outcome
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.respond.probe import Probe
@@ -67,6 +68,12 @@ STATE_VERSION = 1
 
 FALLBACKS = "fallbacks"
 """Published at every step: how many incidents have ended in a demotion since the one before."""
+
+
+NO_REPLAY = (
+    "nothing can be replayed here: look into it, PrecisionMap.set gives layers a safer format"
+)
+"""What a suspicion says where the rehearsal has confined the watch to limits."""
 
 
 class PrecisionFallback(RunCallback):
@@ -265,8 +272,12 @@ class PrecisionFallback(RunCallback):
         """For the progress bar: what the watch cannot do."""
         if self._failed_at is not None:
             return f"failed at step {self._count.global_step(self._failed_at)}"
-        reach = None if self._rehearsal is None else self._rehearsal.reach
-        return "" if reach in (None, "passed") else reach
+        return "" if self._reach == "passed" else self._reach
+
+    @property
+    def _reach(self) -> Outcome:
+        """What may be replayed."""
+        return "passed" if self._hands is None else self._hands.answers.reach
 
     def _note(self, text: str) -> None:
         self._log.note(self._count.done, text)
@@ -390,7 +401,8 @@ class PrecisionFallback(RunCallback):
         """Tell the watch, and do what it asks for."""
         self._state, actions, events = self._watch.step(self._state, happening)
         for event in events:
-            self._log.write(event)
+            alone = isinstance(event, Suspicion) and self._reach == "limits only"
+            self._log.write(replace(event, action=NO_REPLAY) if alone else event)
         for action in actions:
             if self._hands is None:
                 return

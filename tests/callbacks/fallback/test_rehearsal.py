@@ -727,3 +727,30 @@ def test_what_hooks_write_and_a_replay_puts_back_is_told_too(tmp_path: Path) -> 
         "on_train_batch_end of Net changes self.told",
     )
     assert "on_train_batch_start of Average changes self.ema, which is put back" in event.reason
+
+
+class Jumps(Global):
+    """The loss is far higher from step 90 on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * (20 if self.trainer.global_step >= 90 else 1)
+
+
+class PlainJumps(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch) * (20 if self.trainer.global_step >= 90 else 1)
+
+
+@pytest.mark.parametrize(("model", "asks"), [(Jumps, True), (PlainJumps, False)])
+def test_where_nothing_can_be_replayed_a_suspicion_asks_the_user(
+    model: type[Net], asks: bool, tmp_path: Path
+) -> None:
+    fallback = PrecisionFallback(dirpath=tmp_path, probe_every_n_steps=None, limit=None)
+    generator = torch.Generator().manual_seed(0)
+    data: Any = torch.randn(4 * 100, WIDTH, generator=generator)
+    train(model(), fallback, loader=DataLoader(data, batch_size=4), max_steps=100)
+    suspicions = read_events(tmp_path, kinds=["suspect"])
+    assert suspicions
+    assert all(("nothing can be replayed here" in e.action) == asks for e in suspicions)
+    assert bool(read_events(tmp_path, kinds=["verdict"])) != asks

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 
 import pytest
 
 from lightning_fp.stability.replay.fingerprint import Item
 from lightning_fp.stability.replay.rehearsal import (
+    CONSEQUENCES,
     changes,
     noise_of,
     not_as_recorded,
@@ -69,3 +72,32 @@ def test_losses_are_told_as_short_as_they_differ() -> None:
 def test_noise() -> None:
     assert noise_of([2.0, 2.0]) == noise_of([]) == 0
     assert noise_of([2.0, 1.9, 2.0]) == pytest.approx(0.05)
+
+
+def sentences(path: Path) -> list[str]:
+    """Pieces of text in the code that are sentences, or begin one; no docstrings, nothing short."""
+    tree = ast.parse(path.read_text())
+    parents = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    documents = {
+        id(statement.value)
+        for node in ast.walk(tree)
+        for statement in (node.body if isinstance(node, parents) else [])
+        if isinstance(statement, ast.Expr)
+    }
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if id(node) not in documents and node.value.count(" ") > 2
+    ]
+    told = [text for text in texts if text not in CONSEQUENCES.values()]  # these have a table
+    return [text.replace("%s", "").strip(" :,") for text in told]
+
+
+ROOT = Path(__file__).parents[3]
+CODE = ("stability/replay/rehearsal.py", "callbacks/fallback/rehearsal.py")
+
+
+@pytest.mark.parametrize("text", [t for f in CODE for t in sentences(ROOT / "lightning_fp" / f)])
+def test_every_line_is_on_the_page_with_what_to_do(text: str) -> None:
+    assert text in (ROOT / "docs" / "rehearsal.md").read_text()
