@@ -10,9 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels import hardware
+from lightning_fp.kernels.padding import whole
 from lightning_fp.numerics import FloatFormat, as_float16
 from lightning_fp.numerics.casting import clamp_into_new
+
+_RESULTS = torch.bfloat16, torch.float16, torch.float32
+"""What `torch._scaled_mm` can return."""
 
 
 def operand_dtype(input: Tensor) -> torch.dtype:
@@ -79,6 +84,54 @@ def emulated_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a @ b
 
 
+def forward_products(
+    x: Tensor, w: Tensor, unscale_x: Tensor, unscale_w: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The product of a layer's forward.
+
+    Args:
+        x: [tokens, in_features], FP8 or widened, as from `cast_operand`.
+        w: [out_features, in_features], likewise.
+        unscale_x: float32 scalar, see `multiply`.
+        unscale_w: likewise.
+        dtype: of the output.
+
+    Returns:
+        [tokens, out_features].
+    """
+    return multiply(x, w.t(), unscale_x, unscale_w, dtype, fast_accumulation=True)
+
+
+def backward_products(
+    g: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    unscale_g: Tensor,
+    unscale_x: Tensor,
+    unscale_w: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The two products of a layer's backward.
+
+    Args:
+        g: [tokens, out_features], the cast of the output's gradient.
+        x: [tokens, in_features]; None if the weight needs no gradient of this product.
+        w: [out_features, in_features]; None if the input needs none.
+        unscale_g: float32 scalar, see `multiply`.
+        unscale_x: likewise.
+        unscale_w: likewise.
+        dtypes: of the gradients of input and weight.
+
+    Returns:
+        The gradients of input and weight, None where not asked for.
+    """
+    of_input, of_weight = dtypes
+    grad_input = None if w is None else multiply(g, w, unscale_g, unscale_w, of_input)
+    if x is None:
+        return grad_input, None
+    return grad_input, multiply(g.t(), x, unscale_g, unscale_x, of_weight, over_tokens=True)
+
+
 def multiply(
     a: Tensor,
     b: Tensor,
@@ -87,6 +140,7 @@ def multiply(
     out_dtype: torch.dtype,
     *,
     fast_accumulation: bool = False,
+    over_tokens: bool = False,
 ) -> Tensor:
     """`a @ b`, its scales undone.
 
@@ -97,19 +151,26 @@ def multiply(
         unscale_b: float32 scalar, the reciprocal of the scale of `b`.
         out_dtype: dtype of the result.
         fast_accumulation: let Hopper accumulate with fewer bits (FP8 hardware only).
+        over_tokens: whether K is a number of tokens, which may be any.
 
     Returns:
         [M, N] in `out_dtype`; NaN where a scale is: widened operands need not show their NaN.
     """
     if a.dtype.itemsize == 1:
-        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            a.contiguous(),
-            b.t().contiguous().t(),  # cuBLAS wants the second operand column-major
+        # cuBLAS wants the first operand row-major, the second column-major, and a multiple of 16
+        # of what is summed over: features, checked at setup, or tokens. These are padded by the
+        # copies that both operands need then anyway.
+        multiple = ALIGNMENT if over_tokens else 1
+        result = out_dtype if out_dtype in _RESULTS else torch.float32
+        product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            whole(a, columns=multiple),
+            whole(b.t(), columns=multiple).t(),
             scale_a=unscale_a,
             scale_b=unscale_b,
-            out_dtype=out_dtype,
+            out_dtype=result,
             use_fast_accum=fast_accumulation,
         )
+        return product.to(out_dtype)
     product = emulated_product(a, b, out_dtype).float()
     unscale = unscale_a * unscale_b
     if torch.compiler.is_compiling():

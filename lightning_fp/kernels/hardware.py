@@ -113,15 +113,15 @@ def cuda_product_refusal(
 
 
 def check_alignment(
-    layer: str, *, tokens: int, in_features: int, out_features: int, multiple: int = ALIGNMENT
+    layer: str, *, in_features: int, out_features: int, tokens: int = 0, multiple: int = ALIGNMENT
 ) -> None:
     """Refuse shapes that the FP8 GEMM cannot multiply, before it does with a message of its own.
 
     Args:
         layer: the layer's name.
-        tokens: product of the input's leading dimensions.
         in_features: columns of the weight.
         out_features: rows of the weight.
+        tokens: product of the input's leading dimensions, for who pads nothing.
         multiple: what the sizes must be multiples of, see `lightning_fp.format_names`.
 
     Raises:

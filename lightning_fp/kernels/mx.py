@@ -21,6 +21,7 @@ from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
 from lightning_fp.kernels.hardware import check_alignment
+from lightning_fp.kernels.padding import whole
 from lightning_fp.kernels.torchao import import_quietly
 from lightning_fp.numerics import FloatFormat
 
@@ -70,12 +71,9 @@ class TorchaoMXKernel(Kernel):
         emulate = not (self.cuda_mx and input.is_cuda)
         rows = input.reshape(-1, input.shape[-1])
         if not emulate:
+            out_features, in_features = weight.shape
             check_alignment(
-                layer,
-                tokens=rows.shape[0],
-                in_features=weight.shape[1],
-                out_features=weight.shape[0],
-                multiple=MX_BLOCK,
+                layer, in_features=in_features, out_features=out_features, multiple=MX_BLOCK
             )
         taken = torch.float32 if emulate and dtype is not torch.bfloat16 else torch.bfloat16
         with without_autocast(input.device.type):
@@ -100,8 +98,7 @@ MX_EMULATION = BlockKernel(length=MX_BLOCK, square_weight=False, scales="e8m0")
 
 def _whole_blocks(x: Tensor) -> Tensor:
     """[rows, columns], contiguous, zeros added up to the next multiple of a block."""
-    rows, columns = (-size % MX_BLOCK for size in x.shape)
-    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()
+    return whole(x, rows=MX_BLOCK, columns=MX_BLOCK)
 
 
 @dataclass(frozen=True)

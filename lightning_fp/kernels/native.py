@@ -26,7 +26,13 @@ from lightning_fp.kernels.derivatives import (
     place_of,
     refuse_transforms,
 )
-from lightning_fp.kernels.gemm import cast_operand, multiply, operand_dtype, widen
+from lightning_fp.kernels.gemm import (
+    backward_products,
+    cast_operand,
+    forward_products,
+    operand_dtype,
+    widen,
+)
 from lightning_fp.kernels.hardware import check_alignment, cuda_product_refusal
 from lightning_fp.kernels.memory import (
     GRAD_OUTPUT,
@@ -88,6 +94,10 @@ class NativeKernel(Kernel):
         """See `Kernel.runs_on_fp8_hardware`."""
         return self.cuda_fp8
 
+    def emulates(self, input: Tensor) -> bool:
+        """Whether the products with this input are emulated."""
+        return not (self.cuda_fp8 and input.is_cuda)
+
     def make_memory(self, layer: Any, scales: Tensor | None = None) -> OperandMemory | None:
         """See `Kernel.make_memory`; scales are those of `ScaleHistory`."""
         return None if scales is None else OperandMemory(scales)
@@ -111,14 +121,10 @@ class NativeKernel(Kernel):
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         input = input.to(compute_dtype(input))
-        emulate = not (self.cuda_fp8 and input.is_cuda)
+        emulate = self.emulates(input)
         if not emulate:
-            check_alignment(
-                layer,
-                tokens=input.numel() // input.shape[-1],
-                in_features=weight.shape[1],
-                out_features=weight.shape[0],
-            )
+            out_features, in_features = weight.shape
+            check_alignment(layer, in_features=in_features, out_features=out_features)
         scales = leaf = share = None
         slot = 0
         if memory is not None and self.delayed:
@@ -225,7 +231,7 @@ class _NativeLinear(torch.autograd.Function):
         ctx.kernel, ctx.wide, ctx.place, ctx.layer = kernel, wide, place, layer
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
-        output = multiply(x, w.t(), unscale_x, unscale_w, input.dtype, fast_accumulation=True)
+        output = forward_products(x, w, unscale_x, unscale_w, input.dtype)
         rows = _row(input, amax_x, record), row_w if share is None else row_w.clone()
         ctx.mark_non_differentiable(*rows)
         return output, *rows
@@ -244,18 +250,18 @@ class _NativeLinear(torch.autograd.Function):
             scale_g = kernel.scale(amax_g, scales, GRAD_OUTPUT, kernel.grad_output)
             _, g = cast_operand(grad_output, scale_g, kernel.grad_output, wide)
             unscale_g = _unscale(scale_g, amax_g)
-            if weight is not None:
-                if w8 is None:
-                    _, w = cast_operand(weight, scale_w, kernel.weight, wide)
-                else:
-                    w = widen(w8, wide)
-                grad_input = multiply(g, w, unscale_g, unscale_w, input_dtype)
-                del w
+            w = x = None
+            if weight is not None and w8 is None:
+                _, w = cast_operand(weight, scale_w, kernel.weight, wide)
+            elif weight is not None:
+                w = widen(w8, wide)
+            if saved_input is not None and not kernel.high_grad_weight:
+                x = widen(saved_input, wide)
+            grad_input, grad_weight = backward_products(
+                g, x, w, unscale_g, unscale_x, unscale_w, ctx.dtypes
+            )
             if saved_input is not None and kernel.high_grad_weight:
                 grad_weight = (grad_output.t() @ saved_input).to(weight_dtype)
-            elif saved_input is not None:
-                x = widen(saved_input, wide)
-                grad_weight = multiply(g.t(), x, unscale_g, unscale_x, weight_dtype)
             if ctx.slot is not None:
                 grad_leaf = in_slot(_row(grad_output, amax_g, True), ctx.slot)
         if differentiated_again():

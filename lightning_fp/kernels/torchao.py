@@ -73,19 +73,25 @@ class TorchaoKernel(Kernel):
         """See `Kernel.runs_on_fp8_hardware`."""
         return self.cuda_fp8 and not self.config.emulate
 
+    def emulates(self, input: Tensor) -> bool:
+        """Whether the products with this input are emulated."""
+        return not (self.runs_on_fp8_hardware and input.is_cuda)
+
+    @property
+    def _by_row(self) -> bool:
+        """Whether products have a scale per row: torch returns bf16 alone of these, mostly."""
+        return self.config.cast_config_input.scaling_granularity.value == "axiswise"
+
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
-        input = input.to(compute_dtype(input))
-        emulate = not (self.runs_on_fp8_hardware and input.is_cuda)
+        dtype = compute_dtype(input)
+        emulate = self.emulates(input)
         if not emulate and not self.config.pad_inner_dim:
-            check_alignment(
-                layer,
-                tokens=input.numel() // input.shape[-1],
-                in_features=weight.shape[1],
-                out_features=weight.shape[0],
-            )
+            out_features, in_features = weight.shape
+            check_alignment(layer, in_features=in_features, out_features=out_features)
+        input = input.to(dtype if emulate or not self._by_row else torch.bfloat16)
         config, gemm_config = self._configs[emulate]
         with without_autocast(input.device.type), _outside_inference_mode():
             # Contiguous, because torchao's cast by rows takes nothing else.
@@ -95,7 +101,7 @@ class TorchaoKernel(Kernel):
                 output = self._function.apply(rows, weight.t(), gemm_config, config).clone()
             else:
                 output = _TwiceDifferentiable.apply(rows, weight.t(), gemm_config, config, layer)
-            output = output.reshape(*input.shape[:-1], weight.shape[0])
+            output = output.reshape(*input.shape[:-1], weight.shape[0]).to(dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
@@ -182,10 +188,12 @@ def _configs(config: Float8LinearConfig, emulate: bool) -> tuple[Float8LinearCon
         config.gemm_config_grad_input,
         config.gemm_config_grad_weight,
     )
+    # The weight's gradient is summed over the tokens, of which there may be any number.
+    padded = config.pad_inner_dim, config.pad_inner_dim, not emulate or config.pad_inner_dim
     return config, LinearMMConfig(
         *(
-            ScaledMMConfig(config.emulate, gemm.use_fast_accum, False, config.pad_inner_dim)
-            for gemm in gemms
+            ScaledMMConfig(config.emulate, gemm.use_fast_accum, False, pad)
+            for gemm, pad in zip(gemms, padded, strict=True)
         )
     )
 

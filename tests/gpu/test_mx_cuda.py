@@ -35,7 +35,22 @@ def test_hardware_equals_emulation(dtype: torch.dtype) -> None:
         assert sqnr_db(emulated, ours) > 45  # one rounding to bf16
 
 
-def test_ragged_blocks_are_refused() -> None:
-    x, weight = torch.randn(48, 64, device="cuda"), torch.randn(64, 64, device="cuda")
-    with pytest.raises(ValueError, match=r"tokens .* must be a multiple of 32"):
+@pytest.mark.parametrize("tokens", [1, 7, 24, 33, 48])
+def test_any_number_of_tokens(tokens: int) -> None:
+    torch.manual_seed(0)
+    results = []
+    for kernel in (TorchaoMXKernel(cuda_mx=True), MX_EMULATION):
+        torch.manual_seed(0)
+        x = torch.randn(tokens, 64, device="cuda").bfloat16().requires_grad_()
+        weight = torch.randn(96, 64, device="cuda").bfloat16().requires_grad_()
+        output = kernel(x, weight, None, "layer")
+        output.backward(torch.ones_like(output))
+        results.append([output, x.grad, weight.grad])
+    for ours, emulated in zip(*results, strict=True):
+        assert sqnr_db(emulated, ours) > 45
+
+
+def test_ragged_features_are_refused() -> None:
+    x, weight = torch.randn(48, 72, device="cuda"), torch.randn(64, 72, device="cuda")
+    with pytest.raises(ValueError, match=r"in_features must be a multiple of 32"):
         TorchaoMXKernel(cuda_mx=True)(x, weight, None, "layer")

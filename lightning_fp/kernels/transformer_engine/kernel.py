@@ -22,6 +22,7 @@ from lightning_fp.kernels.base import Kernel, compute_dtype
 from lightning_fp.kernels.block import BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
+from lightning_fp.kernels.padding import whole
 from lightning_fp.kernels.transformer_engine.library import (
     FORMATS,
     Library,
@@ -111,28 +112,6 @@ class TransformerEngineKernel(Kernel):
             raise TypeError(f"the casts of {self.settings.kind} recipes are not known")
         return self.shadow.cast_of(operand, x, scales)
 
-    def check_tokens(self, input: Tensor, layer: str) -> None:
-        """Refuse what Transformer Engine cannot multiply, naming the layer.
-
-        Features are checked at setup.
-
-        Args:
-            input: [..., in_features].
-            layer: the layer's name.
-
-        Raises:
-            ValueError: naming the dimension.
-        """
-        multiple = TE_FORMATS[self.settings.format].tokens
-        tokens = input.numel() // input.shape[-1]
-        if tokens % multiple:
-            raise ValueError(
-                f"layer {layer!r}: tokens (the product of the input's leading dimensions) must be a"
-                f" multiple of {multiple} for Transformer Engine, got {tokens}; pad the batch, drop"
-                f" the last one, or leave the layer in high precision with"
-                f" layers={{{layer!r}: 'bf16'}}"
-            )
-
 
 @dataclass
 class EngineHistory:
@@ -205,8 +184,24 @@ class Engine:
                 " DTensor; tensor parallelism works with backend='auto', not with Transformer"
                 " Engine"
             )
-        kernel.check_tokens(input, self.layer)
         input = input.to(compute_dtype(input))
+        multiple = TE_FORMATS[kernel.settings.format].tokens
+        tokens = input.numel() // input.shape[-1]
+        if tokens % multiple:  # zeros, which are no one's amax and have no gradient
+            rows = whole(input.reshape(tokens, -1), rows=multiple)
+            output = self._product(kernel, rows, weight, bias, evaluating)[:tokens]
+            return output.reshape(*input.shape[:-1], weight.shape[0])
+        return self._product(kernel, input, weight, bias, evaluating)
+
+    def _product(
+        self,
+        kernel: TransformerEngineKernel,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        evaluating: bool,
+    ) -> Tensor:
+        """The product, of whole blocks of tokens."""
         if kernel.delayed and self.history is not None and not evaluating:
             return self._delayed(kernel, self.history, input, weight, bias)
         engine = library()

@@ -152,7 +152,6 @@ def _check_runs(name: str, linear: nn.Linear, chosen: Resolved) -> None:
         raise ValueError(f"layer {name!r} cannot run {chosen.format.name!r}: {_LAZY}")
     check_alignment(
         name,
-        tokens=0,
         in_features=linear.in_features,
         out_features=linear.out_features,
         multiple=chosen.alignment,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_fp import convert, revert
+from lightning_fp.kernels import NativeKernel
 from lightning_fp.kernels.transformer_engine import library as te_library
 from lightning_fp.kernels.transformer_engine.kernel import (
     FORMATS,
@@ -228,10 +229,22 @@ def test_copies_share_no_scales(library: Any) -> None:
         assert (other.layer, other.sharded, other.history) == ("a", True, None)
 
 
-def test_ragged_batches_name_the_layer(library: Any) -> None:
+def test_ragged_batches_are_padded(library: Any) -> None:
+    """With zeros, which change no scale, no sum and no gradient."""
     module, _ = converted({"*": "fp8-dynamic"})
-    with pytest.raises(ValueError, match=r"layer '0': tokens .* multiple of 8 .* got 9"):
-        module(torch.randn(3, 3, 32))
+    linear = module[0]
+    for shape in ((3, 3, 32), (1, 32), (33, 32)):
+        x = torch.randn(shape, requires_grad=True)
+        linear.zero_grad()
+        output = linear(x)
+        output.square().sum().backward()
+        assert output.shape == (*shape[:-1], linear.out_features)
+        found = [output, x.grad, linear.weight.grad]
+        x, weight = x.detach().requires_grad_(), linear.weight.detach().requires_grad_()
+        expected = NativeKernel()(x, weight, linear.bias, "")
+        expected.square().sum().backward()
+        for ours, theirs in zip(found, (expected, x.grad, weight.grad), strict=True):
+            torch.testing.assert_close(ours, theirs)
     assert module(torch.randn(0, 32)).shape == (0, 32)
 
 

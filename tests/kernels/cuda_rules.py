@@ -1,0 +1,73 @@
+"""The hardware's branch on a CPU: torch's own FP8 product, behind CUDA's rules for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fp.kernels import NativeKernel, TorchaoKernel
+
+NAMES = [argument.name for argument in torch.ops.aten._scaled_mm.default._schema.arguments]
+
+
+class OnHardware(NativeKernel):
+    """Takes the branch of FP8 tensor cores on every device."""
+
+    def emulates(self, input: Tensor) -> bool:
+        return False
+
+
+class TorchaoOnHardware(TorchaoKernel):
+    """torchao's, likewise."""
+
+    def emulates(self, input: Tensor) -> bool:
+        return False
+
+
+class CudaRules:
+    """Refuses what `torch._scaled_mm` refuses on CUDA, with scales per tensor or per row.
+
+    Of `_check_scaled_mm_sizes` in torch/_meta_registrations.py and of
+    aten/src/ATen/native/cuda/ScaledBlas.cpp. It stands in front of the function itself, for modes
+    see neither torchao's products, inside of its tensors, nor calls in a backward.
+    """
+
+    def __init__(self) -> None:
+        self.products = 0
+        self.multiply = torch._scaled_mm
+
+    def __enter__(self) -> CudaRules:
+        torch._scaled_mm = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch._scaled_mm = self.multiply
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.products += 1
+        given = dict(zip(NAMES, args, strict=False), **kwargs)
+        a, b = given.pop("self"), given.pop("mat2")
+        self.check(a, b, **given)
+        # The CPU's kernel does not know fast accumulation, which changes no rule.
+        return self.multiply(a, b, **{**given, "use_fast_accum": False})
+
+    @staticmethod
+    def check(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, **options: Any) -> None:
+        dtypes = {a.dtype, b.dtype}
+        assert dtypes <= {torch.float8_e4m3fn, torch.float8_e5m2}, f"operands are {dtypes}"
+        assert dtypes != {torch.float8_e5m2}, "e5m2 x e5m2"
+        assert a.stride(0) > a.stride(1) == 1, f"first operand: strides {a.stride()}"
+        assert b.stride(1) > b.stride(0) == 1, f"second operand: strides {b.stride()}"
+        assert a.shape[1] % 16 == b.shape[0] % 16 == b.shape[1] % 16 == 0, (a.shape, b.shape)
+        assert scale_a.dtype is scale_b.dtype is torch.float32
+        out = options.get("out_dtype")
+        if scale_a.numel() == scale_b.numel() == 1:
+            assert out in (torch.bfloat16, torch.float16, torch.float32), f"out_dtype {out}"
+            return
+        assert (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[1]))
+        assert scale_a.is_contiguous()
+        assert scale_b.is_contiguous()
+        assert b.dtype is torch.float8_e4m3fn
+        assert out is torch.bfloat16, f"out_dtype {out}, which needs sm90 and cuBLAS 12.9"
