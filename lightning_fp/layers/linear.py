@@ -104,8 +104,10 @@ class FPLinear(nn.Linear):
             if not kernel.every_derivative:
                 refuse_transforms(self.fqn)
             collect = False
+        # Code compiled for one block would not serve the next if the layer's name were in it.
+        name = "in compiled code" if torch.compiler.is_compiling() else self.fqn
         output = kernel.multiply(
-            input, weight, self.bias, self.fqn, memory, record=record, evaluating=evaluating
+            input, weight, self.bias, name, memory, record=record, evaluating=evaluating
         )
         if collect and self.statistics is not None:
             scales = None if memory is None else memory.scales
