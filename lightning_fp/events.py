@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+Tier = Literal["one step", "gap", "trajectory", "control"]
+"""What a verdict rests on: a batch, several of them forward, a stretch of training in high
+precision, and the same in the run's own formats."""
+
 _MANY = 3
 """Layers that a line on the console names; of more it gives the number."""
 
@@ -103,7 +107,7 @@ class Verdict(Event):
     kind: ClassVar[str] = "verdict"
 
     verdict: Literal["precision", "not precision", "unclear", "not reproducible", "compiled code"]
-    tier: Literal["one step", "trajectory", "control"]
+    tier: Tier
 
     def _what(self) -> str:
         return f"verdict {self.verdict} ({self.tier})"

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
+from torch import Tensor
+
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.detect.signals import StepSignals
 from lightning_fp.stability.respond.attribution import Attribution
@@ -62,6 +64,18 @@ class Looked:
 
     sound: bool = True
     """See `Boundary`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AmaxSeen:
+    """The largest values that were cast in a step."""
+
+    at: int
+    step: int
+    """Steps before that one."""
+
+    amax: Tensor
+    """float32 [layers, 2] on the CPU: of input and weight; NaN where nothing was seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +207,46 @@ class ReplayStep(Question[StepReplayed]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossesCompared(Answer):
+    """The losses of some batches on the same weights; empty where nothing can be replayed."""
+
+    losses: tuple[float, ...] = ()
+    """In the run's formats, mean over ranks."""
+
+    high_losses: tuple[float, ...] = ()
+    batch_norm: bool = False
+    """Whether layers normalise by the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareLosses(Question[LossesCompared]):
+    """Run the last batches forward in the run's formats and in high precision."""
+
+    at: int
+    count: int = 1
+    batch: int | None = None
+    """The step of the one batch to run; None for the last ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CureChecked(LossesCompared):
+    """What some layers do in their new formats, all others in high precision."""
+
+    grad_error: float | None = None
+    """Of the last batch's gradients; None if it cannot be had."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckCure(Question[CureChecked]):
+    """Compare these layers' formats with high precision, on the weights of now."""
+
+    at: int
+    layers: tuple[str, ...]
+    batch: int | None = None
+    """The step of the batch that has shown the fault; None for the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HighReplayed(Answer):
     """A batch in high precision."""
 
@@ -251,10 +305,12 @@ class Attributed(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute(Question[Attributed]):
-    """Find the layers whose formats make the error of the last batch's gradients."""
+    """Find the layers whose formats make the error of a batch's gradients."""
 
     healthy: float
     weights: int | None = None
+    batch: int | None = None
+    """Its step; None for the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +331,6 @@ class ProbeStep(Question[Probed]):
 class Climbed(Answer):
     """Where a layer climbed to."""
 
-    excess: Excess
     before: str
     after: str | None
     """None if there is no rung above."""
@@ -286,7 +341,10 @@ class Climb(Question[Climbed]):
     """Give a layer the next rung of the ladder; in a dry run only say which."""
 
     at: int
-    excess: Excess
+    layer: str
+    reason: str
+    excess: Excess | None = None
+    """The limit that it is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +410,7 @@ Happening: TypeAlias = (
     | StepSeen
     | FormatsChanged
     | Looked
+    | AmaxSeen
     | Boundary
     | Settled
     | Asked

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.actions import (
     Answer,
     Attribute,
     Attributed,
+    CheckCure,
+    CompareLosses,
+    CureChecked,
     HighReplayed,
+    LossesCompared,
     Probed,
     ProbeStep,
     Question,
@@ -29,6 +34,8 @@ from lightning_fp.stability.actions import (
 from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
 from lightning_fp.stability.keep.snapshot import Snapshot
 from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.replay.budget import FORWARD
+from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.replay.loop import Loop
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.replay.parity import Run
@@ -74,6 +81,8 @@ class Answers:
             case ReplayStep(weights=weights):
                 with self._on(weights):
                     return self._replay_step()
+            case CompareLosses(count=count, batch=batch):
+                return self._compare_losses(self._batches(count, batch))
             case ReplayHigh(batch=batch, weights=weights):
                 with self._on(weights):
                     return self._replay_high(
@@ -81,11 +90,13 @@ class Answers:
                     )
             case ReplayStretch():
                 return self._replay_stretch(question)
-            case Attribute(healthy=healthy, weights=weights):
+            case Attribute(healthy=healthy, weights=weights, batch=batch):
                 with self._on(weights):
-                    return self._attribute(healthy)
+                    return self._attribute(healthy, self._batches(1, batch))
             case ProbeStep():
                 return self._probe()
+            case CheckCure(layers=layers, batch=batch):
+                return self._check_cure(layers, batch)
             case _:
                 raise TypeError(f"no replay answers a {type(question).__name__}")
 
@@ -154,10 +165,10 @@ class Answers:
 
     # -- one batch ------------------------------------------------------------------------------
 
-    def _run(self, step: RecordedStep | None) -> Run | None:
+    def _run(self, step: RecordedStep | None, *, backward: bool = True) -> Run | None:
         if step is None or not step.micro_batches or self.reach == "limits only":
             return None
-        return self._loop.replay(step)
+        return self._loop.replay(step, backward=backward)
 
     def _replay_step(self) -> StepReplayed:
         """Twice in the current formats, for the noise, and once in high precision."""
@@ -184,6 +195,48 @@ class Answers:
         )
         return StepReplayed(seen=seen, replays=3)
 
+    def _batches(self, count: int, step: int | None) -> list[RecordedStep]:
+        """The last ones; or that of one step."""
+        if step is None:
+            return self._ring.latest(count)
+        found = self._ring.find(step)
+        return [] if found is None else [found]
+
+    def _compare_losses(
+        self, steps: Sequence[RecordedStep], formats: Mapping[str, LinearFormat] | None = None
+    ) -> LossesCompared:
+        """Forward; in `formats`, or in those of the run."""
+        losses: list[float] = []
+        high_losses: list[float] = []
+        for step in steps:
+            run = self._run(step, backward=False)
+            low = None if run is None else _done(run(formats or {}))
+            high = None if run is None or low is None else _done(run(self._all_high()))
+            if low is None or high is None or low.loss is None or high.loss is None:
+                break
+            losses.append(self._loop.mean(float(low.loss)))
+            high_losses.append(self._loop.mean(float(high.loss)))
+        return LossesCompared(
+            losses=tuple(losses),
+            high_losses=tuple(high_losses),
+            batch_norm=any(isinstance(m, _BatchNorm) for m in self._loop.model.modules()),
+            replays=math.ceil(2 * FORWARD * len(losses)),
+        )
+
+    def _check_cure(self, layers: Sequence[str], batch: int | None) -> CureChecked:
+        shown = [] if batch is None else self._batches(1, batch)
+        steps = [*shown, *self._ring.latest(BATCHES - len(shown))]
+        alone = {n: f for n, f in self._all_high().items() if n not in set(layers)}
+        seen = self._compare_losses(steps, alone)
+        probed = self._probe(alone, steps[0] if shown else None)
+        return CureChecked(
+            losses=seen.losses,
+            high_losses=seen.high_losses,
+            batch_norm=seen.batch_norm,
+            grad_error=probed.error,
+            replays=seen.replays + probed.replays,
+        )
+
     def _replay_high(self, step: RecordedStep | None) -> HighReplayed:
         run = self._run(step)
         if run is None or step is None:
@@ -195,17 +248,21 @@ class Answers:
         finite = self._is_finite(high)
         return HighReplayed(loss=loss, finite=finite, loss_then=step.loss, replays=1)
 
-    def _probe(self) -> Probed:
+    def _probe(
+        self,
+        formats: Mapping[str, LinearFormat] | None = None,
+        step: RecordedStep | None = None,
+    ) -> Probed:
         """inf where only the current formats give inf or NaN; None if nothing can be said."""
-        run = self._run(self._ring.last)
-        current = None if run is None else _done(run({}))
+        run = self._run(step or self._ring.last)
+        current = None if run is None else _done(run(formats or {}))
         high = None if run is None or current is None else _done(run(self._all_high()))
         if current is None or high is None or not self._is_finite(high):
             return Probed(error=None)
         return Probed(error=gradient_error(self._compare(current, high)), replays=2)
 
-    def _attribute(self, healthy: float) -> Attributed:
-        run = self._run(self._ring.last)
+    def _attribute(self, healthy: float, steps: Sequence[RecordedStep]) -> Attributed:
+        run = self._run(steps[-1] if steps else None)
         if run is None:
             return Attributed(found=None)
         loop = self._loop

@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal, TypeVar, cast
 
 from lightning_fp.stability.actions import (
     Answer,
     Attribute,
+    CompareLosses,
+    LossesCompared,
     Question,
     ReplayHigh,
     ReplayStep,
@@ -26,9 +29,12 @@ from lightning_fp.stability.actions import (
     Surveyed,
 )
 from lightning_fp.stability.replay.control import TOLERATED, Control, judge_control
+from lightning_fp.stability.replay.gap import BATCHES, Gap, measure_gap
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR, Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
 from lightning_fp.stability.respond.verdict import (
+    LARGE,
+    SAME,
     Anomaly,
     Finding,
     Judgement,
@@ -59,6 +65,9 @@ class Case:
 
     overflow: str | None = None
     """Why FP16's range seems not to suffice, if that is the question."""
+
+    batch: int | None = None
+    """The step of the batch that shows it, if one alone does."""
 
 
 class UnansweredError(Exception):
@@ -103,6 +112,9 @@ class Conclusion:
 
     finding: Finding
     one_step: Judgement | None = None
+    gap: Judgement | None = None
+    """What the last batches say on the weights of now."""
+
     trajectory: Judgement | None = None
     control: Judgement | None = None
     """What the same trajectory in the run's own formats says about that."""
@@ -143,15 +155,18 @@ def conclude(evidence: Evidence) -> Conclusion:
         return _overflow(evidence, case.overflow)
     seen = evidence.answer(ReplayStep(weights=_weights(survey))).seen
     one_step = None if seen is None else judge_one_step(seen, case.anomaly)
+    gap = _gap(evidence) if survey.finite else None
     high = _high(survey)
     stretch = None if high is None else evidence.answer(high)
     trajectory = None if stretch is None else _judge(case, survey, stretch)
     finding = _together(one_step, trajectory)
+    at_once = one_step is not None and one_step.finding == finding == "precision"
+    if gap is not None and gap.finding == "precision":
+        finding, at_once = "precision", True
     control = None
     if finding == "precision" and stretch is not None and stretch.done:
         control = _control(evidence, stretch)
-        if one_step is None or one_step.finding != "precision":
-            finding = control.finding
+        finding = finding if at_once else control.finding
     attribution: Attribution | None = None
     likeness = ""
     if finding == "precision":
@@ -169,6 +184,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     return Conclusion(
         finding=finding,
         one_step=one_step,
+        gap=gap,
         trajectory=trajectory,
         control=control,
         attribution=attribution,
@@ -176,6 +192,52 @@ def conclude(evidence: Evidence) -> Conclusion:
         start=None if stays else survey.start,
         high=taken,
         made=0 if stretch is None else stretch.made,
+    )
+
+
+def _gap(evidence: Evidence) -> Judgement | None:
+    """The batches forward: it is its own control, and sees what a trajectory does not yet.
+
+    Damaged weights make every format's errors larger, whatever has damaged them. So where the loss
+    stands above its level, the gap must be a good part of that. And of a loss that is still falling
+    to nothing any gap is a large share: before its noise is known nobody is convicted.
+    """
+    case, count = evidence.case, BATCHES if evidence.case.batch is None else 1
+    while True:
+        seen = evidence.answer(CompareLosses(at=case.step, count=count, batch=case.batch))
+        gap = gap_of(seen, case.anomaly)
+        more = gap.wants if case.batch is None and gap.count == count else None
+        if more is None:
+            break
+        count = more
+    if gap.count == 0:
+        return None
+    explains, known = _explains(seen, case.anomaly), case.anomaly.level is not None
+    finding: Finding = "precision" if gap.convicts and explains and known else "unclear"
+    reason = gap.sentence if explains else f"{gap.sentence}, a small part of the loss's rise"
+    return Judgement(finding=finding, reason=reason, numbers=gap.numbers)
+
+
+def _explains(seen: LossesCompared, anomaly: Anomaly) -> bool:
+    """Whether the gap is a good part of what the loss stands above its level, if it does."""
+    pairs = zip(seen.losses, seen.high_losses, strict=True)
+    finite = [(low, high) for low, high in pairs if math.isfinite(high)]
+    if anomaly.level is None or not finite or not all(math.isfinite(low) for low, _ in finite):
+        return True
+    baseline, noise = anomaly.level
+    low, high = fmean(low for low, _ in finite), fmean(high for _, high in finite)
+    rise = low - baseline
+    return rise <= LARGE * noise or low - high > SAME * rise
+
+
+def gap_of(seen: LossesCompared, anomaly: Anomaly) -> Gap:
+    """What the batches say, beside the noise of the run."""
+    noise = anomaly.noise
+    return measure_gap(
+        seen.losses,
+        seen.high_losses,
+        noise=noise if noise is not None and math.isfinite(noise) else 0.0,
+        batch_norm=seen.batch_norm,
     )
 
 
@@ -283,14 +345,13 @@ def _overflow(evidence: Evidence, reason: str) -> Conclusion:
 
 def _attribute(evidence: Evidence) -> Attribution | None:
     """On the weights of now; if those have adapted to the fault, on those before it."""
-    survey, healthy = evidence.survey, evidence.case.healthy_error
+    survey, case = evidence.survey, evidence.case
     if survey.whole:
         return None
-    now = _weights(survey)
-    found = evidence.answer(Attribute(healthy=healthy, weights=now)).found
-    if (found is None or not found.culprits) and survey.start not in (None, now):
-        before = Attribute(healthy=healthy, weights=survey.start)
-        earlier = evidence.answer(before).found
+    asked = Attribute(healthy=case.healthy_error, weights=_weights(survey), batch=case.batch)
+    found = evidence.answer(asked).found
+    if (found is None or not found.culprits) and survey.start not in (None, asked.weights):
+        earlier = evidence.answer(replace(asked, weights=survey.start)).found
         found = earlier if earlier is not None and earlier.culprits else found
     return found
 

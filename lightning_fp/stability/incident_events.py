@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 from lightning_fp.events import (
     Demotion,
@@ -15,13 +14,15 @@ from lightning_fp.events import (
     SkippedStep,
     StateChange,
     Suspicion,
+    Tier,
     Verdict,
 )
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.accounting import Accounting
-from lightning_fp.stability.actions import Climbed, StepSeen
+from lightning_fp.stability.actions import Climb, Climbed, StepSeen
 from lightning_fp.stability.conviction import Conclusion
 from lightning_fp.stability.detect.decision import Decision
+from lightning_fp.stability.replay.gap import Gap
 from lightning_fp.stability.respond.attribution import Attribution
 from lightning_fp.stability.respond.verdict import Judgement
 
@@ -76,21 +77,29 @@ def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
     )
 
 
+def gap_suspicion(step: int, gap: Gap) -> Suspicion:
+    """Batches on the weights of now, out of the usual."""
+    action = "replay in high precision"
+    return Suspicion(step=step, reason=gap.sentence, numbers=gap.numbers, action=action)
+
+
 def verdicts(step: int, conclusion: Conclusion) -> Iterator[Event]:
     """What the replays measured, and what it means."""
-    tiers: Sequence[tuple[Literal["one step", "trajectory", "control"], Judgement | None]] = (
+    tiers: Sequence[tuple[Tier, Judgement | None]] = (
         ("one step", conclusion.one_step),
+        ("gap", conclusion.gap),
         ("trajectory", conclusion.trajectory),
         ("control", conclusion.control),
     )
     for tier, verdict in tiers:
-        if verdict is not None:
-            numbers = verdict.numbers
-            yield Replayed(step=step, reason=tier, numbers=numbers)
+        if verdict is None:
+            continue
+        yield Replayed(step=step, reason=tier, numbers=verdict.numbers)
+        if tier != "gap" or verdict.finding == "precision":  # a gap acquits nobody
             yield Verdict(
                 step=step,
                 reason=verdict.reason,
-                numbers=numbers,
+                numbers=verdict.numbers,
                 verdict=verdict.finding,
                 tier=tier,
             )
@@ -133,15 +142,16 @@ def demoted(
     )
 
 
-def climbed(step: int, climb: Climbed, *, dry_run: bool) -> Iterator[Event]:
-    """A layer over its limit climbed a rung, if there is one."""
-    excess = climb.excess
-    if climb.after is not None:
+def climbed(climb: Climb, to: Climbed, *, dry_run: bool) -> Iterator[Event]:
+    """A layer climbed a rung, if there is one."""
+    over = climb.excess
+    numbers = {} if over is None else {over.statistic: over.value, "limit": over.limit}
+    if to.after is not None:
         yield LayerClimb(
-            step=step,
-            reason=excess.sentence,
-            numbers={excess.statistic: excess.value, "limit": excess.limit},
-            formats={excess.layer: (climb.before, climb.after)},
+            step=climb.at,
+            reason=climb.reason,
+            numbers=numbers,
+            formats={climb.layer: (to.before, to.after)},
             action=DRY_RUN if dry_run else "",
         )
 

@@ -8,31 +8,33 @@ questions with replays, carries its orders out, and writes its events down.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from lightning_fp.events import Event, Note, Promotion
-from lightning_fp.layers import LinearFormat
+from lightning_fp.events import Event, Promotion
 from lightning_fp.stability import incident_events as tell
 from lightning_fp.stability.actions import (
     Action,
+    AmaxSeen,
     Answer,
     Answered,
     Asked,
     Attempted,
     Boundary,
+    CheckCure,
     Climb,
     Climbed,
-    DropRecords,
+    CompareLosses,
+    CureChecked,
     Ended,
     Failed,
     FormatsChanged,
-    GoBack,
     Happening,
     HighPrecisionTried,
     LookAgain,
     Looked,
+    LossesCompared,
     Probed,
     ProbeStep,
     Promote,
@@ -40,46 +42,32 @@ from lightning_fp.stability.actions import (
     Question,
     Settled,
     StepSeen,
-    Surveyed,
     TakeSnapshot,
-    Write,
 )
-from lightning_fp.stability.conviction import Case, Conclusion, Evidence
+from lightning_fp.stability.conviction import Case, gap_of
+from lightning_fp.stability.detect.cast_trigger import CastTrigger
 from lightning_fp.stability.detect.decision import Cause, Decision
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.overflow_watch import OverflowState, OverflowWatch
 from lightning_fp.stability.inquiry import Inquiry, answered, open_case
 from lightning_fp.stability.loss_scaling import LossScaling
-from lightning_fp.stability.respond.demotion import demotion
+from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.respond.fallback_policy import (
     Fallback,
     FallbackPolicy,
-    FallbackState,
     Signals,
 )
 from lightning_fp.stability.respond.limits import LayerLimit, LimitWatch
+from lightning_fp.stability.respond.open_cases import OpenCases
 from lightning_fp.stability.respond.probe import Probe
 from lightning_fp.stability.respond.verdict import Anomaly
+from lightning_fp.stability.sentence import Sentence
+from lightning_fp.stability.turn import Turn
 from lightning_fp.stability.watch_state import WatchState, from_plain, to_plain
 
 CLAMPING_BITS = -1.0
 """Headroom below which a step under delayed scaling asks for statistics of the next: its largest
 value was twice what the scale holds."""
-
-
-@dataclass
-class _Turn:
-    """What one happening leads to, while it is being worked out."""
-
-    state: WatchState
-    actions: list[Action] = field(default_factory=list[Action])
-    events: list[Event] = field(default_factory=list[Event])
-
-    def enter(self, step: int, fallback: FallbackState, reason: str) -> None:
-        """The fallback's next state, told if it is another phase."""
-        before = self.state.fallback.phase
-        self.events += tell.changed(step, before, fallback.phase, reason)
-        self.state = replace(self.state, fallback=fallback)
 
 
 class Watch:
@@ -112,6 +100,11 @@ class Watch:
         self.limits = None if limit is None else LimitWatch(limit, layers)
         self.loss_scaling = loss_scaling
         self.dry_run = dry_run
+        self._open_cases = OpenCases()
+        self._trigger = CastTrigger()
+        self._sentence = Sentence(
+            self.fallback, self.detector, self.limits, probe or Probe(), dry_run=dry_run
+        )
 
     def init(self) -> WatchState:
         """Warming up."""
@@ -130,22 +123,23 @@ class Watch:
             The new state; what is to be done now, in this order: orders, and questions whose
             answers are to be told at once; and what is to be written down before that.
         """
-        turn = _Turn(state)
+        turn = Turn(state)
         match happening:
             case Attempted():
-                self._count(turn, attempted=1)
+                turn.count(attempted=1)
             case StepSeen():
                 self._seen(turn, happening)
             case FormatsChanged(layers=layers):
-                self._forget(turn, layers)
-                self._formats_changed(turn)
+                turn.formats_changed(self.detector, self.limits, layers)
             case Looked():
                 self._looked(turn, happening)
+            case AmaxSeen():
+                self._amax_seen(turn, happening)
             case Boundary(at=at, sound=sound):
                 if self.limits is not None and sound and self._armed(turn):
                     watching = self.limits.watching(turn.state.limits)
                     turn.actions += [LookAgain()] if watching else []
-                self._probe_if_due(turn, at)
+                self._look_or_probe(turn, at)
             case Settled(at=at):
                 # A state with the fault in it is no place to go back to.
                 if turn.state.calm and turn.state.fallback.phase != "suspect":
@@ -153,7 +147,7 @@ class Watch:
             case Asked(at=at, onset=onset, risen=risen):
                 self._look_into(turn, at, onset, risen=risen)
             case HighPrecisionTried(at=at, outcome=outcome):
-                self._count(turn, replayed=1)
+                turn.count(replayed=1)
                 turn.events.append(tell.tried_high_precision(at, outcome))
             case Ended(at=at, unseen=unseen):
                 for seen in unseen:
@@ -165,7 +159,7 @@ class Watch:
 
     # -- signals --------------------------------------------------------------------------------
 
-    def _seen(self, turn: _Turn, seen: StepSeen) -> None:
+    def _seen(self, turn: Turn, seen: StepSeen) -> None:
         """One step's signals, and the case that they may open."""
         signals, state = seen.signals, turn.state
         overflows, overflow = self._see_overflow(state.overflows, seen)
@@ -189,16 +183,16 @@ class Watch:
             turn.actions.append(LookAgain())
         self._follow_policy(turn, seen, decision, overflow)
 
-    def _count_skipped(self, turn: _Turn, seen: StepSeen) -> None:
+    def _count_skipped(self, turn: Turn, seen: StepSeen) -> None:
         if not seen.signals.skipped:
             turn.state = replace(turn.state, skips=0)
             return
-        self._count(turn, skipped=1)
+        turn.count(skipped=1)
         turn.state = replace(turn.state, skips=turn.state.skips + 1)
         turn.events.append(tell.skipped(seen))
 
     def _follow_policy(
-        self, turn: _Turn, seen: StepSeen, decision: Decision, overflow: str | None
+        self, turn: Turn, seen: StepSeen, decision: Decision, overflow: str | None
     ) -> None:
         step, before = seen.at, turn.state.fallback
         suspicious = decision.kind in ("suspect", "diverged")
@@ -242,48 +236,66 @@ class Watch:
             stuck=seen.signals.skipped and seen.stuck,
         )
 
-    def _looked(self, turn: _Turn, look: Looked) -> None:
+    def _looked(self, turn: Turn, look: Looked) -> None:
         """Layers over their limits climb."""
         if self.limits is not None and look.sound and self._armed(turn):
             limits, climbing = self.limits.step(turn.state.limits, look.excesses, look.names)
             turn.state = replace(turn.state, limits=limits)
-            turn.actions += [Climb(at=look.at, excess=excess) for excess in climbing]
+            turn.actions += [
+                Climb(at=look.at, layer=each.layer, reason=each.sentence, excess=each)
+                for each in climbing
+            ]
+
+    def _amax_seen(self, turn: Turn, seen: AmaxSeen) -> None:
+        """A step whose casts are out of the usual: compare its batch."""
+        state = turn.state
+        before = self._trigger.init(len(seen.amax)) if state.casts is None else state.casts
+        if before.recent.shape[1:] != seen.amax.shape:
+            before = self._trigger.init(len(seen.amax))
+        casts, jumps = self._trigger.step(before, seen.step, seen.amax)
+        turn.state = replace(state, casts=casts)
+        if jumps and self.probe is not None and self._armed(turn):
+            turn.actions.append(CompareLosses(at=seen.at, batch=seen.step))
 
     @staticmethod
-    def _armed(turn: _Turn) -> bool:
+    def _armed(turn: Turn) -> bool:
         return turn.state.fallback.phase not in ("warmup", "permanent")
 
-    def _probe_if_due(self, turn: _Turn, step: int) -> None:
-        """Compare one step's gradients with high precision, if it is time."""
+    def _look_or_probe(self, turn: Turn, step: int) -> None:
+        """Ask again about an open case, or compare one step's gradients, if it is time."""
         state, fallback = turn.state, turn.state.fallback
+        if self._open_cases.due(state.cases, step, risen=not state.calm):
+            turn.actions.append(CompareLosses(at=step, count=BATCHES))
+            return
         ready = fallback.phase in ("healthy", "probation") and step >= fallback.quiet_until
         if self.probe is not None and ready and state.calm and self.probe.due(state.probed, step):
             turn.actions.append(ProbeStep(at=step))
 
-    def _probed(self, turn: _Turn, step: int, error: float | None) -> None:
+    def _probed(self, turn: Turn, step: int, error: float | None) -> None:
         probe, state = self.probe or Probe(), turn.state
         before = state.probed
         turn.state = replace(state, probed=probe.seen(before, step, error))
         if error is None or not probe.suspicious(before, error):
             return
+        if step < state.harmless_until:
+            turn.actions.append(CompareLosses(at=step, count=BATCHES))
+            return
         turn.events.append(tell.probe_suspicion(step, error, probe.usual(before)))
         # Between two probes nobody has looked: it may have begun right after the last good one.
         onset = step if before.healthy is None else before.healthy
-        signals = Signals(step=step, armed=True, suspicious=True, onset=onset)
-        after, _ = self.fallback.step(state.fallback, signals)
-        turn.enter(step, after, "a probe is out of the usual")
-        self._look_into(turn, step, after.onset, risen=False)
+        self._suspect(turn, step, onset, "a probe is out of the usual")
 
     # -- a case ---------------------------------------------------------------------------------
 
     def _look_into(
         self,
-        turn: _Turn,
+        turn: Turn,
         step: int,
         onset: int | None,
         *,
         risen: bool,
         overflow: str | None = None,
+        batch: int | None = None,
     ) -> None:
         """Open a case, unless one is open."""
         if turn.state.inquiry is not None:
@@ -295,25 +307,29 @@ class Watch:
             healthy_error=(self.probe or Probe()).usual(turn.state.probed),
             risen=risen,
             overflow=overflow,
+            batch=batch,
         )
-        self._ask(turn, open_case(case))
+        turn.ask(open_case(case))
 
-    def _ask(self, turn: _Turn, inquiry: Inquiry) -> None:
-        turn.state = replace(turn.state, inquiry=inquiry)
-        turn.actions.append(inquiry.question)
-
-    def _told(self, turn: _Turn, question: Question[Any], answer: Answer) -> None:
+    def _told(self, turn: Turn, question: Question[Any], answer: Answer) -> None:
         """An answer; what it is about follows from its question."""
-        self._count(turn, replayed=answer.replays)
+        turn.count(replayed=answer.replays)
         match question, answer:
-            case Climb(at=at), Climbed():
-                turn.events += tell.climbed(at, answer, dry_run=self.dry_run)
-                if answer.after is not None and not self.dry_run:
-                    self._formats_changed(turn)
+            case Climb(at=at, layer=layer), Climbed(after=after):
+                turn.events += tell.climbed(question, answer, dry_run=self.dry_run)
+                if after is not None and not self.dry_run:
+                    turn.formats_changed(self.detector, self.limits)
+                    self._sentence.check_cure(turn, at, [layer])
+            case CheckCure(), CureChecked():
+                self._sentence.cure_checked(turn, question, answer)
+            case CheckCure(at=at), Failed(error=error):
+                turn.events.append(tell.failed(at, error))
+            case CompareLosses(), _ if not self._is_evidence(turn, question):
+                self._compared(turn, question, answer)
             case Promote(at=at, reason=reason), Promoted(formats=formats):
                 turn.events.append(Promotion(step=at, reason=reason, formats=formats))
                 turn.enter(at, self.fallback.promoted(turn.state.fallback, at), reason)
-                self._formats_changed(turn)
+                turn.formats_changed(self.detector, self.limits)
             case ProbeStep(at=at), Probed(error=error):
                 self._probed(turn, at, error)
             case ProbeStep(at=at), Failed(error=error):
@@ -322,7 +338,37 @@ class Watch:
             case _:
                 self._evidence(turn, question, answer)
 
-    def _evidence(self, turn: _Turn, question: Question[Any], answer: Answer) -> None:
+    def _is_evidence(self, turn: Turn, question: Question[Any]) -> bool:
+        inquiry = turn.state.inquiry
+        return inquiry is not None and inquiry.question == question
+
+    def _compared(self, turn: Turn, question: CompareLosses, answer: Answer) -> None:
+        """A look at what was acquitted so far: by then, does it do harm?"""
+        state, step = turn.state, question.at
+        if not isinstance(answer, LossesCompared) or not answer.losses:
+            return
+        gap = gap_of(answer, state.anomaly)
+        if question.batch is not None:
+            if gap.convicts:
+                turn.events.append(tell.gap_suspicion(step, gap))
+                self._suspect(turn, step, question.batch, "a cast is unusual", question.batch)
+            return
+        onset = self._open_cases.onset(state.cases, step)
+        turn.state = replace(state, cases=self._open_cases.looked(state.cases, step, gap))
+        if gap.convicts or (gap.alarming and step >= state.harmless_until):
+            turn.events.append(tell.gap_suspicion(step, gap))
+            self._suspect(turn, step, onset, "batches are out of the usual")
+
+    def _suspect(
+        self, turn: Turn, step: int, onset: int, reason: str, batch: int | None = None
+    ) -> None:
+        """Something other than the loss is suspicious."""
+        signals = Signals(step=step, armed=True, suspicious=True, onset=onset)
+        after, _ = self.fallback.step(turn.state.fallback, signals)
+        turn.enter(step, after, reason)
+        self._look_into(turn, step, after.onset, risen=False, batch=batch)
+
+    def _evidence(self, turn: Turn, question: Question[Any], answer: Answer) -> None:
         inquiry = turn.state.inquiry
         if inquiry is None or inquiry.question != question:
             return
@@ -335,113 +381,9 @@ class Watch:
             return
         outcome = answered(inquiry, answer)
         if isinstance(outcome, Inquiry):
-            self._ask(turn, outcome)
+            turn.ask(outcome)
         else:
-            self._close(turn, inquiry.evidence.told(question, answer), outcome)
-
-    # -- verdicts -------------------------------------------------------------------------------
-
-    def _close(self, turn: _Turn, evidence: Evidence, conclusion: Conclusion) -> None:
-        step = evidence.case.step
-        turn.events += tell.verdicts(step, conclusion)
-        if conclusion.finding == "precision":
-            self._convict(turn, evidence, conclusion)
-        elif conclusion.finding == "unclear":
-            unclear = self.fallback.unclear(turn.state.fallback, step)
-            turn.state = replace(turn.state, fallback=unclear)
-        else:
-            self._acquit(turn, evidence, conclusion)
-
-    def _acquit(self, turn: _Turn, evidence: Evidence, conclusion: Conclusion) -> None:
-        step = evidence.case.step
-        if evidence.survey.low:
-            text = f"precision is left alone; {conclusion.likeness}"
-            turn.events.append(Note(step=step, reason=text))
-            if conclusion.finding == "not reproducible":
-                turn.actions.append(DropRecords())
-        else:
-            turn.events.append(tell.all_high(step))
-        acquitted = self.fallback.acquitted(turn.state.fallback, step)
-        turn.enter(step, acquitted, "precision is not to blame")
-        state = turn.state
-        turn.state = replace(state, detected=self.detector.cleared(state.detected))
-        if not evidence.case.risen and self.probe is not None:
-            # an error that does no harm is what is usual from here on
-            turn.state = replace(turn.state, probed=self.probe.accept(state.probed))
-
-    def _convict(self, turn: _Turn, evidence: Evidence, conclusion: Conclusion) -> None:
-        """Demote, and go on from where high precision would be."""
-        step, survey, fallback = evidence.case.step, evidence.survey, turn.state.fallback
-        formats, reason = self._demotion(fallback, survey, conclusion)
-        turn.events += tell.changed(step, fallback.phase, "attribute", "precision is to blame")
-        if conclusion.attribution is not None:
-            turn.events.append(tell.attribution(step, conclusion.attribution))
-        turn.events += tell.changed(step, "attribute", "demote", reason)
-        before = {name: survey.low[name] for name in formats}
-        turn.events.append(tell.demoted(step, before, formats, reason, dry_run=self.dry_run))
-        if not self.dry_run:
-            turn.actions.append(Write(formats=formats, reason=reason))
-            self._go_back(turn, step, survey, conclusion)
-        after = self.fallback.convicted(fallback, step, before)
-        hold = f"for {self.fallback.hold(after)} steps"
-        final = after.phase == "permanent"
-        turn.events += tell.changed(step, "demote", after.phase, "for good" if final else hold)
-        turn.state = replace(turn.state, fallback=after)
-        if not self.dry_run:
-            self._forget(turn, after.demoted)
-            self._formats_changed(turn)
-            turn.state = replace(turn.state, skips=0)
-
-    def _demotion(
-        self, fallback: FallbackState, survey: Surveyed, conclusion: Conclusion
-    ) -> tuple[dict[str, LinearFormat], str]:
-        found = conclusion.attribution
-        return demotion(
-            {} if found is None else found.formats,
-            low=survey.low,
-            high=survey.high,
-            demoted=fallback.demoted,
-            scope=self.fallback.scope(fallback),
-            final=self.fallback.gives_up(fallback),
-            whole=survey.whole,
-        )
-
-    def _go_back(self, turn: _Turn, step: int, survey: Surveyed, conclusion: Conclusion) -> None:
-        """Take over the trajectory in high precision, or else the snapshot before the fault."""
-        start, high = conclusion.start, conclusion.high
-        none_made = survey.losses is not None and survey.skipped == len(survey.losses)
-        if start is None or (high is None and survey.finite and none_made):
-            return  # nothing was made with what was wrong
-        undone = step - start
-        self._count(
-            turn,
-            rolled_back=undone,
-            undone=undone - survey.skipped,
-            made_good=0 if high is None else conclusion.made,
-        )
-        made_good = 0 if high is None else conclusion.made
-        turn.actions.append(GoBack(start=start, instead=high))
-        turn.events.append(tell.rolled_back(step, start, made_good))
-        detected = self.detector.rolled_back(turn.state.detected)
-        turn.state = replace(turn.state, detected=detected, calm=True)
-
-    # -- bookkeeping ----------------------------------------------------------------------------
-
-    def _forget(self, turn: _Turn, layers: Collection[str]) -> None:
-        """What was seen of layers whose formats were changed is void."""
-        if self.limits is not None:
-            limits = self.limits.forget(turn.state.limits, layers)
-            turn.state = replace(turn.state, limits=limits)
-
-    def _formats_changed(self, turn: _Turn) -> None:
-        detected = self.detector.precision_changed(turn.state.detected)
-        turn.state = replace(turn.state, detected=detected)
-
-    @staticmethod
-    def _count(turn: _Turn, **more: int) -> None:
-        steps = turn.state.steps
-        counts = {name: getattr(steps, name) + count for name, count in more.items()}
-        turn.state = replace(turn.state, steps=replace(steps, **counts))
+            self._sentence.close(turn, inquiry.evidence.told(question, answer), outcome)
 
     # -- state ----------------------------------------------------------------------------------
 

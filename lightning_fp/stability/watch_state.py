@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_fp.stability.accounting import Accounting
+from lightning_fp.stability.detect.cast_trigger import CastState, CastTrigger
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.detector_state import DetectorState
 from lightning_fp.stability.detect.overflow_watch import OverflowState
 from lightning_fp.stability.inquiry import Inquiry
 from lightning_fp.stability.respond.fallback_policy import Fallback, FallbackState
 from lightning_fp.stability.respond.limits import LimitState
+from lightning_fp.stability.respond.open_cases import CasesState
 from lightning_fp.stability.respond.probe import Probe, ProbeState
 from lightning_fp.stability.respond.verdict import Anomaly
 from lightning_fp.state_version import check_version
@@ -42,6 +44,18 @@ class WatchState:
     misbehaving: bool = False
     """Whether it was said that high precision misbehaves too; a resumed run says it again."""
 
+    casts: CastState | None = None
+    """The largest values that were cast in the last steps; None before the first."""
+
+    cases: CasesState = field(default_factory=CasesState)
+    """What was acquitted because it has done no harm so far."""
+
+    harmless: int = 0
+    """Such acquittals in a row."""
+
+    harmless_until: int = 0
+    """Step up to which a probe's suspicion asks for no trajectory."""
+
     inquiry: Inquiry | None = None
     """The case being asked; never in a checkpoint, since it is closed before the next step."""
 
@@ -63,6 +77,9 @@ def to_plain(state: WatchState, detector: DivergenceDetector) -> dict[str, Any]:
         "skips": state.skips,
         "calm": state.calm,
         "anomaly": asdict(state.anomaly),
+        "casts": None if state.casts is None else CastTrigger().state_dict(state.casts),
+        "cases": asdict(state.cases),
+        "harmless": [state.harmless, state.harmless_until],
     }
 
 
@@ -73,6 +90,8 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
         ValueError: if it is of another version.
     """
     saved = check_version(plain, VERSION, "the watch's state must have version")
+    casts: dict[str, Any] | None = saved.get("casts")
+    harmless, harmless_until = saved.get("harmless", (0, 0))
     overflows = OverflowState(**saved.get("overflows", {}))
     limits: Mapping[str, Any] = saved.get("limits") or {"over": {}, "resting": {}, "climbs": 0}
     return WatchState(
@@ -87,4 +106,8 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
         skips=saved["skips"],
         calm=saved["calm"],
         anomaly=Anomaly(**saved["anomaly"]),
+        casts=None if casts is None else CastTrigger().load_state_dict(casts),
+        cases=CasesState(**saved.get("cases", {})),
+        harmless=harmless,
+        harmless_until=harmless_until,
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from lightning_fp.events import Demotion, Event, LayerClimb, Note, Promotion, Ro
 from lightning_fp.layers import linear_format
 from lightning_fp.stability.actions import (
     Action,
+    AmaxSeen,
     Answer,
     Answered,
     Asked,
@@ -22,8 +24,11 @@ from lightning_fp.stability.actions import (
     Attribute,
     Attributed,
     Boundary,
+    CheckCure,
     Climb,
     Climbed,
+    CompareLosses,
+    CureChecked,
     DropRecords,
     Ended,
     Failed,
@@ -32,6 +37,7 @@ from lightning_fp.stability.actions import (
     Happening,
     HighReplayed,
     Looked,
+    LossesCompared,
     Probed,
     ProbeStep,
     Promote,
@@ -50,7 +56,7 @@ from lightning_fp.stability.actions import (
     Write,
 )
 from lightning_fp.stability.detect.signals import StepSignals
-from lightning_fp.stability.respond.attribution import Attribution
+from lightning_fp.stability.respond.attribution import HEALTHY_ERROR, Attribution
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import Excess, LayerLimit
 from lightning_fp.stability.respond.probe import Probe
@@ -84,6 +90,9 @@ class Loop:
         self.low: dict[str, str] = options.pop("low", LOW)
         self.fails: bool = options.pop("fails", False)
         self.error: float = options.pop("error", 0.05)
+        self.gap: float = options.pop("gap", 0.0)
+        self.risen: float = options.pop("risen", 0.0)
+        self.cured: bool = options.pop("cured", True)
         self.eager: float = options.pop("eager", 1.0)
         self.compiled: float | None = options.pop("compiled", None)
         self.compiled_high: float = options.pop("compiled_high", 0.0)
@@ -118,6 +127,11 @@ class Loop:
                     floor=0.0,
                 )
                 return StepReplayed(seen=same, replays=3)
+            case CompareLosses(count=count):
+                level = 3.0 + self.risen
+                losses = tuple(level + self.gap + 0.001 * (i % 3) for i in range(count))
+                high = tuple(level - 0.001 * (i % 2) for i in range(count))
+                return LossesCompared(losses=losses, high_losses=high, replays=6)
             case ReplayStretch(precision=precision, compiled=compiled):
                 shares = {
                     ("own", False): self.eager,
@@ -133,8 +147,13 @@ class Loop:
                 return Attributed(found=CULPRIT, replays=7)
             case ProbeStep():
                 return Probed(error=self.error, replays=2)
-            case Climb(excess=excess):
-                return Climbed(excess=excess, before=FP8, after="bf16")
+            case Climb():
+                rungs = ["fp8-rowwise", "fp8-rowwise-gw-hp", "bf16", None]
+                before = [q for q in self.asked if isinstance(q, Climb)]
+                return Climbed(before=FP8, after=rungs[min(len(before), 4) - 1])
+            case CheckCure():
+                losses = (3.0 if self.cured else 3.3,) * 8
+                return CureChecked(losses=losses, high_losses=(3.0,) * 8, grad_error=0.05)
             case Promote(formats=formats):
                 return Promoted(formats={name: ("bf16", format) for name, format in formats})
             case _:
@@ -259,6 +278,113 @@ def test_a_conviction_needs_a_control_that_repeats_the_harm(
     assert dropped is (verdict == "not reproducible")
 
 
+def test_a_gap_convicts_before_a_trajectory_shows_harm() -> None:
+    loop = Loop(gap=0.12)
+    state, _ = run(machine(probe=None), loop, lambda _: 3.0, 150)
+    state, events = tell(machine(), state, Asked(at=150, onset=140, risen=False), loop)
+    told = {verdict.tier: verdict.verdict for verdict in kinds(events, Verdict)}
+    assert told["gap"] == "precision"
+    assert told["trajectory"] == "not precision"
+    assert kinds(events, Demotion)
+    assert kinds(events, Rollback)  # its control repeats the record
+
+
+def test_a_gap_that_is_a_small_part_of_a_rise_convicts_nobody() -> None:
+    """On damaged weights every format has larger errors."""
+    loop = Loop(gap=0.12, risen=2.0)
+    state, _ = run(machine(probe=None), loop, lambda _: 3.0, 150)
+    state, events = tell(machine(), state, Asked(at=150, onset=140), loop)
+    assert "gap" not in {verdict.tier for verdict in kinds(events, Verdict)}
+    assert not kinds(events, Demotion)
+
+
+def test_a_gap_convicts_nobody_before_the_noise_of_the_loss_is_known() -> None:
+    _, events = tell(machine(), WatchState(), Asked(at=20, onset=10, risen=False), Loop(gap=0.5))
+    assert not kinds(events, Demotion)
+
+
+def test_a_gap_that_does_not_tell_looks_at_more_batches() -> None:
+    loop = Loop(gap=0.029)
+    tell(machine(), WatchState(), Asked(at=150, onset=140, risen=False), loop)
+    counts = [q.count for q in loop.asked if isinstance(q, CompareLosses)]
+    assert counts == [8]
+    noisy = Loop(gap=0.029)
+    noisy.answer = _noisy(noisy.answer)  # type: ignore[method-assign]
+    tell(machine(), WatchState(), Asked(at=150, onset=140, risen=False), noisy)
+    counts = [q.count for q in noisy.asked if isinstance(q, CompareLosses)]
+    assert counts == [8, 16, 32]
+
+
+def _noisy(answer: Callable[[Question[Any]], Answer]) -> Callable[[Question[Any]], Answer]:
+    """Gaps of 1% and more, of either sign."""
+
+    def noisy(question: Question[Any]) -> Answer:
+        told = answer(question)
+        if not isinstance(told, LossesCompared):
+            return told
+        losses = tuple(3.03 + 0.06 * (-1) ** i for i in range(len(told.losses)))
+        return LossesCompared(losses=losses, high_losses=(3.0,) * len(losses), replays=6)
+
+    return noisy
+
+
+def test_no_harm_so_far_is_asked_again_and_stays_as_alarming() -> None:
+    """A slow fault is probed before it harms: its error is not usual, nor is a rise waited out."""
+    loop, watch = Loop(error=0.9), machine()
+    state, events = run(watch, loop, lambda _: 3.0, 150)
+    assert "does not suffer" in kinds(events, Note)[0].reason
+    assert state.fallback.quiet_until == 0
+    at = [q.at for q in loop.asked if isinstance(q, Survey)]
+    looks = [q.at for q in loop.asked if isinstance(q, CompareLosses) and q.at > at[0]]
+    assert len(at) <= 2  # trajectories are asked for far less often
+    assert [look - at[0] for look in looks[:3]] == [4, 12, 28]
+    loop.harm = 0.5
+    state, events = run(watch, loop, rises_at(150, loop), 10, state, start=150)
+    assert kinds(events, Demotion)[0].step <= 156
+
+
+def test_what_was_acquitted_and_shows_a_gap_later_is_convicted() -> None:
+    loop, watch = Loop(error=0.9), machine()
+    state, _ = run(watch, loop, lambda _: 3.0, 100)
+    loop.gap = 0.2
+    state, events = run(watch, loop, lambda _: 3.0, 60, state, start=100)
+    assert kinds(events, Demotion)
+    assert not state.cases.began
+
+
+def test_a_batch_whose_casts_jump_is_compared_at_once() -> None:
+    loop, watch = Loop(gap=0.2), machine(probe=Probe(every_n_steps=10_000))
+    state, events = run(watch, loop, lambda _: 3.0, 100)
+    loop.asked.clear()
+    events = []
+    for step in range(100, 140):
+        amax = torch.ones(3, 2) * (1 + 0.1 * (step % 3))
+        if step == 137:
+            amax[1, 0] = 64.0
+        state, more = tell(watch, state, AmaxSeen(at=step + 1, step=step, amax=amax), loop)
+        events += more
+    assert loop.asked[0] == CompareLosses(at=138, batch=137)
+    assert Attribute(healthy=HEALTHY_ERROR, batch=137) in loop.asked
+    (demotion,) = kinds(events, Demotion)
+    assert demotion.step == 138
+    assert state.fallback.demotions == 0  # no incident: others of the same kind may follow
+    assert state.fallback.phase == "probation"
+
+
+@pytest.mark.parametrize(("cured", "climbs"), [(True, 1), (False, 3)])
+def test_a_climb_that_does_not_cure_goes_on(cured: bool, climbs: int) -> None:
+    watch, loop = machine(), Loop(cured=cured)
+    state, _ = run(watch, loop, lambda _: 3.0, 100)
+    excess = Excess(layer="head", operand="input", statistic="clamped_mass", value=0.2, limit=0.01)
+    events: list[Event] = []
+    for at in (100, 101, 102):
+        look = Looked(at=at, names=tuple(LOW), excesses={"head": excess})
+        state, more = tell(watch, state, look, loop)
+        events += more
+    assert len(kinds(events, LayerClimb)) == climbs
+    assert kinds(events, LayerClimb)[-1].formats["head"][1] == ("fp8-rowwise" if cured else "bf16")
+
+
 def test_a_dry_run_orders_nothing() -> None:
     loop = Loop(harm=0.5)
     _, events = run(machine(dry_run=True), loop, rises_at(150, loop), 160)
@@ -301,7 +427,8 @@ def test_layers_over_a_limit_climb_and_demoted_ones_come_back() -> None:
         state, more = tell(watch, state, look, loop)
         events += more
     (climb,) = kinds(events, LayerClimb)
-    assert climb.formats == {"head": (FP8, "bf16")}
+    assert climb.formats == {"head": (FP8, "fp8-rowwise")}
+    assert CheckCure(at=162, layers=("head",)) in loop.asked
     state, more = run(watch, loop, lambda _: 3.0, 40, state, start=163)
     (promotion,) = kinds(more, Promotion)
     assert promotion.formats == {"blocks.0.fc": ("bf16", FP8)}
@@ -325,13 +452,9 @@ _QUESTIONS: list[tuple[Question[Any], Answer]] = [
     (ProbeStep(at=3), Probed(error=math.inf, replays=2)),
     (Attribute(healthy=0.15), Attributed(found=None)),
     (ReplayStep(), Failed(error="odd")),
-    (
-        Climb(
-            at=2,
-            excess=Excess(layer="head", operand="input", statistic="s", value=1.0, limit=0.0),
-        ),
-        Failed(error="odd"),
-    ),
+    (Climb(at=2, layer="head", reason="over"), Failed(error="odd")),
+    (CompareLosses(at=2, count=8), LossesCompared(losses=(9.0,) * 8, high_losses=(3.0,) * 8)),
+    (CheckCure(at=2, layers=("head",)), Failed(error="odd")),
 ]
 HAPPENINGS = st.one_of(
     st.just(Attempted()),

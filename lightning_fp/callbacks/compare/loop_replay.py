@@ -65,11 +65,14 @@ class LoopReplay:
     Args:
         trainer: the Trainer, in `fit`, between two optimizer steps.
         steps: whether optimizers step; else a batch ends after its backward.
+        backward: whether there is one; else a batch ends when its loss is known. In manual
+            optimization there always is.
     """
 
-    def __init__(self, trainer: Trainer, *, steps: bool) -> None:
+    def __init__(self, trainer: Trainer, *, steps: bool, backward: bool = True) -> None:
         self._trainer, self._steps = trainer, steps
-        self._outputs = _Outputs(ends_batch=not steps)
+        forward_only = not backward and trainer.lightning_module.automatic_optimization
+        self._outputs = _Outputs(ends_batch=not steps, ends_forward=forward_only)
 
     @contextmanager
     def conditions(self) -> Generator[None, None, None]:
@@ -148,9 +151,16 @@ class _EndOfBatch(Exception):  # noqa: N818 - no error
 class _Outputs(Callback):
     """Hears the outputs of a batch before anybody else."""
 
-    def __init__(self, *, ends_batch: bool) -> None:
+    def __init__(self, *, ends_batch: bool, ends_forward: bool) -> None:
         self.loss: Tensor | None = None
-        self._ends_batch = ends_batch
+        self._ends_batch, self._ends_forward = ends_batch, ends_forward
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        if self._ends_forward:
+            self.loss = loss.detach()
+            raise _EndOfBatch
 
     def on_train_batch_end(
         self,

@@ -55,6 +55,7 @@ class StepReplay:
         batch_idx: its index.
         rng: the random state before that batch; None takes the present one.
         position: where the loops stood before that batch; None takes the present one.
+        backward: whether gradients are wanted; a forward alone costs a third.
     """
 
     def __init__(
@@ -65,13 +66,15 @@ class StepReplay:
         batch_idx: int,
         rng: RandomState | None = None,
         position: Position | None = None,
+        *,
+        backward: bool = True,
     ) -> None:
         self._trainer = trainer
         self._table = table
         self._batch = batch
         self._position = before_batch(position or loop_position(trainer), batch_idx)
         self._rng = RandomState.capture() if rng is None else rng
-        self._loop = LoopReplay(trainer, steps=False)
+        self._loop = LoopReplay(trainer, steps=False, backward=backward)
 
     @property
     def model(self) -> nn.Module:

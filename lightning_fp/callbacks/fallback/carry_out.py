@@ -98,14 +98,14 @@ class CarryOut:
                     return Failed(error=str(failure))
 
     def _climb(self, question: Climb) -> Climbed:
-        excess, table = question.excess, self.plugin.precision_map
-        layer = table.layers[excess.layer]
+        table = self.plugin.precision_map
+        layer = table.layers[question.layer]
         before = layer.format.name
         rungs = rungs_above(layer.format, self.plugin.base_format, table, layer)
         if not rungs:
-            return Climbed(excess=excess, before=before, after=None)
-        self._write({excess.layer: rungs[0]}, excess.sentence)
-        return Climbed(excess=excess, before=before, after=rungs[0].name)
+            return Climbed(before=before, after=None)
+        self._write({question.layer: rungs[0]}, question.reason)
+        return Climbed(before=before, after=rungs[0].name)
 
     # -- orders ---------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_fp.callbacks.compare.loop_position import loop_position
 from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.carry_out import CarryOut
+from lightning_fp.callbacks.fallback.cast_watch import CastWatch
 from lightning_fp.callbacks.fallback.finite_checkpoints import finite_checkpoints
 from lightning_fp.callbacks.fallback.in_bar import shown_in_bar
 from lightning_fp.callbacks.fallback.incident_log import IncidentLog
@@ -38,6 +39,7 @@ from lightning_fp.plugins.guard import hyperparameters
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.actions import (
+    AmaxSeen,
     Answered,
     Attempted,
     Boundary,
@@ -185,6 +187,7 @@ class PrecisionFallback(RunCallback):
         self._hands: CarryOut | None = None
         self._rehearsal: Rehearsal | None = None
         self._rehearsed: dict[str, Any] | None = None
+        self._casts: CastWatch | None = None
         self._count = StepCount()
         self._open: int | None = None
         self._opened_at = 0
@@ -242,6 +245,8 @@ class PrecisionFallback(RunCallback):
         scaling = None if plugin.scaler is None else plugin.scaler.config
         layers = len(plugin.precision_map.layers)
         self._watch = self._make_watch(layers=layers, loss_scaling=scaling)
+        if self._watch.probe is not None:
+            self._casts = CastWatch(plugin.precision_map)
         if self._layers is not None:
             self._layers.start(trainer, plugin.precision_map)
         loaded, self._loaded = self._loaded, None
@@ -365,6 +370,8 @@ class PrecisionFallback(RunCallback):
             self._layers.after_step(self._count.done)
         if record is not None and record.optimizers and automatic:
             self._ring.set_hyperparameters([record.optimizers[-1].hyperparameters])
+        if self._casts is not None:
+            self._casts.after_step(self._count.done - 1)
         self._ring.end()
 
     # -- between two steps ----------------------------------------------------------------------
@@ -393,6 +400,8 @@ class PrecisionFallback(RunCallback):
         for names, excesses in [] if self._layers is None else self._layers.take():
             look = Looked(at=step, names=tuple(names), excesses=excesses, sound=sound)
             self._tell(look)
+        for seen_at, amax in [] if self._casts is None else self._casts.take():
+            self._tell(AmaxSeen(at=step, step=seen_at, amax=amax))
         self._tell(Boundary(at=step, sound=sound))
         if self._snapshots.due(step):
             self._tell(Settled(at=step))
@@ -513,6 +522,9 @@ class PrecisionFallback(RunCallback):
             return
         if self._layers is not None:
             self._layers.close()
+        if self._casts is not None:
+            self._casts.close()
+            self._casts = None
         plugin = trainer.precision_plugin
         if isinstance(plugin, LayerPrecision):
             plugin.stop_guarding()

@@ -28,6 +28,7 @@ from lightning_fp.stability import Snapshot, untouched
 from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.replay.loop import MadeStep, Train
 from lightning_fp.stability.replay.parity import Run
+from lightning_fp.stability.replay.untouched import Stance
 from lightning_fp.telemetry import StepRecorder
 
 
@@ -83,12 +84,17 @@ class TrainerLoop:
         """See `Loop.low`."""
         return self._plugin.low_layers()
 
-    def replay(self, step: RecordedStep) -> Run | None:
+    def replay(self, step: RecordedStep, *, backward: bool = True) -> Run | None:
         """See `Loop.replay`."""
         micro = step.micro_batches[0]
-        position = dict(micro.position)
         run = StepReplay(
-            self._trainer, self.table, micro.batch, micro.batch_idx, micro.rng, position
+            self._trainer,
+            self.table,
+            micro.batch,
+            micro.batch_idx,
+            micro.rng,
+            dict(micro.position),
+            backward=backward,
         )
         return run if run.possible else None
 
@@ -101,9 +107,13 @@ class TrainerLoop:
         if guard is None:
             raise RuntimeError("steps can be made again only where a guard leaves out bad ones")
         quiet = replaced(guard, replaying=True, replay_skipped=False, replay_hyperparameters=None)
+        # In the run's own formats no new graph is compiled; in others one is, in an incident.
+        stance: Stance = "force_eager"
+        if compiled:
+            stance = "eager_on_recompile" if formats is None else "default"
         stretch = _Stretch(self._trainer, self._loop, guard)
         with (
-            untouched(self.model, written_by_hooks(self._trainer), eager=not compiled),
+            untouched(self.model, written_by_hooks(self._trainer), stance=stance),
             self.table.overridden(formats or {}),
             self._loop.conditions(),
             quiet,

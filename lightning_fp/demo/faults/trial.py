@@ -105,7 +105,9 @@ class _GoesBack(Watch):
         if not isinstance(question, Survey) or not isinstance(answer, Surveyed):
             return
         step = question.at
-        self._go_back(turn, step, answer, Conclusion(finding="unclear", start=answer.start))
+        self._sentence.go_back(
+            turn, step, answer, Conclusion(finding="unclear", start=answer.start)
+        )
         calm = replace(self.fallback.acquitted(turn.state.fallback, step), acquittals=0)
         turn.state = replace(turn.state, inquiry=None, fallback=calm)
 

@@ -65,6 +65,9 @@ class DelayedScales(ABC):
         self.config = config
         self.headroom = torch.zeros(0, 3)
         """float32 [layers, operands]: bits left in the last step; see `AmaxRecord.values`."""
+        self.amax = torch.zeros(0, 3)
+        """float32 [layers, operands]: the largest values of the last step, over ranks; inf where
+        one was not finite. Never written into."""
         self.share_weight_casts = False
         """Whether the calls of one step share the cast of their layer's weight, as gradient
         accumulation wants it; from the next step on. It takes a byte per element of the weights.
@@ -182,6 +185,7 @@ class DelayedScales(ABC):
             nonfinite: same shape: inf and NaN elements.
             used: same shape: the scales they were cast with, 0 where there were none.
         """
+        self.amax = amax
         left = self._limits.to(used.device) / (amax * used)
         known = torch.isfinite(left) & (amax > 0) & torch.isfinite(amax)
         self.headroom = torch.where(known, torch.log2(left), torch.inf)

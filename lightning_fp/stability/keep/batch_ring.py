@@ -241,6 +241,16 @@ class BatchRing:
         self._synchronize()
         return [recorded for recorded in self._steps if recorded.step >= step]
 
+    def latest(self, count: int) -> list[RecordedStep]:
+        """The last steps that have ended, oldest first; fewer if there are not so many."""
+        self._synchronize()
+        return list(self._steps)[-count:]
+
+    def find(self, step: int) -> RecordedStep | None:
+        """One step that has ended; None if it is not kept."""
+        self._synchronize()
+        return next((recorded for recorded in self._steps if recorded.step == step), None)
+
     @property
     def first(self) -> RecordedStep | None:
         """The oldest step that is kept."""

@@ -60,8 +60,13 @@ class Loop(Protocol):
         """The layers in low precision."""
         ...
 
-    def replay(self, step: RecordedStep) -> Run | None:
-        """Runs a step's first micro-batch forward and backward; None where that is impossible."""
+    def replay(self, step: RecordedStep, *, backward: bool = True) -> Run | None:
+        """Runs a step's first micro-batch; None where that is impossible.
+
+        Args:
+            step: on the weights of now.
+            backward: whether gradients are wanted besides the loss.
+        """
         ...
 
     def training(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch.optim import Optimizer
 
 from lightning_fp.stability.keep.own_state import OwnState
 from lightning_fp.stability.keep.random_state import RandomState
+
+Stance = Literal["force_eager", "eager_on_recompile", "default"]
+"""See `torch.compiler.set_stance`."""
 
 Undo = Callable[[], object]
 
@@ -41,7 +44,7 @@ _OF_STEPS = ("state", "param_groups")
 
 @contextmanager
 def untouched(
-    model: nn.Module, others: Sequence[object] = (), *, eager: bool = True
+    model: nn.Module, others: Sequence[object] = (), *, stance: Stance = "force_eager"
 ) -> Generator[None, None, None]:
     """Undo on leaving what a forward and backward of the block did, also after an exception.
 
@@ -52,15 +55,15 @@ def untouched(
     are not looked into. Parameters that no optimizer trains, such as an averaged teacher's, are
     copied if they are no larger than the trained ones; weights in training are not. Call it between
     optimizer steps, when no graph waits for its backward. Within, gradients are enabled, and
-    nothing is compiled anew.
+    compiled code follows `stance`.
 
     Args:
         model: the module that is called, with its wrappers.
         others: further objects whose attributes are kept, such as callbacks; of optimizers all but
             their state and groups.
-        eager: whether compiled code runs eagerly too; else as it was compiled before.
+        stance: what compiled code does: run eagerly; run as it was compiled, eagerly where that
+            would take a new graph; or be compiled as it comes.
     """
-    stance = "force_eager" if eager else "eager_on_recompile"
     with ExitStack() as undo:
         undo.callback(RandomState.capture().restore)
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())

@@ -159,7 +159,12 @@ class Fallback:
         return state.demotions + 1 >= self.policy.max_demotions
 
     def convicted(
-        self, state: FallbackState, step: int, before: Mapping[str, str]
+        self,
+        state: FallbackState,
+        step: int,
+        before: Mapping[str, str],
+        *,
+        of_one_batch: bool = False,
     ) -> FallbackState:
         """Precision was to blame, and layers were demoted.
 
@@ -167,23 +172,34 @@ class Fallback:
             state: where the fallback stands.
             step: the step at whose boundary it happens.
             before: the formats that the demoted layers had.
+            of_one_batch: whether a single batch has shown it, of layers that were not demoted yet:
+                others may follow, and it is not that the fault has come back.
         """
-        final = self.gives_up(state)
+        final = self.gives_up(state) and not of_one_batch
         return replace(
             _enter(state, "permanent" if final else "probation", step),
             onset=None,
             # A layer that is demoted again keeps the format that it had in the first place.
             demoted={**before, **state.demoted},
-            demotions=state.demotions + 1,
-            escalation=state.escalation + 1,
+            demotions=state.demotions + (not of_one_batch),
+            escalation=state.escalation + (not of_one_batch),
             acquittals=0,
             doubts=0,
             quiet_until=step,
         )
 
-    def acquitted(self, state: FallbackState, step: int) -> FallbackState:
-        """Precision was not to blame: leave it alone, and do not ask again too soon."""
+    def acquitted(self, state: FallbackState, step: int, *, firm: bool = True) -> FallbackState:
+        """Precision was not to blame: leave it alone, and do not ask again too soon.
+
+        Args:
+            state: where the fallback stands.
+            step: the step of the verdict.
+            firm: whether that is for good; else it has done no harm so far, and a rise of the loss
+                is looked into at once.
+        """
         back: Phase = "probation" if state.demoted else "healthy"
+        if not firm:
+            return replace(_enter(state, back, step), onset=None, doubts=0)
         wait = self.policy.grace * 2 ** min(state.acquittals, MOST_DOUBLINGS)
         before = state.acquittals
         if step >= state.quiet_until + wait:  # quiet for so long: another matter

@@ -6,9 +6,8 @@ and nothing in the loss says so. Measured on a tiny GPT: 13% of the loss lost an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 from typing import Any
 
@@ -30,9 +29,6 @@ LARGE = 0.5
 LARGEST = 0.75
 """An error that is suspicious in any case: gradients that are all lost have 1."""
 
-HARMLESS = 1.2
-"""Times an error that was found to do no harm which raises no suspicion again."""
-
 _KEPT = 16
 
 
@@ -49,10 +45,6 @@ class ProbeState:
     """Steps from the last one to the next."""
     errors: tuple[float, ...] = ()
     """Relative errors of the gradients, of probes that raised no suspicion."""
-    last_error: float = 0.0
-    """Of the last probe whose error was finite."""
-    accepted: float = 0.0
-    """The largest error that was found to do no harm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +64,7 @@ class Probe:
 
     def suspicious(self, state: ProbeState, error: float) -> bool:
         """Whether an error is out of the usual; inf and NaN are."""
-        limit = min(LARGEST, TIMES * self.usual(state)) if state.errors else LARGE
-        return not error <= max(limit, HARMLESS * state.accepted)
+        return not error <= (min(LARGEST, TIMES * self.usual(state)) if state.errors else LARGE)
 
     def seen(self, state: ProbeState, step: int, error: float | None) -> ProbeState:
         """Take in a probe; None if it could not be done.
@@ -83,15 +74,9 @@ class Probe:
         wait = FIRST if state.count < OFTEN else 2 * state.wait
         wait = min(wait, self.every_n_steps)
         state = replace(state, last=step, count=state.count + 1, wait=wait)
-        if error is not None and math.isfinite(error):
-            state = replace(state, last_error=error)
         if error is None or self.suspicious(state, error):
             return state
         return replace(state, healthy=step, errors=(*state.errors, error)[-_KEPT:])
-
-    def accept(self, state: ProbeState) -> ProbeState:
-        """The last probe's error was looked into, and does no harm."""
-        return replace(state, accepted=max(state.accepted, state.last_error))
 
     def state_dict(self, state: ProbeState) -> dict[str, Any]:
         """Plain numbers."""
@@ -99,6 +84,7 @@ class Probe:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> ProbeState:
         """See `state_dict`."""
-        values = dict(saved)
+        names = {item.name for item in fields(ProbeState)}  # earlier versions knew more
+        values = {name: value for name, value in saved.items() if name in names}
         values["errors"] = tuple(values["errors"])
         return ProbeState(**values)

@@ -633,6 +633,11 @@ def test_a_replay_takes_the_batchs_whole_way(tmp_path: Path) -> None:
     assert first[: 3 * len(one_step)] == one_step * 3  # twice in FP8, once in high precision
     in_full = [name for name in replayed if name == "module.on_train_batch_end"]
     start = 3 * len(one_step)
+    forward, looks = one_step[: one_step.index("callback.on_before_backward")], 0
+    while replayed[start : start + len(forward)] == forward:  # in both, one batch after the other
+        start, looks = start + len(forward), looks + 1
+    assert looks >= 16
+    assert looks % 2 == 0
     assert replayed[start : start + len(in_full) * len(WAY)] == WAY * len(in_full)
     assert len(in_full) >= 8
 
