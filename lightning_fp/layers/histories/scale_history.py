@@ -193,7 +193,11 @@ class ScaleHistory(DelayedScales):
 
     def in_force(self) -> StepScales | None:
         """See `DelayedScales.in_force`."""
-        return StepScales(tuple(self._layers), self._scales) if self._layers else None
+        if not self._layers:
+            return None
+        written_into = any(memory.captured for memory in self._memory)
+        scales = self._scales.clone() if written_into else self._scales
+        return StepScales(tuple(self._layers), scales)
 
     @contextmanager
     def lent(
@@ -201,6 +205,7 @@ class ScaleHistory(DelayedScales):
     ) -> Generator[None, None, None]:
         """See `DelayedScales.lent`; inside of `untouched`, and of formats that are put back."""
         kept: list[tuple[SwitchableLayer, Any]] = []
+        own: list[tuple[OperandMemory, Tensor]] = []
         ready: list[bool] = (scales.values > 0).all(dim=1).tolist()
         rows = zip(scales.layers, scales.values.unbind(0), ready, strict=True)
         try:
@@ -213,6 +218,7 @@ class ScaleHistory(DelayedScales):
                     layer.switch(layer.format, dataclasses.replace(kernel, cold=not warm))
                 memory = layer.memory
                 if isinstance(memory, OperandMemory):
+                    own.append((memory, memory.scales))
                     memory.scales = row.to(memory.scales.device)
                 else:
                     kept.append((layer, memory))
@@ -221,6 +227,8 @@ class ScaleHistory(DelayedScales):
         finally:
             for layer, memory in kept:
                 layer.memory = memory
+            for memory, scales_now in own:
+                memory.scales = scales_now
 
     def _memories(self) -> list[OperandMemory]:
         """The layers' memories; where the model has moved, everything here follows it."""
