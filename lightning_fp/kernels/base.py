@@ -37,7 +37,8 @@ class Kernel(Protocol):
     """Whether it can record in a memory what it casts, whatever scales it by."""
 
     every_derivative: ClassVar[bool] = False
-    """Whether torch.func's transforms and forward-mode derivatives see through it."""
+    """Whether torch.func's transforms and forward-mode derivatives see through it. For the others
+    there is `lightning_fp.kernels.straight_through`."""
 
     @property
     def name(self) -> str:

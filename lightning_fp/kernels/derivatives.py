@@ -82,25 +82,25 @@ def first_derivatives_only(output: Tensor, layer: str) -> Tensor:
     return _FirstOnly.apply(output, layer) if asked else output
 
 
-def refuse_transforms(layer: str, grad_output: Tensor | None = None) -> None:
-    """Refuse torch.func and forward-mode derivatives, which see through no cast.
+def refuse_transforms(layer: str, grad_output: Tensor) -> None:
+    """Refuse, in backward, a transform that has begun after the forward.
 
     Args:
         layer: the layer's name.
-        grad_output: in backward, which torch.autograd.grad(is_grads_batched=True) transforms too.
+        grad_output: which torch.autograd.grad(is_grads_batched=True) transforms too.
 
     Raises:
         RuntimeError: inside of such a transform, naming the layer.
     """
     if transformed() or _batched(grad_output):
         raise RuntimeError(
-            f"layer {layer!r}: its format cannot run inside of torch.func.grad, vmap, jvp and their"
-            f" like; {_remedy(layer)}"
+            f"layer {layer!r}: its format cannot go backward under vmap or is_grads_batched where"
+            f" its forward ran without; {_remedy(layer)}"
         )
 
 
-def _batched(x: Tensor | None) -> bool:
-    return x is not None and not torch.compiler.is_compiling() and is_legacy_batchedtensor(x)
+def _batched(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and is_legacy_batchedtensor(x)
 
 
 def _remedy(layer: str) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
-from lightning_fp.kernels.derivatives import refuse_transforms
 from lightning_fp.kernels.plain_linear import transformed
+from lightning_fp.kernels.straight_through import straight_through
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.layouts import of_layout
 from lightning_fp.layers.observe import OperandStatistics, observe
@@ -102,7 +102,8 @@ class FPLinear(nn.Linear):
         record, collect = self.record and not evaluating, self.collect and not evaluating
         if transformed():
             if not kernel.every_derivative:
-                refuse_transforms(self.fqn)
+                scales = None if memory is None else memory.scales
+                return straight_through(kernel, input, self.weight, self.bias, scales)
             collect = False
         # Code compiled for one block would not serve the next if the layer's name were in it.
         name = "in compiled code" if torch.compiler.is_compiling() else self.fqn
