@@ -159,6 +159,12 @@ def test_where_nothing_can_be_in_fp8_one_line_says_why_and_what_to_do(tmp_path: 
     assert "\n" not in str(error.value)
 
 
+def test_a_model_without_any_linear_layer_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to convert: the model has no") as error:
+        train(Task(nn.Conv2d(1, 8, 3)), rows(1, 8, 8), tmp_path)
+    assert str(error.value).endswith("without this plugin, e.g. with precision='bf16-mixed'")
+
+
 def test_a_gan(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     _, low = train(GAN(), rows(32), tmp_path)
     assert low == {"generator.2", "critic.0"}

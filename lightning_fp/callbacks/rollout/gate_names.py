@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.compare.evaluation_gap import EvaluationGap
@@ -19,7 +20,7 @@ from lightning_fp.callbacks.compare.parity_probe import ParityProbe
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
 from lightning_fp.callbacks.run.run import LOSS, RunCallback
-from lightning_fp.choices import unknown
+from lightning_fp.choices import near_names, unknown
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.recipes import Gate, RolloutRecipe, StageFormats
 
@@ -34,6 +35,9 @@ PUBLISHERS: tuple[type[RunCallback], ...] = (
     MismatchMonitor,
 )
 """The callbacks whose measurements gates read, for the line to add where one is missing."""
+
+_ALIKE = 0.85
+"""How much a name must look like one of ours to be taken for a mistake."""
 
 _PREFIXES = ("", "fp8/", "precision/")
 """A gate may leave out what loggers have before a name."""
@@ -66,6 +70,7 @@ def measurements(recipe: RolloutRecipe, trainer: L.Trainer, interval: int) -> di
             owner = _owner(asked)
             if owner is None:
                 _check_family(f"{stage}: {gate}", asked)
+                _say_if_misspelled(f"{stage}: {gate}", asked)
                 names[gate.statistic] = asked
                 continue
             publisher, name, option = owner
@@ -151,6 +156,18 @@ def _check_family(where: str, asked: str) -> None:
         known = list(_short(publisher.publishes))
         if {name.partition("/")[0] for name in known} == {family} and "/" in asked:
             raise unknown(f"{where}: statistic", asked, known)
+
+
+def _say_if_misspelled(where: str, asked: str) -> None:
+    """A name that nobody here publishes must be one that the module logs; or it is a mistake."""
+    known = [name for publisher in PUBLISHERS for name in _short(publisher.publishes)]
+    known += [LOSS, LOSS_GAP]
+    near = near_names(asked, known, 1, cutoff=_ALIKE)
+    if near and asked not in known:
+        rank_zero_warn(
+            f"{where}: no callback measures {asked!r}, so that the module must log it; did you mean"
+            f" {near[0]!r}?"
+        )
 
 
 def _short(publishes: Mapping[str, str]) -> Iterator[str]:

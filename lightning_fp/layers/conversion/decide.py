@@ -174,6 +174,7 @@ def _check_something_to_do(
         raise ValueError(
             "nothing to convert: the model has no nn.Linear layer that could change its format"
             + alone
+            + "; train it without this plugin, e.g. with precision='bf16-mixed'"
         )
     if all(decision.reason is not None for decision in decisions.values()) and any(
         decision.by_default for decision in decisions.values()

@@ -525,6 +525,14 @@ def test_gates_that_could_never_be_measured(
     assert why in str(e.value)
 
 
+def test_a_misspelled_statistic_is_no_metric_of_the_modules_in_silence(tmp_path: Path) -> None:
+    gate = Gate(statistic="clampd_mass/max", below=1.0, window=3)
+    rollout = StagedRollout(two_stages(gate), dirpath=tmp_path)
+    meant = r"no callback measures 'clampd_mass/max'.*; did you mean 'clamped_mass/max'\?"
+    with pytest.warns(UserWarning, match=meant):
+        train(rollout, 1)
+
+
 def test_stages_are_announced_once_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         train(StagedRollout(two_stages(steps=2), dirpath=tmp_path), 4, blocks=1)
