@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -326,7 +327,8 @@ class Demoted(L.Callback):
             before = {FC1: table.formats()[FC1]}
             table.set(FC1, "fp32", reason="incident")
             table.apply()
-            fallback._state = fallback._fallback.convicted(fallback._state, step, before)
+            told = fallback._watch.fallback.convicted(fallback._state.fallback, step, before)
+            fallback._state = dataclasses.replace(fallback._state, fallback=told)
 
 
 def test_a_demotion_holds_the_rollout_until_probation_ends(tmp_path: Path) -> None:
