@@ -1,8 +1,8 @@
 """Casts under torch.func (grad, vmap, jvp) and in forward mode: straight through, at any order.
 
 There a product in FP8 has no rule. So its operands are cast as the kernel casts them, and what they
-are after that is multiplied in float32, by functions that have all rules. Each sample under vmap has
-a scale of its own. Blocks and rows are those along the features, in all three products.
+are after that is multiplied in float32, by functions that have all rules. Each sample under vmap
+has a scale of its own. Blocks and rows are those along the features, in all three products.
 """
 
 from __future__ import annotations

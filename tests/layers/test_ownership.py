@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fp import FP8Precision, PrecisionMap, convert, revert
+from lightning_fp.layers import FPLinear
 from lightning_fp.layers.statistics_table import StatisticsTable
 from tests.helper import LanguageModel, fit
 
@@ -100,6 +101,37 @@ def test_two_trainers_one_model() -> None:
     scales = plugin.precision_map.state_dict()["scales"]
     assert len(scales["layers"]) == 8
     assert bool((scales["history"][..., 0] > 0).all())
+
+
+@pytest.mark.parametrize("scaling", ["delayed", "auto", "dynamic"])
+@pytest.mark.parametrize("before", ["fp8-delayed", "fp8-dynamic"])
+def test_convert_in_configure_model_and_the_plugin_after(before: str, scaling: str) -> None:
+    class Converts(LanguageModel):
+        def configure_model(self) -> None:
+            if not isinstance(self.model.blocks[0].fc1, FPLinear):
+                convert(self, before)
+
+    plugin = FP8Precision(scaling, **({"tokens": 1e9} if scaling == "auto" else {}))
+    model = fit(plugin, Converts(), max_steps=6)
+    table = plugin.precision_map
+    keeps = scaling != "dynamic"
+    assert len(table.scale_history) == len(table.state_dict()["scales"]["layers"]) == 8 * keeps
+    assert all(layer.record == keeps for layer in model.modules() if is_fp8(layer))
+    if scaling == "delayed":
+        assert not any(layer.kernel.cold for layer in table.layers.values() if is_fp8(layer))
+
+
+def is_fp8(layer: object) -> bool:
+    return isinstance(layer, FPLinear) and not layer.format.is_high_precision
+
+
+def test_one_plugin_for_two_models_in_turn() -> None:
+    plugin, models = FP8Precision("delayed"), [LanguageModel(), LanguageModel()]
+    for model in (*models, *models):
+        fit(plugin, model, max_steps=3)
+        tracked = plugin.precision_map.state_dict()["scales"]
+        assert len(tracked["layers"]) == 8
+        assert bool((tracked["history"][..., 0] > 0).all())
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_fp import FP8Precision
 from tests.helper import LanguageModel, fit, make_trainer, text_loader
@@ -233,3 +234,30 @@ def test_the_reason_is_kept() -> None:
     assert [(c.layer, c.before, c.after, c.reason) for c in plugin.precision_map.changes] == [
         (f"model.blocks.{i}.fc1", "fp8-dynamic", "bf16", "test") for i in range(2)
     ]
+
+
+@pytest.mark.parametrize("scaling", ["rowwise", "rowwise-gw-hp", "delayed", "mxfp8"])
+def test_a_mixer_evaluates_in_its_formats(scaling: str) -> None:
+    """Its token layers see transposed inputs, and Lightning evaluates in inference mode."""
+
+    class Mixer(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.channels = torch.nn.Linear(16, 16), torch.nn.Linear(32, 32)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            hidden = batch + self.tokens(batch.mT).mT
+            hidden += self.channels(hidden)
+            return hidden.float().square().mean()
+
+        validation_step = test_step = training_step
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    trainer = make_trainer(FP8Precision(scaling, fp8_eval=True), max_epochs=1)
+    loader = DataLoader(torch.randn(4, 8, 16, 32), batch_size=None)
+    model = Mixer()
+    trainer.fit(model, loader, loader)
+    trainer.test(model, loader, verbose=False)
+    assert trainer.global_step == 4
