@@ -100,6 +100,7 @@ class Fingerprint:
         self._waiting: dict[torch.device, list[tuple[Item, Tensor]]] = {}
         self._seen: set[int] = set()
         self._left = _MOST_VALUES
+        self._foreign = False
         self.not_looked_at: dict[str, None] = {}
         """What could not be looked into, in words, in the order it was met."""
 
@@ -165,7 +166,8 @@ class Fingerprint:
         Args:
             objects: modules, callbacks and the like; classes of libraries are passed over.
         """
-        classes = {cls: None for each in objects for cls in type(each).__mro__ if not _known(cls)}
+        every = (cls for each in objects for cls in type(each).__mro__)
+        classes = {cls: None for cls in every if not (_known(cls) or _is_foreign(cls))}
         for cls in classes:
             self._vars(cls.__name__, "", _data(vars(cls)), _DEPTH, (), False)
         for name in dict.fromkeys(cls.__module__ for cls in classes):
@@ -206,16 +208,26 @@ class Fingerprint:
         elif isinstance(value, nn.Module):
             self._module(item, value, depth, list_unseen)
         elif depth and hasattr(value, "__dict__") and not _known(type(value)):
-            self._seen.add(id(value))
-            self._put(item, lambda: id(value))
-            self._vars(owner, what, vars(value), depth - 1, (), list_unseen)
+            self._object(item, value, depth, list_unseen)
         else:
             self._put(item, lambda: id(value))
             if list_unseen and not callable(value) and not _quiet(type(value)):
                 self.not_looked_at[f"{item.said()} ({type(value).__name__})"] = None
 
+    def _object(self, item: Item, value: Any, depth: int, list_unseen: bool) -> None:
+        """Of an installed package's only the tensors: loggers and the like count and tick."""
+        self._seen.add(id(value))
+        self._put(item, lambda: id(value))
+        outer, self._foreign = self._foreign, self._foreign or _is_foreign(type(value))
+        if self._foreign and not outer and list_unseen:
+            self.not_looked_at[f"{item.said()} ({type(value).__name__}) but for its tensors"] = None
+        self._vars(
+            item.owner, item.what, vars(value), depth - 1, (), list_unseen and not self._foreign
+        )
+        self._foreign = outer
+
     def _put(self, item: Item, hashed: Callable[[], Hashable]) -> None:
-        if self._wanted(item):
+        if not self._foreign and self._wanted(item):
             self._hashes[item] = hashed()
 
     def _container(self, item: Item, value: Any, depth: int, list_unseen: bool) -> None:
@@ -266,6 +278,14 @@ def changed(before: Mapping[Item, Hashable], after: Mapping[Item, Hashable]) -> 
 
 def _known(cls: type, packages: frozenset[str] = _LIBRARIES) -> bool:
     return cls.__module__.partition(".")[0] in packages
+
+
+def _is_foreign(cls: type) -> bool:
+    """Whether a class is an installed package's, and not the user's own, as a notebook's are."""
+    if cls.__module__ == "__main__":  # whose file is that of the launcher
+        return False
+    file = str(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
+    return "site-packages" in file or "dist-packages" in file
 
 
 def _quiet(cls: type) -> bool:

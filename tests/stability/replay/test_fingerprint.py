@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from lightning_fp.stability.replay.fingerprint import Fingerprint, Item, _sums, changed
 
@@ -129,6 +130,22 @@ def test_what_cannot_be_looked_into_is_listed_and_counts_by_identity() -> None:
     assert changed(taken.hashes(), look(holder).hashes()) == []
     holder.slotted = Slotted()
     assert [i.what for i in changed(taken.hashes(), look(holder).hashes())] == ["self.slotted"]
+
+
+def test_of_an_installed_packages_object_only_the_tensors_count() -> None:
+    holder: Any = Holder()
+    holder.config = LlamaConfig()
+    holder.config.shadow = [torch.zeros(2)]
+    taken = look(holder)
+    before = taken.hashes()
+    assert "self.config of Holder (LlamaConfig) but for its tensors" in taken.not_looked_at
+    holder.config.ticks = 1
+    assert changed(before, look(holder).hashes()) == []
+    holder.config.shadow[0] += 1
+    found = changed(before, look(holder).hashes())
+    assert [item.what for item in found] == ["self.config.shadow[0]"]
+    holder.config = 3
+    assert "self.config" in [item.what for item in changed(before, look(holder).hashes())]
 
 
 def test_a_container_that_is_long_counts_by_its_length_and_ends() -> None:
