@@ -1,11 +1,11 @@
 """Faults that are not precision's, on a net of a second: no format changes, and it is said why.
 
-What a closure counts is not put back by a replay: so things of one moment are made.
+What is of one moment happens in the run, and not when its steps are replayed.
 """
 
 from __future__ import annotations
 
-import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,12 +72,11 @@ class Once(L.Callback):
     """Does something to the weights before a step, and not when that step is replayed."""
 
     def __init__(self, act: Callable[[Net], object], *, again: bool = False) -> None:
-        batches = itertools.count()
-        self.now: Any = (lambda _: next(batches)) if not again else (lambda t: t.global_step)
-        self.act = act
+        self.act, self.again = act, again
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if self.now(trainer) == START:
+        replay = trainer.precision_plugin.precision_map.frozen  # type: ignore[union-attr]
+        if trainer.global_step == START and (self.again or not replay):
             with torch.no_grad():
                 self.act(pl_module)
 
@@ -110,15 +109,17 @@ class BadLaunches(Net):
 
 
 class Clock(Net):
-    """A term of the loss that depends on how often it was asked for."""
+    """A term of the loss that depends on the time of day: a step replayed later has it as well."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = itertools.count()
+        self.late = threading.Event()  # which is not put back
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        late = next(self.calls) >= START
-        return super().training_step(batch, batch_idx) + (1.0 if late else 0.0)
+        replay = self.trainer.precision_plugin.precision_map.frozen  # type: ignore[union-attr]
+        if self.global_step >= START and not replay:
+            self.late.set()
+        return super().training_step(batch, batch_idx) + (1.0 if self.late.is_set() else 0.0)
 
 
 class Switched(Net):
@@ -234,7 +235,7 @@ def test_compiled_code_alone_is_told_from_the_formats_kernel(
 ) -> None:
     torch._dynamo.utils.counters.clear()
     before: list[int] = []
-    note = Once(lambda _: before.append(graphs()), again=True)
+    note = Once(lambda _: before.append(graphs()))
     model = lambda: WrongCompiled(low_only=low_only)  # noqa: E731
     events = run(Case(model=model, callbacks=lambda: [note]), tmp_path)
     controls = [e for e in events if isinstance(e, Verdict) and e.tier == "control"]
