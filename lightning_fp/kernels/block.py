@@ -109,7 +109,7 @@ class BlockKernel(Kernel):
         input = input.to(compute_dtype(input))
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
-            output: Tensor = _BlockLinear.apply(rows, place_of(rows), weight, self, layer)
+            output: Tensor = _BlockLinear.apply(rows, place_of(rows, weight), weight, self, layer)
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             return output if bias is None else output + bias.to(output.dtype)
 

@@ -21,7 +21,7 @@ from lightning_fp.kernels.plain_linear import (
 )
 
 
-def place_of(x: Tensor) -> Tensor | None:
+def place_of(x: Tensor, weight: Tensor) -> Tensor | None:
     """A tensor without memory that stands where `x` stands in the graph.
 
     A backward that keeps only the cast of `x` returns gradients to `x` through it. It is no tensor
@@ -29,13 +29,14 @@ def place_of(x: Tensor) -> Tensor | None:
 
     Args:
         x: an operand.
+        weight: the other one, whose gradient is what depends on `x`.
 
     Returns:
         Shape and dtype of `x`, its values are never read; None where no gradient will be asked
         for.
     """
-    asked = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
-    return _Place.apply(x) if asked else None
+    asked = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
+    return _Place.apply(x) if asked and not torch.compiler.is_compiling() else None
 
 
 def in_place_of(values: Tensor, place: Tensor | None) -> Tensor:

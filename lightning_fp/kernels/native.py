@@ -142,7 +142,7 @@ class NativeKernel(Kernel):
             rows = input.reshape(-1, input.shape[-1])
             output, row_input, row_weight = _NativeLinear.apply(
                 rows,
-                place_of(rows),
+                place_of(rows, weight),
                 weight,
                 scales,
                 leaf,

@@ -186,6 +186,26 @@ def test_first_backwards_do_no_more_for_them(format: str) -> None:
     assert (128, 64) not in zeros.shapes
 
 
+@pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-block"])
+def test_frozen_weights_have_no_place_in_the_graph_for_them(format: str) -> None:
+    def nodes(frozen: bool) -> list[str]:
+        model = nn.Sequential(nn.Linear(32, 16, bias=False)).requires_grad_(not frozen)
+        convert(model, "high", {"*": format})
+        x = torch.randn(8, 32, requires_grad=True)
+        seen, todo = list[str](), [model(x).grad_fn]
+        while todo:
+            if (node := todo.pop()) is not None:
+                seen.append(node.name())
+                todo += [following for following, _ in node.next_functions]
+        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        (again,) = torch.autograd.grad(g.sum(), x)
+        assert again.abs().sum() > 0
+        return seen
+
+    assert "_PlaceBackward" in nodes(frozen=False)
+    assert "_PlaceBackward" not in nodes(frozen=True)
+
+
 def warm(format: str, model: nn.Module) -> None:
     """Convert, and let delayed scaling find its scales."""
     table = convert(model, "high", {"*": format}).precision_map
