@@ -22,21 +22,35 @@ class LentWeight(nn.Parameter):
     slots: list[tuple[dict[str, Any], str]]
     """Where it stands in for it: several places for tied weights."""
     cast: Callable[[Tensor], Tensor]
+    again: LentWeight | None
+    """The copy that has taken its place, where `requires_grad` was set."""
+    connected: bool
+    """Whether backward comes to the Parameter from it."""
     exposed: bool
     """Whether somebody holds its data, who can write without anybody noticing."""
     versions: tuple[int, int]
     """Of itself and of the Parameter, when it was last in step with it."""
 
     @classmethod
-    def of(cls, master: nn.Parameter, cast: Callable[[Tensor], Tensor]) -> LentWeight:
+    def of(
+        cls, master: nn.Parameter, cast: Callable[[Tensor], Tensor], *, connected: bool = False
+    ) -> LentWeight:
         """A copy of a Parameter.
 
         Args:
             master: the float32 Parameter.
             cast: makes the 16-bit tensor, as a part of the graph.
+            connected: whether it is a part of the graph also while the Parameter asks for no
+                gradient, as those of a GAN's other network do: when it asks again, the copy is
+                still out. Until then backward passes it by.
         """
+        asks = master.requires_grad
+        if connected and not asks:
+            master.requires_grad_(True)
         lent: Any = cast(master).as_subclass(cls)
-        lent.master, lent.cast, lent.slots = master, cast, []
+        master.requires_grad_(asks)
+        lent.master, lent.cast, lent.slots, lent.again = master, cast, [], None
+        lent.connected = asks or connected
         lent._in_step()
         return lent
 
@@ -47,6 +61,9 @@ class LentWeight(nn.Parameter):
 
     def write_back(self) -> None:
         """What was written to it goes to the Parameter, whose other elements stay as they are."""
+        if self.again is not None:
+            self.again.write_back()
+            return
         own, masters = _version(self), self.master._version
         written = self.exposed or own != self.versions[0]
         # A Parameter that was written to meanwhile, by an optimizer, is the newer one.
@@ -98,11 +115,16 @@ class LentWeight(nn.Parameter):
             return self
         self.write_back()
         self.master.requires_grad_(requires_grad)
-        again = LentWeight.of(self.master, self.cast)
+        self.again = LentWeight.of(self.master, self.cast)
         for slots, name in self.slots:
             if slots.get(name) is self:
-                again.put(slots, name)
-        return again
+                self.again.put(slots, name)
+        return self.again
+
+    @property
+    def latest(self) -> LentWeight:
+        """Itself, or what has taken its place."""
+        return self if self.again is None else self.again.latest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         self.write_back()

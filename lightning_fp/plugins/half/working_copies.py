@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -35,17 +35,23 @@ class WorkingCopies:
 
     def lend(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Replace weights by copies until `take_back`; copies still out are taken back first."""
+        latest = [weight.latest for weight in self._weights]
+        connected = {id(weight.master) for weight in latest if weight.connected}
         self.take_back()
         weights: dict[int, LentWeight] = {}  # tied weights are cast once
         for child in module.modules():
             if isinstance(child, _NormBase) and child.track_running_stats:
                 continue
-            self._lend_weights(child, dtype, weights)
+            self._lend_weights(child, dtype, weights, connected)
             self._lend_buffers(child, dtype)
         self._weights = list(weights.values())
 
     def _lend_weights(
-        self, module: nn.Module, dtype: torch.dtype, weights: dict[int, LentWeight]
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        weights: dict[int, LentWeight],
+        connected: Collection[int],
     ) -> None:
         slots: Any = module._parameters
         masters = {n: p for n, p in slots.items() if p is not None and _is_master(p)}
@@ -53,9 +59,10 @@ class WorkingCopies:
             return
         to = _sparse_cast if getattr(module, "sparse", False) is True else Tensor.to
         for name, master in masters.items():
-            if id(master) not in weights:
-                weights[id(master)] = LentWeight.of(master, partial(_cast, to=to, dtype=dtype))
-            weights[id(master)].put(slots, name)
+            if (key := id(master)) not in weights:
+                cast = partial(_cast, to=to, dtype=dtype)
+                weights[key] = LentWeight.of(master, cast, connected=key in connected)
+            weights[key].put(slots, name)
             self._undo.append(partial(_restore, slots, name, master))
         hook = module._register_state_dict_hook(masters_in_state)
         self._undo.append(hook.remove)

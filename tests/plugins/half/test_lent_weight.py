@@ -80,6 +80,20 @@ def test_tied_weights_are_one_copy_and_gradients_come_to_the_parameter() -> None
     assert not master.requires_grad
 
 
+def test_what_is_written_after_a_change_of_requires_grad_is_kept_too() -> None:
+    layer = nn.Linear(4, 4)
+    copies = lent(layer)
+    layer.weight.data[0].fill_(1.0)
+    layer.weight.requires_grad_(False)
+    layer.weight.data[1].fill_(2.0)
+    layer.weight.requires_grad_(True)
+    layer.weight.data[2].fill_(3.0)
+    copies.lend(layer, torch.float16)  # as after an optimizer's step
+    assert layer.weight[:3, 0].tolist() == [1, 2, 3]
+    copies.take_back()
+    assert layer.weight[:3, 0].tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
 def test_copies_and_checkpoints_made_in_a_step_are_float32(how: str) -> None:
     layer = nn.Linear(4, 4)
@@ -241,7 +255,35 @@ class Frozen(Program):
         assert type(self.extra.weight) is nn.Parameter
 
 
-@pytest.mark.parametrize("program", [Momentum, Prototypes, Clipped, ClippedByHand, MaxNorm, Frozen])
+class Toggled(Program):
+    """A GAN as in Lightning's examples: while one network learns, the other asks for nothing."""
+
+    def more(self) -> nn.Module:
+        return nn.Linear(16, 16)
+
+    def training_step(self, x: Tensor, index: int) -> None:
+        for own in (1, 0, 1):
+            optimizer = self.optimizers()[own]
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.body(self.extra(x)).float().square().mean())
+            asking = [p.requires_grad for p in (self.body[0].weight, self.extra.weight)]
+            assert asking == [own == 0, own == 1]
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=1e-2) for net in (self.body, self.extra)]
+
+    def check(self) -> None:
+        assert (self.extra.weight - type(self)().extra.weight).norm() > 1e-3
+        assert all(type(p) is nn.Parameter and p.requires_grad for p in self.parameters())
+
+
+PROGRAMS = [Momentum, Prototypes, Clipped, ClippedByHand, MaxNorm, Frozen, Toggled]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_that_write_to_their_weights(program: type[Program]) -> None:
     data = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     found: dict[str, Program] = {}
