@@ -191,8 +191,8 @@ def fold_gradients(records: Sequence[OperandRecord], into: Tensor) -> None:
     there = [gradient for gradient in gradients if gradient is not None]
     if there:
         # Zeros for layers that did not run: an index of those that did would come from the host.
-        nothing = torch.zeros_like(there[0])
-        filled = [nothing if gradient is None else gradient for gradient in gradients]
+        nothing = torch.zeros_like(there[0], device=into.device)
+        filled = [nothing if each is None else each.to(into.device) for each in gradients]
         into.copy_(combine(into, from_slots(torch.stack(filled))))
     for record in records:
         record.calls = 0

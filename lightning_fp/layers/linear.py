@@ -98,7 +98,7 @@ class FPLinear(nn.Linear):
             [..., out_features].
         """
         evaluating = self.evaluating
-        kernel, memory = self.kernel, self.memory
+        kernel, memory = self.kernel, self._memory_on(input.device)
         record, collect = self.record and not evaluating, self.collect and not evaluating
         if transformed():
             if not kernel.every_derivative:
@@ -114,6 +114,20 @@ class FPLinear(nn.Linear):
             scales = None if memory is None else memory.scales
             return observe(output, input, weight, kernel, scales, self.statistics)
         return output
+
+    def _memory_on(self, device: torch.device) -> KernelMemory | None:
+        """The memory, where this forward computes.
+
+        Weights come there by many ways that tell nobody: `fully_shard` on a mesh of another device
+        and FSDP2's CPU offload set `.data`, dispatch hooks lend weights for a call.
+        """
+        memory = self.memory
+        if memory is None or device.type == "meta":
+            return memory
+        there = memory.on(device)
+        if there is not memory:
+            self.memory = there
+        return there
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:
         """nn.Module's, and the memory follows the weight to its device."""

@@ -109,7 +109,8 @@ class ScaleHistory(DelayedScales):
         self.fold()
         memories = self._memories()
         recorded = [memory.recorded for memory in memories]
-        rows = torch.cat([torch.stack(recorded), self._grad_record.unsqueeze(1)], dim=1)
+        here = torch.stack([each.to(self._history.device) for each in recorded])
+        rows = torch.cat([here, self._grad_record.unsqueeze(1)], dim=1)
         amax = torch.nan_to_num(rows[..., AMAX].float(), nan=torch.inf, posinf=torch.inf)
         if many_ranks():
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
@@ -127,7 +128,7 @@ class ScaleHistory(DelayedScales):
             return
         self._scales = scales
         for memory, row in zip(self._memory, scales.unbind(0), strict=True):
-            memory.scales = row
+            memory.scales = row.to(memory.recorded.device)  # layers may be on several devices
 
     def _share(self, memories: Iterable[OperandMemory]) -> None:
         """Drop the casts of the step's weights, and say whether the next step keeps its own."""
@@ -237,15 +238,16 @@ class ScaleHistory(DelayedScales):
             first is not None and first.memory is None
         ):  # a copy of table and model, which begin anew
             self._use(self._history)
-        elif first is not None and first.memory is not self._memory[0]:
-            self._follow(first.weight.device)
+        elif [layer.memory for layer in self._layers.values()] != self._memory:
+            self._follow()
         return self._memory
 
-    def _follow(self, device: torch.device) -> None:
-        """Move to the device where the layers' own memories already are."""
+    def _follow(self) -> None:
+        """Move to where the layers' own memories already are, to the first one's device."""
+        self._memory = self._made()
+        device = self._memory[0].recorded.device
         self._history, self._limits = self._history.to(device), self._limits.to(device)
         self._grad_record, self._recorded = self._grad_record.to(device), self._recorded.to(device)
-        self._memory = self._made()
         self._hand_out(self._scales.to(device))
 
     # -- state ----------------------------------------------------------------------------------

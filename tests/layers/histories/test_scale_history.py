@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_fp import DelayedScaling, FP8Precision, PrecisionMap, convert
+from lightning_fp.kernels.memory import OperandMemory
 from lightning_fp.layers import FPLinear
 from lightning_fp.layers.statistics_table import StatisticsTable
 from lightning_fp.numerics import COLUMN, FORMATS
@@ -352,3 +353,31 @@ class TestHistories:
         plugin.convert_module(other)
         assert "history_len changed from 16 to 4" in caplog.text
         assert (histories(plugin.precision_map) == 0).all()
+
+
+def test_the_memory_is_where_a_forward_computes() -> None:
+    """Whichever way the weights got there: `.data` tells nobody. A copy stands in for a device."""
+
+    class Elsewhere(OperandMemory):
+        """On a device of its own until it is asked for."""
+
+        def on(self, device: torch.device) -> OperandMemory:
+            return OperandMemory(self.scales.clone())
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    table = convert(model, "fp8-delayed", layers={"*": "fp8-delayed"}).precision_map
+    x = torch.randn(4, 16)
+    model(x).sum().backward()
+    table.step()
+    before = [layer.memory.scales.clone() for layer in model]
+    model[1].memory = Elsewhere(model[1].memory.scales)
+    model(x).sum().backward()
+    assert type(model[1].memory) is OperandMemory
+    assert torch.equal(model[1].memory.scales, before[1])
+    table.step()
+    history = table.state_dict()["scales"]["history"]
+    assert (history[..., :2] > 0).all()
+    in_force = table.scale_history.in_force()
+    assert in_force is not None
+    for layer, row in zip(model, in_force.values, strict=True):
+        assert torch.equal(layer.memory.scales, row)
