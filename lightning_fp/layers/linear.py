@@ -102,8 +102,8 @@ class FPLinear(nn.Linear):
         record, collect = self.record and not evaluating, self.collect and not evaluating
         if transformed():
             if not kernel.every_derivative:
-                scales = None if memory is None else memory.scales
-                return straight_through(kernel, input, self.weight, self.bias, scales)
+                # Nothing is recorded in there, so a history's scales would never follow.
+                return straight_through(kernel, input, weight, self.bias, None)
             collect = False
         # Code compiled for one block would not serve the next if the layer's name were in it.
         name = "in compiled code" if torch.compiler.is_compiling() else self.fqn

@@ -215,6 +215,19 @@ def warm(format: str, model: nn.Module) -> None:
     model.zero_grad()
 
 
+def test_delayed_scales_are_not_for_transforms_which_record_nothing() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    warm("fp8-delayed", model)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    parameters = dict(model.named_parameters())
+    large = grad(loss)(parameters, 100 * X)["0.weight"]
+    convert(model, "high")
+    assert sqnr_db(grad(loss)(parameters, 100 * X)["0.weight"], large) > 15
+
+
 @pytest.mark.parametrize("what", TRANSFORMS)
 @pytest.mark.parametrize("format", CASTS)
 def test_casts_are_straight_through_under_transforms(format: str, what: str) -> None:
