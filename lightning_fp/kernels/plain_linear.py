@@ -36,9 +36,9 @@ def linear_without_autocast(input: Tensor, weight: Tensor, bias: Tensor | None =
 
 
 def transformed() -> bool:
-    """Whether torch.func or a forward-mode derivative looks on (in eager mode)."""
+    """Whether torch.func or a forward-mode derivative looks on."""
     if torch.compiler.is_compiling():
-        return False
+        return torch._C._are_functorch_transforms_active()
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

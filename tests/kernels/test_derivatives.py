@@ -242,6 +242,18 @@ def test_casts_are_straight_through_under_transforms(format: str, what: str) -> 
         assert one is None or sqnr_db(one, other) > 15
 
 
+@pytest.mark.parametrize("format", ["fp32", "fp8-dynamic", "e8m3"])
+def test_compiled_transforms_are_the_eager_ones(format: str) -> None:
+    """Dynamo itself would return zeros for a gradient of a function without their rules."""
+    model = network()
+    convert(model, "high", {"*": format})
+    per_sample = vmap(grad(loss_of(model, True)), (None, 0))
+    parameters = {name: weight.detach() for name, weight in model.named_parameters()}
+    compiled = torch.compile(per_sample, backend="aot_eager")(parameters, X)
+    for name, expected in per_sample(parameters, X).items():
+        assert torch.equal(compiled[name], expected)
+
+
 @pytest.mark.parametrize("format", CASTS)
 def test_under_transforms_it_is_the_same_product(format: str) -> None:
     model = network(64)
