@@ -61,6 +61,8 @@ def test_doctor_reports_every_format(capsys: pytest.CaptureFixture[str]):
     assert status["e8m3"] == "emulated"
     assert found["software"]["torch"] == torch.__version__
     assert all(row["reason"] for row in found["formats"] if row["status"] == "not")
+    cards = {row["names"]: row for row in found["cards"]}
+    assert cards["H100, H200, GH200"]["fp8"] == "FP8 tensor cores"
 
 
 def test_doctor_prints_tables(capsys: pytest.CaptureFixture[str]):
@@ -106,6 +108,25 @@ def test_plan_folds_repeated_blocks(capsys: pytest.CaptureFixture[str]):
     assert "blocks.*.mlp.experts.*.up_proj" in folded
     assert "blocks.2.mlp.experts.7.up_proj" in unfolded
     assert "112 of 117 linear layers in low precision" in folded
+
+
+def test_plan_says_where_hardware_would_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Emulated, every shape and product runs; a plan made on a laptop is for a card."""
+    (tmp_path / "odd.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(4096, 4096),"
+        " nn.Linear(4096, 4112))\n"
+    )
+    command = ["plan", f"{tmp_path / 'odd.py'}:net"]
+    said = ("On FP8 hardware (--cuda-fp8) 1 of 2 layers are otherwise", "4112 is not a multiple")
+    for arguments, expected in (
+        (["--scaling", "mxfp8"], said),
+        (["--scaling", "fp8-dynamic[input=e5m2]"], ("On FP8 hardware it is refused",)),
+        (["--cuda-fp8"], ()),
+    ):
+        assert main([*command, *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert all(text in printed for text in expected)
+        assert bool(expected) == ("On FP8 hardware" in printed)
 
 
 @pytest.mark.parametrize(

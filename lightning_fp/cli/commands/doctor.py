@@ -16,6 +16,7 @@ from torch import nn
 from lightning_fp.cli.commands.fp16_scale import advice, load_loss, probe_scales
 from lightning_fp.cli.output import console, print_json
 from lightning_fp.format_names import TABLE
+from lightning_fp.kernels.cards import CARDS
 from lightning_fp.kernels.hardware import CPU_HAS_BF16, cuda_fp8_refusal
 from lightning_fp.kernels.transformer_engine import availability
 from lightning_fp.layers import LinearFormat, convert, linear_format
@@ -49,7 +50,8 @@ def run(*, fp16: str | None, json: bool) -> int:
     formats = [support(name, device) for name in FORMATS]
     if json:
         rows = [dataclasses.asdict(row) for row in formats]
-        print_json({**facts, "device": device, "formats": rows})
+        cards = [dataclasses.asdict(each) for each in CARDS]
+        print_json({**facts, "device": device, "formats": rows, "cards": cards})
         return 0
 
     screen = console()
@@ -63,6 +65,10 @@ def run(*, fp16: str | None, json: bool) -> int:
     for row in formats:
         status = f"[{colours[row.status]}]{row.status}[/]"
         grid.add_row(row.format, status, row.kernel, row.reason)
+    screen.print(grid)
+    grid = FittedTable("By card", "cards", "architecture", "fp8 by tensor or row", "by block")
+    for each in CARDS:
+        grid.add_row(each.names, each.architecture, escape(each.fp8), escape(each.blocks))
     screen.print(grid)
     screen.print(
         "Emulated FP8: values are cast to FP8 and multiplied in bf16 or float32.", style="dim"

@@ -23,6 +23,7 @@ from lightning_fp.layers import (
     convert_into,
     linear_format,
 )
+from lightning_fp.layers.conversion.decide import decide
 from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.layers.scaling import read_scaling
@@ -63,6 +64,9 @@ def run(
         screen.print(_as_table(rows if all else fold(rows)))
         screen.print(report.summary(), markup=False, soft_wrap=True)
         screen.print(note, markup=False, soft_wrap=True, style="dim")
+        elsewhere = "" if cuda_fp8 else on_hardware(user.model, scaling, layers, backend)
+        if elsewhere:
+            screen.print(elsewhere, markup=False, soft_wrap=True, style="dim")
     return 0
 
 
@@ -76,14 +80,43 @@ def planned(
 ) -> ConversionReport:
     """Convert a model as FP8Precision over BF16 would; see `commands.plan`."""
     cuda_fp8 = cuda_fp8 or cuda_has_fp8()
-    conversion = Conversion(
+    conversion = _conversion(scaling, layers, backend, cuda_fp8=cuda_fp8)
+    return convert_into(PrecisionMap(backend=backend, cuda_fp8=cuda_fp8), model, conversion)
+
+
+def on_hardware(
+    model: nn.Module, scaling: str, layers: Sequence[str] = (), backend: Any = "auto"
+) -> str:
+    """What FP8 hardware would make of a model otherwise than what is here; "" if nothing.
+
+    Only there a GEMM wants whole blocks, and has no product of certain formats.
+    """
+    if cuda_has_fp8():
+        return ""
+    here, there = (_conversion(scaling, layers, backend, cuda_fp8=on) for on in (False, True))
+    try:
+        found = decide(model, there)
+    except ValueError as error:
+        return f"On FP8 hardware it is refused: {error}"
+    emulated = decide(model, here)
+    other = [name for name, each in found.items() if each.format != emulated[name].format]
+    if not other:
+        return ""
+    first = found[other[0]]
+    return (
+        f"On FP8 hardware (--cuda-fp8) {len(other)} of {len(found)} layers are otherwise, e.g."
+        f" {other[0]}: {first.format.name}, {first.reason}"
+    )
+
+
+def _conversion(scaling: str, layers: Sequence[str], backend: Any, *, cuda_fp8: bool) -> Conversion:
+    return Conversion(
         format=read_scaling(scaling).format,
         rules=layer_rules(parse_rules(layers)),
         backend=backend,
         high_precision=linear_format("bf16"),
         cuda_fp8=cuda_fp8,
     )
-    return convert_into(PrecisionMap(backend=backend, cuda_fp8=cuda_fp8), model, conversion)
 
 
 def parse_rules(arguments: Sequence[str]) -> dict[str, str]:
