@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_fp import convert
+from lightning_fp.format_names import TABLE
 from lightning_fp.kernels import Kernel, NativeKernel, TorchaoKernel
 from lightning_fp.kernels.gemm import backward_products, cast_operand, forward_products
 from lightning_fp.kernels.padding import whole
@@ -19,6 +21,7 @@ from lightning_fp.numerics import FORMATS
 from tests.helper import sqnr_db
 from tests.kernels.cuda_rules import CudaRules, OnHardware, TorchaoOnHardware
 
+FP8_NAMES = [row.name for row in TABLE if row.scaling != "none"]
 TOKENS = 1, 7, 24, 33, 40, 64
 WIDE, OUT = 64, 48
 E4M3, E5M2 = FORMATS["e4m3"], FORMATS["e5m2"]
@@ -187,3 +190,15 @@ def test_padding_is_zeros_and_nothing_else(dtype: torch.dtype) -> None:
     assert torch.equal(padded[:5, :7].float(), x.float())
     assert padded.float().abs().sum() == x.float().abs().sum()
     assert torch.equal(whole(x.t(), columns=5).float(), x.t().float())
+
+
+@pytest.mark.parametrize("format", [name for name in FP8_NAMES if name != "nvfp4"])
+def test_every_format_takes_them_under_emulation(format: str) -> None:
+    model = nn.Sequential(nn.Linear(48, 80), nn.GELU(), nn.Linear(80, 32))
+    table = convert(model, format, layers={"*": format}).precision_map
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 48, requires_grad=True)
+        model(x).square().mean().backward()
+        table.step()
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
