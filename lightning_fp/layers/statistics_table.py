@@ -14,6 +14,7 @@ from lightning_fp.layers.histories.delayed_scales import first_device
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.observe import OperandStatistics, Sampling
 from lightning_fp.numerics import MAXIMA, STATISTICS
+from lightning_fp.numerics.combining import wide_dtype
 
 OPERANDS = ("input", "weight", "output", "grad_output")
 """The rows of a layer's statistics, in order."""
@@ -37,7 +38,7 @@ class StatisticsTable:
         offset = torch.zeros((), dtype=torch.int64, device=device)
         self._sampling = Sampling(stride, offset, what_if)
         width = len(STATISTICS)
-        self._gradients = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
+        self._gradients = torch.zeros(len(layers), width, dtype=wide_dtype(device), device=device)
         for layer in self._layers.values():
             layer.statistics = OperandStatistics(self._sampling)
 

@@ -60,6 +60,16 @@ COLUMN = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
 """Index of each column by name."""
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What sums are kept in: float64, and float32 on MPS, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """A tensor in the dtype that sums are kept in where it is."""
+    return x.to(wide_dtype(x.device))
+
+
 def combine(one: Tensor, other: Tensor) -> Tensor:
     """Two rows of statistics as one: of calls, micro-batches, steps or parts of an operand.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.numerics.combining import COLUMN, STATISTICS, WHAT_IF
+from lightning_fp.numerics.combining import COLUMN, STATISTICS, WHAT_IF, wide, wide_dtype
 from lightning_fp.numerics.formats import FloatFormat
 from lightning_fp.numerics.rounding import round_in_range
 from lightning_fp.numerics.scaling import tensor_amax
@@ -82,7 +82,7 @@ def operand_statistics(
         float64 [len(STATISTICS)].
     """
     if x.numel() == 0:
-        return torch.zeros(len(STATISTICS), dtype=torch.float64, device=x.device)
+        return torch.zeros(len(STATISTICS), dtype=wide_dtype(x.device), device=x.device)
     casts = casts_of(x, scale, format) if casts is None else casts
     x, scale = x.detach(), torch.nan_to_num(scale, nan=1.0)
     by_passes = _reading_is_free(x)
@@ -121,7 +121,7 @@ def _at_once(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
         _count(scaled <= format.underflow_point),
     )
     nonfinite, nonzero, clamped, excess, magnitude, small = torch.cat(rows, dim=-1).sum(0).unbind()
-    amax = size.amax(dim=-1).amax().double()
+    amax = wide(size.amax(dim=-1).amax())
     numel = torch.full_like(amax, x.numel())
     underflow = small - (numel - nonzero)
     return torch.stack([amax, nonfinite, numel, nonzero, clamped, excess, magnitude, underflow])
@@ -166,13 +166,13 @@ def _squares(casts: Casts, format: FloatFormat, by_passes: bool) -> Tensor:
     if not amax < _LARGEST:  # only then can there have been inf or NaN
         finite = torch.isfinite(casts.values)
         errors = [torch.where(finite, error, 0.0) for error in errors]
-    scale = casts.scale.double()
+    scale = wide(casts.scale)
     if scale.dim() and scale.shape[1] > 1:
         sums = torch.stack([(error / scale).square().sum() for error in errors])
     else:
         # Squares are summed before the scale is undone: scaled values cannot under- or overflow.
         norms = [torch.linalg.vector_norm(error, dim=-1, keepdim=True) for error in errors]
-        sums = ((torch.cat(norms, dim=-1).double() / scale) ** 2).sum(0)
+        sums = ((wide(torch.cat(norms, dim=-1)) / scale) ** 2).sum(0)
     return F.pad(sums, (0, 3 - len(errors)))
 
 
@@ -184,9 +184,9 @@ def _scales(scale: Tensor) -> Tensor:
             in 32, the length of the smallest blocks.
     """
     if not scale.dim():
-        return torch.zeros(3, dtype=torch.float64, device=scale.device)
-    bits = scale[:, ::32].double().log2()
-    count = torch.full((), bits.numel(), dtype=torch.float64, device=scale.device)
+        return torch.zeros(3, dtype=wide_dtype(scale.device), device=scale.device)
+    bits = wide(scale[:, ::32]).log2()
+    count = torch.full((), bits.numel(), dtype=bits.dtype, device=scale.device)
     return torch.stack([count, bits.sum(), bits.square().sum()])
 
 
@@ -213,8 +213,8 @@ def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
         "noise": _sums(torch.where(finite, cast.float() - exact, 0.0).square()).sum(),
         "clamp_noise": _sums(torch.where(finite, clamped.float() - exact, 0.0).square()).sum(),
     }
-    nothing = torch.zeros((), dtype=torch.float64, device=exact.device)
-    return torch.stack([values.get(name, nothing).double() for name in COLUMN])
+    nothing = torch.zeros((), device=exact.device)
+    return torch.stack([wide(values.get(name, nothing)) for name in COLUMN])
 
 
 def sampled_rows(count: int, stride: int, offset: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ def _over(scaled: Tensor, format: FloatFormat) -> Tensor:
 
 def _sums(x: Tensor) -> Tensor:
     """By row: float64 [rows, 1]; float32 within a row, which makes no float64 copy of `x`."""
-    return x.sum(dim=-1, keepdim=True).double()
+    return wide(x.sum(dim=-1, keepdim=True))
 
 
 def _count(mask: Tensor) -> Tensor:

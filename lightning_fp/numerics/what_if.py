@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.numerics.blocks import Block, block_amax, spread_blocks
-from lightning_fp.numerics.combining import COLUMN
+from lightning_fp.numerics.combining import COLUMN, wide, wide_dtype
 from lightning_fp.numerics.formats import FloatFormat, float_format
 from lightning_fp.numerics.scaling import amax_to_scale, row_amax, tensor_amax
 from lightning_fp.numerics.statistics import ratio
@@ -58,10 +58,10 @@ def what_if_statistics(
         return (nonzero & (sampled * scale <= format.underflow_point)).sum()
 
     values = (
-        size.sum(dtype=torch.float64),
+        size.sum(dtype=wide_dtype(x.device)),
         torch.where(scale > 0, size.numel(), 0),
         clamped.sum(),
-        torch.where(clamped, size - held, 0.0).sum(dtype=torch.float64),
+        torch.where(clamped, size - held, 0.0).sum(dtype=wide_dtype(x.device)),
         nonzero.sum(),
         torch.where(scale > 0, flushed(scale, format), 0),
         flushed(amax_to_scale(amax, format.max), format),
@@ -69,7 +69,7 @@ def what_if_statistics(
         flushed(by_block, format),
         flushed(amax_to_scale(amax, other.max), other),
     )
-    return torch.stack([value.double() for value in values])
+    return torch.stack([wide(value) for value in values])
 
 
 def what_if_shares(sums: Tensor) -> dict[str, Tensor]:

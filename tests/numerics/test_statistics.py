@@ -26,6 +26,7 @@ from lightning_fp.numerics import (
     sampled_rows,
     shares,
 )
+from lightning_fp.numerics.combining import wide_dtype
 from lightning_fp.numerics.statistics import _at_once, _squares
 
 E4M3, E5M2 = float_format("e4m3"), float_format("e5m2")
@@ -267,3 +268,9 @@ def test_rows_combine_as_their_columns_say() -> None:
     assert torch.equal(combine(one[:, :2], other[:, :2]), both[:, :2])  # what every step records
     rules = [statistic.combine for statistic in STATISTICS]
     assert rules == ["max"] * MAXIMA + ["sum"] * (len(rules) - MAXIMA)
+
+
+def test_sums_are_kept_in_what_a_device_has() -> None:
+    """MPS has no float64."""
+    assert wide_dtype(torch.device("mps")) is torch.float32
+    assert wide_dtype(torch.device("cpu")) is wide_dtype(torch.device("cuda")) is torch.float64

@@ -24,7 +24,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback, convert
-from lightning_fp.kernels.memory import SLOTS, OperandRecord, empty, fold_gradients, in_slot
+from lightning_fp.kernels.memory import (
+    SLOTS,
+    OperandRecord,
+    _power,
+    empty,
+    fold_gradients,
+    from_slots,
+    in_slot,
+)
 from lightning_fp.layers.statistics_table import StatisticsTable
 from lightning_fp.numerics import statistics
 from tests.helper import make_trainer
@@ -254,3 +262,16 @@ def test_the_record_of_layers_that_did_not_run_is_nothing() -> None:
     fold_gradients(records, into)
     assert into.tolist() == [[0, 0], [3, 5], [0, 0]]
     assert all(record.grad_leaf.grad is None for record in records)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_record_comes_back_from_its_slot_in_any_dtype(dtype: torch.dtype) -> None:
+    """In float32, as on MPS, with a power that it holds."""
+    for amax in (1e-9, 3.0, 1e9):
+        row = torch.tensor([amax, 5.0], dtype=dtype)
+        powers = torch.stack([row[0] ** _power(dtype), row[1]])
+        gradient = torch.zeros(SLOTS, 2, dtype=dtype)
+        gradient[4] = powers
+        found = from_slots(gradient)
+        assert found.dtype is dtype
+        torch.testing.assert_close(found, row, rtol=1e-6, atol=0)
