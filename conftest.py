@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import io
+import logging
 import os
 import re
 import tempfile
@@ -39,13 +40,14 @@ class Examples(pytest.Item):
     def runtest(self) -> None:
         output = io.StringIO()
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-        start = Path.cwd()
+        start, quiet = Path.cwd(), logging.root.manager.disable
         with tempfile.TemporaryDirectory() as directory:
             os.chdir(directory)  # pages may write files
             try:
                 failed, _ = runner.run(self.page, out=output.write)
             finally:
                 os.chdir(start)
+                logging.disable(quiet)  # and may silence what other tests listen to
         if failed:
             pytest.fail(output.getvalue(), pytrace=False)
 
