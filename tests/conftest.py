@@ -24,3 +24,4 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     yield
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # whether anything was compiled is asked of these
