@@ -33,6 +33,8 @@ class StageMoves:
     def __init__(self, recipe: RolloutRecipe, plugin: LayerPrecision) -> None:
         self.plugin = plugin
         self.stages = follow(recipe, plugin)
+        self.skipped = frozenset(i for i, entry in enumerate(self.stages) if entry.skipped)
+        """Indices of the stages that would change nothing."""
         self.changed_from: Mapping[str, str] | None = None
         """Where the recipe was changed while the run lay still: the formats it had before."""
         self._configured = plugin.precision_map.configured()

@@ -114,8 +114,6 @@ class StagedRollout(RunCallback):
         self._run: Run | None = None
         self._fallback: PrecisionFallback | None = None
         self._steps = math.inf
-        self._skipped: frozenset[int] = frozenset()
-        self._share_is_shown = False
         self._open: int | None = None
         self._shown = -1
         self._loaded: dict[str, Any] | None = None
@@ -164,8 +162,6 @@ class StagedRollout(RunCallback):
         tokens = TokenCounter(self.tokens_per_step, interval)
         self._tokens = tokens if "tokens" in until else None
         callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        # The progress bar has room for one number of ours.
-        self._share_is_shown = any(isinstance(c, ClampMonitor) for c in callbacks)
         watching = [c for c in callbacks if isinstance(c, PrecisionFallback) and not c.dry_run]
         self._fallback = watching[0] if watching else None
         self._open, self._run = None, None
@@ -177,7 +173,6 @@ class StagedRollout(RunCallback):
         self._moves = StageMoves(self.recipe, plugin)
         check_measurable(self._moves.stages, trainer, plugin.precision_map)
         stages = self._moves.stages
-        self._skipped = frozenset(i for i, entry in enumerate(stages) if entry.skipped)
         order_known = plugin.report is not None and bool(plugin.report.order)
         for remark in remarks_on(self.recipe, stages, order_known=order_known):
             rank_zero_info(remark)
@@ -239,10 +234,12 @@ class StagedRollout(RunCallback):
         if self._shown < 0 or step // interval > self._shown // interval:
             self._shown = step
             index = float(self._state.stage)
+            callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
             pl_module.log(
                 STAGE,
                 index,
-                prog_bar=not self._share_is_shown,
+                # The progress bar has room for one number of ours: the share, where it is shown.
+                prog_bar=not any(isinstance(c, ClampMonitor) for c in callbacks),
                 logger=False,
                 on_step=True,
                 on_epoch=False,
@@ -270,7 +267,7 @@ class StagedRollout(RunCallback):
             values=self._evidence.take(),
             held=held,
             over=over,
-            skipped=self._skipped,
+            skipped=moves.skipped,
         )
         before = self._state
         self._state, decision = self._rollout.step(before, signals)
