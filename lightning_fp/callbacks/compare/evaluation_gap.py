@@ -21,7 +21,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fp.callbacks.compare.loop_replay import muted, replaced
+from lightning_fp.callbacks.compare.loop_replay import muted
+from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import LinearFormat

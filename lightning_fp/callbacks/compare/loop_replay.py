@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_fp.callbacks.compare.loop_position import Position, go_to, loop_position
+from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.callbacks.run.run import Run, RunCallback
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import hyperparameters, set_hyperparameters
@@ -245,17 +246,3 @@ def heard_backward(
 
 def nothing(*_: Any, **__: Any) -> None:
     """Stands in for a method that must not act."""
-
-
-@contextmanager
-def replaced(target: object, **attributes: Any) -> Generator[None, None, None]:
-    """Attributes of an instance for a while; those it did not have are gone afterwards."""
-    own = vars(target)
-    before = {name: own[name] for name in attributes if name in own}
-    own.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            own.pop(name, None)
-        own.update(before)

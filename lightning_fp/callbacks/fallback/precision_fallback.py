@@ -25,13 +25,13 @@ from lightning_fp.callbacks.compare.loop_position import loop_position
 from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.carry_out import CarryOut
 from lightning_fp.callbacks.fallback.cast_watch import CastWatch
-from lightning_fp.callbacks.fallback.finite_checkpoints import finite_checkpoints
-from lightning_fp.callbacks.fallback.in_bar import shown_in_bar
 from lightning_fp.callbacks.fallback.incident_log import IncidentLog
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
 from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
 from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
 from lightning_fp.callbacks.fallback.step_count import StepCount
+from lightning_fp.callbacks.run.finite_checkpoints import finite_checkpoints
+from lightning_fp.callbacks.run.in_bar import shown_in_bar
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.events import Suspicion, WatchFailed
 from lightning_fp.plugins import LayerPrecision

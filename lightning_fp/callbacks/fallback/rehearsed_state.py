@@ -12,7 +12,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fp.callbacks.compare.loop_position import loop_position
-from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks, replaced
+from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
+from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.replay.fingerprint import Fingerprint, Item, changed

@@ -15,11 +15,11 @@ from lightning_fp.callbacks.compare.loop_position import before_batch
 from lightning_fp.callbacks.compare.loop_replay import (
     LoopReplay,
     heard_backward,
-    replaced,
     written_by_hooks,
 )
 from lightning_fp.callbacks.compare.step_replay import StepReplay
 from lightning_fp.callbacks.fallback.run_state import RunState
+from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.plugins import LayerPrecision

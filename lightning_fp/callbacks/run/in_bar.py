@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_fp.callbacks.compare.loop_replay import replaced
+from lightning_fp.callbacks.run.replaced import replaced
 
 NAME = "watch"
 """What it is called there."""

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_fp.callbacks.compare.loop_replay import replaced
+from lightning_fp.callbacks.run.replaced import replaced
 
 _SAVES = ("_save_topk_checkpoint", "_save_last_checkpoint")
 """Where ModelCheckpoint saves a file and then removes another; it does not come there in vain, so
