@@ -161,8 +161,10 @@ def conclude(evidence: Evidence) -> Conclusion:
     trajectory = None if stretch is None else _judge(case, survey, stretch)
     finding = _together(one_step, trajectory)
     at_once = one_step is not None and one_step.finding == finding == "precision"
-    if gap is not None and gap.finding == "precision":
-        finding, at_once = "precision", True
+    if gap is not None and gap.finding == "precision" and not _rises_anyway(case, trajectory):
+        # Of a rise the control must show its share: what has damaged weights, as launches gone
+        # wrong do, leaves a gap too.
+        finding, at_once = "precision", not case.risen
     control = None
     if finding == "precision" and stretch is not None and stretch.done:
         control = _control(evidence, stretch)
@@ -193,6 +195,11 @@ def conclude(evidence: Evidence) -> Conclusion:
         high=taken,
         made=0 if stretch is None else stretch.made,
     )
+
+
+def _rises_anyway(case: Case, trajectory: Judgement | None) -> bool:
+    """Whether what the case is about, a rise, comes in high precision as well."""
+    return case.risen and trajectory is not None and trajectory.finding == "not precision"
 
 
 def _gap(evidence: Evidence) -> Judgement | None:
