@@ -298,6 +298,24 @@ def test_a_gap_that_is_a_small_part_of_a_rise_convicts_nobody() -> None:
     assert not kinds(events, Demotion)
 
 
+@pytest.mark.parametrize(
+    ("shown", "last"),
+    [({}, "not precision"), ({"harm": 0.5, "eager": 0.05}, "not reproducible")],
+    ids=["high precision rises as well", "the control does not show it"],
+)
+def test_a_gap_does_not_convict_of_a_rise_that_came_from_elsewhere(
+    shown: dict[str, float], last: str
+) -> None:
+    """Another objective or single bad launches leave weights on which formats have a gap."""
+    loop = Loop(gap=0.12, **shown)
+    state, _ = run(machine(probe=None), loop, lambda _: 3.0, 150)
+    state, events = tell(machine(), state, Asked(at=150, onset=140), loop)
+    verdicts = kinds(events, Verdict)
+    assert "gap" in {verdict.tier for verdict in verdicts}
+    assert verdicts[-1].verdict == last
+    assert not kinds(events, Demotion)
+
+
 def test_a_gap_convicts_nobody_before_the_noise_of_the_loss_is_known() -> None:
     _, events = tell(machine(), WatchState(), Asked(at=20, onset=10, risen=False), Loop(gap=0.5))
     assert not kinds(events, Demotion)
