@@ -18,9 +18,7 @@ from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.plain_linear import linear_without_autocast
 
 
-def straight_through(
-    kernel: Kernel, input: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None
-) -> Tensor:
+def straight_through(kernel: Kernel, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product of a kernel that knows no transforms.
 
     Args:
@@ -28,7 +26,6 @@ def straight_through(
         input: [..., in_features].
         weight: [out_features, in_features].
         bias: [out_features] or None.
-        scales: the layer's delayed scales, if it has any.
 
     Returns:
         [..., out_features], in the dtype that the kernel returns.
@@ -38,10 +35,10 @@ def straight_through(
     dtype = compute_dtype(input)
     with without_autocast(input.device.type):
         rows = input.to(dtype).reshape(-1, input.shape[-1])
-        x = _Cast.apply(rows, kernel, INPUT, scales)
-        w = _Cast.apply(weight, kernel, WEIGHT, scales)
+        x = _Cast.apply(rows, kernel, INPUT)
+        w = _Cast.apply(weight, kernel, WEIGHT)
         output = linear_without_autocast(x, w).to(dtype)
-        output = _CastGradient.apply(output, kernel, scales)
+        output = _CastGradient.apply(output, kernel)
         output = output.reshape(*input.shape[:-1], weight.shape[0])
         return output if bias is None else output + bias.to(dtype)
 
@@ -52,8 +49,10 @@ class _Cast(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, kernel: Kernel, operand: int, scales: Tensor | None) -> Tensor:
-        scale, format = kernel.cast_of(operand, x, scales)
+    def forward(x: Tensor, kernel: Kernel, operand: int) -> Tensor:
+        scale, format = kernel.cast_of(
+            operand, x, None
+        )  # a history would not follow: nothing is recorded
         cast = (x.float() * scale).clamp(-format.max, format.max).to(format.dtype)
         return torch.where(torch.isfinite(x), cast.float() / scale, x.float())
 
@@ -63,7 +62,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        return grad.to(ctx.dtype), None, None, None
+        return grad.to(ctx.dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore
@@ -76,17 +75,17 @@ class _CastGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, kernel: Kernel, scales: Tensor | None) -> Tensor:
+    def forward(output: Tensor, kernel: Kernel) -> Tensor:
         return output.clone()  # a view made in here could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.kernel, ctx.scales = inputs
+        _, ctx.kernel = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        cast: Tensor = _Cast.apply(grad, ctx.kernel, GRAD_OUTPUT, ctx.scales)
-        return cast.to(grad.dtype), None, None
+        cast: Tensor = _Cast.apply(grad, ctx.kernel, GRAD_OUTPUT)
+        return cast.to(grad.dtype), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore

@@ -103,7 +103,7 @@ class FPLinear(nn.Linear):
         if transformed():
             if not kernel.every_derivative:
                 # Nothing is recorded in there, so a history's scales would never follow.
-                return straight_through(kernel, input, weight, self.bias, None)
+                return straight_through(kernel, input, weight, self.bias)
             collect = False
         # Code compiled for one block would not serve the next if the layer's name were in it.
         name = "in compiled code" if torch.compiler.is_compiling() else self.fqn
