@@ -27,17 +27,17 @@ from lightning_fp.layers import (
     LinearFormat,
     PrecisionMap,
 )
+from lightning_fp.layers.conversion.configured_layers import ConfiguredLayers
 from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.base_precision import LOSS_SCALE, Base
-from lightning_fp.plugins.configured_layers import ConfiguredLayers
 from lightning_fp.plugins.elsewhere import Elsewhere
 from lightning_fp.plugins.guarded import GuardedPrecision
-from lightning_fp.plugins.low_watch import LowWatch
 from lightning_fp.plugins.strategies import refuse_strategy
 from lightning_fp.plugins.throughput import FP8_PEAK, PEAK, tell_throughput_monitors
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.low_watch import LowWatch
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing_extensions import override
 from lightning_fp.choices import unknown
 from lightning_fp.layers import LinearFormat, PrecisionMap, linear_format
 from lightning_fp.plugins.guard import StepGuard
-from lightning_fp.plugins.half.loss_scaler import NoScaler
-from lightning_fp.plugins.half.working_copies import WorkingCopies
+from lightning_fp.stepping.loss_scaler import NoScaler
+from lightning_fp.stepping.working_copies import WorkingCopies
 
 Base = Literal["bf16-mixed", "bf16-true", "32-true", "16-mixed", "16-true"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,18 @@ from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from lightning_fp.plugins.half.loss_scaler import NoScaler, gradients_of
-from lightning_fp.plugins.half.overflows import first_overflow
-from lightning_fp.plugins.late_flags import LateFlags
+from lightning_fp.stability.keep.hyperparameters import hyperparameters, set_hyperparameters
+from lightning_fp.stepping.gradients import (
+    calls_closure_itself,
+    gradient_norm,
+    gradients_of,
+    whole_norm,
+)
+from lightning_fp.stepping.late_flags import LateFlags
+from lightning_fp.stepping.loss_scaler import NoScaler
+from lightning_fp.stepping.overflows import first_overflow
 from lightning_fp.telemetry import OptimizerStep
 
 log = logging.getLogger(__name__)
@@ -27,8 +33,6 @@ NEVER = 2**62
 
 MOST_NAMED = 128
 """Steps left out of which the guard remembers the layer."""
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class StepGuard:
@@ -215,7 +219,7 @@ class StepGuard:
     def clipped(self, norm: Tensor) -> None:
         """Hear the norm that clipping has computed."""
         if self._norm is None:
-            self._norm = _whole(norm)
+            self._norm = whole_norm(norm)
 
     # -- schedulers -----------------------------------------------------------------------------
 
@@ -291,85 +295,9 @@ def _silence(scheduler: Any) -> Callable[[], object]:
     return (lambda: own.pop("step", None)) if before is None else (lambda: own.update(step=before))
 
 
-def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """Norm of all gradients of an optimizer, over all shards.
-
-    Args:
-        optimizer: its parameters' `.grad` are read.
-
-    Returns:
-        Scalar on the gradients' device; 0 where there are none.
-    """
-    gradients = [
-        gradient.coalesce().values() if gradient.is_sparse else gradient
-        for gradient in gradients_of(optimizer)
-    ]
-    if not gradients:
-        return torch.zeros(())
-    return _whole(torch.nn.utils.get_total_norm(gradients))
-
-
-@torch.no_grad()
-def clip_sparse(optimizer: Optimizer, max_norm: float) -> Tensor:
-    """Clip gradients by their norm where some are sparse, which torch refuses.
-
-    Returns:
-        The norm before.
-    """
-    norm = gradient_norm(optimizer)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.device))
-    return norm
-
-
-def _whole(norm: Any) -> Tensor:
-    """A norm over shards is a sharded tensor itself."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The plain numbers of each parameter group: lr, betas, weight_decay, ..."""
-    return [
-        {name: _plain(value) for name, value in group.items() if _is_plain(value)}
-        for group in optimizer.param_groups
-    ]
-
-
-def set_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Give each parameter group the plain numbers it had, see `hyperparameters`."""
-    for group, values in zip(optimizer.param_groups, groups, strict=False):
-        for name, value in values.items():
-            if isinstance(group.get(name), Tensor):
-                group[name].fill_(value)
-            else:
-                group[name] = value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(isinstance(item, _PLAIN) for item in value)  # pyright: ignore
-    return isinstance(value, _PLAIN) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-def _plain(value: Any) -> Any:
-    """A learning rate may be a tensor, which its scheduler changes in place."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
 def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside of what Lightning hands out in manual optimization."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def calls_closure_itself(optimizer: Optimizer) -> bool:
-    """Whether an optimizer runs forward and backward itself, as often as it likes."""
-    if isinstance(optimizer, LBFGS):
-        return True
-    step = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return step is not None and step.default is inspect.Parameter.empty
 
 
 def _calls_closure_once(optimizer: Optimizer) -> bool:

@@ -23,10 +23,11 @@ from lightning_fp.plugins.base_precision import (
     BasePrecision,
     read_base,
 )
-from lightning_fp.plugins.guard import StepGuard, clip_sparse, gradient_norm, unwrapped
+from lightning_fp.plugins.guard import StepGuard, unwrapped
 from lightning_fp.plugins.half.fp16_base import FP16Base
-from lightning_fp.plugins.half.loss_scaler import LossScaler
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.gradients import clip_sparse, gradient_norm
+from lightning_fp.stepping.loss_scaler import LossScaler
 
 
 class GuardedPrecision(Precision):

@@ -13,7 +13,7 @@ from lightning_fp.layers import linear_format
 from lightning_fp.plugins.base import LOSS_SCALE, STATE_KEY, LayerPrecision
 from lightning_fp.plugins.base_precision import Base, BasePrecision
 from lightning_fp.plugins.half.fp16_base import FP16Base
-from lightning_fp.plugins.half.loss_scaler import LossScaler, NoScaler
+from lightning_fp.stepping.loss_scaler import LossScaler, NoScaler
 
 FORMATS = {
     "bf16-mixed": ("bf16", "bf16"),

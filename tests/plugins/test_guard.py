@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_fp import FP8Precision, FP16Precision
 from lightning_fp.plugins.guard import StepGuard
-from lightning_fp.plugins.half.loss_scaler import LossScaler
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.loss_scaler import LossScaler
 from tests.helper import LanguageModel, fit, next_byte_loss, same_weights, text_loader
 
 

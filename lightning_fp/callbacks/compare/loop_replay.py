@@ -31,8 +31,8 @@ from lightning_fp.callbacks.compare.loop_position import Position, go_to, loop_p
 from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.callbacks.run.run import Run, RunCallback
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import hyperparameters, set_hyperparameters
 from lightning_fp.stability.keep.host_batch import copy_batch
+from lightning_fp.stability.keep.hyperparameters import hyperparameters, set_hyperparameters
 
 _DEAF = (
     Checkpoint,

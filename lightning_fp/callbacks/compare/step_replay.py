@@ -30,10 +30,10 @@ from lightning_fp.callbacks.compare.loop_replay import (
     written_by_hooks,
 )
 from lightning_fp.layers import LinearFormat, PrecisionMap
-from lightning_fp.plugins.half.loss_scaler import LossScaler
 from lightning_fp.stability import RandomState, Replay, replay_step
 from lightning_fp.stability.keep.snapshot import restore, take
 from lightning_fp.stability.replay.one_step import Outcome
+from lightning_fp.stepping.loss_scaler import LossScaler
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 """From good to bad: the worst of all ranks is the largest index."""

@@ -16,10 +16,10 @@ from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.half.loss_scaler import LossScaler
-from lightning_fp.plugins.half.overflows import counts, layer_of
 from lightning_fp.records.events import SkippedStep
 from lightning_fp.records.gradients import GradientRow, GradientShares, append_gradients
+from lightning_fp.stepping.loss_scaler import LossScaler
+from lightning_fp.stepping.overflows import counts, layer_of
 
 log = logging.getLogger(__name__)
 

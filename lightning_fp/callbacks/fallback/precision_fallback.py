@@ -35,7 +35,6 @@ from lightning_fp.callbacks.run.in_bar import shown_in_bar
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.events import Suspicion, WatchFailed
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import hyperparameters
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.actions import (
@@ -55,6 +54,7 @@ from lightning_fp.stability.actions import (
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.signals import SignalQueue, StepSignals
 from lightning_fp.stability.keep.batch_ring import BatchRing
+from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.rehearsal import Outcome
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy

@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
 from lightning_fp.layers import FPLinear
-from lightning_fp.plugins.guard import hyperparameters, set_hyperparameters
-from lightning_fp.plugins.half.loss_scaler import LossScaler
 from lightning_fp.stability.keep.attributes import Attributes
+from lightning_fp.stability.keep.hyperparameters import hyperparameters, set_hyperparameters
 from lightning_fp.stability.keep.snapshot import Part, Snapshot, restore, stated_bytes, take
 from lightning_fp.stability.loss_scaling import STATE_VERSION, LossScalingState
+from lightning_fp.stepping.loss_scaler import LossScaler
 
 ATTRIBUTES = "attributes"
 SCALES = "scales"

@@ -23,9 +23,10 @@ from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import StepGuard, set_hyperparameters
+from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.stability import Snapshot, untouched
 from lightning_fp.stability.keep.batch_ring import RecordedStep
+from lightning_fp.stability.keep.hyperparameters import set_hyperparameters
 from lightning_fp.stability.replay.loop import MadeStep, Train
 from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.replay.untouched import Stance

@@ -28,9 +28,11 @@ from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
 from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import StepGuard, gradient_norm, hyperparameters
+from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.run import write_run
 from lightning_fp.stability.detect.signals import StepSignals
+from lightning_fp.stability.keep.hyperparameters import hyperparameters
+from lightning_fp.stepping.gradients import gradient_norm
 from lightning_fp.telemetry import Board, OptimizerStep, SignalFeed, StepRecord, StepRecorder
 
 log = logging.getLogger("lightning_fp.fallback")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fp.cli.loading import find_factory
-from lightning_fp.plugins.half.overflows import counts, first_overflow
+from lightning_fp.stepping.overflows import counts, first_overflow
 
 SCALES = tuple(2.0**power for power in range(0, 25, 2))
 """From no scaling to the largest that `LossScaling` grows to by default."""

@@ -21,15 +21,15 @@ from typing_extensions import override
 from lightning_fp.layers import LinearFormat, PrecisionMap, linear_format
 from lightning_fp.plugins.base_precision import LOSS_SCALE, Autocast, BasePrecision
 from lightning_fp.plugins.guard import StepGuard
-from lightning_fp.plugins.half.half_checks import (
+from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.half_checks import (
     check_optimizers,
     check_sharding,
     check_switchable,
     check_weights,
 )
-from lightning_fp.plugins.half.loss_scaler import LossScaler
-from lightning_fp.plugins.half.working_copies import WorkingCopies
-from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.loss_scaler import LossScaler
+from lightning_fp.stepping.working_copies import WorkingCopies
 
 
 class LentCopies(Precision):

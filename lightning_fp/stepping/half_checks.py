@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_fp.numerics import float_format
-from lightning_fp.plugins.guard import calls_closure_itself
+from lightning_fp.stepping.gradients import calls_closure_itself
 
 _HALF = (torch.float16, torch.bfloat16)
 

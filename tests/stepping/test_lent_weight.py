@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_fp import FP16Precision, LossScaling
-from lightning_fp.plugins.half.lent_weight import LentWeight
-from lightning_fp.plugins.half.working_copies import WorkingCopies
+from lightning_fp.stepping.lent_weight import LentWeight
+from lightning_fp.stepping.working_copies import WorkingCopies
 from tests.helper import make_trainer
 
 # -- one copy -------------------------------------------------------------------------------------

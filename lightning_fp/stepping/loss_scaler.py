@@ -16,6 +16,7 @@ from lightning_fp.stability.loss_scaling import (
     LossScaling,
     LossScalingState,
 )
+from lightning_fp.stepping.gradients import gradients_of
 
 
 class NoScaler:
@@ -185,12 +186,6 @@ class LossScaler(NoScaler):
     def grad_scaler_state(self) -> dict[str, Any]:
         """As a `torch.amp.GradScaler` saves it."""
         return self.config.grad_scaler_state(self._state)
-
-
-def gradients_of(optimizer: Optimizer) -> list[Tensor]:
-    """All gradients of an optimizer's parameters."""
-    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 @torch.no_grad()

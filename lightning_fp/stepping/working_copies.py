@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from lightning_fp.plugins.half.lent_weight import LentWeight, masters_in_state
+from lightning_fp.stepping.lent_weight import LentWeight, masters_in_state
 
 
 class WorkingCopies:

@@ -1,0 +1,1 @@
+"""What makes an optimizer step: the base precision, the loss scale, the guard; in any loop."""
