@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.precision.utils import _convert_fp_tensor
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
@@ -31,12 +33,12 @@ from lightning_fp.layers.conversion.configured_layers import ConfiguredLayers
 from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.numerics import DelayedScaling
-from lightning_fp.plugins.base_precision import LOSS_SCALE, Base
 from lightning_fp.plugins.elsewhere import Elsewhere
 from lightning_fp.plugins.guarded import GuardedPrecision
 from lightning_fp.plugins.strategies import refuse_strategy
 from lightning_fp.plugins.throughput import FP8_PEAK, PEAK, tell_throughput_monitors
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.base_precision import LOSS_SCALE, Base
 from lightning_fp.stepping.low_watch import LowWatch
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class LayerPrecision(GuardedPrecision):
         seen by any hook; not in replays. It belongs to the run: copy it."""
         self._mid_accumulation = False
         self._in_train_step = False
+        self._logged = -1
         self._watch = LowWatch(self.precision_map)
         self._told: weakref.ref[Module] | None = None
 
@@ -138,7 +141,7 @@ class LayerPrecision(GuardedPrecision):
             on_cuda = device_type == "cuda"
         self.base.check(module)
         self.precision_map.phase.away = None
-        module = self.base.plugin.convert_module(module)
+        module = self.base.arithmetic.convert_module(module)
         if self.precision_map.model is not module:
             high, table = self.base_format, self.precision_map
             self.report = self.configured.apply(table, module, high=high, on_cuda=on_cuda)
@@ -197,7 +200,7 @@ class LayerPrecision(GuardedPrecision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """As the base precision: autocast, or the default dtype, or nothing."""
         self.base.follow(self.precision_map)
-        return self.base.plugin.forward_context()
+        return self.base.arithmetic.forward_context()
 
     @override
     def convert_input(self, data: Any) -> Any:
@@ -214,7 +217,10 @@ class LayerPrecision(GuardedPrecision):
             for see in self.on_input:
                 see(data)
         self.base.follow(self.precision_map)
-        return self.base.plugin.convert_input(data)
+        dtype = self.base.arithmetic.input_dtype
+        if dtype is None:
+            return data
+        return apply_to_collection(data, Tensor, _convert_fp_tensor, dst_type=dtype)
 
     def _not_in_fabric(self) -> str:
         name = self.configured.format.name
@@ -315,9 +321,21 @@ class LayerPrecision(GuardedPrecision):
         if self._in_train_step:
             self.base.lend_again(model)
         if not self.precision_map.frozen:
-            self.base.log(model.trainer)
+            self._log_loss_scale(model.trainer)
         self.precision_map.after_step()
         return output
+
+    def _log_loss_scale(self, trainer: Any) -> None:
+        """At every log interval, to all loggers, beside what Lightning logs for the step."""
+        step, interval = (
+            trainer.fit_loop.epoch_loop._batches_that_stepped,
+            trainer.log_every_n_steps,
+        )
+        due = interval > 0 and (step + 1) % interval == 0  # 0 is how Lightning says "off"
+        if due and step != self._logged and (numbers := self.base.numbers()):
+            self._logged = step
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step)
 
     def _casting_anew(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Some optimizers move weights before a closure, and by `.data`, which shows nowhere."""

@@ -10,8 +10,8 @@ from typing_extensions import override
 from lightning_fp.layers import FormatLike, linear_format
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.plugins.base import LayerPrecision
-from lightning_fp.plugins.base_precision import read_base
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.base_precision import read_base
 
 HalfBase = Literal["16-mixed", "16-true", "16", 16]
 

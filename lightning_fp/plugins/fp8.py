@@ -13,8 +13,8 @@ from lightning_fp.layers import AutoScaling, FormatLike, LinearFormat
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.plugins.base import LayerPrecision
-from lightning_fp.plugins.base_precision import BaseLike, read_base
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.base_precision import BaseLike, read_base
 
 FP8_NUMBERS = ("e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz")
 

@@ -9,23 +9,16 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import HalfPrecision, Precision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.layers import LinearFormat
-from lightning_fp.plugins.base_precision import (
-    Autocast,
-    Base,
-    BaseLike,
-    BasePrecision,
-    read_base,
-)
 from lightning_fp.plugins.guard import StepGuard, unwrapped
-from lightning_fp.plugins.half.fp16_base import FP16Base
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.base_precision import Base, BaseLike, base_precision, read_base
 from lightning_fp.stepping.gradients import clip_sparse, gradient_norm
 from lightning_fp.stepping.loss_scaler import LossScaler
 
@@ -48,10 +41,10 @@ class GuardedPrecision(Precision):
         self, base: BaseLike, *, loss_scaling: LossScaling | None, hold_schedulers: bool
     ) -> None:
         base = read_base(base)
-        self.base = _base_precision(base, loss_scaling, hold_schedulers=hold_schedulers)
+        self.base = base_precision(base, loss_scaling, hold_schedulers=hold_schedulers)
         """What everything but the layers computes in."""
         self.precision = base
-        self.guard = self.base.guard()
+        self.guard = self._own_guard()
         """Looks at the gradients before each optimizer step, under FP16 or if asked to."""
 
     @property
@@ -77,6 +70,14 @@ class GuardedPrecision(Precision):
 
     # -- the guard ------------------------------------------------------------------------------
 
+    def _own_guard(self) -> StepGuard | None:
+        if not self.base.needs_guard:
+            return None
+        hold = self.base.hold_schedulers
+        guard = StepGuard(scaler=self.base.scaler, hold_schedulers=hold)
+        guard.keeps_record = False
+        return guard
+
     def start_guarding(self, *, skip_nonfinite: bool = True) -> StepGuard:
         """The guard, which keeps a record of each step from here on.
 
@@ -92,19 +93,19 @@ class GuardedPrecision(Precision):
 
     def stop_guarding(self) -> None:
         """Nobody asks for the guard any more; FP16 needs one all the same."""
-        self.guard = self.base.guard()
+        self.guard = self._own_guard()
 
     # -- the base precision ---------------------------------------------------------------------
 
     @override
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """As the base precision."""
-        return self.base.plugin.tensor_init_context()
+        return self.base.arithmetic.init_context()
 
     @override
     def module_init_context(self) -> AbstractContextManager[Any]:
         """As the base precision."""
-        return self.base.plugin.module_init_context()
+        return self.base.arithmetic.init_context()
 
     # -- gradients ------------------------------------------------------------------------------
 
@@ -162,20 +163,3 @@ class GuardedPrecision(Precision):
         if self.guard is not None:
             self.guard.clipped(gradient_norm(optimizer))
         super().clip_grad_by_value(optimizer, clip_val)
-
-
-def _base_precision(
-    name: Base, loss_scaling: LossScaling | None, *, hold_schedulers: bool
-) -> BasePrecision:
-    if name in ("16-mixed", "16-true"):
-        return FP16Base(name, loss_scaling or LossScaling(), hold_schedulers=hold_schedulers)
-    if loss_scaling is not None:
-        raise ValueError(
-            f"loss_scaling must be None unless the base is '16-mixed' or '16-true', got base"
-            f" {name!r}: only FP16 needs it"
-        )
-    if name == "32-true":
-        return BasePrecision(Precision(), "fp32", hold_schedulers=hold_schedulers)
-    mixed = name == "bf16-mixed"
-    plugin = Autocast(torch.bfloat16) if mixed else HalfPrecision("bf16-true")
-    return BasePrecision(plugin, "bf16", hold_schedulers=hold_schedulers)

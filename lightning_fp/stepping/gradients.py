@@ -61,3 +61,8 @@ def calls_closure_itself(optimizer: Optimizer) -> bool:
         return True
     step = inspect.signature(type(optimizer).step).parameters.get("closure")
     return step is not None and step.default is inspect.Parameter.empty
+
+
+def calls_closure_once(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known to call its closure once, before all else: torch's own are."""
+    return (getattr(type(optimizer).step, "__module__", None) or "").startswith("torch.optim.")

@@ -11,8 +11,8 @@ import torch
 from lightning_fp import FP8Precision, FP16Precision, LossScaling
 from lightning_fp.layers import linear_format
 from lightning_fp.plugins.base import LOSS_SCALE, STATE_KEY, LayerPrecision
-from lightning_fp.plugins.base_precision import Base, BasePrecision
-from lightning_fp.plugins.half.fp16_base import FP16Base
+from lightning_fp.stepping.base_precision import Base, BasePrecision
+from lightning_fp.stepping.fp16_base import FP16Base
 from lightning_fp.stepping.loss_scaler import LossScaler, NoScaler
 
 FORMATS = {

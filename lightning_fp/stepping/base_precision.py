@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.precision import Precision
 from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.choices import unknown
 from lightning_fp.layers import LinearFormat, PrecisionMap, linear_format
-from lightning_fp.plugins.guard import StepGuard
+from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.loss_scaler import NoScaler
 from lightning_fp.stepping.working_copies import WorkingCopies
 
@@ -47,8 +45,27 @@ def read_base(base: object) -> Base:
     return name
 
 
-class Autocast(Precision):
-    """Lightning's mixed precision, of which the dtype can change while the run goes on.
+class Arithmetic:
+    """What stands around a forward: nothing, in float32."""
+
+    input_dtype: torch.dtype | None = None
+    """What floating-point inputs are converted to."""
+
+    def convert_module(self, module: Module) -> Module:
+        """The model in the dtype that it is trained in; in place."""
+        return module
+
+    def init_context(self) -> AbstractContextManager[object]:
+        """Around the making of tensors and modules that belong to the model."""
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Around a forward and its backward."""
+        return nullcontext()
+
+
+class Autocast(Arithmetic):
+    """Mixed precision, of which the dtype can change while the run goes on.
 
     Args:
         dtype: what autocast computes in.
@@ -60,9 +77,38 @@ class Autocast(Precision):
         """Set when it is known, see `BasePrecision.place`."""
 
     @override
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast; as Lightning's, without a cache of cast weights."""
+    def forward_context(self) -> AbstractContextManager[object]:
+        # as Lightning's, without a cache of cast weights
         return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
+
+
+class InBF16(Arithmetic):
+    """Weights, inputs and all that is computed in bf16."""
+
+    input_dtype = torch.bfloat16
+
+    @override
+    def convert_module(self, module: Module) -> Module:
+        return module.to(dtype=torch.bfloat16)
+
+    @override
+    def init_context(self) -> AbstractContextManager[object]:
+        return default_dtype(torch.bfloat16)
+
+    @override
+    def forward_context(self) -> AbstractContextManager[object]:
+        return default_dtype(torch.bfloat16)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Generator[None, None, None]:
+    """New tensors are in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class BasePrecision:
@@ -71,7 +117,7 @@ class BasePrecision:
     What FP16 asks for in those places is `FP16Base`, so that no caller has to ask which one it is.
 
     Args:
-        plugin: a plugin of Lightning's kind, for what it does around forward.
+        arithmetic: what stands around a forward.
         format: the name of the format of layers that are left alone.
         hold_schedulers: whether learning rate schedulers wait where a step is left out.
     """
@@ -79,8 +125,13 @@ class BasePrecision:
     falls_back_whole = False
     """Whether all layers fall back at once: FP16's range may be at fault between them too."""
 
-    def __init__(self, plugin: Precision, format: str, *, hold_schedulers: bool = True) -> None:
-        self.plugin = plugin
+    needs_guard = False
+    """Whether gradients are looked at before each step, whether or not anybody else asks."""
+
+    def __init__(
+        self, arithmetic: Arithmetic, format: str, *, hold_schedulers: bool = True
+    ) -> None:
+        self.arithmetic = arithmetic
         self.format = linear_format(format)
         """Of layers that are left alone."""
         self.high_precision = self.format
@@ -100,8 +151,8 @@ class BasePrecision:
 
     def place(self, device_type: str) -> None:
         """Hear on which kind of device the model is: autocast has to know."""
-        if isinstance(self.plugin, Autocast):
-            self.plugin.device = device_type
+        if isinstance(self.arithmetic, Autocast):
+            self.arithmetic.device = device_type
 
     def check(self, module: Module) -> None:
         """Refuse a model that this base cannot train."""
@@ -111,10 +162,6 @@ class BasePrecision:
 
     def connect(self, optimizers: list[Optimizer]) -> None:
         """Hear which optimizers the run has, and refuse those that this base cannot work with."""
-
-    def guard(self) -> StepGuard | None:
-        """The guard that this base needs, whether or not anybody else asks for one."""
-        return None
 
     # -- what the table says --------------------------------------------------------------------
 
@@ -133,14 +180,15 @@ class BasePrecision:
     def lend_again(self, module: Module) -> None:
         """After an optimizer's step in the middle of a training step: the weights as they are."""
 
-    def log(self, trainer: Trainer) -> None:
-        """After an optimizer's step: tell the loggers how the loss scale is."""
+    def numbers(self) -> dict[str, float]:
+        """For the loggers: how the loss scale is."""
+        return {}
 
     def save(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Its part of the plugin's state; what Lightning's own plugins read goes elsewhere.
 
         Args:
-            checkpoint: Lightning's, which is written to.
+            checkpoint: the Trainer's, which is written to.
         """
         return {} if self._unused_scale is None else {LOSS_SCALE: self._unused_scale}
 
@@ -150,3 +198,31 @@ class BasePrecision:
         A base that has no use for it keeps it for the one that the run may come back to.
         """
         self._unused_scale = state
+
+
+def base_precision(
+    name: Base, loss_scaling: LossScaling | None = None, *, hold_schedulers: bool = True
+) -> BasePrecision:
+    """The base of a name.
+
+    Args:
+        name: see `Base`.
+        loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
+        hold_schedulers: whether learning rate schedulers wait where a step is left out.
+
+    Raises:
+        ValueError: for a base that needs no loss scale and was given one.
+    """
+    if name in ("16-mixed", "16-true"):
+        from lightning_fp.stepping.fp16_base import FP16Base
+
+        return FP16Base(name, loss_scaling or LossScaling(), hold_schedulers=hold_schedulers)
+    if loss_scaling is not None:
+        raise ValueError(
+            f"loss_scaling must be None unless the base is '16-mixed' or '16-true', got base"
+            f" {name!r}: only FP16 needs it"
+        )
+    if name == "32-true":
+        return BasePrecision(Arithmetic(), "fp32", hold_schedulers=hold_schedulers)
+    arithmetic = Autocast(torch.bfloat16) if name == "bf16-mixed" else InBF16()
+    return BasePrecision(arithmetic, "bf16", hold_schedulers=hold_schedulers)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.precision.utils import _convert_fp_tensor
-from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.precision import Precision
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.rnn import RNNBase
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.layers import LinearFormat, PrecisionMap, linear_format
-from lightning_fp.plugins.base_precision import LOSS_SCALE, Autocast, BasePrecision
-from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.base_precision import (
+    LOSS_SCALE,
+    Arithmetic,
+    Autocast,
+    BasePrecision,
+    default_dtype,
+)
 from lightning_fp.stepping.half_checks import (
     check_optimizers,
     check_sharding,
@@ -32,7 +32,7 @@ from lightning_fp.stepping.loss_scaler import LossScaler
 from lightning_fp.stepping.working_copies import WorkingCopies
 
 
-class LentCopies(Precision):
+class LentCopies(Arithmetic):
     """Everything computes in 16 bits, with copies of float32 weights.
 
     Args:
@@ -62,22 +62,18 @@ class LentCopies(Precision):
         self.module = module
         return module
 
+    @property
     @override
-    def convert_input(self, data: Any) -> Any:
-        """Floating-point inputs in 16 bits."""
-        cast = _convert_fp_tensor
-        return apply_to_collection(data, function=cast, dtype=Tensor, dst_type=self.dtype)
+    def input_dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.dtype
 
     @override
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
         """New tensors are in 16 bits, and so are the weights until `copies.take_back`."""
-        before = torch.get_default_dtype()
-        with ExitStack() as stack:
-            if self.module is not None:
-                self.copies.lend(self.module, self.dtype)
-            stack.callback(torch.set_default_dtype, before)
-            torch.set_default_dtype(self.dtype)
+        if self.module is not None:
+            self.copies.lend(self.module, self.dtype)
+        with default_dtype(self.dtype):
             yield
 
 
@@ -93,8 +89,9 @@ class FP16Base(BasePrecision):
         hold_schedulers: whether learning rate schedulers wait where a step is left out.
     """
 
-    plugin: Autocast | LentCopies
+    arithmetic: Autocast | LentCopies
     falls_back_whole = True
+    needs_guard = True
 
     def __init__(
         self,
@@ -105,11 +102,10 @@ class FP16Base(BasePrecision):
     ) -> None:
         super().__init__(Autocast(torch.float16), "fp16", hold_schedulers=hold_schedulers)
         if name == "16-true":
-            self.plugin = LentCopies(torch.float16, self.copies)
+            self.arithmetic = LentCopies(torch.float16, self.copies)
         self.high_precision = linear_format("bf16")
         self.scaler = LossScaler(loss_scaling)
         self._name = name
-        self._logged = -1
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -131,12 +127,6 @@ class FP16Base(BasePrecision):
         check_optimizers(optimizers)
         self.scaler.optimizers = optimizers
 
-    @override
-    def guard(self) -> StepGuard:
-        guard = StepGuard(scaler=self.scaler, hold_schedulers=self.hold_schedulers)
-        guard.keeps_record = False
-        return guard
-
     # -- what the table says --------------------------------------------------------------------
 
     @override
@@ -152,8 +142,8 @@ class FP16Base(BasePrecision):
 
     @override
     def follow(self, table: PrecisionMap) -> None:
-        self.plugin.dtype = self.half_dtype(table)
-        active = self.plugin.dtype is torch.float16
+        self.arithmetic.dtype = self.half_dtype(table)
+        active = self.arithmetic.dtype is torch.float16
         if active and not self.scaler.active and not table.frozen:
             self.scaler.restart()  # back in FP16 the loss scale begins anew
         self.scaler.active = active
@@ -163,25 +153,16 @@ class FP16Base(BasePrecision):
     @override
     def lend_again(self, module: Module) -> None:
         if self.copies.lent:
-            self.copies.lend(module, self.plugin.dtype)
+            self.copies.lend(module, self.arithmetic.dtype)
 
     @override
-    def log(self, trainer: Trainer) -> None:
-        """At every log interval, to all loggers, beside what Lightning logs for the step."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        interval: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        due = interval > 0 and (step + 1) % interval == 0  # 0 is how Lightning says "off"
-        if not due or step == self._logged:
-            return
-        self._logged = step
+    def numbers(self) -> dict[str, float]:
         now = self.scaler.state.numbers()
-        values = {
+        return {
             "fp16/loss_scale": now["scale"] if self.scaler.active else 1.0,
             "fp16/skipped_steps": float(now["skipped"]),
             "fp16/effective_steps": float(now["made"]),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step)
 
     @override
     def save(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
