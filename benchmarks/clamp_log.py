@@ -15,11 +15,11 @@ import torch
 from side_by_side import cpu_seconds, report
 from torch import nn
 
-from lightning_fp.callbacks.clamp.sampling import SampledSteps, StepSampler
-from lightning_fp.callbacks.clamp.summary import summary
 from lightning_fp.layers import FPLinear, convert
 from lightning_fp.records import StatisticsWriter, read_statistics, statistics_rows
 from lightning_fp.records.tables import SCHEMA
+from lightning_fp.telemetry.casts.sampling import SampledSteps, StepSampler
+from lightning_fp.telemetry.casts.summary import summary
 
 INTERVALS, LAYERS, OPERANDS = 100_000, 4, ("input", "weight", "output", "grad_output")
 MEASURED = [name for name in SCHEMA.names[4:] if not name.startswith("what_if")]

@@ -19,7 +19,7 @@ PLACES = sorted(set(re.findall(r"`(lightning_fp/[\w/.]+\.py(?:::[\w.]+)?)`", PAG
 WHERE = {
     "Where is a layer demoted?": "lightning_fp/callbacks/fallback/demotion.py::write_formats",
     "Where does clamped mass combine over ranks?": "lightning_fp/numerics/combining.py::combine",
-    "Who writes events?": "lightning_fp/callbacks/run/event_log.py::EventLog.write",
+    "Who writes events?": "lightning_fp/records/event_log.py::EventLog.write",
     "Where does a write to the table take effect?": (
         "lightning_fp/layers/precision_map.py::PrecisionMap.apply"
     ),

@@ -44,7 +44,7 @@ FROM_HOST = {"tensor", "as_tensor"}
 
 ALLOWED = {
     # By contract: an optimizer that takes no device flag costs one awaited scalar.
-    "plugins/guard.py",
+    "stepping/guard.py",
     # On CUDA they read what was copied asynchronously, a step late.
     "stability/detect/signals.py",
     "plugins/late_flags.py",
@@ -231,7 +231,7 @@ def test_a_monitor_reads_at_its_log_interval_alone(tmp_path: Path) -> None:
     # Which layers collect is noted by numbers of the host that stay there; losses of many steps are
     # read together.
     places = {place.partition(":")[0] for place in watch.found}
-    assert places <= {"callbacks/clamp/sampling.py", "telemetry/step_curve.py"}
+    assert places <= {"telemetry/casts/sampling.py", "telemetry/step_curve.py"}
     assert watch.found.total() <= 2 * 14
 
 

@@ -18,9 +18,13 @@ from typing import Any, ClassVar
 import lightning as L
 from typing_extensions import override
 
-from lightning_fp.callbacks.clamp.remedies import Limits, Warnings
-from lightning_fp.callbacks.clamp.sampling import Listener, SampledSteps, StepSampler
-from lightning_fp.callbacks.clamp.summary import (
+from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
+from lightning_fp.choices import check_at_least
+from lightning_fp.layers import FPLinear, LinearFormat
+from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
+from lightning_fp.telemetry.casts.remedies import Limits, Warnings
+from lightning_fp.telemetry.casts.sampling import Listener, SampledSteps, StepSampler
+from lightning_fp.telemetry.casts.summary import (
     COLUMNS,
     SUMMARIES,
     flops_share,
@@ -29,10 +33,6 @@ from lightning_fp.callbacks.clamp.summary import (
     summary,
     why_nothing,
 )
-from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
-from lightning_fp.choices import check_at_least
-from lightning_fp.layers import FPLinear, LinearFormat
-from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
-from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
+from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.events import SkippedStep
 from lightning_fp.records.gradients import GradientRow, GradientShares, append_gradients
 from lightning_fp.stepping.loss_scaler import LossScaler

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from lightning_fp.callbacks.fallback.demotion import AUTHOR
 from lightning_fp.callbacks.fallback.step_count import StepCount
-from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.events import (
     Demotion,
     Event,
@@ -18,6 +17,7 @@ from lightning_fp.events import (
     Started,
     Suspicion,
 )
+from lightning_fp.records.event_log import EventLog
 
 _COUNTED: Mapping[type[Event], str] = {
     SkippedStep: "skipped_steps",

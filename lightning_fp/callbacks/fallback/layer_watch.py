@@ -13,10 +13,10 @@ import lightning as L
 from torch import Tensor
 
 from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
-from lightning_fp.callbacks.clamp.sampling import SampledSteps, StepSampler
 from lightning_fp.layers import FPLinear, LinearFormat, PrecisionMap
 from lightning_fp.layers.statistics_table import over_ranks
 from lightning_fp.stability.respond.limits import Excess, LayerLimit, LimitWatch
+from lightning_fp.telemetry.casts.sampling import SampledSteps, StepSampler
 
 STRIDE = 8
 """SQNR looks at every so many rows, as ClampMonitor does."""

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fp.callbacks.mismatch.early_warning import Act, EarlyWarning
-from lightning_fp.callbacks.mismatch.mismatch_tally import MismatchTally, RankFailedError
 from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
 from lightning_fp.callbacks.run.run_info import table_of
 from lightning_fp.choices import check_at_least
@@ -32,6 +30,8 @@ from lightning_fp.records.mismatch_rows import MismatchWriter
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.detect.mismatch_detector import MismatchDetector
 from lightning_fp.state_version import check_version
+from lightning_fp.telemetry.mismatch.early_warning import Act, EarlyWarning
+from lightning_fp.telemetry.mismatch.mismatch_tally import MismatchTally, RankFailedError
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ class MismatchMonitor(RunCallback):
         self, run: Run, trainer: L.Trainer, module: L.LightningModule, begun: int
     ) -> None:
         try:
-            values = self._tally.values(trainer, failed=self._failed)
+            values = self._tally.values(failed=self._failed)
         except RankFailedError:
             self._run = None
             return
@@ -271,7 +271,9 @@ class MismatchMonitor(RunCallback):
         aliases = self._tally.aliases
         run.show({n if n in aliases else f"mismatch/{n}": v for n, v in values.items()}, begun + 1)
         self._write(begun + 1, values)
-        self._warning.judge(trainer.precision_plugin, run.log(self), begun + 1, values)
+        plugin = trainer.precision_plugin
+        owner = plugin if isinstance(plugin, LayerPrecision) else None
+        self._warning.judge(owner, run.log(self), begun + 1, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         """Only rank 0 has a writer."""

@@ -19,13 +19,12 @@ from lightning_fp.callbacks.compare.evaluation_gap import EvaluationGap
 from lightning_fp.callbacks.compare.parity_probe import ParityProbe
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
-from lightning_fp.callbacks.run.run import LOSS, RunCallback
+from lightning_fp.callbacks.run.run import RunCallback
 from lightning_fp.choices import near_names, unknown
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.recipes import Gate, RolloutRecipe, StageFormats
-
-LOSS_GAP = "loss_gap"
-"""The loss against a recorded run's, which the rollout makes of it."""
+from lightning_fp.telemetry import LOSS
+from lightning_fp.telemetry.rollout.gate_evidence import LOSS_GAP
 
 PUBLISHERS: tuple[type[RunCallback], ...] = (
     ClampMonitor,

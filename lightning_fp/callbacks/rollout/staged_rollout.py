@@ -20,21 +20,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
-from lightning_fp.callbacks.clamp.summary import flops_share
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
-from lightning_fp.callbacks.rollout.gate_evidence import GateEvidence
 from lightning_fp.callbacks.rollout.gate_names import (
-    LOSS_GAP,
     check_measurable,
     is_published,
     measurements,
     statistic,
 )
 from lightning_fp.callbacks.rollout.logged_metrics import LoggedMetrics
-from lightning_fp.callbacks.rollout.stage_moves import StageMoves, follow
-from lightning_fp.callbacks.rollout.token_counter import TokenCounter
-from lightning_fp.callbacks.run.event_log import EventLog
-from lightning_fp.callbacks.run.run import LOSS, Run, RunCallback, run_of
+from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
 from lightning_fp.recipes import (
     Rollout,
     RolloutDecision,
@@ -47,8 +41,14 @@ from lightning_fp.recipes import (
 )
 from lightning_fp.recipes.evidence import GateVerdict
 from lightning_fp.recipes.text import as_plain
+from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.events import GateResult, Note, StageChange
 from lightning_fp.state_version import check_version
+from lightning_fp.telemetry import LOSS
+from lightning_fp.telemetry.casts.summary import flops_share
+from lightning_fp.telemetry.rollout.gate_evidence import LOSS_GAP, GateEvidence
+from lightning_fp.telemetry.rollout.stage_moves import StageMoves, follow
+from lightning_fp.telemetry.rollout.token_counter import TokenCounter
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class StagedRollout(RunCallback):
             return
         self._open = None
         if self._tokens is not None:
-            self._tokens.end_step(step, trainer)
+            self._tokens.end_step(step, trainer.strategy.root_device)
         if self._shown < 0 or step // interval > self._shown // interval:
             self._shown = step
             index = float(self._state.stage)
@@ -315,7 +315,7 @@ class StagedRollout(RunCallback):
                     "stage": float(self._state.stage),
                     "layers_changed": float(len(changes)),
                     "layers_left": float(len(left)),
-                    "fp8_share": flops_share(moves.plugin, changes),
+                    "fp8_share": flops_share(moves.owner, changes),
                     "share": signals.share or 0.0,
                     **({} if signals.tokens is None else {"tokens": float(signals.tokens)}),
                 },

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.loss_files import LossFiles
 from lightning_fp.callbacks.run.run_directory import run_directories
 from lightning_fp.callbacks.run.run_info import run_info, table_of
@@ -29,11 +28,11 @@ from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_cl
 from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
+from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.run import write_run
-from lightning_fp.stability.detect.signals import StepSignals
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stepping.gradients import gradient_norm
-from lightning_fp.telemetry import Board, OptimizerStep, SignalFeed, StepRecord, StepRecorder
+from lightning_fp.telemetry import OptimizerStep, RunTelemetry, StepRecorder
 
 log = logging.getLogger("lightning_fp.fallback")
 
@@ -42,9 +41,6 @@ STATE_KEY = "lightning_fp.run"
 
 DIRECTORIES_KEY = "lightning_fp.directories"
 """Where it keeps which directory each callback wrote to: there a resumed run goes on."""
-
-LOSS = "loss"
-"""What the run itself publishes, if somebody follows it: each step's loss over all ranks."""
 
 
 class RunCallback(L.Callback):
@@ -119,10 +115,11 @@ class RunCallback(L.Callback):
             Run.begin(trainer)
 
 
-class Run(L.Callback):
+class Run(RunTelemetry, L.Callback):
     """What belongs to a fit and not to one callback."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.over = False
         """Whether the fit has ended, well or not."""
         self._directories: dict[int, Path | None] = {}
@@ -130,18 +127,7 @@ class Run(L.Callback):
         self._positions: dict[str, int | None] = {}
         self._written_to: dict[str, str] = {}
         self._unsubscribe: Callable[[], object] = lambda: None
-        self.board = Board()
-        """All that is measured in this fit."""
-        self.step = 0
-        """Optimizer steps done."""
-        self.last: StepRecord | None = None
-        """The step that ended last."""
-        self.recorder = StepRecorder()
-        """Makes the record of the step under way."""
-        self.signals = SignalFeed(self._arrived)
-        """The steps' records over all ranks, for who reads every one of them."""
         self._files: LossFiles | None = None
-        self._loggers: list[Any] = []
         self._computes_norm = False
 
     @staticmethod
@@ -184,7 +170,7 @@ class Run(L.Callback):
         """Write down what the run is, open its logs, and have the table tell them its writes."""
         # Not in `on_fit_start`: the loops get their counters from a checkpoint after that.
         zero, ours, self.step = trainer.is_global_zero, _ours(trainer), trainer.global_step
-        self._loggers = list(trainer.loggers) if zero else []
+        self.loggers = [logger.log_metrics for logger in trainer.loggers] if zero else []
         writes = zero and not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
         named = [(callback.state_key, callback.dirpath) for callback in ours]
         found = run_directories(trainer, named, self._written_to)  # on all ranks
@@ -275,43 +261,17 @@ class Run(L.Callback):
         automatic = pl_module.automatic_optimization
         self.recorder.micro_batch(loss, trainer.accumulate_grad_batches if automatic else 1)
         guard = _guard(trainer)
+        steps: list[OptimizerStep] = []
         if guard is not None:
-            for step in guard.steps:
-                self.recorder.stepped(step)
-            guard.steps = []
-        self.step = trainer.global_step
-        record = self.recorder.end(self.step)
-        if record is None:
-            return
-        self.last = record
-        if self._files is not None:
+            steps, guard.steps = guard.steps, []
+        record = self.end_step(
+            trainer.global_step,
+            steps,
+            table=table_of(trainer),
+            device=trainer.strategy.root_device,
+        )
+        if record is not None and self._files is not None:
             self._files.add(record)
-        # Where nobody reads them, steps need no collective.
-        if self.signals.wanted or LOSS in self.board.followed:
-            table = table_of(trainer)
-            headroom = None if table is None else table.scale_history.headroom
-            self.signals.put(record, headroom, trainer.strategy.root_device)
-
-    def _arrived(self, seen: StepSignals) -> None:
-        if seen.loss is not None:
-            self.board.publish(LOSS, seen.step + 1, seen.loss)
-
-    def show(self, values: Mapping[str, float], step: int, *, since: int | None = None) -> None:
-        """Put measurements on the board, and show them to the loggers.
-
-        Args:
-            values: by name; over all ranks, and given alike on all of them.
-            step: optimizer steps done.
-            since: see `Board.publish`.
-        """
-        for name, value in values.items():
-            self.board.publish(name, step, value, since=since)
-        self.log_metrics(values, step)
-
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Show numbers to the loggers alone."""
-        for logger in self._loggers:
-            logger.log_metrics(dict(values), step)
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ def _over_limit(
 ) -> Iterator[tuple[float, str, str]]:
     """How many times over its limit an operand is, in what, and what to do about it."""
     # Imports Lightning, which nothing else in a report needs.
-    from lightning_fp.callbacks.clamp.remedies import remedy
+    from lightning_fp.telemetry.casts.remedies import remedy
 
     try:
         operand = of.layer, of.operand, linear_format(of.format), backend
@@ -200,7 +200,7 @@ def _evidence(of: Totals, flushed: float, backend: Backend) -> str:
 def _other(of: Totals, backend: Backend) -> str:
     """fp8-dynamic with the other 8-bit format for this operand, if the backend could run that."""
     # Imports Lightning, which nothing else in a report needs.
-    from lightning_fp.callbacks.clamp.remedies import in_number
+    from lightning_fp.telemetry.casts.remedies import in_number
 
     format = linear_format(of.format)
     number = {"e4m3": "e5m2", "e5m2": "e4m3"}.get(getattr(format, of.operand, ""), "")

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lightning_fp import FP8Precision, FP16Precision
 from lightning_fp.callbacks import ParityProbe
 from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
-from lightning_fp.callbacks.mismatch.mismatch_remedy import raised_formats, write_formats
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.records import read_events, read_mismatch
 from lightning_fp.stability import MismatchDetector
+from lightning_fp.telemetry.mismatch.mismatch_remedy import raised_formats, write_formats
 from tests.helper import LanguageModel, fit, make_trainer, same_weights, text_loader
 
 TOKENS = 16

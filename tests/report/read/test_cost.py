@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_fp.callbacks.clamp.sampling import SampledSteps
 from lightning_fp.records import (
     Demotion,
     Event,
@@ -22,6 +21,7 @@ from lightning_fp.records import (
 from lightning_fp.report import RunRecords, run_cost
 from lightning_fp.report.read.digest import Digest
 from lightning_fp.report.read.steps import Steps, read_steps
+from lightning_fp.telemetry.casts.sampling import SampledSteps
 
 
 def steps(seconds: list[float], repeated: int = 0, repeated_seconds: float = 0.0) -> Steps:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import torch
 
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
+from lightning_fp.telemetry.over_ranks import total
 
 _PARTS = ("rollout_logprobs", "train_logprobs", "mask")
 
@@ -73,11 +73,10 @@ class MismatchTally:
             raise ValueError(f"{self.source}: {error}") from error
         self._updates += 1
 
-    def values(self, trainer: L.Trainer, *, failed: bool) -> dict[str, float] | None:
+    def values(self, *, failed: bool) -> dict[str, float] | None:
         """What was taken in since `clear`, over all ranks; to be called alike on all of them.
 
         Args:
-            trainer: the Trainer, in `fit`.
             failed: whether this rank cannot go on.
 
         Returns:
@@ -90,9 +89,7 @@ class MismatchTally:
         # First of all whether everybody can go on: `compute` has collectives of its own, and a rank
         # that is missing there keeps the others waiting.
         device = self._metric.token_sums.device
-        told: Any = trainer.strategy.reduce(
-            torch.tensor([float(failed), float(self._updates)], device=device), reduce_op="sum"
-        )
+        told = total(torch.tensor([float(failed), float(self._updates)], device=device))
         failures, updates = told.tolist()
         if failures:
             raise RankFailedError("a rank cannot measure the mismatch any more")

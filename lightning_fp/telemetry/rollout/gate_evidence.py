@@ -10,16 +10,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from lightning_fp.callbacks.rollout.gate_names import LOSS_GAP
-from lightning_fp.callbacks.rollout.logged_metrics import LoggedMetrics
-from lightning_fp.callbacks.run.run import LOSS, Run
 from lightning_fp.records import read_loss
-from lightning_fp.telemetry import Follower
+from lightning_fp.telemetry import LOSS, Board, Follower, RunTelemetry
 
 Points: TypeAlias = "dict[str, list[tuple[int, float]]]"
 """New values by statistic, with the number of optimizer steps done when they were measured."""
+
+LOSS_GAP = "loss_gap"
+"""The loss against a recorded run's, which the rollout makes of it."""
+
+
+class Metrics(Protocol):
+    """Puts on the board what nobody of this package measures."""
+
+    validated: bool
+    """Whether a validation has ended since the last reading."""
+
+    def publish(self, board: Board, step: int) -> None:
+        """Publish what is new."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """See `state_dict`."""
+        ...
 
 
 class GateEvidence:
@@ -32,7 +51,7 @@ class GateEvidence:
     """
 
     def __init__(
-        self, names: Mapping[str, str], baseline: str | Path | None, metrics: LoggedMetrics | None
+        self, names: Mapping[str, str], baseline: str | Path | None, metrics: Metrics | None
     ) -> None:
         self._names = dict(names)
         self._metrics = metrics
@@ -42,9 +61,9 @@ class GateEvidence:
             pairs = zip(recorded.steps.tolist(), recorded.values.tolist(), strict=True)
             self._recorded = dict(pairs)
         self._new: Points = {}
-        self._run, self._follower = Run(), Follower(())
+        self._run, self._follower = RunTelemetry(), Follower(())
 
-    def follow(self, run: Run) -> None:
+    def follow(self, run: RunTelemetry) -> None:
         """Hear of what is published from here on; at the start of training."""
         wanted = set(self._names.values())
         if LOSS_GAP in wanted:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from lightning_fp.telemetry.over_ranks import ranks, total
 
 
 class TokenCounter:
@@ -45,17 +46,21 @@ class TokenCounter:
             " StagedRollout(..., tokens_per_step=...) or another until"
         )
 
-    def end_step(self, step: int, trainer: L.Trainer) -> None:
-        """A step is over; now and then a collective."""
+    def end_step(self, step: int, device: torch.device) -> None:
+        """A step is over; now and then a collective.
+
+        Args:
+            step: optimizer steps done.
+            device: where collectives run.
+        """
         if self._per_step is not None:
             self.total += self._per_step
-        elif trainer.world_size == 1:
+        elif ranks() == 1:
             self.total += self._here
             self._here = 0
         # Reading a sum waits for the device, so not at every step.
         elif step % self._interval == 0:
-            here = torch.tensor(self._here, device=trainer.strategy.root_device)
-            self.total += int(trainer.strategy.reduce(here, reduce_op="sum"))
+            self.total += int(total(torch.tensor(self._here, device=device)))
             self._here = 0
 
     def state_dict(self) -> dict[str, int]:

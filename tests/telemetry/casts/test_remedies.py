@@ -10,10 +10,10 @@ from typing import get_args
 import pytest
 import torch
 
-from lightning_fp.callbacks.clamp.remedies import Limits, Warnings, remedy
 from lightning_fp.layers import Backend, linear_format
 from lightning_fp.layers.backends import could_run
 from lightning_fp.records import StatisticsRows
+from lightning_fp.telemetry.casts.remedies import Limits, Warnings, remedy
 
 LIMITS = Limits(clamped_mass=0.01, underflow=0.25, nonfinite=1)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning_fp.callbacks.mismatch.mismatch_remedy import raised_formats, write_formats
-from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.layers import LinearFormat
-from lightning_fp.plugins.base import LayerPrecision
+from lightning_fp.layers.table_owner import TableOwner
+from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.events import Suspicion
 from lightning_fp.stability.detect.mismatch_detector import MismatchDecision, MismatchDetector
+from lightning_fp.telemetry.mismatch.mismatch_remedy import raised_formats, write_formats
 
 Act = Literal["log", "raise-precision"]
 
@@ -44,11 +44,13 @@ class EarlyWarning:
         self._quiet_until = 0
         self._told = False
 
-    def judge(self, plugin: object, log: EventLog, step: int, values: Mapping[str, float]) -> None:
+    def judge(
+        self, owner: TableOwner | None, log: EventLog, step: int, values: Mapping[str, float]
+    ) -> None:
         """Take in what one step has shown.
 
         Args:
-            plugin: the Trainer's precision plugin.
+            owner: of the table to write to; None where there is none.
             log: where a warning goes.
             step: optimizer steps done.
             values: the metrics of `TrainingInferenceMismatch`.
@@ -61,23 +63,23 @@ class EarlyWarning:
         if not decision.raised:
             self._told = False
         elif step >= self._quiet_until:  # else what was done shall have time to work
-            action = self._raise(plugin, step, decision) if self.act == "raise-precision" else ""
+            action = self._raise(owner, step, decision) if self.act == "raise-precision" else ""
             if action or not self._told:
                 _warn(log, step, decision, values, action)
             self._told = True
 
-    def _raise(self, plugin: object, step: int, decision: MismatchDecision) -> str:
+    def _raise(self, owner: TableOwner | None, step: int, decision: MismatchDecision) -> str:
         """What was done, in words; nothing if there is nothing left to do."""
-        if not isinstance(plugin, LayerPrecision):
+        if owner is None:
             return ""
-        formats = raised_formats(plugin, self.raise_to)
+        formats = raised_formats(owner, self.raise_to)
         if not formats:
             # A hint and no action: it comes with the first warning of a rise only.
             if self._told:
                 return ""
-            fp16_next = self.raise_to is None and plugin.scaler is None
+            fp16_next = self.raise_to is None and owner.scaler is None
             return "no layer is left in FP8; for fp16 take FP16Precision" if fp16_next else ""
-        changes = write_formats(plugin.precision_map, formats, decision.reason)
+        changes = write_formats(owner.precision_map, formats, decision.reason)
         self._quiet_until = step + self.hold_steps
         self.detected = self.detector.precision_changed(self.detected)
         ways = sorted({f"{before} -> {after}" for before, after in changes.values()})

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 
 from lightning_fp.layers import LinearFormat
-from lightning_fp.plugins.base import LayerPrecision
+from lightning_fp.layers.table_owner import TableOwner
 from lightning_fp.recipes import RolloutRecipe, StageFormats, formats_by_stage
 
 Moves = dict[str, LinearFormat]
@@ -24,24 +24,24 @@ class StageMoves:
 
     Args:
         recipe: the stages.
-        plugin: the plugin, when its table is filled.
+        owner: of the table, when it is filled.
 
     Raises:
         ValueError: see `follow`.
     """
 
-    def __init__(self, recipe: RolloutRecipe, plugin: LayerPrecision) -> None:
-        self.plugin = plugin
-        self.stages = follow(recipe, plugin)
+    def __init__(self, recipe: RolloutRecipe, owner: TableOwner) -> None:
+        self.owner = owner
+        self.stages = follow(recipe, owner)
         self.skipped = frozenset(i for i, entry in enumerate(self.stages) if entry.skipped)
         """Indices of the stages that would change nothing."""
         self.changed_from: Mapping[str, str] | None = None
         """Where the recipe was changed while the run lay still: the formats it had before."""
-        self._configured = plugin.precision_map.configured()
+        self._configured = owner.precision_map.configured()
 
     def begin(self, stage: int) -> None:
         """Between two steps, before anything is decided: what waits for this step is in force."""
-        self.plugin.boundary()
+        self.owner.boundary()
         before, self.changed_from = self.changed_from, None
         if before is not None:
             entry = self.stages[stage]
@@ -69,7 +69,7 @@ class StageMoves:
         A layer that has another format now was changed by somebody else, who knows why, and may
         only go to high precision.
         """
-        table = self.plugin.precision_map
+        table = self.owner.precision_map
         moves: Moves = {}
         left: list[str] = []
         for name, layer in table.layers.items():
@@ -85,42 +85,42 @@ class StageMoves:
 
     def write(self, moves: Mapping[str, LinearFormat], reason: str) -> None:
         """In force at once: what follows is measured in these formats."""
-        table = self.plugin.precision_map
+        table = self.owner.precision_map
         by_format: dict[LinearFormat, list[str]] = {}
         for name, format in moves.items():
             by_format.setdefault(format, []).append(name)
         for format, names in by_format.items():
             pattern = "|".join(map(re.escape, names))
             table.set(f"re:{pattern}", format, reason=reason, author="rollout")
-        self.plugin.boundary()
+        self.owner.boundary()
 
 
-def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
-    """A recipe's formats by stage over the layers of a plugin's table.
+def follow(recipe: RolloutRecipe, owner: TableOwner) -> list[StageFormats]:
+    """A recipe's formats by stage over the layers of a table.
 
     Args:
         recipe: the recipe.
-        plugin: the plugin, when its table is filled.
+        owner: of the table, when it is filled.
 
     Raises:
         ValueError: for a pattern that matches nothing, a layer that cannot run a stage's format,
             or where nothing can be moved.
     """
-    table = plugin.precision_map
+    table = owner.precision_map
     configured = table.configured()
     formats = {name: table.known[format] for name, format in configured.items()}
     low = [name for name, format in formats.items() if not format.is_high_precision]
     # Without a layer in FP8 it is FP16 that a recipe moves, between itself and BF16.
-    high = (plugin.base_format if low else plugin.high_precision).name
-    half = configured if plugin.falls_back_whole else {}
+    high = (owner.base_format if low else owner.high_precision).name
+    half = configured if owner.falls_back_whole else {}
     movable = low or [name for name, format in half.items() if format != high]
     if not movable:
         raise ValueError(
-            f"recipe {recipe.name!r} has nothing to move: {type(plugin).__name__} is configured to"
+            f"recipe {recipe.name!r} has nothing to move: {type(owner).__name__} is configured to"
             " leave every layer in high precision; configure it with the formats that the run is"
             " to come to"
         )
-    order = () if plugin.report is None else plugin.report.order
+    order = () if owner.report is None else owner.report.order
     stages = formats_by_stage(recipe, configured, high=high, movable=movable, order=order)
     for entry in stages:
         for name in entry.changes:
@@ -129,7 +129,7 @@ def follow(recipe: RolloutRecipe, plugin: LayerPrecision) -> list[StageFormats]:
                 raise ValueError(f"{entry.stage}: layer {name!r} cannot run {format.name!r} here")
         if not low and len(set(entry.formats.values())) > 1:
             raise ValueError(
-                f"{entry.stage}: layers must all have one format under {type(plugin).__name__},"
+                f"{entry.stage}: layers must all have one format under {type(owner).__name__},"
                 " whose base changes with them; write '*'"
             )
     return stages

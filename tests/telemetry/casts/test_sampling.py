@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_fp.callbacks.clamp.sampling import SampledSteps
+from lightning_fp.telemetry.casts.sampling import SampledSteps
 
 
 def taken(steps: SampledSteps, *numbers: int) -> list[int]:

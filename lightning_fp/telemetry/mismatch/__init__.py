@@ -1,0 +1,1 @@
+"""How far training is from the rollout engine: measured, judged, and what is done about it."""
