@@ -101,6 +101,16 @@ class Kernel(Protocol):
         """
         return self(input, weight, bias, layer)
 
+    def padding(self, tokens: int, in_features: int, out_features: int) -> int:
+        """FLOPs of forward and backward that FP8 hardware spends on the zeros of `whole`.
+
+        Args:
+            tokens: product of the input's leading dimensions.
+            in_features: columns of the weight.
+            out_features: rows of the weight.
+        """
+        return 0
+
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """How an operand is cast, for the statistics.
 

@@ -21,7 +21,7 @@ from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
 from lightning_fp.kernels.hardware import check_alignment
-from lightning_fp.kernels.padding import whole
+from lightning_fp.kernels.padding import whole, zeros_to
 from lightning_fp.kernels.torchao import import_quietly
 from lightning_fp.numerics import FloatFormat
 
@@ -86,6 +86,12 @@ class TorchaoMXKernel(Kernel):
             output = output[: rows.shape[0], : weight.shape[0]].to(dtype)
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             return output if bias is None else output + bias.to(dtype)
+
+    def padding(self, tokens: int, in_features: int, out_features: int) -> int:
+        """See `Kernel.padding`; whole blocks of tokens stand in all three products."""
+        if not self.cuda_mx:
+            return 0
+        return 3 * 2 * zeros_to(MX_BLOCK, tokens) * in_features * out_features
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""

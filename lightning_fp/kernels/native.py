@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.derivatives import (
     gradients_again,
@@ -41,6 +42,7 @@ from lightning_fp.kernels.memory import (
     OperandMemory,
     in_slot,
 )
+from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
     FORMATS,
@@ -157,6 +159,12 @@ class NativeKernel(Kernel):
             if memory is not None and record:
                 memory.record(row_input, row_weight)
             return output if bias is None else output + bias.to(output.dtype)
+
+    def padding(self, tokens: int, in_features: int, out_features: int) -> int:
+        """See `Kernel.padding`; only the weight's gradient sums over tokens."""
+        if self.high_grad_weight or not self.cuda_fp8:
+            return 0
+        return 2 * zeros_to(ALIGNMENT, tokens) * in_features * out_features
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""

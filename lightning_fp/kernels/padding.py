@@ -11,6 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WORTH_SAYING = 0.01
+"""Share of FLOPs from which on what zeros cost is shown."""
+
+
+def zeros_to(multiple: int, size: int) -> int:
+    """How much is missing to the next multiple; of a symbolic size, without a branch."""
+    return -size % multiple
+
+
+def padded_share(padding: float, flops: float) -> float:
+    """Share of all FLOPs that zeros take.
+
+    Args:
+        padding: FLOPs of the zeros.
+        flops: those of everything else.
+    """
+    return padding / (padding + flops) if padding else 0.0
+
 
 def whole(x: Tensor, *, rows: int = 1, columns: int = 1) -> Tensor:
     """A matrix, contiguous, with zeros up to the next multiples.

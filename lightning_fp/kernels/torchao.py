@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.derivatives import gradients_again, refuse_transforms
 from lightning_fp.kernels.hardware import check_alignment
+from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
     FloatFormat,
@@ -103,6 +105,18 @@ class TorchaoKernel(Kernel):
                 output = _TwiceDifferentiable.apply(rows, weight.t(), gemm_config, config, layer)
             output = output.reshape(*input.shape[:-1], weight.shape[0]).to(dtype)
             return output if bias is None else output + bias.to(output.dtype)
+
+    def padding(self, tokens: int, in_features: int, out_features: int) -> int:
+        """See `Kernel.padding`; with `pad_inner_dim` features are filled up as well."""
+        if not self.runs_on_fp8_hardware:
+            return 0
+        features = ALIGNMENT if self.config.pad_inner_dim else 1
+        zeros = zeros_to(features, in_features) * tokens * out_features
+        zeros += zeros_to(features, out_features) * tokens * in_features
+        cast = self.config.cast_config_input_for_grad_weight
+        if cast is None or cast.scaling_type.value != "disabled":
+            zeros += zeros_to(ALIGNMENT, tokens) * in_features * out_features
+        return 2 * zeros
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""

@@ -105,7 +105,7 @@ def observe(
             what_if_w = what_if_statistics(weight, format_w, scale_h[1], features, (BLOCK, BLOCK))
         some_w = casts_of(weight, scale_w, format_w, sampling.output_features(weight))
         statistics.record(
-            operand_statistics(x, scale_x, format_x, casts_x, what_if_x),
+            operand_statistics(x, scale_x, format_x, casts_x, what_if_x, _work(kernel, x, weight)),
             operand_statistics(weight, scale_w, format_w, casts_w, what_if_w),
             _output_row(casts_x, some_w),
         )
@@ -113,6 +113,13 @@ def observe(
         return output
     leaf, slot = statistics.grad_leaf, statistics.next_slot()
     return _ObserveGradient.apply(output, leaf, slot, kernel, scales, sampling)
+
+
+def _work(kernel: Kernel, x: Tensor, weight: Tensor) -> tuple[float, float]:
+    """FLOPs of forward and backward, and those of the zeros that hardware wants beside."""
+    tokens, (out_features, in_features) = x.shape[0], weight.shape
+    flops = 3 * 2 * tokens * in_features * out_features
+    return flops, kernel.padding(tokens, in_features, out_features)
 
 
 def _output_row(x: Casts, weight: Casts) -> Tensor:

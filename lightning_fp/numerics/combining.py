@@ -36,6 +36,8 @@ STATISTICS = (
     Statistic("scales", "sum", "scales looked at, where rows or blocks have scales of their own"),
     Statistic("log_scale", "sum", "sum of their binary logarithms"),
     Statistic("log_scale_squared", "sum", "sum of the squares of these"),
+    Statistic("flops", "sum", "FLOPs of forward and backward, of the layer"),
+    Statistic("padding", "sum", "FLOPs beside these, of zeros that fill up blocks of tokens"),
     Statistic("size", "sum", "what-if: sum of |x|, over finite elements"),
     Statistic("delayed_numel", "sum", "what-if: elements for which there was a delayed scale"),
     Statistic("delayed_clamped", "sum", "elements that delayed scaling would have clamped"),

@@ -68,6 +68,7 @@ def operand_statistics(
     format: FloatFormat,
     casts: Casts | None = None,
     what_if: Tensor | None = None,
+    work: tuple[float, float] = (0, 0),
 ) -> Tensor:
     """Statistics of one cast.
 
@@ -77,6 +78,7 @@ def operand_statistics(
         format: the format that `x * scale` is cast to.
         casts: of the rows that SQNR is computed on; None takes all.
         what_if: what `what_if_statistics` returned for `x`, if it was asked.
+        work: FLOPs of the layer and of its padding; counted with one of its operands.
 
     Returns:
         float64 [len(STATISTICS)].
@@ -87,7 +89,8 @@ def operand_statistics(
     x, scale = x.detach(), torch.nan_to_num(scale, nan=1.0)
     by_passes = _reading_is_free(x)
     sums = (_by_passes if by_passes else _at_once)(x, scale, format)
-    sums = torch.cat([sums, _squares(casts, format, by_passes), _scales(casts.scale)])
+    counted = torch.stack([torch.full_like(sums[0], flops) for flops in work])
+    sums = torch.cat([sums, _squares(casts, format, by_passes), _scales(casts.scale), counted])
     return torch.cat([sums, sums.new_zeros(len(WHAT_IF)) if what_if is None else what_if])
 
 
@@ -160,10 +163,11 @@ def _by_passes(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
 def _squares(casts: Casts, format: FloatFormat, by_passes: bool) -> Tensor:
     """The columns "signal", "noise" and "clamp_noise"; float64 [3]."""
     errors = [casts.scaled, casts.cast - casts.scaled]
-    amax = tensor_amax(casts.scaled).item() if by_passes else math.nan
-    if not amax <= format.max:
+    # What is unknown counts as large; a NaN to compare with would not do for compiled floats.
+    amax = tensor_amax(casts.scaled).item() if by_passes else None
+    if amax is None or not amax <= format.max:
         errors.append(casts.clamped - casts.scaled)
-    if not amax < _LARGEST:  # only then can there have been inf or NaN
+    if amax is None or not amax < _LARGEST:  # only then can there have been inf or NaN
         finite = torch.isfinite(casts.values)
         errors = [torch.where(finite, error, 0.0) for error in errors]
     scale = wide(casts.scale)
@@ -244,7 +248,7 @@ def shares(sums: Tensor) -> dict[str, Tensor]:
         magnitude) and underflow_fraction (of non-zero elements), 0 where there are none of
         these; sqnr_db and clamp_sqnr_db, inf where nothing is lost, NaN where nothing was seen;
         scale_spread_bits, the standard deviation of log2(scale) over rows or blocks, NaN where all
-        share one.
+        share one; padding_fraction (of all FLOPs, NaN where they were not counted).
     """
     column = dict(zip(COLUMN, sums.unbind(-1), strict=True))
     return {
@@ -256,6 +260,7 @@ def shares(sums: Tensor) -> dict[str, Tensor]:
         "scale_spread_bits": _deviation(
             column["scales"], column["log_scale"], column["log_scale_squared"]
         ),
+        "padding_fraction": column["padding"] / (column["padding"] + column["flops"]),
     }
 
 

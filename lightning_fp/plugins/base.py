@@ -160,7 +160,7 @@ class LayerPrecision(GuardedPrecision):
         if self.report is not None and module is not None:
             if example is not None and not sharded and not self.report.measured:
                 with self.forward_context():
-                    self.report = self.report.with_flops(example_flops(module, example))
+                    self.report = self.report.with_flops(*example_flops(module, example))
                 self.base.copies.take_back()
             tell_throughput_monitors(_trainer_of(module), self._peak_dtype)
             if optimizers:

@@ -68,6 +68,13 @@ class StatisticsRows:
         rows = zip(self.formats, self.operands, strict=True)
         return torch.tensor([low[f] and o in CAST for f, o in rows], dtype=torch.bool)
 
+    @property
+    def padding_fraction(self) -> float:
+        """Share of all layers' FLOPs that zeros take which fill up blocks; NaN if none was seen."""
+        flops, share = self.values["flops"], self.values["padding_fraction"]
+        whole = (flops / (1 - share))[flops > 0]
+        return 1 - float(flops[flops > 0].sum() / whole.sum())
+
     def columns(self, step: int) -> dict[str, Any]:
         """The rows as columns of the table of the run.
 
@@ -182,6 +189,8 @@ def _measured(sums: Tensor) -> dict[str, Tensor]:
     cast = torch.tensor([operand in CAST for operand in OPERANDS])
     for name in ("nonzero", "magnitude", "signal"):
         columns[name] = sums[..., COLUMN[name]]
+    flops = sums[..., COLUMN["flops"]]  # of a layer, in its input's row
+    columns["flops"] = torch.where(flops > 0, flops, torch.nan)
     for name, column in columns.items():
         known = numel > 0
         if name not in ("sqnr_db", "clamp_sqnr_db", "numel", "signal"):

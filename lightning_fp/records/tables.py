@@ -47,6 +47,8 @@ SCHEMA = pa.schema(
         "sqnr_db": pa.float32(),
         "clamp_sqnr_db": pa.float32(),
         "scale_spread_bits": pa.float32(),
+        "flops": pa.float32(),
+        "padding_fraction": pa.float32(),
         "numel": pa.int64(),
         "nonzero": pa.int64(),
         "magnitude": pa.float32(),

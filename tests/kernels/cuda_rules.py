@@ -36,6 +36,8 @@ class CudaRules:
 
     def __init__(self) -> None:
         self.products = 0
+        self.shapes: list[tuple[int, int, int]] = []
+        """[M, K] by [K, N], of each."""
         self.multiply = torch._scaled_mm
 
     def __enter__(self) -> CudaRules:
@@ -49,6 +51,7 @@ class CudaRules:
         self.products += 1
         given = dict(zip(NAMES, args, strict=False), **kwargs)
         a, b = given.pop("self"), given.pop("mat2")
+        self.shapes.append((a.shape[0], a.shape[1], b.shape[1]))
         self.check(a, b, **given)
         # The CPU's kernel does not know fast accumulation, which changes no rule.
         return self.multiply(a, b, **{**given, "use_fast_accum": False})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_fp import convert
 from lightning_fp.format_names import TABLE
-from lightning_fp.kernels import Kernel, NativeKernel, TorchaoKernel
+from lightning_fp.kernels import Kernel, NativeKernel, TorchaoKernel, TorchaoMXKernel
 from lightning_fp.kernels.gemm import backward_products, cast_operand, forward_products
 from lightning_fp.kernels.padding import whole
 from lightning_fp.layers import kernel_for, linear_format
+from lightning_fp.layers.conversion.flops import example_flops
+from lightning_fp.layers.statistics_table import StatisticsTable
 from lightning_fp.numerics import FORMATS
+from lightning_fp.records.rows import Sampled, statistics_rows
 from tests.helper import sqnr_db
 from tests.kernels.cuda_rules import CudaRules, OnHardware, TorchaoOnHardware
 
@@ -202,3 +206,87 @@ def test_every_format_takes_them_under_emulation(format: str) -> None:
         table.step()
         assert x.grad is not None
         assert torch.isfinite(x.grad).all()
+
+
+KERNELS: dict[str, Kernel] = {
+    "native": NativeKernel(cuda_fp8=True),
+    "native, grad_weight high": NativeKernel(cuda_fp8=True, high_grad_weight=True),
+    "native, emulated": NativeKernel(),
+    "rowwise": kernel_for(linear_format("fp8-rowwise"), "auto", cuda_fp8=True),
+    "rowwise-gw-hp": kernel_for(linear_format("fp8-rowwise-gw-hp"), "auto", cuda_fp8=True),
+    "rowwise, emulated": kernel_for(linear_format("fp8-rowwise"), "auto", cuda_fp8=False),
+    "mxfp8": TorchaoMXKernel(cuda_mx=True),
+    "mxfp8, emulated": TorchaoMXKernel(),
+}
+ROWS = {"native": (16, 1), "rowwise": (16, 1), "mxfp8": (32, 3)}
+"""What tokens are filled up to, and in how many products; the others fill up nothing."""
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 24, 32, 33])
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_zeros_cost_is_known(name: str, tokens: int) -> None:
+    multiple, products = ROWS.get(name, (1, 0))
+    zeros = -tokens % multiple * products
+    assert KERNELS[name].padding(tokens, WIDE, OUT) == 2 * zeros * WIDE * OUT
+
+
+def test_the_zeros_are_those_that_are_multiplied() -> None:
+    """Beside the shapes that reach `torch._scaled_mm`."""
+    kernel = OnHardware(cuda_fp8=True)
+    for tokens in TOKENS:
+        with CudaRules() as rules:
+            gradients(kernel, *operands(tokens))
+        spent = sum(2 * m * k * n for m, k, n in rules.shapes)
+        assert spent - 3 * 2 * tokens * WIDE * OUT == kernel.padding(tokens, WIDE, OUT)
+
+
+def test_torchaos_zeros_are_those_that_are_multiplied() -> None:
+    """With features filled up as well, as its config may say."""
+    emulated = kernel_for(linear_format("fp8-dynamic"), "torchao", cuda_fp8=False)
+    assert isinstance(emulated, TorchaoKernel)
+    config = dataclasses.replace(emulated.config, pad_inner_dim=True)
+    kernel = TorchaoOnHardware(config=config, cuda_fp8=True)
+    x, w, g = torch.randn(32, 40), torch.randn(48, 40), torch.randn(32, 48)
+    with CudaRules() as rules, contextlib.suppress(AssertionError):
+        gradients(kernel, x, w, g)
+    assert rules.shapes[0] == (32, 48, 48)  # 40 features, filled up to 48
+    assert kernel.padding(32, 40, 48) == 2 * 32 * 48 * 8
+
+
+def test_the_cost_of_zeros_is_shown() -> None:
+    """From an example before the run, and by the statistics of the steps that ran."""
+    model = nn.Sequential(nn.Linear(WIDE, OUT), nn.GELU(), nn.Linear(OUT, WIDE, bias=False))
+    report = convert(model, "fp8-dynamic", {"0": "fp8-dynamic", "2": "bf16"})
+    table = report.precision_map
+    layer = table.layers["0"]
+    layer.switch(layer.format, OnHardware(cuda_fp8=True))
+
+    for tokens, share in ((1, 15 / 18), (24, 8 / 80), (48, 0.0), (1602, 14 / 4820)):
+        told = report.with_flops(*example_flops(model, torch.randn(tokens, WIDE)))
+        assert [row.padding for row in told.layers] == pytest.approx([share, 0.0])
+        assert told.padding == pytest.approx(share)
+        assert ("zeros that fill up blocks" in told.summary()) is (share > 0.01)
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for compiled in (False, True):
+        run = torch.compile(model, backend=counter) if compiled else model
+        statistics = StatisticsTable(dict(table.layers))
+        statistics.collect(True)
+        for tokens in (24, 33, 17):
+            x = torch.randn(tokens, WIDE)
+            torch._dynamo.mark_dynamic(x, 0)
+            run(x).sum().backward()
+            statistics.fold()
+        sampled = Sampled(
+            layers=["0", "2"],
+            formats=statistics.formats(),
+            values=statistics.take(),
+            steps=torch.ones(2, dtype=torch.int64),
+        )
+        rows = statistics_rows([sampled], table.scale_history.take_amax_record())
+        shares = rows.values["padding_fraction"]
+        known = {rows.operands[i]: float(s) for i, s in enumerate(shares) if not s.isnan()}
+        assert known == {"input": pytest.approx((8 + 15 + 15) / (3 * 74 + 8 + 15 + 15))}
+        assert rows.padding_fraction == pytest.approx(38 / 260)
+        statistics.close()
+    assert counter.frame_count == 1  # whatever the number of tokens

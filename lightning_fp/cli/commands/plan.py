@@ -15,6 +15,7 @@ from torch import nn
 from lightning_fp.cli.loading import load_model
 from lightning_fp.cli.output import console
 from lightning_fp.kernels.hardware import cuda_has_fp8
+from lightning_fp.kernels.padding import WORTH_SAYING
 from lightning_fp.layers import (
     Conversion,
     ConversionReport,
@@ -25,6 +26,7 @@ from lightning_fp.layers import (
 )
 from lightning_fp.layers.conversion.decide import decide
 from lightning_fp.layers.conversion.flops import example_flops
+from lightning_fp.layers.conversion.report import padding_of
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.layers.scaling import read_scaling
 from lightning_fp.terminal import FittedTable
@@ -52,7 +54,7 @@ def run(
     note = "FLOPs: of the linear layers, for lack of an example input"
     if user.example_input is not None:
         try:
-            report = report.with_flops(example_flops(user.model, user.example_input))
+            report = report.with_flops(*example_flops(user.model, user.example_input))
             note = "FLOPs: of the whole model, counted in one forward of the example input"
         except Exception as error:  # whatever a user's forward raises; shapes are known anyway
             note = f"FLOPs: of the linear layers; the forward failed: {_first_line(error)}"
@@ -186,6 +188,7 @@ def fold(rows: Sequence[Row]) -> list[Row]:
             layers=len(group),
             parameters=sum(row.parameters for row in group),
             flops_share=sum(row.flops_share for row in group),
+            padding=padding_of(group),
         )
         for (pattern, *_), group in alike.items()
     ]
@@ -196,7 +199,7 @@ def _as_table(rows: Sequence[Row]) -> FittedTable:
     grid = FittedTable("", "layer", "format, kernel", *numbers, right=numbers)
     for row in rows:
         grid.add_row(
-            Text(row.title if row.reason is None else f"{row.title}\n  {row.reason}"),
+            Text(row.title + (f"\n  {note}" if (note := _note(row)) else "")),
             Text(f"{row.format}\n  {row.kernel}"),
             str(row.layers),
             f"{row.parameters:,}",
@@ -204,6 +207,12 @@ def _as_table(rows: Sequence[Row]) -> FittedTable:
             style="" if row.reason is None else "dim",
         )
     return grid
+
+
+def _note(row: Row) -> str:
+    if row.reason is None and row.padding > WORTH_SAYING:
+        return f"zeros that fill up blocks: {row.padding:.1%} of its FLOPs"
+    return row.reason or ""
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from lightning_fp.kernels.base import Kernel, compute_dtype
 from lightning_fp.kernels.block import BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
-from lightning_fp.kernels.padding import whole
+from lightning_fp.kernels.padding import whole, zeros_to
 from lightning_fp.kernels.transformer_engine.library import (
     FORMATS,
     Library,
@@ -105,6 +105,11 @@ class TransformerEngineKernel(Kernel):
         """See `Kernel.multiply`; never compiled, so a compiled model has a graph break here."""
         output = _eagerly(memory, self, input, weight, bias, evaluating)
         return first_derivatives_only(output, layer)
+
+    def padding(self, tokens: int, in_features: int, out_features: int) -> int:
+        """See `Kernel.padding`; whole blocks of tokens stand in all three products."""
+        multiple = TE_FORMATS[self.settings.format].tokens
+        return 3 * 2 * zeros_to(multiple, tokens) * in_features * out_features
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""

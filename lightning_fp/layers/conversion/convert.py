@@ -120,7 +120,7 @@ def convert_into(
     table.fill(model, switchable, {name: decisions[name].resolved for name in switchable})
     report = _report(model, table, decisions)
     if example_input is not None:
-        report = report.with_flops(example_flops(model, example_input))
+        report = report.with_flops(*example_flops(model, example_input))
     return report
 
 

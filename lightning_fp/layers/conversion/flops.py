@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lightning_fp.kernels.padding import padded_share
+from lightning_fp.layers.linear import is_switchable_linear
 from lightning_fp.layers.rules import clean_named_modules
 
 CONVOLUTIONS = (
@@ -158,7 +160,43 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
     flops[""] = count()
 
 
-def example_flops(model: nn.Module, example_input: Any) -> dict[str, int]:
+@contextmanager
+def counting_padding(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Count what zeros that fill up blocks will cost, as the forwards in the block have tokens.
+
+    Args:
+        model: the model whose forward runs in the block, converted.
+
+    Yields:
+        A dict that is complete when the block ends: by layer, the share of its FLOPs of forward and
+        backward that zeros take on the hardware of its kernel, 0 to 1.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    shares: dict[str, float] = {}
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], *, name: str) -> None:
+        if not (is_switchable_linear(module) and inputs):
+            return
+        tokens = inputs[0].numel() // max(inputs[0].shape[-1], 1)
+        shape = module.in_features, module.out_features
+        zeros, flops = counts.get(name, (0, 0))
+        zeros += module.kernel.padding(tokens, *shape)
+        counts[name] = zeros, flops + 3 * tokens * flops_per_token(module)
+
+    hooks = [
+        module.register_forward_pre_hook(partial(count, name=name))
+        for name, module in clean_named_modules(model)
+        if is_switchable_linear(module)
+    ]
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shares.update({name: padded_share(*each) for name, each in counts.items()})
+
+
+def example_flops(model: nn.Module, example_input: Any) -> tuple[dict[str, int], dict[str, float]]:
     """FLOPs of one forward of `model`, which leaves no trace in it.
 
     Args:
@@ -166,7 +204,7 @@ def example_flops(model: nn.Module, example_input: Any) -> dict[str, int]:
         example_input: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Returns:
-        FLOPs by layer name, the whole model's under "".
+        FLOPs by layer name, the whole model's under ""; and see `counting_padding`.
     """
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
@@ -181,6 +219,7 @@ def example_flops(model: nn.Module, example_input: Any) -> dict[str, int]:
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
             counting_flops(model) as flops,
+            counting_padding(model) as padding,
         ):
             # torch's counter has hooks, of which torch.compile warns although it is off here.
             warnings.filterwarnings("ignore", "Using `torch.compile")
@@ -193,7 +232,7 @@ def example_flops(model: nn.Module, example_input: Any) -> dict[str, int]:
     finally:
         for module in training:
             module.training = True
-    return flops
+    return flops, padding
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

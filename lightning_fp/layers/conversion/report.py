@@ -6,10 +6,11 @@ import dataclasses
 import json
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_fp.kernels.padding import WORTH_SAYING, padded_share
 from lightning_fp.layers.conversion.flops import ITSELF
 from lightning_fp.layers.format import HIGH_PRECISION
 from lightning_fp.layers.layer_names import fold_names
@@ -40,6 +41,10 @@ class LayerReport:
     reason: str | None
     """Why it is in high precision; None if it was converted."""
 
+    padding: float = 0.0
+    """Share of its FLOPs, forward and backward, that FP8 hardware spends on zeros which fill up
+    blocks of tokens, 0 to 1; 0 where that was not measured."""
+
     @property
     def title(self) -> str:
         """The name, also for a model that is a single layer."""
@@ -48,6 +53,15 @@ class LayerReport:
 
 def _share(row: LayerReport, flops: Mapping[str, int]) -> float:
     return flops.get(row.name or ITSELF, 0) / flops[""] if flops.get("") else 0.0
+
+
+def padding_of(layers: Iterable[LayerReport]) -> float:
+    """Share of these layers' FLOPs that FP8 hardware spends on zeros, 0 to 1."""
+    zeros = flops = 0.0
+    for layer in layers:
+        flops += layer.flops_share
+        zeros += layer.flops_share * layer.padding / (1 - layer.padding)
+    return padded_share(zeros, flops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +94,29 @@ class ConversionReport:
         """Share of FLOPs that run in low precision, 0 to 1."""
         return sum(layer.flops_share for layer in self.converted)
 
-    def with_flops(self, flops: Mapping[str, int]) -> ConversionReport:
+    @property
+    def padding(self) -> float:
+        """Share of the low-precision layers' FLOPs that FP8 hardware spends on zeros, 0 to 1."""
+        return padding_of(self.converted)
+
+    def with_flops(
+        self, flops: Mapping[str, int], padding: Mapping[str, float] | None = None
+    ) -> ConversionReport:
         """The same report with shares of measured FLOPs; without what multiplied nothing.
 
         Args:
             flops: FLOPs by layer name, the whole model under "".
+            padding: see `LayerReport.padding`, by layer name.
         """
         if not flops.get("", 0):
             return self
         order = tuple(name for name in flops if name)
         measured = dataclasses.replace(self.with_shares(flops), measured=True, order=order)
-        ran = [row for row in measured.layers if row.flops_share or row.format != "not linear"]
+        ran = [
+            dataclasses.replace(row, padding=(padding or {}).get(row.name, 0.0))
+            for row in measured.layers
+            if row.flops_share or row.format != "not linear"
+        ]
         return dataclasses.replace(measured, layers=ran)
 
     def with_shares(self, flops: Mapping[str, int]) -> ConversionReport:
@@ -110,6 +136,7 @@ class ConversionReport:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "flops_share": self.flops_share,
             "measured": self.measured,
+            "padding": self.padding,
         }
 
     def to_json(self) -> str:
@@ -132,6 +159,12 @@ class ConversionReport:
         for (format, kernel), count in by_kernel.items():
             layers = "layer" if count == 1 else "layers"
             lines.append(f"  {format}: {count} {layers}, kernel {kernel}")
+        if self.padding > WORTH_SAYING:
+            most = max(self.converted, key=lambda layer: layer.padding)
+            lines.append(
+                f"  zeros that fill up blocks of tokens: {self.padding:.1%} of their FLOPs,"
+                f" {most.padding:.1%} in {most.title}, with the example's tokens"
+            )
         by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
         for layer in self.layers:
             if layer.reason is not None:

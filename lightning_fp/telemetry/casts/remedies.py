@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lightning_fp.kernels.padding import WORTH_SAYING
 from lightning_fp.layers import Backend, LinearFormat, linear_format
 from lightning_fp.layers.backends import could_run
 from lightning_fp.records import StatisticsRows
@@ -32,7 +33,7 @@ class Warnings:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._seen: dict[tuple[str, str, str], int] = {}
+        self._seen: dict[tuple[str, ...], int] = {}
 
     def of(self, rows: StatisticsRows, backend: Backend = "auto") -> list[str]:
         """The warnings of one interval, the worst first; a repeated one at its 2nd, 4th, 8th time.
@@ -43,9 +44,7 @@ class Warnings:
         """
         due: list[tuple[float, str]] = []
         for kind, row, excess in self._over_limit(rows):
-            key = rows.layers[row], rows.operands[row], kind
-            self._seen[key] = times = self._seen.get(key, 0) + 1
-            if times & (times - 1) == 0:
+            if self._is_due(rows.layers[row], rows.operands[row], kind):
                 due.append((excess, _sentence(rows, row, kind, backend)))
         due.sort(key=lambda entry: -entry[0])
         shown = [sentence for _, sentence in due[:_SHOWN]]
@@ -53,7 +52,14 @@ class Warnings:
             shown.append(
                 f"{len(due) - _SHOWN} more operands are over a limit; see `lightning-fp stats`"
             )
+        if rows.padding_fraction > WORTH_SAYING and self._is_due("", "", "padding_fraction"):
+            shown.append(_zeros(rows))
         return shown
+
+    def _is_due(self, *key: str) -> bool:
+        """Whether this is the 1st, 2nd, 4th, 8th, ... time."""
+        self._seen[key] = times = self._seen.get(key, 0) + 1
+        return times & (times - 1) == 0
 
     def _over_limit(self, rows: StatisticsRows) -> Iterator[tuple[str, int, float]]:
         """The kind of warning, the row, and how many times over the limit it is."""
@@ -83,6 +89,16 @@ def _sentence(rows: StatisticsRows, row: int, kind: str, backend: Backend) -> st
     }[kind]
     do = remedy(kind, layer, operand, format, backend)
     return f"layer {layer}: {what} under {format.name}; {do}"
+
+
+def _zeros(rows: StatisticsRows) -> str:
+    share = rows.values["padding_fraction"]
+    worst = int(share.nan_to_num().argmax())
+    return (
+        f"{rows.padding_fraction:.1%} of the FLOPs of the layers in FP8 multiply zeros, which fill"
+        f" up blocks of tokens; of layer {rows.layers[worst]} {float(share[worst]):.1%}. Where the"
+        " number of tokens is a multiple of 32 there are none"
+    )
 
 
 def remedy(

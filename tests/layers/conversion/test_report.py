@@ -125,6 +125,7 @@ def test_json() -> None:
         "parameters": 8192,
         "flops_share": report.layers[-1].flops_share,
         "reason": "output head",
+        "padding": 0.0,
     }
 
 

@@ -22,6 +22,7 @@ def rows(
     *entries: tuple[str, str, dict[str, float]], format: str = "fp8-delayed"
 ) -> StatisticsRows:
     defaults = {"clamped_mass": 0.0, "underflow_fraction": 0.0, "nonfinite": 0, "sampled_steps": 3}
+    defaults |= {"flops": 100.0, "padding_fraction": 0.0}
     values = {
         name: torch.tensor([entry[2].get(name, default) for entry in entries], dtype=torch.float64)
         for name, default in defaults.items()
@@ -69,6 +70,20 @@ class TestWhich:
     def test_off(self) -> None:
         off = dataclasses.replace(LIMITS, clamped_mass=None)
         assert not Warnings(off).of(rows(("a", "input", {"clamped_mass": 1.0})))
+
+
+def test_zeros_that_fill_up_blocks_are_told_where_they_cost() -> None:
+    """Over all layers: an expert of few tokens is nothing beside the others."""
+    warnings = Warnings(LIMITS)
+    large = ("a", "input", {"flops": 9e9})
+    small = ("expert", "input", {"flops": 1e7, "padding_fraction": 0.75})
+    assert not warnings.of(rows(large, small))
+    assert not warnings.of(rows(large, ("a", "weight", {"flops": math.nan})))
+    half = ("expert", "input", {"flops": 1e9, "padding_fraction": 0.5})
+    said = [warnings.of(rows(large, half)) for _ in range(4)]
+    assert [len(each) for each in said] == [1, 1, 0, 1]
+    assert said[0][0].startswith("9.1% of the FLOPs of the layers in FP8 multiply zeros")
+    assert "of layer expert 50.0%" in said[0][0]
 
 
 def test_ever_more_rarely() -> None:
