@@ -398,6 +398,8 @@ class TakeSnapshot:
     """The run is sound: keep its state."""
 
     at: int
+    keep_from: int | None = None
+    """Of an open case: the newest snapshot from this step or before stays. None without one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,8 @@ class Watch:
             case Settled(at=at):
                 # A state with the fault in it is no place to go back to.
                 if turn.state.calm and turn.state.fallback.phase != "suspect":
-                    turn.actions.append(TakeSnapshot(at=at))
+                    keep_from = self._open_cases.keep_from(turn.state.cases)
+                    turn.actions.append(TakeSnapshot(at=at, keep_from=keep_from))
             case Asked(at=at, onset=onset, risen=risen):
                 self._look_into(turn, at, onset, risen=risen)
             case HighPrecisionTried(at=at, outcome=outcome):
@@ -216,7 +217,10 @@ class Watch:
             turn.events.append(
                 tell.suspicion(step, decision, skips=turn.state.skips, overflow=overflow)
             )
-            self._look_into(turn, step, after.onset, risen=True, overflow=overflow)
+            onset = after.onset
+            if onset is not None and turn.state.cases.began is not None:
+                onset = min(onset, self._open_cases.onset(turn.state.cases, step))
+            self._look_into(turn, step, onset, risen=True, overflow=overflow)
         elif before.phase == "permanent" and suspicious and not turn.state.misbehaving:
             turn.events.append(tell.still_misbehaves(step, decision))
             turn.state = replace(turn.state, misbehaving=True)

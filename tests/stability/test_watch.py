@@ -361,6 +361,21 @@ def test_no_harm_so_far_is_asked_again_and_stays_as_alarming() -> None:
     assert kinds(events, Demotion)[0].step <= 156
 
 
+def test_a_snapshot_from_before_an_open_case_is_kept_and_a_rise_goes_back_to_it() -> None:
+    loop, watch = Loop(error=0.9), machine()
+    state, _ = run(watch, loop, lambda _: 3.0, 140)
+    began = next(q.onset for q in loop.asked if isinstance(q, Survey))
+    taken = [order for order in loop.done if isinstance(order, TakeSnapshot)]
+    before = [order.keep_from for order in taken if order.at < began]
+    assert set(before) == {None}
+    assert all(began <= (order.keep_from or 0) <= order.at for order in taken[-10:])
+    loop.asked.clear()
+    looked = state.cases.calm_at
+    assert looked is not None
+    state, _ = run(watch, loop, rises_at(140, loop), 4, state, start=140)
+    assert [q.onset for q in loop.asked if isinstance(q, Survey) and q.risen] == [looked]
+
+
 def test_what_was_acquitted_and_shows_a_gap_later_is_convicted() -> None:
     loop, watch = Loop(error=0.9), machine()
     state, _ = run(watch, loop, lambda _: 3.0, 100)

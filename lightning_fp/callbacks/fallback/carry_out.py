@@ -117,8 +117,8 @@ class CarryOut:
             case GoBack(start=start, instead=instead):
                 made = None if instead is None else self.answers.trajectories[instead]
                 self._go_back(start, made)
-            case TakeSnapshot(at=at):
-                self._snapshots.take(at, self.run.parts())
+            case TakeSnapshot(at=at, keep_from=keep_from):
+                self._snapshots.take(at, self.run.parts(), keep_from=keep_from)
                 self._ring.drop_before(self._snapshots.oldest_step or 0)
             case LookAgain():
                 self._look_again()

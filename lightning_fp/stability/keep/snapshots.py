@@ -32,6 +32,9 @@ class Snapshots:
 
     Where steps were missed snapshots can be older than that, but none is younger than its level.
 
+    One can be held beyond its age (`take(…, keep_from=…)`), in the place of another: never are more
+    than `depth` kept, so the memory that is stated stays the bound.
+
     Memory of dropped snapshots is used again: in a steady state nothing is allocated.
     To keep snapshots elsewhere, write out `Snapshot.state_dict()`.
 
@@ -63,6 +66,10 @@ class Snapshots:
         self.growth = growth
         self.limit_bytes = limit_bytes
         self._levels: list[Snapshot | None] = [None] * depth
+        self._held: Snapshot | None = None
+        """One that its level has dropped, and that is needed still."""
+        self._needed: Snapshot | None = None
+        """The one that must not be dropped."""
         self._spare: list[HostMemory] = []
 
     # -- reading --------------------------------------------------------------------------------
@@ -70,7 +77,8 @@ class Snapshots:
     @property
     def kept(self) -> list[Snapshot]:
         """The snapshots, newest first."""
-        return [snapshot for snapshot in self._levels if snapshot is not None]
+        there = [snapshot for snapshot in (*self._levels, self._held) if snapshot is not None]
+        return sorted(there, key=lambda snapshot: -snapshot.step)
 
     @property
     def oldest_step(self) -> int | None:
@@ -103,7 +111,9 @@ class Snapshots:
         newest = max((snapshot.step for snapshot in self.kept), default=None)
         return newest is None or not newest <= step < newest + self.every_n_steps
 
-    def take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
+    def take(
+        self, step: int, parts: Mapping[str, Part], *, keep_from: int | None = None
+    ) -> Snapshot | None:
         """Take one and drop those that are not needed any more; see `snapshot.take`.
 
         One that is taken before it is due replaces the newest; those of later steps are dropped.
@@ -111,6 +121,11 @@ class Snapshots:
         Args:
             step: optimizer steps done.
             parts: of what; the same each time.
+            keep_from: the newest from this step or before it is held, however old it gets; where
+                there is none, the oldest. None holds none.
+
+        Returns:
+            None if only one is kept, and that has to be an older one.
 
         Raises:
             ValueError: if not even one is within `limit_bytes`.
@@ -121,6 +136,9 @@ class Snapshots:
         nbytes = present.nbytes
         depth = self._fitting(nbytes)
         self.drop_after(step)
+        self._hold(step, keep_from)
+        if self._needed is not None and depth == 1:
+            return None
         self._make_room(0, step)
         self._bound(nbytes, depth)
         reuse = next((m for m in self._spare if m.content.numel() == nbytes), None)
@@ -134,12 +152,29 @@ class Snapshots:
         for level, snapshot in enumerate(self._levels):
             if snapshot is not None and snapshot.step > step:
                 self._drop(level)
+        if self._held is not None and self._held.step > step:
+            self._let_go()
 
     def clear(self) -> None:
         """Forget all of them and free their memory."""
+        self._needed = None
+        self._let_go()
         for level in range(self.depth):
             self._drop(level)
         self._spare.clear()
+
+    def _hold(self, step: int, keep_from: int | None) -> None:
+        """See which one is needed; the one that was, and is not, goes."""
+        kept = self.kept
+        self._needed = None
+        if keep_from is not None and keep_from < step and kept:
+            self._needed = self.newest_before(keep_from) or kept[-1]
+        if self._held is not self._needed:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        snapshot, self._held = self._held, None
+        self._free(snapshot)
 
     def _make_room(self, level: int, step: int) -> None:
         """Empty a level: its snapshot moves up if it is needed there, else it is dropped."""
@@ -159,6 +194,12 @@ class Snapshots:
 
     def _drop(self, level: int) -> None:
         snapshot, self._levels[level] = self._levels[level], None
+        if snapshot is not None and snapshot is self._needed:
+            self._held = snapshot
+        else:
+            self._free(snapshot)
+
+    def _free(self, snapshot: Snapshot | None) -> None:
         memory = None if snapshot is None else snapshot.drop()
         if memory is not None:
             self._spare.append(memory)
@@ -181,8 +222,9 @@ class Snapshots:
 
         Level 0 is empty, and at most one spare memory will be used.
         """
-        for level in range(depth, self.depth):
-            self._drop(level)
+        for level in reversed(range(self.depth)):
+            if level >= depth or len(self.kept) >= depth:
+                self._drop(level)
         self._spare = [m for m in self._spare if m.content.numel() == nbytes]
         if self.limit_bytes is None:
             self._spare = self._spare[: self.depth - len(self.kept)]
@@ -190,7 +232,10 @@ class Snapshots:
         level = self.depth
         while sum(s.nbytes for s in self.kept) + nbytes > self.limit_bytes:
             level -= 1
-            self._drop(level)
+            if level < 0:  # even the one that is held has to go
+                self._let_go()
+            else:
+                self._drop(level)
         room = (self.limit_bytes - sum(s.nbytes for s in self.kept)) // max(nbytes, 1)
         self._spare = [m for m in self._spare if m.content.numel() == nbytes][:room]
 
@@ -199,7 +244,8 @@ class Snapshots:
     def state_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
         """The snapshots for a checkpoint, less some parts; their memory is shared, not copied."""
         levels = [None if s is None else s.state_dict(without) for s in self._levels]
-        return {"version": STATE_VERSION, "levels": levels}
+        held = None if self._held is None else self._held.state_dict(without)
+        return {"version": STATE_VERSION, "levels": levels, "held": held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over snapshots from a checkpoint; those deeper than `depth` are left out.
@@ -209,8 +255,13 @@ class Snapshots:
         """
         check_version(state, STATE_VERSION, "snapshots' state must have version")
         self.clear()
-        saved = [None if s is None else Snapshot.from_state_dict(s) for s in state["levels"]]
+        *saved, held = [
+            None if s is None else Snapshot.from_state_dict(s)
+            for s in (*state["levels"], state.get("held"))
+        ]
         self._levels = (saved + [None] * self.depth)[: self.depth]
+        if len(self.kept) < self.depth:
+            self._held = self._needed = held
 
 
 def _gib(nbytes: int) -> str:

@@ -124,6 +124,52 @@ class TestAges:
             restore(snapshot, state)
             assert value(state) == snapshot.step
 
+    @given(depths, rhythms, growths, st.integers(0, 200), st.integers(0, 40), st.integers(1, 400))
+    @settings(max_examples=60, deadline=None)
+    def test_one_that_is_needed_is_held_in_the_place_of_another(
+        self, depth: int, every: int, growth: int, before: int, back: int, after: int
+    ) -> None:
+        keeper = Snapshots(depth=depth, every_n_steps=every, growth=growth)
+        state = parts()
+        for step in range(before + 1):
+            if keeper.due(step):
+                keeper.take(step, state)
+        keep_from = before - back
+        needed = keeper.newest_before(keep_from) or keeper.kept[-1]
+        one = needed.nbytes
+        for step in range(before + 1, before + after):
+            if keeper.due(step):
+                keeper.take(step, state, keep_from=keep_from)
+            assert needed in keeper.kept
+            assert len(keeper.kept) <= depth
+            assert keeper.nbytes <= depth * one
+            assert ages(keeper, step) == sorted(ages(keeper, step))
+        loaded = Snapshots(depth=depth, every_n_steps=every, growth=growth)
+        loaded.load_state_dict(keeper.state_dict())
+        assert [s.step for s in loaded.kept] == [s.step for s in keeper.kept]
+        for step in range(before + after, before + after + 3 * every):
+            if keeper.due(step):
+                keeper.take(step, state)
+        assert keeper.kept[0].step >= before + after
+        assert len(keeper.kept) <= depth
+
+    def test_a_calm_look_lets_the_only_one_be_replaced(self) -> None:
+        keeper, state = Snapshots(depth=1, every_n_steps=4), parts()
+        keeper.take(0, state)
+        assert keeper.take(4, state, keep_from=2) is None
+        assert keeper.due(5)
+        assert keeper.take(6, state, keep_from=6) is not None
+        assert [snapshot.step for snapshot in keeper.kept] == [6]
+
+    def test_what_is_held_keeps_to_the_limit(self) -> None:
+        state = parts(1000)
+        one = stated_bytes(state)
+        keeper = Snapshots(depth=3, every_n_steps=2, growth=2, limit_bytes=2 * one)
+        for step in range(0, 60, 2):
+            keeper.take(step, state, keep_from=None if step < 10 else 9)
+            assert keeper.nbytes <= 2 * one
+        assert [snapshot.step for snapshot in keeper.kept] == [58, 8]
+
     def test_due(self) -> None:
         keeper = Snapshots(every_n_steps=4)
         assert keeper.due(0)
