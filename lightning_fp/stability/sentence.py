@@ -16,8 +16,10 @@ from lightning_fp.stability.actions import (
     Surveyed,
     Write,
 )
-from lightning_fp.stability.conviction import Conclusion, Evidence, gap_of
 from lightning_fp.stability.detect.detector import DivergenceDetector
+from lightning_fp.stability.judge.by_gap import gap_of
+from lightning_fp.stability.judge.conviction import Conclusion
+from lightning_fp.stability.judge.evidence import Evidence
 from lightning_fp.stability.respond.cure import verify_cure
 from lightning_fp.stability.respond.demotion import demotion
 from lightning_fp.stability.respond.fallback_policy import MOST_DOUBLINGS, Fallback

@@ -9,7 +9,7 @@ from lightning_fp.events import Event
 from lightning_fp.stability import incident_events as tell
 from lightning_fp.stability.actions import Action
 from lightning_fp.stability.detect.detector import DivergenceDetector
-from lightning_fp.stability.inquiry import Inquiry
+from lightning_fp.stability.judge.inquiry import Inquiry
 from lightning_fp.stability.respond.fallback_policy import FallbackState
 from lightning_fp.stability.respond.limits import LimitWatch
 from lightning_fp.stability.watch_state import WatchState

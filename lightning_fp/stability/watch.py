@@ -44,12 +44,13 @@ from lightning_fp.stability.actions import (
     StepSeen,
     TakeSnapshot,
 )
-from lightning_fp.stability.conviction import Case, gap_of
 from lightning_fp.stability.detect.cast_trigger import CastTrigger
 from lightning_fp.stability.detect.decision import Cause, Decision
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.overflow_watch import OverflowState, OverflowWatch
-from lightning_fp.stability.inquiry import Inquiry, answered, open_case
+from lightning_fp.stability.judge.by_gap import gap_of
+from lightning_fp.stability.judge.evidence import Case
+from lightning_fp.stability.judge.inquiry import Inquiry, answered, open_case
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.respond.fallback_policy import (

@@ -11,7 +11,7 @@ from lightning_fp.stability.detect.cast_trigger import CastState, CastTrigger
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.detector_state import DetectorState
 from lightning_fp.stability.detect.overflow_watch import OverflowState
-from lightning_fp.stability.inquiry import Inquiry
+from lightning_fp.stability.judge.inquiry import Inquiry
 from lightning_fp.stability.respond.fallback_policy import Fallback, FallbackState
 from lightning_fp.stability.respond.limits import LimitState
 from lightning_fp.stability.respond.open_cases import CasesState

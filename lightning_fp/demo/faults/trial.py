@@ -19,7 +19,7 @@ from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.events import FormatChange, Rollback, SkippedStep, read_events
 from lightning_fp.stability.actions import Survey, Surveyed
-from lightning_fp.stability.conviction import Conclusion
+from lightning_fp.stability.judge.conviction import Conclusion
 from lightning_fp.stability.respond.ladder import LADDER
 from lightning_fp.stability.watch import Watch
 

@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_fp.stability.actions import Answer, Question, Survey
-from lightning_fp.stability.conviction import (
-    Case,
-    Conclusion,
-    Evidence,
-    UnansweredError,
-    conclude,
-)
+from lightning_fp.stability.judge.conviction import Conclusion, conclude
+from lightning_fp.stability.judge.evidence import Case, Evidence, UnansweredError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,100 +10,21 @@ control: where high precision does as badly, nothing is blamed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from statistics import fmean
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import dataclass, replace
 
 from lightning_fp.stability.actions import (
-    Answer,
     Attribute,
-    CompareLosses,
-    LossesCompared,
-    Question,
     ReplayHigh,
     ReplayStep,
     ReplayStretch,
-    StretchReplayed,
-    Survey,
     Surveyed,
 )
-from lightning_fp.stability.replay.control import TOLERATED, Control, judge_control
-from lightning_fp.stability.replay.gap import BATCHES, Gap, measure_gap
-from lightning_fp.stability.respond.attribution import HEALTHY_ERROR, Attribution
+from lightning_fp.stability.judge.by_gap import by_gap
+from lightning_fp.stability.judge.by_trajectory import by_control, by_trajectory, high_stretch
+from lightning_fp.stability.judge.evidence import Case, Evidence
+from lightning_fp.stability.respond.attribution import Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
-from lightning_fp.stability.respond.verdict import (
-    LARGE,
-    SAME,
-    Anomaly,
-    Finding,
-    Judgement,
-    OneStep,
-    judge_one_step,
-    judge_trajectory,
-)
-
-A = TypeVar("A", bound=Answer)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is to be looked into."""
-
-    step: int
-    """Optimizer steps so far."""
-
-    onset: int
-    """The first anomalous one."""
-
-    anomaly: Anomaly = field(default_factory=Anomaly)
-    healthy_error: float = HEALTHY_ERROR
-    """Relative error of the gradients in these formats while the run was healthy."""
-
-    risen: bool = True
-    """Whether the loss has risen; if not, the question is whether it could be lower."""
-
-    overflow: str | None = None
-    """Why FP16's range seems not to suffice, if that is the question."""
-
-    batch: int | None = None
-    """The step of the batch that shows it, if one alone does."""
-
-
-class UnansweredError(Exception):
-    """A question has no answer yet."""
-
-    def __init__(self, question: Question[Any]) -> None:
-        super().__init__(question)
-        self.question = question
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """A case, and the questions that were answered."""
-
-    case: Case
-    known: Mapping[Question[Any], Answer] = field(default_factory=dict[Question[Any], Answer])
-
-    def answer(self, question: Question[A]) -> A:
-        """What it came to.
-
-        Raises:
-            UnansweredError: if it was not asked yet.
-        """
-        if question not in self.known:
-            raise UnansweredError(question)
-        return cast("A", self.known[question])
-
-    def told(self, question: Question[Any], answer: Answer) -> Evidence:
-        """With one more answer."""
-        return replace(self, known={**self.known, question: answer})
-
-    @property
-    def survey(self) -> Surveyed:
-        """What there is to replay."""
-        case = self.case
-        return self.answer(Survey(at=case.step, onset=case.onset, risen=case.risen))
+from lightning_fp.stability.respond.verdict import Finding, Judgement, OneStep, judge_one_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +76,10 @@ def conclude(evidence: Evidence) -> Conclusion:
         return _overflow(evidence, case.overflow)
     seen = evidence.answer(ReplayStep(weights=_weights(survey))).seen
     one_step = None if seen is None else judge_one_step(seen, case.anomaly)
-    gap = _gap(evidence) if survey.finite else None
-    high = _high(survey)
+    gap = by_gap(evidence) if survey.finite else None
+    high = high_stretch(survey)
     stretch = None if high is None else evidence.answer(high)
-    trajectory = None if stretch is None else _judge(case, survey, stretch)
+    trajectory = None if stretch is None else by_trajectory(case, survey, stretch)
     finding = _together(one_step, trajectory)
     at_once = one_step is not None and one_step.finding == finding == "precision"
     if gap is not None and gap.finding == "precision" and not _rises_anyway(case, trajectory):
@@ -167,7 +88,7 @@ def conclude(evidence: Evidence) -> Conclusion:
         finding, at_once = "precision", not case.risen
     control = None
     if finding == "precision" and stretch is not None and stretch.done:
-        control = _control(evidence, stretch)
+        control = by_control(evidence, stretch)
         finding = finding if at_once else control.finding
     attribution: Attribution | None = None
     likeness = ""
@@ -202,86 +123,6 @@ def _rises_anyway(case: Case, trajectory: Judgement | None) -> bool:
     return case.risen and trajectory is not None and trajectory.finding == "not precision"
 
 
-def _gap(evidence: Evidence) -> Judgement | None:
-    """The batches forward: it is its own control, and sees what a trajectory does not yet.
-
-    Damaged weights make every format's errors larger, whatever has damaged them. So where the loss
-    stands above its level, the gap must be a good part of that. And of a loss that is still falling
-    to nothing any gap is a large share: before its noise is known nobody is convicted.
-    """
-    case, count = evidence.case, BATCHES if evidence.case.batch is None else 1
-    while True:
-        seen = evidence.answer(CompareLosses(at=case.step, count=count, batch=case.batch))
-        gap = gap_of(seen, case.anomaly)
-        more = gap.wants if case.batch is None and gap.count == count else None
-        if more is None:
-            break
-        count = more
-    if gap.count == 0:
-        return None
-    explains, known = _explains(seen, case.anomaly), case.anomaly.level is not None
-    finding: Finding = "precision" if gap.convicts and explains and known else "unclear"
-    reason = gap.sentence if explains else f"{gap.sentence}, a small part of the loss's rise"
-    return Judgement(finding=finding, reason=reason, numbers=gap.numbers)
-
-
-def _explains(seen: LossesCompared, anomaly: Anomaly) -> bool:
-    """Whether the gap is a good part of what the loss stands above its level, if it does."""
-    pairs = zip(seen.losses, seen.high_losses, strict=True)
-    finite = [(low, high) for low, high in pairs if math.isfinite(high)]
-    if anomaly.level is None or not finite or not all(math.isfinite(low) for low, _ in finite):
-        return True
-    baseline, noise = anomaly.level
-    low, high = fmean(low for low, _ in finite), fmean(high for _, high in finite)
-    rise = low - baseline
-    return rise <= LARGE * noise or low - high > SAME * rise
-
-
-def gap_of(seen: LossesCompared, anomaly: Anomaly) -> Gap:
-    """What the batches say, beside the noise of the run."""
-    noise = anomaly.noise
-    return measure_gap(
-        seen.losses,
-        seen.high_losses,
-        noise=noise if noise is not None and math.isfinite(noise) else 0.0,
-        batch_norm=seen.batch_norm,
-    )
-
-
-def _control(evidence: Evidence, high: StretchReplayed) -> Judgement:
-    """The same stretch in the run's own formats: what it does not repeat is no proof."""
-    survey = evidence.survey
-    own = _stretch(survey, "own")
-    seen = _compare(survey, evidence.answer(own), high)
-    if seen.finding != "not reproducible" or not survey.compiled:
-        return _judged(seen)
-    compiled = _compare(survey, evidence.answer(replace(own, compiled=True)), high)
-    if compiled.finding != "repeats":
-        return _judged(compiled)
-    # The fault is there only where code is compiled: is it the format's, or the compiler's?
-    again = evidence.answer(replace(own, precision="high", compiled=True))
-    blamed = _compare(survey, again, high).finding != "repeats"
-    cause = "only the format's compiled kernel shows it" if blamed else "in high precision too"
-    return Judgement(
-        finding="precision" if blamed else "compiled code",
-        reason=f"compiled, {compiled.reason}; eagerly, {seen.reason}; {cause}",
-        numbers={"share_compiled": compiled.share, "share_eager": seen.share},
-    )
-
-
-def _compare(survey: Surveyed, own: StretchReplayed, high: StretchReplayed) -> Control:
-    return judge_control(survey.losses or (), own.losses, high.losses, steps=survey.steps)
-
-
-def _judged(control: Control) -> Judgement:
-    exact = control.first_difference is None or control.difference <= TOLERATED
-    repeats = control.finding == "repeats" or (exact and control.finding == "unclear")
-    finding: Finding = "precision" if repeats else "unclear"
-    if control.finding == "not reproducible":
-        finding = "not reproducible"
-    return Judgement(finding=finding, reason=control.reason, numbers=control.numbers)
-
-
 def _of_one_moment(finding: Finding) -> str:
     if finding == "compiled code":
         return "it looks like compiled code: run eagerly, the same batches do not show it"
@@ -294,24 +135,6 @@ def _of_one_moment(finding: Finding) -> str:
 def _weights(survey: Surveyed) -> int | None:
     """Nothing can be learned from weights that are not finite."""
     return None if survey.finite else survey.start
-
-
-def _high(survey: Surveyed) -> ReplayStretch | None:
-    return None if survey.start is None or not survey.losses else _stretch(survey, "high")
-
-
-def _stretch(survey: Surveyed, precision: Literal["high", "own"]) -> ReplayStretch:
-    if survey.start is None:
-        raise RuntimeError("a trajectory needs a snapshot to begin at")
-    return ReplayStretch(start=survey.start, precision=precision)
-
-
-def _judge(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgement:
-    if not high.done:
-        reason = "memory does not suffice for a replay in high precision"
-        return Judgement(finding="unclear", reason=reason, numbers={})
-    anomaly = case.anomaly if case.risen else Anomaly()
-    return judge_trajectory(survey.losses or (), high.losses, anomaly)
 
 
 def _together(one_step: Judgement | None, trajectory: Judgement | None) -> Finding:

@@ -1,0 +1,57 @@
+"""What the last batches say, forward, on the weights of now."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from lightning_fp.stability.actions import CompareLosses, LossesCompared
+from lightning_fp.stability.judge.evidence import Evidence
+from lightning_fp.stability.replay.gap import BATCHES, Gap, measure_gap
+from lightning_fp.stability.respond.verdict import LARGE, SAME, Anomaly, Finding, Judgement
+
+
+def by_gap(evidence: Evidence) -> Judgement | None:
+    """The batches forward: it is its own control, and sees what a trajectory does not yet.
+
+    Damaged weights make every format's errors larger, whatever has damaged them. So where the loss
+    stands above its level, the gap must be a good part of that. And of a loss that is still falling
+    to nothing any gap is a large share: before its noise is known nobody is convicted.
+    """
+    case, count = evidence.case, BATCHES if evidence.case.batch is None else 1
+    while True:
+        seen = evidence.answer(CompareLosses(at=case.step, count=count, batch=case.batch))
+        gap = gap_of(seen, case.anomaly)
+        more = gap.wants if case.batch is None and gap.count == count else None
+        if more is None:
+            break
+        count = more
+    if gap.count == 0:
+        return None
+    explains, known = _explains(seen, case.anomaly), case.anomaly.level is not None
+    finding: Finding = "precision" if gap.convicts and explains and known else "unclear"
+    reason = gap.sentence if explains else f"{gap.sentence}, a small part of the loss's rise"
+    return Judgement(finding=finding, reason=reason, numbers=gap.numbers)
+
+
+def _explains(seen: LossesCompared, anomaly: Anomaly) -> bool:
+    """Whether the gap is a good part of what the loss stands above its level, if it does."""
+    pairs = zip(seen.losses, seen.high_losses, strict=True)
+    finite = [(low, high) for low, high in pairs if math.isfinite(high)]
+    if anomaly.level is None or not finite or not all(math.isfinite(low) for low, _ in finite):
+        return True
+    baseline, noise = anomaly.level
+    low, high = fmean(low for low, _ in finite), fmean(high for _, high in finite)
+    rise = low - baseline
+    return rise <= LARGE * noise or low - high > SAME * rise
+
+
+def gap_of(seen: LossesCompared, anomaly: Anomaly) -> Gap:
+    """What the batches say, beside the noise of the run."""
+    noise = anomaly.noise
+    return measure_gap(
+        seen.losses,
+        seen.high_losses,
+        noise=noise if noise is not None and math.isfinite(noise) else 0.0,
+        batch_norm=seen.batch_norm,
+    )

@@ -1,0 +1,73 @@
+"""A case, and what is known of it so far. Pure: what is not known yet is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
+
+from lightning_fp.stability.actions import Answer, Question, Survey, Surveyed
+from lightning_fp.stability.respond.attribution import HEALTHY_ERROR
+from lightning_fp.stability.respond.verdict import Anomaly
+
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is to be looked into."""
+
+    step: int
+    """Optimizer steps so far."""
+
+    onset: int
+    """The first anomalous one."""
+
+    anomaly: Anomaly = field(default_factory=Anomaly)
+    healthy_error: float = HEALTHY_ERROR
+    """Relative error of the gradients in these formats while the run was healthy."""
+
+    risen: bool = True
+    """Whether the loss has risen; if not, the question is whether it could be lower."""
+
+    overflow: str | None = None
+    """Why FP16's range seems not to suffice, if that is the question."""
+
+    batch: int | None = None
+    """The step of the batch that shows it, if one alone does."""
+
+
+class UnansweredError(Exception):
+    """A question has no answer yet."""
+
+    def __init__(self, question: Question[Any]) -> None:
+        super().__init__(question)
+        self.question = question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A case, and the questions that were answered."""
+
+    case: Case
+    known: Mapping[Question[Any], Answer] = field(default_factory=dict[Question[Any], Answer])
+
+    def answer(self, question: Question[A]) -> A:
+        """What it came to.
+
+        Raises:
+            UnansweredError: if it was not asked yet.
+        """
+        if question not in self.known:
+            raise UnansweredError(question)
+        return cast("A", self.known[question])
+
+    def told(self, question: Question[Any], answer: Answer) -> Evidence:
+        """With one more answer."""
+        return replace(self, known={**self.known, question: answer})
+
+    @property
+    def survey(self) -> Surveyed:
+        """What there is to replay."""
+        case = self.case
+        return self.answer(Survey(at=case.step, onset=case.onset, risen=case.risen))
