@@ -146,10 +146,6 @@ class FPLinear(nn.Linear):
         if self.memory is not None and first is not None and first.device.type != "meta":
             self.memory = self.memory.on(first.device)
 
-    def __prepare_scriptable__(self) -> nn.Linear:
-        """TorchScript asks for what to compile; in place of this layer, in the user's own model."""
-        raise ValueError(self._only_plain("torch.jit.script"))
-
     @property
     def qconfig(self) -> object:
         """Where torch.ao.quantization notes its plans; it would find no nn.Linear, in silence."""
@@ -180,6 +176,11 @@ _SWITCHABLE: dict[type, type] = {nn.Linear: FPLinear, nn.LazyLinear: LazyFPLinea
 _PLAIN = {switchable: plain for plain, switchable in _SWITCHABLE.items()}
 
 _ATTRIBUTES = tuple(name for name in FPLinear.__annotations__)
+
+# TorchScript compiles nn.Linear's forward in place of this one, and so in high precision.
+FPLinear.__jit_ignored_attributes__ = list(_ATTRIBUTES)  # pyright: ignore
+FPLinear.__jit_unused_properties__ = ["evaluating", "qconfig"]  # pyright: ignore
+FPLinear.forward.__wrapped__ = nn.Linear.forward  # pyright: ignore
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -100,7 +99,7 @@ class LayerPrecision(GuardedPrecision):
         self._in_train_step = False
         self._logged = -1
         self._watch = LowWatch(self.precision_map)
-        self._told: weakref.ref[Module] | None = None
+        self._told: Module | None = None
 
     def settings(self) -> dict[str, Any]:
         """The options as plain data, for the records of a run."""
@@ -177,8 +176,8 @@ class LayerPrecision(GuardedPrecision):
 
     def _say_what_runs(self, module: Module, report: ConversionReport) -> None:
         """Once for each model, however often it is fitted."""
-        if self._told is None or self._told() is not module:
-            self._told = weakref.ref(module)
+        if self._told is not module:
+            self._told = module
             rank_zero_info(report.screen(f"{type(self).__name__} ({self.precision})"))
 
     @override

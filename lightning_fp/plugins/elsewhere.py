@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +23,14 @@ class Elsewhere:
     """
 
     def __init__(self, plugin: Precision, model: Module | None) -> None:
-        self._plugin = weakref.ref(plugin)
+        self._plugin: Callable[[], Precision | None] = weakref.ref(plugin)
         self._model = None if model is None else weakref.ref(model)
+
+    def __getstate__(self) -> None:
+        """A pickled model knows neither: what loads it is a loop of one's own."""
+
+    def __setstate__(self, state: None) -> None:
+        self._plugin, self._model = _nobody, None
 
     def __call__(self) -> bool:
         """Asked by each training forward; torch.compile keeps the answer it found."""
@@ -34,6 +41,10 @@ class Elsewhere:
         model = None if self._model is None else self._model()
         trainer: Any = getattr(model, "_trainer", None)
         return trainer is not None and trainer.precision_plugin is not self._plugin()
+
+
+def _nobody() -> None:
+    """In place of a reference that is gone."""
 
 
 @torch.compiler.assume_constant_result

@@ -324,16 +324,26 @@ def test_weights_of_a_parametrization_are_made_once_a_call(
 def test_what_must_find_a_plain_linear_is_told_how_to_get_one() -> None:
     model = nn.Sequential(nn.Linear(32, 16))
     convert(model)
-    with pytest.raises(ValueError, match=r"layer '0': torch\.jit\.script.*revert\(plain\)"):
-        torch.jit.script(model)
     with pytest.raises(ValueError, match=r"layer '0': torch\.ao\.quantization.*revert\(plain\)"):
         torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear})
     assert isinstance(model[0], FPLinear)
     plain = copy.deepcopy(model)
     revert(plain)
-    torch.jit.script(plain)
     quantised = torch.ao.quantization.quantize_dynamic(plain.eval(), {nn.Linear})
     assert not isinstance(quantised[0], nn.Linear)
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*deprecated")
+@pytest.mark.parametrize("format", ["bf16", "fp8-delayed", "fp8-dynamic", "fp8-rowwise"])
+def test_torch_script_makes_the_plain_model_of_it_and_leaves_it_as_it_is(format: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16, bias=False))
+    plain, x = copy.deepcopy(model), torch.randn(8, 32)
+    convert(model, layers={"*": format})
+    before = model(x)
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(x), plain(x))
+    assert [type(layer) for layer in model] == [FPLinear, nn.ReLU, FPLinear]
+    assert torch.equal(model(x), before)
 
 
 class TestLazy:

@@ -126,7 +126,7 @@ class Run(RunTelemetry, L.Callback):
         self._logs: dict[Path | None, EventLog] = {}
         self._positions: dict[str, int | None] = {}
         self._written_to: dict[str, str] = {}
-        self._unsubscribe: Callable[[], object] = lambda: None
+        self._unsubscribe: Callable[[], object] | None = None
         self._files: LossFiles | None = None
         self._computes_norm = False
 
@@ -299,7 +299,9 @@ class Run(RunTelemetry, L.Callback):
 
     def _finish(self, trainer: L.Trainer) -> None:
         self.over, self._files = True, None
-        self._unsubscribe()
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None  # a Trainer whose run is over can be pickled
         guard = _guard(trainer)
         if guard is not None:
             guard.keeps_record, guard.steps = False, []
