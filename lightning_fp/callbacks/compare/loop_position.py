@@ -29,6 +29,13 @@ def loop_position(trainer: Trainer) -> Position:
     return position
 
 
+def steps_done(trainer: Trainer) -> int:
+    """Batches that stepped; with one optimizer that is `global_step`."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def before_batch(position: Position, batch_idx: int) -> Position:
     """The position at which a batch has not been counted yet, wherever it was taken.
 

@@ -152,4 +152,4 @@ class CarryOut:
             )
 
     def _write(self, formats: Mapping[str, LinearFormat], reason: str) -> list[Change]:
-        return [] if self._dry_run else write_formats(self.plugin, formats, reason)
+        return [] if self._dry_run else write_formats(self.plugin.precision_map, formats, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from lightning_fp.callbacks.fallback.demotion import AUTHOR
 from lightning_fp.callbacks.fallback.step_count import StepCount
@@ -28,18 +29,32 @@ _COUNTED: Mapping[type[Event], str] = {
 """What the loggers count."""
 
 
+class Log(Protocol):
+    """The log of a run: a file, a console, loggers."""
+
+    own: set[str]
+    """Authors whose writes to the table have events of their own."""
+
+    def write(self, event: Event, *, quiet: bool = False) -> None:
+        """One event; not on the console if `quiet`."""
+        ...
+
+    def count(self, name: str, step: int) -> None:
+        """One more of something, for the loggers."""
+        ...
+
+
 class IncidentLog:
-    """Puts events into the run's log, with the Trainer's `global_step`.
+    """Puts events into the run's log, with its `global_step`.
 
     Args:
-        run: the log of the run; by default one that writes nowhere.
+        run: the log of the run.
         count: of the steps that events are told with.
     """
 
-    def __init__(self, run: EventLog | None = None, count: StepCount | None = None) -> None:
-        self._run = EventLog(None) if run is None else run
-        self._run.own.add(AUTHOR)
-        self._count = StepCount() if count is None else count
+    def __init__(self, run: Log, count: StepCount) -> None:
+        run.own.add(AUTHOR)
+        self._run, self._count = run, count
         self._skipped: tuple[int, int] = (0, -1)
         """Steps left out in a row, and the last of them."""
 

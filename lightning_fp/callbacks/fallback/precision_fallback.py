@@ -21,7 +21,7 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from lightning_fp.callbacks.compare.loop_position import loop_position
+from lightning_fp.callbacks.compare.loop_position import loop_position, steps_done
 from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.carry_out import CarryOut
 from lightning_fp.callbacks.fallback.cast_watch import CastWatch
@@ -30,6 +30,7 @@ from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
 from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
 from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
 from lightning_fp.callbacks.fallback.step_count import StepCount
+from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.finite_checkpoints import finite_checkpoints
 from lightning_fp.callbacks.run.in_bar import shown_in_bar
 from lightning_fp.callbacks.run.run import RunCallback, run_of
@@ -183,12 +184,12 @@ class PrecisionFallback(RunCallback):
         }
         self._queue: SignalQueue | SignalReader = SignalQueue()
         self._waiting: list[StepSignals] = []
-        self._log = IncidentLog()
         self._hands: CarryOut | None = None
         self._rehearsal: Rehearsal | None = None
         self._rehearsed: dict[str, Any] | None = None
         self._casts: CastWatch | None = None
         self._count = StepCount()
+        self._log = IncidentLog(EventLog(None), self._count)
         self._open: int | None = None
         self._opened_at = 0
         self._groups: list[int] = []
@@ -234,7 +235,7 @@ class PrecisionFallback(RunCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """State what memory the watch takes, and begin."""
         plugin = self.plugin(trainer)
-        self._count.start(trainer)
+        self._count.start(steps_done(trainer), trainer.global_step)
         self._snapshots.clear()
         self._ring.clear()
         self._queue, self._open = run_of(trainer).signals.reader(), None

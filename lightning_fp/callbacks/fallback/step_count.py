@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
-
 _MOST_KEPT = 1024
 """Steps of which the `global_step` is remembered: more than there are snapshots for."""
 
@@ -23,18 +21,21 @@ class StepCount:
         """Steps done."""
         self._global: dict[int, int] = {}
 
-    def start(self, trainer: L.Trainer) -> None:
-        """A fit begins, perhaps in the middle of a run that nobody has counted so far."""
-        loop = trainer.fit_loop.epoch_loop
-        automatic = trainer.lightning_module.automatic_optimization
-        self.done = trainer.global_step if automatic else loop._batches_that_stepped
-        self._global = {self.done: trainer.global_step}
+    def start(self, done: int, global_step: int) -> None:
+        """A run begins, perhaps in the middle of one that nobody has counted so far.
+
+        Args:
+            done: batches that stepped.
+            global_step: steps of all optimizers.
+        """
+        self.done = done
+        self._global = {done: global_step}
 
     def ended(self, global_step: int) -> None:
         """A step has ended.
 
         Args:
-            global_step: the Trainer's, after it.
+            global_step: steps of all optimizers, after it.
         """
         self.done += 1
         self._global[self.done] = global_step
@@ -42,7 +43,7 @@ class StepCount:
             del self._global[next(iter(self._global))]
 
     def global_step(self, step: int) -> int:
-        """The Trainer's `global_step` when so many steps were done."""
+        """`global_step` when so many steps were done."""
         return self._global.get(step, step)
 
     def step(self, global_step: int) -> int:

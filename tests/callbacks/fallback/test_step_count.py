@@ -8,23 +8,26 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_fp.callbacks.compare.loop_position import steps_done
 from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.stability import BatchRing, RandomState, Snapshots
 from lightning_fp.stability.answers import MOST_PROBED, trajectory_start
 
 
-def trainer(global_step: int, batches: int, *, automatic: bool) -> Any:
-    loop = SimpleNamespace(_batches_that_stepped=batches)
-    return SimpleNamespace(
-        global_step=global_step,
+@pytest.mark.parametrize(("automatic", "done"), [(True, 80), (False, 40)])
+def test_steps_of_a_trainer_are_batches_that_stepped(automatic: bool, done: int) -> None:
+    loop = SimpleNamespace(_batches_that_stepped=40)
+    trainer: Any = SimpleNamespace(
+        global_step=80,
         fit_loop=SimpleNamespace(epoch_loop=loop),
         lightning_module=SimpleNamespace(automatic_optimization=automatic),
     )
+    assert steps_done(trainer) == done
 
 
 def test_with_one_optimizer_it_is_global_step() -> None:
     count = StepCount()
-    count.start(trainer(40, 40, automatic=True))
+    count.start(40, 40)
     for step in range(41, 50):
         count.ended(step)
     assert count.done == 49
@@ -34,7 +37,7 @@ def test_with_one_optimizer_it_is_global_step() -> None:
 
 def test_with_two_it_counts_batches_and_knows_global_step() -> None:
     count = StepCount()
-    count.start(trainer(80, 40, automatic=False))
+    count.start(40, 80)
     for index in range(5):
         count.ended(82 + 2 * index)
     assert count.done == 45
