@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "how-one-step-flows.md"
 PLACES = sorted(set(re.findall(r"`(lightning_fp/[\w/.]+\.py(?:::[\w.]+)?)`", PAGE.read_text())))
 
 WHERE = {
-    "Where is a layer demoted?": "lightning_fp/callbacks/fallback/demotion.py::write_formats",
+    "Where is a layer demoted?": "lightning_fp/stability/supervise/demotion.py::write_formats",
     "Where does clamped mass combine over ranks?": "lightning_fp/numerics/combining.py::combine",
     "Who writes events?": "lightning_fp/records/event_log.py::EventLog.write",
     "Where does a write to the table take effect?": (

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L
 
-from lightning_fp.callbacks.fallback.demotion import AUTHOR, write_formats
 from lightning_fp.callbacks.fallback.run_state import RunState
 from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
 from lightning_fp.layers import LinearFormat
@@ -39,6 +38,7 @@ from lightning_fp.stability.keep.batch_ring import BatchRing
 from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.trajectory import Trajectory
 from lightning_fp.stability.respond.ladder import rungs_above
+from lightning_fp.stability.supervise.demotion import AUTHOR, write_formats
 
 log = logging.getLogger("lightning_fp.fallback")
 

@@ -24,12 +24,9 @@ from typing_extensions import override
 from lightning_fp.callbacks.compare.loop_position import loop_position, steps_done
 from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.carry_out import CarryOut
-from lightning_fp.callbacks.fallback.cast_watch import CastWatch
-from lightning_fp.callbacks.fallback.incident_log import IncidentLog
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
 from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
 from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES, RunState
-from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.callbacks.run.event_log import EventLog
 from lightning_fp.callbacks.run.finite_checkpoints import finite_checkpoints
 from lightning_fp.callbacks.run.in_bar import shown_in_bar
@@ -61,6 +58,9 @@ from lightning_fp.stability.replay.rehearsal import Outcome
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.respond.probe import Probe
+from lightning_fp.stability.supervise.cast_watch import CastWatch
+from lightning_fp.stability.supervise.incident_log import IncidentLog
+from lightning_fp.stability.supervise.step_count import StepCount
 from lightning_fp.stability.watch import Watch
 from lightning_fp.state_version import check_version
 from lightning_fp.telemetry import SignalReader

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_fp.callbacks.compare.loop_position import steps_done
-from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.stability import BatchRing, RandomState, Snapshots
 from lightning_fp.stability.answers import MOST_PROBED, trajectory_start
+from lightning_fp.stability.supervise.step_count import StepCount
 
 
 @pytest.mark.parametrize(("automatic", "done"), [(True, 80), (False, 40)])

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from lightning_fp.callbacks.fallback.demotion import AUTHOR
-from lightning_fp.callbacks.fallback.step_count import StepCount
 from lightning_fp.events import (
     Demotion,
     Event,
@@ -18,7 +16,8 @@ from lightning_fp.events import (
     Started,
     Suspicion,
 )
-from lightning_fp.records.event_log import EventLog
+from lightning_fp.stability.supervise.demotion import AUTHOR
+from lightning_fp.stability.supervise.step_count import StepCount
 
 _COUNTED: Mapping[type[Event], str] = {
     SkippedStep: "skipped_steps",

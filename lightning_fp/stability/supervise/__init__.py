@@ -1,0 +1,1 @@
+"""The watch at work on a training loop, whatever loop it is."""
