@@ -14,7 +14,7 @@ import torch
 from side_by_side import cpu_seconds, report
 
 from lightning_fp import FP8Precision, PrecisionFallback
-from lightning_fp.callbacks.fallback.carry_out import CarryOut
+from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.demo.model import ByteGPT
 from lightning_fp.stability.replay.trajectory import replay_trajectory
 
@@ -61,16 +61,15 @@ class Replays(L.Callback):
         self.began: list[float] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: object, *_: object) -> None:
-        hands, step = self.fallback._hands, trainer.global_step
-        if step == 100 and hands is not None:
-            self.measure(hands)
+        if trainer.global_step == 100 and self.fallback.supervisor is not None:
+            self.measure(self.fallback.supervisor)
         self.began.append(time.process_time())
 
-    def measure(self, hands: CarryOut) -> None:
+    def measure(self, watching: Supervisor) -> None:
         pairs = zip(self.began[20:-1], self.began[21:], strict=True)
         a_step = statistics.median(after - before for before, after in pairs)
-        loop, ring = hands.loop, self.fallback._ring
-        newest, older, *_ = self.fallback._snapshots.kept
+        loop, ring = watching.loop, watching.ring
+        newest, older, *_ = watching.snapshots.kept
         steps, last = ring.since(older.step), ring.last
         before = loop.take()
         self.restore = cpu_seconds(lambda: loop.restore(newest), runs=5) / a_step

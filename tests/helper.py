@@ -16,6 +16,8 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_fp import PrecisionFallback
+from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.format_names import TABLE
 
 CONTEXT = 16
@@ -151,6 +153,12 @@ def fit(
     trainer = make_trainer(plugin, **{"max_steps": 50, **options})
     trainer.fit(model, text_loader() if loader is None else loader)
     return model
+
+
+def supervisor_of(fallback: PrecisionFallback) -> Supervisor:
+    """What watches, once a fit has begun."""
+    assert fallback.supervisor is not None
+    return fallback.supervisor
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

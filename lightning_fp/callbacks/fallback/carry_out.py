@@ -1,7 +1,7 @@
-"""Carries out what the watch asks of a Trainer, between two steps and alike on all ranks.
+"""Carries out what the watch asks of a run, between two steps and alike on all ranks.
 
-The watch decides without a Trainer; this is the one place where its decisions touch a run: replays
-are run, the table is written to, states are put back. Nothing is decided here.
+This is the one place where the watch's decisions touch a run: replays are run, the table is written
+to, states are put back. Nothing is decided here.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import lightning as L
-
-from lightning_fp.callbacks.fallback.run_state import RunState
-from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
+from lightning_fp.callbacks.fallback.supervised_loop import SupervisedLoop
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.precision_map import Change
-from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability.actions import (
     Answer,
     Climb,
@@ -38,7 +34,7 @@ from lightning_fp.stability.keep.batch_ring import BatchRing
 from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.trajectory import Trajectory
 from lightning_fp.stability.respond.ladder import rungs_above
-from lightning_fp.stability.supervise.demotion import AUTHOR, write_formats
+from lightning_fp.stability.supervise.demotion import write_formats
 
 log = logging.getLogger("lightning_fp.fallback")
 
@@ -47,8 +43,7 @@ class CarryOut:
     """Questions are answered, orders done.
 
     Args:
-        trainer: the Trainer, in `fit`.
-        plugin: the precision plugin.
+        loop: what trains.
         snapshots: those of the run.
         ring: the recorded steps.
         look_again: has the layers looked at in the next step.
@@ -57,27 +52,17 @@ class CarryOut:
 
     def __init__(
         self,
-        trainer: L.Trainer,
-        plugin: LayerPrecision,
+        loop: SupervisedLoop,
         snapshots: Snapshots,
         ring: BatchRing,
         *,
         look_again: Callable[[], object],
         dry_run: bool,
     ) -> None:
-        self.trainer, self.plugin = trainer, plugin
-        self.run = RunState(trainer)
-        self.loop = TrainerLoop(trainer, plugin, self.run)
-        self.answers = Answers(self.loop, ring, snapshots)
+        self.loop = loop
+        self.answers = Answers(loop, ring, snapshots)
         self._snapshots, self._ring = snapshots, ring
         self._look_again, self._dry_run = look_again, dry_run
-        self._changes_seen = len(plugin.precision_map.changes)  # what was before this fit
-
-    def others_changes(self) -> list[Change]:
-        """What others have written to the table since the last time."""
-        changes = self.plugin.precision_map.changes
-        new, self._changes_seen = changes[self._changes_seen :], len(changes)
-        return [change for change in new if change.author != AUTHOR]
 
     # -- questions ------------------------------------------------------------------------------
 
@@ -87,7 +72,7 @@ class CarryOut:
             case Climb():
                 return self._climb(question)
             case Promote(formats=formats, reason=reason):
-                known = self.plugin.precision_map.known
+                known = self.loop.table.known
                 changes = self._write({name: known[format] for name, format in formats}, reason)
                 return Promoted(formats={c.layer: (c.before, c.after) for c in changes})
             case _:
@@ -98,10 +83,10 @@ class CarryOut:
                     return Failed(error=str(failure))
 
     def _climb(self, question: Climb) -> Climbed:
-        table = self.plugin.precision_map
+        table = self.loop.table
         layer = table.layers[question.layer]
         before = layer.format.name
-        rungs = rungs_above(layer.format, self.plugin.base_format, table, layer)
+        rungs = rungs_above(layer.format, self.loop.base, table, layer)
         if not rungs:
             return Climbed(before=before, after=None)
         self._write({question.layer: rungs[0]}, question.reason)
@@ -118,7 +103,7 @@ class CarryOut:
                 made = None if instead is None else self.answers.trajectories[instead]
                 self._go_back(start, made)
             case TakeSnapshot(at=at, keep_from=keep_from):
-                self._snapshots.take(at, self.run.parts(), keep_from=keep_from)
+                self._snapshots.take(at, self.loop.state.parts(), keep_from=keep_from)
                 self._ring.drop_before(self._snapshots.oldest_step or 0)
             case LookAgain():
                 self._look_again()
@@ -133,8 +118,8 @@ class CarryOut:
         end = None if made is None else made.end
         # A trajectory's end has no scales (`RunState.take`), and those of now have seen the fault:
         # so they are taken from before it.
-        self.run.go_back(start if end is None else end)
-        self.run.restore_scales(start)
+        self.loop.state.go_back(start if end is None else end)
+        self.loop.state.restore_scales(start)
         self._snapshots.drop_after(step)
         # The batches since then are not part of the run any more, and without them older snapshots
         # lead to a state that is none of it.
@@ -152,4 +137,4 @@ class CarryOut:
             )
 
     def _write(self, formats: Mapping[str, LinearFormat], reason: str) -> list[Change]:
-        return [] if self._dry_run else write_formats(self.plugin.precision_map, formats, reason)
+        return [] if self._dry_run else write_formats(self.loop.table, formats, reason)

@@ -26,24 +26,29 @@ class LayerWatch:
     """Looks at sampled steps, through a ClampMonitor if there is one: only one can observe.
 
     Args:
+        trainer: the Trainer, in `fit`.
+        table: whose layers are observed from here on.
         limit: the limits.
         every_n_steps: one in so many steps is looked at.
         seed: of the steps that are looked at.
     """
 
-    def __init__(self, limit: LayerLimit, every_n_steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        table: PrecisionMap,
+        limit: LayerLimit,
+        *,
+        every_n_steps: int,
+        seed: int,
+    ) -> None:
         self._steps = SampledSteps(every_n_steps, seed)
-        self._sampler: StepSampler | None = None
-        self._monitor: ClampMonitor | None = None
         self._limits = LimitWatch(limit, 0)  # it is the watch that counts
         self._looks: list[tuple[list[str], Tensor]] = []
-
-    def start(self, trainer: L.Trainer, table: PrecisionMap) -> None:
-        """Observe the layers from here on."""
+        self._sampler: StepSampler | None = None
         callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        monitors = [c for c in callbacks if isinstance(c, ClampMonitor)]
-        if monitors:
-            self._monitor = monitors[0]
+        self._monitor = next((c for c in callbacks if isinstance(c, ClampMonitor)), None)
+        if self._monitor is not None:
             self._monitor.listeners.append(self._look)
             return
         linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}

@@ -5,20 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from itertools import cycle, islice
 from typing import Any
 
-import torch
-from lightning.pytorch import Trainer
-
-from lightning_fp.callbacks.compare.step_replay import replayable
-from lightning_fp.callbacks.fallback.rehearsed_state import fingerprint_of, watched_hooks
-from lightning_fp.callbacks.fallback.run_state import RunState
-from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
+from lightning_fp.callbacks.fallback.supervised_loop import SupervisedLoop
 from lightning_fp.events import Rehearsed
 from lightning_fp.layers import LinearFormat
-from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
 from lightning_fp.stability.keep.snapshot import Snapshot
 from lightning_fp.stability.keep.snapshots import Snapshots
@@ -67,24 +60,13 @@ class Rehearsal:
     steps. It ends with the first that leaves something behind, and puts back what snapshots hold.
 
     Args:
-        trainer: the Trainer, in `fit`.
-        plugin: its precision plugin.
-        run: what snapshots are of.
+        loop: the user's own.
         ring: the recorded steps.
         snapshots: those there are.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        plugin: LayerPrecision,
-        run: RunState,
-        ring: BatchRing,
-        snapshots: Snapshots,
-    ) -> None:
-        self._trainer, self._plugin, self._run = trainer, plugin, run
-        self._loop = TrainerLoop(trainer, plugin, run)
-        self._ring, self._snapshots = ring, snapshots
+    def __init__(self, loop: SupervisedLoop, ring: BatchRing, snapshots: Snapshots) -> None:
+        self._loop, self._ring, self._snapshots = loop, ring, snapshots
         self.reach: Outcome | None = None
         """What may be replayed; None before the rehearsal."""
         self.eager_comparable = True
@@ -106,8 +88,8 @@ class Rehearsal:
         """
         self._began = step if self._began is None else self._began
         if self.reach is None:
-            unreplayable = not replayable(self._trainer.lightning_module)
-            return unreplayable or self._effective() or step >= self._began + LATEST
+            late = step >= self._began + LATEST
+            return bool(self._loop.unreplayable()) or self._effective() or late
         active = self._optimizers_with_state()
         if active != self._active and self._active is not None:
             self.changed(step)
@@ -129,7 +111,7 @@ class Rehearsal:
         return sum(_steps(step) for step in self._stretch()[1][:-1]) >= EFFECTIVE
 
     def _optimizers_with_state(self) -> list[bool]:
-        return [bool(optimizer.state) for optimizer in self._trainer.optimizers]
+        return [bool(optimizer.state) for optimizer in self._loop.optimizers]
 
     def _stretch(self) -> tuple[Snapshot | None, Sequence[RecordedStep]]:
         """The oldest snapshot from which all steps are recorded."""
@@ -168,8 +150,8 @@ class Rehearsal:
             self._again_from = None
             return self._again(step)
         start, steps = self._stretch()
-        if not replayable(self._trainer.lightning_module):
-            return self._nothing(step, "training_step takes its batches out of the loader itself")
+        if why := self._loop.unreplayable():
+            return self._nothing(step, why)
         if start is None or not self._effective():
             return self._nothing(step, "no steps are recorded: batches cannot be copied or kept")
         try:
@@ -184,18 +166,18 @@ class Rehearsal:
 
     def _rehearse(self, step: int, start: Snapshot, steps: Sequence[RecordedStep]) -> Rehearsed:
         began = time.perf_counter()
-        numbers: dict[str, float] = {"incident_bytes": float(self._run.stated_bytes())}
+        numbers: dict[str, float] = {"incident_bytes": float(self._loop.state.stated_bytes())}
         # Hashes see far more than a snapshot holds, and cost no memory. What a snapshot does hold
         # can be put back.
-        before, kept = self._look(), self._run.take()
+        before, kept = self._look(), self._loop.take()
         one_step = self._one_step(before, steps[-1], numbers)
         trajectory: list[str] = []
         if not self._any(one_step):
             trajectory = self._trajectories(before, start, steps, numbers)
         if self._any([*one_step, *trajectory]):
-            self._run.restore_weights(kept)
+            self._loop.restore(kept)
         outcome = outcome_of(one_step, trajectory)
-        self.reach = OUTCOMES[self._most(OUTCOMES.index(outcome))]
+        self.reach = self._least(outcome)
         lines = [*one_step, *trajectory]
         if self.reach != outcome:
             lines.append(ELSEWHERE)
@@ -212,12 +194,12 @@ class Rehearsal:
         last = self._ring.last
         if last is None or not last.micro_batches:
             return None
-        before, kept, numbers = self._look(), self._run.take(), dict[str, float]()
+        before, kept, numbers = self._look(), self._loop.take(), dict[str, float]()
         run = self._loop.replay(last)
         lines = self._tried(before, lambda: self._controls(run, 1, [], numbers))
         if not self._any(lines):
             return None
-        self._run.restore_weights(kept)
+        self._loop.restore(kept)
         self.reach = "limits only"
         return self._event(step, lines or [ELSEWHERE], before, numbers)
 
@@ -262,7 +244,7 @@ class Rehearsal:
         return Replay(outcome="no loss") if run is None else run(formats)
 
     def _all_high(self) -> dict[str, LinearFormat]:
-        return dict.fromkeys(self._plugin.low_layers(), self._plugin.high_precision)
+        return dict.fromkeys(self._loop.low(), self._loop.high)
 
     # -- trajectories ---------------------------------------------------------------------------
 
@@ -311,7 +293,7 @@ class Rehearsal:
     # -- comparing ------------------------------------------------------------------------------
 
     def _look(self) -> Fingerprint:
-        taken = fingerprint_of(self._trainer, self._plugin)
+        taken = self._loop.fingerprint()
         taken.hashes()
         return taken
 
@@ -327,7 +309,8 @@ class Rehearsal:
             watch: whether to see which attributes hooks write the first time already.
         """
         items: list[Item] = []
-        seen = self._hooks(_is_attribute) if watch else nullcontext(dict[Item, tuple[str, str]]())
+        no_hooks = nullcontext(dict[Item, tuple[str, str]]())
+        seen = self._loop.hooks(_is_attribute) if watch else no_hooks
         try:
             with seen as written:
                 lines = act()
@@ -339,24 +322,20 @@ class Rehearsal:
             return lines
         wanted = set(items)
         # what was changed may make it fail
-        with self._hooks(wanted.__contains__) as found, suppress(Exception):
+        with self._loop.hooks(wanted.__contains__) as found, suppress(Exception):
             act()
         return [*_by_hook({item: found.get(item, ("", "")) for item in items}), *lines]
 
-    def _hooks(
-        self, wanted: Callable[[Item], bool]
-    ) -> AbstractContextManager[dict[Item, tuple[str, str]]]:
-        return watched_hooks(self._trainer, self._plugin, wanted)
-
     def _any(self, lines: Sequence[object]) -> bool:
         """Whether anything is wrong on any rank."""
-        return self._most(int(bool(lines))) > 0
+        return not self._loop.all(not lines)
 
-    def _most(self, value: int) -> int:
-        if self._trainer.world_size == 1:
-            return value
-        code: Any = torch.tensor(value, device=self._trainer.strategy.root_device)
-        return int(self._trainer.strategy.reduce(code, reduce_op="max"))
+    def _least(self, outcome: Outcome) -> Outcome:
+        """What may be replayed on all ranks."""
+        for each in OUTCOMES[::-1]:
+            if not self._loop.all(outcome != each):
+                return each
+        return outcome
 
     # -- what is told ---------------------------------------------------------------------------
 

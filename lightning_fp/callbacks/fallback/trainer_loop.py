@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_fp.callbacks.compare.loop_position import before_batch
 from lightning_fp.callbacks.compare.loop_replay import (
@@ -17,8 +18,9 @@ from lightning_fp.callbacks.compare.loop_replay import (
     heard_backward,
     written_by_hooks,
 )
-from lightning_fp.callbacks.compare.step_replay import StepReplay
-from lightning_fp.callbacks.fallback.run_state import RunState
+from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
+from lightning_fp.callbacks.fallback.rehearsed_state import fingerprint_of, watched_hooks
+from lightning_fp.callbacks.fallback.trainer_state import state_of
 from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.layers.regions import compiled_regions
@@ -27,6 +29,8 @@ from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.stability import Snapshot, untouched
 from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.keep.hyperparameters import set_hyperparameters
+from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stability.replay.fingerprint import Fingerprint, Item
 from lightning_fp.stability.replay.loop import MadeStep, Train
 from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.replay.untouched import Stance
@@ -34,7 +38,7 @@ from lightning_fp.telemetry import StepRecorder
 
 
 class TrainerLoop:
-    """The Trainer's `stability.replay.loop.Loop`.
+    """The Trainer's `SupervisedLoop`.
 
     Every batch goes its whole way from the loader to the end of the batch, through all hooks and
     overrides, with the random state, the learning rates and momenta, and the loops' counters of its
@@ -44,11 +48,12 @@ class TrainerLoop:
     Args:
         trainer: the Trainer, in `fit`, between two optimizer steps.
         plugin: the precision plugin.
-        run: the state that a step may change.
     """
 
-    def __init__(self, trainer: Trainer, plugin: LayerPrecision, run: RunState) -> None:
-        self._trainer, self._plugin, self._run = trainer, plugin, run
+    def __init__(self, trainer: Trainer, plugin: LayerPrecision) -> None:
+        self._trainer, self._plugin = trainer, plugin
+        self.state = state_of(trainer, plugin)
+        """See `SupervisedLoop.state`."""
         self._loop = LoopReplay(trainer, steps=True)
 
     @property
@@ -68,6 +73,39 @@ class TrainerLoop:
     def high(self) -> LinearFormat:
         """See `Loop.high`."""
         return self._plugin.high_precision
+
+    @property
+    def base(self) -> LinearFormat:
+        """See `SupervisedLoop.base`."""
+        return self._plugin.base_format
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """See `SupervisedLoop.optimizers`."""
+        return self._trainer.optimizers
+
+    @property
+    def loss_scaling(self) -> LossScaling | None:
+        """See `SupervisedLoop.loss_scaling`."""
+        scaler = self._plugin.scaler
+        return None if scaler is None else scaler.config
+
+    @property
+    def half(self) -> bool:
+        """See `SupervisedLoop.half`."""
+        return self._plugin.half_dtype is torch.float16
+
+    @property
+    def stuck(self) -> bool:
+        """See `SupervisedLoop.stuck`."""
+        scaler = self._plugin.scaler
+        return scaler is not None and bool(scaler.state.stuck)
+
+    @property
+    def overflowed(self) -> Mapping[int, str]:
+        """See `SupervisedLoop.overflowed`; by `global_step`."""
+        guard = self._plugin.guard
+        return {} if guard is None else guard.overflowed
 
     @property
     def whole(self) -> bool:
@@ -139,11 +177,11 @@ class TrainerLoop:
 
     def take(self) -> Snapshot:
         """See `Loop.take`."""
-        return self._run.take()
+        return self.state.take()
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Loop.restore`."""
-        self._run.restore_weights(snapshot)
+        self.state.restore_weights(snapshot)
 
     def mean(self, value: float) -> float:
         """See `Loop.mean`."""
@@ -156,6 +194,22 @@ class TrainerLoop:
     def all(self, true: bool) -> bool:
         """See `Loop.all`."""
         return bool(self._trainer.strategy.reduce_boolean_decision(true, all=True))
+
+    def unreplayable(self) -> str:
+        """See `SupervisedLoop.unreplayable`."""
+        if replayable(self._trainer.lightning_module):
+            return ""
+        return "training_step takes its batches out of the loader itself"
+
+    def fingerprint(self, wanted: Callable[[Item], bool] = lambda _: True) -> Fingerprint:
+        """See `SupervisedLoop.fingerprint`."""
+        return fingerprint_of(self._trainer, self._plugin, wanted)
+
+    def hooks(
+        self, wanted: Callable[[Item], bool]
+    ) -> AbstractContextManager[dict[Item, tuple[str, str]]]:
+        """See `SupervisedLoop.hooks`."""
+        return watched_hooks(self._trainer, self._plugin, wanted)
 
 
 class _Stretch:

@@ -14,21 +14,15 @@ class StepCount:
     `global_step` counts the steps of every optimizer: with two it goes up by two. All waits and
     counts of the fallback are in steps as counted here; its events say `global_step`, as all
     records of a run do. With one optimizer the two are the same.
+
+    Args:
+        done: batches that stepped so far, perhaps in a run that nobody has watched.
+        global_step: steps of all optimizers so far.
     """
 
-    def __init__(self) -> None:
-        self.done = 0
-        """Steps done."""
-        self._global: dict[int, int] = {}
-
-    def start(self, done: int, global_step: int) -> None:
-        """A run begins, perhaps in the middle of one that nobody has counted so far.
-
-        Args:
-            done: batches that stepped.
-            global_step: steps of all optimizers.
-        """
+    def __init__(self, done: int = 0, global_step: int = 0) -> None:
         self.done = done
+        """Steps done."""
         self._global = {done: global_step}
 
     def ended(self, global_step: int) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback
+from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.demo import ByteBatches
 from lightning_fp.records.events import (
     Demotion,
@@ -29,7 +30,15 @@ from lightning_fp.records.events import (
 from lightning_fp.stability.actions import Asked
 from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
-from tests.helper import CONTEXT, LanguageModel, fit, make_trainer, same_weights, text_rows
+from tests.helper import (
+    CONTEXT,
+    LanguageModel,
+    fit,
+    make_trainer,
+    same_weights,
+    supervisor_of,
+    text_rows,
+)
 
 LAYER = "model.blocks.1.fc1"
 
@@ -90,11 +99,11 @@ class SuspectAt(L.Callback):
         self.fallback, self.steps, self.risen, self.lasting = fallback, steps, risen, lasting
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        running = self.fallback._hands is not None
+        running = self.fallback.supervisor is not None
         if trainer.global_step in self.steps and running and between(trainer, args[-1]):
-            step = self.fallback._count.done
+            step = supervisor_of(self.fallback).count.done
             onset = step if self.lasting is None else step - self.lasting
-            self.fallback._tell(Asked(at=step, onset=onset, risen=self.risen))
+            supervisor_of(self.fallback).tell(Asked(at=step, onset=onset, risen=self.risen))
 
 
 def between(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -161,18 +170,18 @@ def test_a_trajectory_in_the_same_formats_is_the_run_bit_for_bit(
 ) -> None:
     class Compare(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-            hands = fallback._hands
-            if trainer.global_step != 14 or hands is None or not between(trainer, args[-1]):
+            if trainer.global_step != 14 or not between(trainer, args[-1]):
                 return
-            start = fallback._snapshots.kept[-1]
-            steps = fallback._ring.since(start.step)
+            supervisor = supervisor_of(fallback)
+            start = supervisor.snapshots.kept[-1]
+            steps = supervisor.ring.since(start.step)
             assert steps is not None
-            trajectory = replay_trajectory(hands.loop, start, steps, {})
+            trajectory = replay_trajectory(supervisor.loop, start, steps, {})
             self.losses = list(trajectory.losses)
             self.recorded = [step.loss for step in steps]
             now = {n: p.clone() for n, p in trainer.lightning_module.state_dict().items()}
             assert trajectory.end is not None
-            hands.loop.restore(trajectory.end)
+            supervisor.loop.restore(trajectory.end)
             again = trainer.lightning_module.state_dict()
             self.same = all(torch.equal(now[name], again[name]) for name in now)
 
@@ -295,8 +304,8 @@ def test_a_bound_too_small_for_one_snapshot_is_refused_at_the_start(tmp_path: Pa
 def test_memory_is_as_stated(tmp_path: Path) -> None:
     class Measure(L.Callback):
         def on_train_end(self, *_: Any) -> None:
-            self.snapshots = fallback._snapshots.nbytes
-            self.one = fallback._snapshots.kept[0].nbytes
+            self.snapshots = supervisor_of(fallback).snapshots.nbytes
+            self.one = supervisor_of(fallback).snapshots.kept[0].nbytes
 
     fallback, measure = PrecisionFallback(dirpath=tmp_path), Measure()
     train([measure, fallback], 300)
@@ -313,10 +322,10 @@ def test_a_failure_of_the_watch_does_no_harm(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(fallback, "_boundary", fail)
+    monkeypatch.setattr(Supervisor, "_boundary", fail)
     plain, watched = train([], 10), train([fallback], 10)
     assert same_weights(plain, watched)
-    assert sum("PrecisionFallback failed" in r.message for r in caplog.records) == 1
+    assert sum("the watch has failed;" in r.message for r in caplog.records) == 1
 
 
 def test_with_a_monitor_both_look_at_the_same_samples(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lightning_fp.events import Rehearsed, Verdict
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.records import read_events
 from lightning_fp.stability.actions import Asked
-from tests.helper import make_trainer, same_weights
+from tests.helper import make_trainer, same_weights, supervisor_of
 
 WIDTH = 8
 STEPS = 8
@@ -536,9 +536,9 @@ class AsksLate(L.Callback):
         plugin.on_input.append(self.arrived)
 
     def arrived(self, batch: Any) -> None:
-        if self.fallback._count.done == 12 and not self.asked[0]:
+        if supervisor_of(self.fallback).count.done == 12 and not self.asked[0]:
             self.asked[0] = True
-            self.fallback._tell(Asked(at=12, onset=12, risen=False))
+            supervisor_of(self.fallback).tell(Asked(at=12, onset=12, risen=False))
 
 
 @pytest.mark.parametrize(

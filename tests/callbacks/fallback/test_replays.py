@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from lightning_fp import FP8Precision, FP16Precision, PrecisionFallback
-from lightning_fp.callbacks.fallback.carry_out import CarryOut
+from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.records.events import Note, Verdict, read_events
 from lightning_fp.stability.actions import Asked, ProbeStep
 from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
-from tests.helper import make_trainer
+from tests.helper import make_trainer, supervisor_of
 
 WIDTH = 8
 STEPS = 20
@@ -86,7 +86,7 @@ def rows(count: int = 4 * STEPS, batch_size: int = 4, **options: Any) -> DataLoa
 class Asks(L.Callback):
     """Has the fallback look into a step, whatever its detector says; last in the list."""
 
-    def __init__(self, fallback: PrecisionFallback, ask: Callable[[CarryOut], object]) -> None:
+    def __init__(self, fallback: PrecisionFallback, ask: Callable[[Supervisor], object]) -> None:
         self.fallback, self.ask = fallback, ask
         self.asked = SimpleNamespace(at=None)
 
@@ -95,16 +95,17 @@ class Asks(L.Callback):
         plugin.on_input.append(self.arrived)
 
     def arrived(self, batch: Any) -> None:
-        hands, step = self.fallback._hands, self.fallback._count.done
-        if step == ASKED and self.asked.at is None and hands is not None:
+        supervisor = supervisor_of(self.fallback)
+        step = supervisor.count.done
+        if step == ASKED and self.asked.at is None:
             self.asked.at = step
-            self.ask(hands)
+            self.ask(supervisor)
 
 
-def investigate(fallback: PrecisionFallback) -> Callable[[CarryOut], object]:
-    def ask(hands: CarryOut) -> None:
-        fallback._tell(Asked(at=ASKED, onset=ASKED, risen=False))
-        hands.answer(ProbeStep(at=ASKED))
+def investigate() -> Callable[[Supervisor], object]:
+    def ask(supervisor: Supervisor) -> None:
+        supervisor.tell(Asked(at=ASKED, onset=ASKED, risen=False))
+        supervisor.hands.answer(ProbeStep(at=ASKED))
 
     return ask
 
@@ -149,7 +150,7 @@ def watched(
 ) -> tuple[Any, PrecisionFallback]:
     """The run with an investigation in its middle, of which the verdict is not "precision"."""
     fallback = fallback_at(directory, rehearse=rehearse)
-    asks = Asks(fallback, investigate(fallback))
+    asks = Asks(fallback, investigate())
     train(model, [*(callbacks or []), fallback, asks], **options)
     assert asks.asked.at == ASKED
     verdicts = {event.verdict for event in read_events(directory) if isinstance(event, Verdict)}
@@ -428,7 +429,7 @@ def test_a_verdict_that_is_not_precision_leaves_the_run_as_it_was(
                 for c in (one, other)
             ]
         )
-    assert fallback.steps.useful == fallback.steps.attempted == fallback._count.done
+    assert fallback.steps.useful == fallback.steps.attempted == supervisor_of(fallback).count.done
 
 
 # --- A trajectory is the run --------------------------------------------------------------------
@@ -468,25 +469,25 @@ TRAJECTORIES |= {
 def test_a_trajectory_in_the_runs_formats_is_the_run_bit_for_bit(case: str, tmp_path: Path) -> None:
     found: dict[str, Any] = {}
 
-    def ask(hands: CarryOut) -> None:
-        start = fallback._snapshots.kept[-1]
-        steps = fallback._ring.since(start.step)
+    def ask(supervisor: Supervisor) -> None:
+        start = supervisor.snapshots.kept[-1]
+        steps = supervisor.ring.since(start.step)
         assert steps
-        run = hands.run
+        run = supervisor.loop
         before = run.take()
-        made: Trajectory = replay_trajectory(hands.loop, start, steps, {})
+        made: Trajectory = replay_trajectory(supervisor.loop, start, steps, {})
         assert made.end is not None
         found["losses"], found["recorded"] = made.losses, [step.loss for step in steps]
-        found["now"] = copy.deepcopy(dict(hands.trainer.lightning_module.state_dict()))
-        run.restore_weights(made.end)
-        found["again"] = copy.deepcopy(dict(hands.trainer.lightning_module.state_dict()))
-        callbacks = [vars(c) for c in run._hearing]
+        found["now"] = copy.deepcopy(dict(supervisor.loop.model.state_dict()))
+        run.restore(made.end)
+        found["again"] = copy.deepcopy(dict(supervisor.loop.model.state_dict()))
+        callbacks = [vars(c) for c in run.state.owners().values()]
         found["averages"] = [
             copy.deepcopy(v["_average_model"].state_dict())
             for v in callbacks
             if "_average_model" in v
         ]
-        run.restore_weights(before)
+        run.restore(before)
         found["averages now"] = [
             copy.deepcopy(v["_average_model"].state_dict())
             for v in callbacks
@@ -527,14 +528,14 @@ def test_a_control_has_the_formats_and_scales_of_its_time(
 ) -> None:
     found: dict[str, Any] = {}
 
-    def ask(hands: CarryOut) -> None:
-        start = fallback._snapshots.kept[-1]
-        steps = fallback._ring.since(start.step)
+    def ask(supervisor: Supervisor) -> None:
+        start = supervisor.snapshots.kept[-1]
+        steps = supervisor.ring.since(start.step)
         assert steps
-        table = hands.plugin.precision_map
+        table = supervisor.loop.table
         before = copy.deepcopy(table.scale_history.state_dict())
         formats = table.formats()
-        made = replay_trajectory(hands.loop, start, steps, None)
+        made = replay_trajectory(supervisor.loop, start, steps, None)
         found["losses"], found["recorded"] = made.losses, [step.loss for step in steps]
         found["start"] = start.step
         assert_same(table.scale_history.state_dict(), before)
@@ -888,13 +889,14 @@ def test_with_two_optimizers_steps_are_batches(tmp_path: Path) -> None:
 
     class Looks(L.Callback):
         def on_train_end(self, *_: Any) -> None:
-            taken.extend(snapshot.step for snapshot in fallback._snapshots.kept)
+            taken.extend(snapshot.step for snapshot in supervisor_of(fallback).snapshots.kept)
 
     fallback = fallback_at(tmp_path)
-    asks = Asks(fallback, investigate(fallback))
+    asks = Asks(fallback, investigate())
     model = train(Manual(), [Looks(), fallback, asks])
     assert model.trainer.global_step == 2 * STEPS
-    assert fallback.steps.attempted == fallback.steps.useful == fallback._count.done == STEPS
+    assert fallback.steps.attempted == fallback.steps.useful == STEPS
+    assert supervisor_of(fallback).count.done == STEPS
     assert max(taken) == 16
     verdicts = [event for event in read_events(tmp_path) if isinstance(event, Verdict)]
     assert {verdict.step for verdict in verdicts} == {2 * ASKED}  # as in all records of a run

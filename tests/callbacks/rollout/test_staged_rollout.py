@@ -27,7 +27,14 @@ from lightning_fp.records import (
     write_loss,
 )
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
-from tests.helper import CONTEXT, LanguageModel, make_trainer, same_weights, text_rows
+from tests.helper import (
+    CONTEXT,
+    LanguageModel,
+    make_trainer,
+    same_weights,
+    supervisor_of,
+    text_rows,
+)
 
 HIGH, LOW = {"*": "high"}, {"*": "configured"}
 FC1 = "model.blocks.1.fc1"
@@ -327,8 +334,9 @@ class Demoted(L.Callback):
             before = {FC1: table.formats()[FC1]}
             table.set(FC1, "fp32", reason="incident")
             table.apply()
-            told = fallback._watch.fallback.convicted(fallback._state.fallback, step, before)
-            fallback._state = dataclasses.replace(fallback._state, fallback=told)
+            supervisor = supervisor_of(fallback)
+            told = supervisor.watch.fallback.convicted(supervisor.state.fallback, step, before)
+            supervisor.state = dataclasses.replace(supervisor.state, fallback=told)
 
 
 def test_a_demotion_holds_the_rollout_until_probation_ends(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lightning_fp import (
 from lightning_fp.callbacks import LossRecorder
 from lightning_fp.callbacks.run.run import Run, run_of
 from lightning_fp.records import GateResult, read_events, read_steps
-from tests.helper import LanguageModel, fit, make_trainer, text_loader
+from tests.helper import LanguageModel, fit, make_trainer, supervisor_of, text_loader
 
 
 class Gan(L.LightningModule):
@@ -107,7 +107,7 @@ def test_the_fallback_sees_the_loss_of_a_gan(tmp_path: Path) -> None:
         losses: list[float | None] = []  # noqa: RUF012
 
         def on_train_end(self, *_: Any) -> None:
-            self.losses = [step.loss for step in fallback._ring.since(0)[:-1]]
+            self.losses = [step.loss for step in supervisor_of(fallback).ring.since(0)[:-1]]
 
     fallback, keeps = PrecisionFallback(dirpath=tmp_path), Keeps()
     plugin = FP8Precision(base="32-true", layers={"*": "fp8-dynamic"})

@@ -26,8 +26,7 @@ def test_steps_of_a_trainer_are_batches_that_stepped(automatic: bool, done: int)
 
 
 def test_with_one_optimizer_it_is_global_step() -> None:
-    count = StepCount()
-    count.start(40, 40)
+    count = StepCount(40, 40)
     for step in range(41, 50):
         count.ended(step)
     assert count.done == 49
@@ -36,8 +35,7 @@ def test_with_one_optimizer_it_is_global_step() -> None:
 
 
 def test_with_two_it_counts_batches_and_knows_global_step() -> None:
-    count = StepCount()
-    count.start(40, 80)
+    count = StepCount(40, 80)
     for index in range(5):
         count.ended(82 + 2 * index)
     assert count.done == 45

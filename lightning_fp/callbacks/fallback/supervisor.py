@@ -1,0 +1,335 @@
+"""The watch at work on a training loop: told what happens, and what it asks for is done.
+
+What is decided, `stability.watch` decides. The supervisor is its ears and hands, for any loop: it
+records batches and states, tells what has happened once between two steps, and has done what
+follows (`carry_out`). Who owns the loop calls `begin`, `record`, `end` at each step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning_fp.callbacks.fallback.arrivals import Arrivals, Looks, Signals
+from lightning_fp.callbacks.fallback.carry_out import CarryOut
+from lightning_fp.callbacks.fallback.options import WatchOptions
+from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
+from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES
+from lightning_fp.callbacks.fallback.supervised_loop import SupervisedLoop
+from lightning_fp.events import Suspicion, WatchFailed
+from lightning_fp.layers import Change
+from lightning_fp.stability.actions import (
+    Action,
+    Answered,
+    Attempted,
+    Ended,
+    FormatsChanged,
+    Happening,
+    HighPrecisionTried,
+    Question,
+    Settled,
+)
+from lightning_fp.stability.keep.batch_ring import Hyperparameters, MicroBatch, RecordedStep
+from lightning_fp.stability.keep.hyperparameters import hyperparameters
+from lightning_fp.stability.keep.random_state import RandomState
+from lightning_fp.stability.supervise.cast_watch import CastWatch
+from lightning_fp.stability.supervise.demotion import AUTHOR
+from lightning_fp.stability.supervise.incident_log import IncidentLog, Log
+from lightning_fp.stability.supervise.step_count import StepCount
+from lightning_fp.stability.watch_state import WatchState
+
+log = logging.getLogger("lightning_fp.fallback")
+
+NO_REPLAY = (
+    "nothing can be replayed here: look into it, PrecisionMap.set gives layers a safer format"
+)
+"""What a suspicion says where the rehearsal has confined the watch to limits."""
+
+
+class Supervisor:
+    """Watches one run.
+
+    Args:
+        options: of the watch.
+        loop: what trains, between two optimizer steps.
+        count: its steps so far.
+        log: of the run.
+        signals: of its steps.
+        looks: at the layers; None without limits.
+        before: where the watch stood at the end of an earlier run of the same model.
+    """
+
+    def __init__(
+        self,
+        options: WatchOptions,
+        loop: SupervisedLoop,
+        *,
+        count: StepCount,
+        log: Log,
+        signals: Signals,
+        looks: Looks | None,
+        before: WatchState | None = None,
+    ) -> None:
+        self.loop, self.count = loop, count
+        self.watch = options.watch(loop)
+        self.state = self.watch.init() if before is None else before
+        """Where the watch stands."""
+        self.snapshots, self.ring = options.make_snapshots(), options.make_ring()
+        self.failed_at: int | None = None
+        """The step at which the watch itself has failed; nobody watches since."""
+        self.open = False
+        """Whether a step has begun, and not ended."""
+        self.log = IncidentLog(log, count)
+        casts = None if self.watch.probe is None else CastWatch(loop.table)
+        self._arrivals = Arrivals(loop, count, self.ring, signals=signals, looks=looks, casts=casts)
+        self.hands = CarryOut(
+            loop,
+            self.snapshots,
+            self.ring,
+            look_again=(lambda: None) if looks is None else looks.look_again,
+            dry_run=options.dry_run,
+        )
+        self._rehearsal = None
+        if options.rehearse:
+            self._rehearsal = Rehearsal(loop, self.ring, self.snapshots)
+        self._rehearsed: dict[str, Any] | None = None
+        self._options, self._preflight = options, options.preflight
+        self._began_at, self._recording = 0, False
+        self._groups = self._group_counts()
+        self._formats: tuple[int, dict[str, str]] = -1, {}
+        self._changes_seen = len(loop.table.changes)  # what was before this run
+
+    @property
+    def confined_to(self) -> str:
+        """For a progress bar: what the watch can still do; "" where that is all."""
+        if self.failed_at is not None:
+            return f"failed at step {self.count.global_step(self.failed_at)}"
+        reach = self.hands.answers.reach
+        return "" if reach == "passed" else reach
+
+    def start(self) -> None:
+        """State what memory the watch takes, and what it cannot do."""
+        state = self.loop.state
+        memory = {
+            "snapshot_bytes": state.stated_bytes(),
+            "all_snapshots_bytes": self.snapshots.stated_bytes(state.parts()),
+            "ring_bytes_at_most": self.ring.max_bytes,
+            "high_precision_bytes_per_token": self._high_precision_bytes_per_token(),
+        }
+        self.log.started(self.count.done, memory, dry_run=self._options.dry_run)
+        if why := self.loop.unreplayable():
+            self.note(f"{why}: it is watched, and nothing can be replayed")
+
+    def _high_precision_bytes_per_token(self) -> int:
+        """What backward keeps more of each token with all layers in high precision."""
+        layers = self.loop.table.layers.values()
+        width = 4 if self.loop.base.name == "fp32" else 2
+        # Of its input a layer in FP8 keeps one byte per element.
+        return sum(x.in_features for x in layers if not x.format.is_high_precision) * (width - 1)
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        self.log.note(self.count.done, text)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def begin(self, global_step: int) -> None:
+        """Between two steps: judge, act, take a snapshot; before anybody has seen the next batch.
+
+        Args:
+            global_step: steps of all optimizers.
+        """
+        self.safely(self._boundary, self.count.done)
+        self.open, self._began_at, self._recording = True, global_step, False
+        self.state, _, _ = self.watch.step(self.state, Attempted())
+
+    def record(self, batch: Any, batch_idx: int, position: Mapping[str, Any]) -> None:
+        """A micro-batch of the step comes from the loader, and nothing of it has been seen yet.
+
+        Args:
+            batch: it is copied.
+            batch_idx: its index in the epoch.
+            position: where the loop stands, as plain numbers.
+        """
+        if not self._recording:
+            self._recording = True
+            self.safely(self._begin_record)
+        rng = RandomState.capture()
+        self.safely(lambda: self.ring.add(batch, batch_idx, rng, position=position))
+        if self._preflight:
+            self._preflight = False
+            micro = MicroBatch(batch=batch, batch_idx=batch_idx, rng=rng, position=position)
+            self.safely(self._try_high_precision, micro)
+
+    def before_forward(self) -> None:
+        """Begin to look at the layers, if this step is looked at."""
+        if (looks := self._arrivals.looks) is not None:
+            self.safely(looks.before_batch, self.count.done)
+
+    def after_backward(self) -> None:
+        """Take in what backward recorded."""
+        if (looks := self._arrivals.looks) is not None:
+            self.safely(looks.after_backward)
+
+    def end(self, global_step: int, stepped_with: Hyperparameters | None = None) -> None:
+        """A micro-batch has ended, and with it perhaps a step.
+
+        Args:
+            global_step: steps of all optimizers.
+            stepped_with: what the optimizers stepped with, where that is known.
+        """
+        if global_step == self._began_at:
+            return
+        self.count.ended(global_step)
+        self.safely(self._end_step, stepped_with)
+        self.open = False
+
+    def _begin_record(self) -> None:
+        table = self.loop.table
+        groups = [hyperparameters(optimizer) for optimizer in self.loop.optimizers]
+        if len(table.changes) != self._formats[0]:
+            self._formats = len(table.changes), table.formats()
+        scales, formats = table.scale_history.in_force(), self._formats[1]
+        self.ring.begin(self.count.done, groups, formats=formats, scales=scales)
+
+    def _end_step(self, stepped_with: Hyperparameters | None) -> None:
+        if stepped_with is not None:
+            self.ring.set_hyperparameters(stepped_with)
+        self._arrivals.after_step()
+        self.ring.end()
+
+    # -- between two steps ----------------------------------------------------------------------
+
+    def _boundary(self, step: int) -> None:
+        """Tell what has arrived, and do what follows, alike on all ranks."""
+        self._see_groups()
+        self.loop.table.apply()  # what waits for this step takes effect now, a moment earlier
+        if new := self._others_changes():
+            self.tell(FormatsChanged(layers=tuple(change.layer for change in new)))
+        self._rehearse(step, changed=bool(new))
+        for happening in self._arrivals.take(step):
+            self.tell(happening)
+        if self.snapshots.due(step):
+            self.tell(Settled(at=step))
+
+    def tell(self, happening: Happening) -> None:
+        """Tell the watch, between two steps, and do what it asks for."""
+        actions = self._heard(happening)
+        while actions:
+            action = actions.pop(0)
+            if isinstance(action, Question):
+                answer = self.hands.answer(action)
+                actions = [*self._heard(Answered(question=action, answer=answer)), *actions]
+            else:
+                self.hands.do(action)
+
+    def _heard(self, happening: Happening) -> list[Action]:
+        self.state, actions, events = self.watch.step(self.state, happening)
+        for event in events:
+            alone = isinstance(event, Suspicion) and self.hands.answers.reach == "limits only"
+            self.log.write(replace(event, action=NO_REPLAY) if alone else event)
+        return actions
+
+    def _others_changes(self) -> list[Change]:
+        """What others have written to the table since the last time."""
+        changes = self.loop.table.changes
+        new, self._changes_seen = changes[self._changes_seen :], len(changes)
+        return [change for change in new if change.author != AUTHOR]
+
+    def _rehearse(self, step: int, *, changed: bool) -> None:
+        """In the first steps, and a little of it whenever the run changes."""
+        rehearsal = self._rehearsal
+        if rehearsal is None:
+            return
+        if changed:
+            rehearsal.changed(step)
+        if rehearsal.due(step) and (event := rehearsal(step)) is not None:
+            self.hands.answers.reach = event.outcome
+            self._rehearsed = rehearsal.state_dict()
+            self.log.write(event)
+
+    def _group_counts(self) -> list[int]:
+        return [len(optimizer.param_groups) for optimizer in self.loop.optimizers]
+
+    def _see_groups(self) -> None:
+        """Steps made before parameters were unfrozen cannot be replayed with them."""
+        groups = self._group_counts()
+        if groups != self._groups:
+            self._groups = groups
+            self.ring.clear()
+            self.snapshots.clear()
+            if self._rehearsal is not None:
+                self._rehearsal.changed(self.count.done)
+
+    def _try_high_precision(self, batch: MicroBatch) -> None:
+        """One step in high precision, to see that memory suffices for it."""
+        loop, done = self.loop, self.count.done
+        run = loop.replay(RecordedStep(step=done, micro_batches=[batch]))
+        if run is not None:
+            outcome = run(dict.fromkeys(loop.table.layers, loop.high)).outcome
+            self.tell(HighPrecisionTried(at=done, outcome=outcome))
+
+    def safely(self, function: Callable[..., object], *args: Any) -> None:
+        """What fails in here is logged, and the training goes on without the watch."""
+        if self.failed_at is not None:
+            return
+        try:
+            function(*args)
+        except Exception as error:
+            self.failed_at = at = self.count.done
+            log.exception("the watch has failed; the training goes on, unwatched from here")
+            reason = f"the watch has failed, the run goes on unprotected: {error}"
+            self.log.write(WatchFailed(step=at, reason=reason))
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The run is over: say what became of the steps."""
+        at = self.count.done
+        self.tell(Ended(at=at, unseen=self._arrivals.rest(at)))
+        if self.failed_at is not None:
+            since = self.count.global_step(self.failed_at)
+            self.note(f"the watch had failed: the run was unprotected from step {since}")
+
+    def close(self) -> None:
+        """Leave the layers as they were; records are let go."""
+        self._arrivals.close()
+        self.snapshots.clear()
+        self.ring.clear()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """States, counters and signals; snapshots and batches too where they are small."""
+        watch, arrivals = self.watch.state_dict(self.state), self._arrivals.state_dict()
+        limits, layers = watch.pop("limits"), arrivals.pop("layers")
+        state: dict[str, Any] = {
+            **watch,
+            **arrivals,
+            "layers": None if layers is None else {"limits": limits, **layers},
+            "count": self.count.state_dict(),
+            "rehearsal": self._rehearsed,
+        }
+        small = self.snapshots.nbytes + self.ring.nbytes <= self._options.checkpoint_bytes
+        if self.loop.state.single and small:
+            # Attributes of a run that has ended may be options of its callbacks.
+            state["snapshots"] = self.snapshots.state_dict(without=(ATTRIBUTES,))
+            state["ring"] = self.ring.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of an interrupted run, before its next step."""
+        layers = state["layers"] or {}
+        self.state = self.watch.load_state_dict({**state, "limits": layers.get("limits")})
+        self._arrivals.load_state_dict(state)
+        if "count" in state:
+            self.count.load_state_dict(state["count"])
+        if "snapshots" in state:
+            self.snapshots.load_state_dict(state["snapshots"])
+            self.ring.load_state_dict(state["ring"])
+        self._rehearsed = state.get("rehearsal")
+        if self._rehearsal is not None and self._rehearsed is not None:
+            self._rehearsal.load_state_dict(self._rehearsed, self.count.done)
+            self.hands.answers.reach = self._rehearsed["reach"]
