@@ -14,9 +14,9 @@ import torch
 from side_by_side import cpu_seconds, report
 
 from lightning_fp import FP8Precision, PrecisionFallback
-from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.demo.model import ByteGPT
 from lightning_fp.stability.replay.trajectory import replay_trajectory
+from lightning_fp.stability.supervise.supervisor import Supervisor
 
 SKIP, STEPS, BATCH, CONTEXT = 81, 128, 8, 64
 

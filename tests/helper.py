@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_fp import PrecisionFallback
-from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.format_names import TABLE
+from lightning_fp.stability.supervise.supervisor import Supervisor
 
 CONTEXT = 16
 FORMATS = (*(row.name for row in TABLE if row.name != "nvfp4"), "e8m3")

@@ -34,7 +34,7 @@ WHERE = {
         "lightning_fp/stability/detect/detector.py::DivergenceDetector"
     ),
     "Where is a state of the run put back?": (
-        "lightning_fp/callbacks/fallback/run_state.py::RunState.go_back"
+        "lightning_fp/stability/supervise/run_state.py::RunState.go_back"
     ),
     "What must a gate of a rollout be given?": "lightning_fp/recipes/gate.py::Gate",
 }

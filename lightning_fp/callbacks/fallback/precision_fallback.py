@@ -18,8 +18,6 @@ from typing_extensions import override
 
 from lightning_fp.callbacks.compare.loop_position import loop_position, steps_done
 from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
-from lightning_fp.callbacks.fallback.options import WatchOptions
-from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
 from lightning_fp.callbacks.run.finite_checkpoints import finite_checkpoints
 from lightning_fp.callbacks.run.in_bar import shown_in_bar
@@ -29,7 +27,9 @@ from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
+from lightning_fp.stability.supervise.options import WatchOptions
 from lightning_fp.stability.supervise.step_count import StepCount
+from lightning_fp.stability.supervise.supervisor import Supervisor
 from lightning_fp.state_version import check_version
 
 STATE_VERSION = 1

@@ -36,6 +36,9 @@ from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.replay.untouched import Stance
 from lightning_fp.telemetry import StepRecorder
 
+FROM_LOADER = "training_step takes its batches out of the loader itself"
+"""Why nothing can be replayed then; see `dataloader_iter` of Lightning."""
+
 
 class TrainerLoop:
     """The Trainer's `SupervisedLoop`.
@@ -197,9 +200,7 @@ class TrainerLoop:
 
     def unreplayable(self) -> str:
         """See `SupervisedLoop.unreplayable`."""
-        if replayable(self._trainer.lightning_module):
-            return ""
-        return "training_step takes its batches out of the loader itself"
+        return "" if replayable(self._trainer.lightning_module) else FROM_LOADER
 
     def fingerprint(self, wanted: Callable[[Item], bool] = lambda _: True) -> Fingerprint:
         """See `SupervisedLoop.fingerprint`."""

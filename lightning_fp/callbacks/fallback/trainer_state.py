@@ -9,11 +9,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
-from lightning_fp.callbacks.fallback.run_state import LOSS_SCALE, SCALES, RunState
 from lightning_fp.layers import FPLinear
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability.keep.snapshot import Part
 from lightning_fp.stability.loss_scaling import STATE_VERSION, LossScalingState
+from lightning_fp.stability.supervise.run_state import LOSS_SCALE, SCALES, RunState
 from lightning_fp.stepping.loss_scaler import LossScaler
 
 

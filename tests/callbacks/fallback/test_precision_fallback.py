@@ -16,7 +16,6 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback
-from lightning_fp.callbacks.fallback.supervisor import Supervisor
 from lightning_fp.demo import ByteBatches
 from lightning_fp.records.events import (
     Demotion,
@@ -30,6 +29,7 @@ from lightning_fp.records.events import (
 from lightning_fp.stability.actions import Asked
 from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
+from lightning_fp.stability.supervise.supervisor import Supervisor
 from tests.helper import (
     CONTEXT,
     LanguageModel,

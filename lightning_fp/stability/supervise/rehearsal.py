@@ -9,7 +9,6 @@ from contextlib import nullcontext, suppress
 from itertools import cycle, islice
 from typing import Any
 
-from lightning_fp.callbacks.fallback.supervised_loop import SupervisedLoop
 from lightning_fp.events import Rehearsed
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
@@ -29,6 +28,7 @@ from lightning_fp.stability.replay.rehearsal import (
     outcome_of,
 )
 from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
+from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 
 log = logging.getLogger("lightning_fp.fallback")
 

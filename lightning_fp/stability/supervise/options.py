@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_fp.callbacks.fallback.supervised_loop import SupervisedLoop
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.keep.batch_ring import BatchRing
 from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.respond.probe import Probe
+from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 from lightning_fp.stability.watch import Watch
 
 

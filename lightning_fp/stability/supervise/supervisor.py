@@ -12,12 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_fp.callbacks.fallback.arrivals import Arrivals, Looks, Signals
-from lightning_fp.callbacks.fallback.carry_out import CarryOut
-from lightning_fp.callbacks.fallback.options import WatchOptions
-from lightning_fp.callbacks.fallback.rehearsal import Rehearsal
-from lightning_fp.callbacks.fallback.run_state import ATTRIBUTES
-from lightning_fp.callbacks.fallback.supervised_loop import SupervisedLoop
 from lightning_fp.events import Suspicion, WatchFailed
 from lightning_fp.layers import Change
 from lightning_fp.stability.actions import (
@@ -34,10 +28,16 @@ from lightning_fp.stability.actions import (
 from lightning_fp.stability.keep.batch_ring import Hyperparameters, MicroBatch, RecordedStep
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stability.keep.random_state import RandomState
+from lightning_fp.stability.supervise.arrivals import Arrivals, Looks, Signals
+from lightning_fp.stability.supervise.carry_out import CarryOut
 from lightning_fp.stability.supervise.cast_watch import CastWatch
 from lightning_fp.stability.supervise.demotion import AUTHOR
 from lightning_fp.stability.supervise.incident_log import IncidentLog, Log
+from lightning_fp.stability.supervise.options import WatchOptions
+from lightning_fp.stability.supervise.rehearsal import Rehearsal
+from lightning_fp.stability.supervise.run_state import ATTRIBUTES
 from lightning_fp.stability.supervise.step_count import StepCount
+from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 from lightning_fp.stability.watch_state import WatchState
 
 log = logging.getLogger("lightning_fp.fallback")

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from torch.optim import Optimizer
 
-from lightning_fp.callbacks.fallback.run_state import RunState
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.replay.fingerprint import Fingerprint, Item
 from lightning_fp.stability.replay.loop import Loop
+from lightning_fp.stability.supervise.run_state import RunState
 
 
 class SupervisedLoop(Loop, Protocol):

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning_fp.callbacks.fallback.supervised_loop import SupervisedLoop
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.precision_map import Change
 from lightning_fp.stability.actions import (
@@ -35,6 +34,7 @@ from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.trajectory import Trajectory
 from lightning_fp.stability.respond.ladder import rungs_above
 from lightning_fp.stability.supervise.demotion import write_formats
+from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 
 log = logging.getLogger("lightning_fp.fallback")
 
