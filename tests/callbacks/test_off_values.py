@@ -59,7 +59,7 @@ def test_every_callback_and_a_switch(options: dict[str, Any], steps: int, tmp_pa
     )
     trainer.fit(LanguageModel(blocks=1), text_loader(20), text_loader(8))
     assert trainer.global_step == steps
-    assert not monitor._failed
+    assert not monitor._log.failed
     if "fast_dev_run" in options:
         assert list(tmp_path.iterdir()) == []
 

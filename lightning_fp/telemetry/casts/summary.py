@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_fp.layers import LinearFormat
+from lightning_fp.layers.table_owner import TableOwner
 from lightning_fp.records import StatisticsRows
 from lightning_fp.records.rows import CAST
 from lightning_fp.records.tables import SCHEMA
@@ -106,16 +107,16 @@ def per_layer(rows: StatisticsRows, names: Sequence[str]) -> dict[str, float]:
     return scalars
 
 
-def flops_share(plugin: Any, changes: Mapping[str, LinearFormat] | None = None) -> float:
+def flops_share(owner: TableOwner, changes: Mapping[str, LinearFormat] | None = None) -> float:
     """Share of the model's FLOPs that are in low precision, 0 to 1.
 
     Args:
-        plugin: a precision plugin with a table and a report.
+        owner: of the table.
         changes: formats to come, by layer; the others keep theirs.
     """
-    now = {name: layer.format for name, layer in plugin.precision_map.layers.items()}
+    now = {name: layer.format for name, layer in owner.precision_map.layers.items()}
     formats = {**now, **(changes or {})}
     low = {name for name, format in formats.items() if not format.is_high_precision}
-    if plugin.report is None:
+    if owner.report is None:
         return math.nan
-    return sum(layer.flops_share for layer in plugin.report.layers if layer.name in low)
+    return sum(layer.flops_share for layer in owner.report.layers if layer.name in low)

@@ -79,7 +79,7 @@ def main(directory: Path) -> None:
         StatisticsWriter.append = fail
     model, monitor = train(directory / "failing", 2)
     torch.save(
-        {"steps": model.steps, "failed": monitor._failed, "collects": model.first.collect},
+        {"steps": model.steps, "failed": monitor._log.failed, "collects": model.first.collect},
         directory / f"rank{rank}.pt",
     )
     dist.barrier()

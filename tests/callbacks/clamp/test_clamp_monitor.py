@@ -352,7 +352,7 @@ class TestLoggers:
         logs = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, name="tb")]
         monitor = ClampMonitor(every_n_steps=4, log_every_n_steps=8, log_layers=["a", "?"])
         run(tmp_path, "bf16", monitor=monitor, logger=logs, callbacks=(flip,), max_steps=16)
-        assert not monitor._failed
+        assert not monitor._log.failed
         with open(Path(logs[0].log_dir) / "metrics.csv") as file:
             found = list(csv.DictReader(file))
         names = NAMES | {
