@@ -14,9 +14,9 @@ import torch
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback, recipes
 from lightning_fp.callbacks import EvaluationGap, ParityProbe
-from lightning_fp.callbacks.rollout.staged_rollout import STAGE, StagedRollout, follow
+from lightning_fp.callbacks.rollout.staged_rollout import STAGE, StagedRollout
 from lightning_fp.demo import ByteBatches
-from lightning_fp.recipes import Gate, RolloutRecipe, Stage
+from lightning_fp.recipes import Gate, Rollout, RolloutRecipe, Stage
 from lightning_fp.records import (
     FormatChange,
     GateResult,
@@ -27,6 +27,7 @@ from lightning_fp.records import (
     write_loss,
 )
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
+from lightning_fp.telemetry.rollout.stage_moves import follow
 from tests.helper import (
     CONTEXT,
     LanguageModel,
@@ -611,7 +612,7 @@ def test_a_rollout_that_fails_does_not_end_the_run(
         raise RuntimeError("no idea")
 
     rollout = StagedRollout(two_stages(), dirpath=tmp_path)
-    monkeypatch.setattr(rollout._rollout, "step", fail)
+    monkeypatch.setattr(Rollout, "step", fail)
     with caplog.at_level(logging.ERROR, "lightning_fp"):
         model, _, _ = train(rollout, 4, blocks=2)
     assert len(model.losses) == 4
