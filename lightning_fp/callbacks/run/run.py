@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fp.callbacks.run.loss_files import LossFiles
 from lightning_fp.callbacks.run.run_directory import run_directories
 from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
@@ -33,6 +32,7 @@ from lightning_fp.records.run import write_run
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stepping.gradients import gradient_norm
 from lightning_fp.telemetry import OptimizerStep, RunTelemetry, StepRecorder
+from lightning_fp.telemetry.loss_files import LossFiles
 
 log = logging.getLogger("lightning_fp.fallback")
 
@@ -198,7 +198,12 @@ class Run(RunTelemetry, L.Callback):
     def _begin_steps(self, trainer: L.Trainer, ours: Sequence[RunCallback]) -> None:
         if any(callback.writes_loss for callback in ours):
             directories = {self.directory(c) for c in ours if c.writes_loss}
-            self._files = LossFiles(trainer, [d for d in directories if d is not None])
+            self._files = LossFiles(
+                [d for d in directories if d is not None],
+                trainer.strategy.root_device,
+                interval=trainer.log_every_n_steps,  # pyright: ignore[reportAttributeAccessIssue]
+                step=trainer.global_step,
+            )
         guard = _guard(trainer)
         if guard is not None:
             guard.keeps_record = True
@@ -271,7 +276,7 @@ class Run(RunTelemetry, L.Callback):
             device=trainer.strategy.root_device,
         )
         if record is not None and self._files is not None:
-            self._files.add(record)
+            self._files.add(record, trainer.global_step)
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -279,7 +284,7 @@ class Run(RunTelemetry, L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the losses that are left."""
         if self._files is not None:
-            self._files.write()
+            self._files.write(trainer.global_step)
 
     @override
     def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
@@ -288,7 +293,7 @@ class Run(RunTelemetry, L.Callback):
         A fit that fails tears nothing down.
         """
         if self._files is not None and trainer.world_size == 1:
-            self._files.write()
+            self._files.write(trainer.global_step)
         self._finish(trainer)
 
     @override

@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_fp.records.run import FILE
+from lightning_fp.records.run_directory import version_of
 
 ROOT = "runs"
 """Below the Trainer's `default_root_dir`, where there is no logger."""
@@ -43,7 +43,7 @@ def run_directories(
             if base not in by_base:
                 before = Path(kept[key]) if key in kept else None
                 ours = given is None and not trainer.loggers
-                by_base[base] = _version(base, before, begins=begins, numbered=ours)
+                by_base[base] = version_of(base, before, begins=begins, numbered=ours)
             found.append(by_base[base])
     return trainer.strategy.broadcast(found)
 
@@ -59,27 +59,3 @@ def _of_the_trainer(trainer: L.Trainer) -> Path:
     version: Any = logger.version
     folder = version if isinstance(version, str) else f"version_{version or 0}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name or name) / folder
-
-
-def _version(base: Path, before: Path | None, *, begins: bool, numbered: bool) -> Path:
-    """The base as long as no run is there, afterwards a version below it.
-
-    Args:
-        base: the directory that was asked for.
-        before: where the run has written so far, as its checkpoint says.
-        begins: whether the run begins here.
-        numbered: whether the first run has a number too.
-    """
-    if not begins and before is not None and _goes_on_in(before, base):
-        return before
-    if not numbered and (not begins or not (base / FILE).exists()):
-        return base
-    known = [int(p.name[8:]) for p in base.glob("version_*") if p.name[8:].isdecimal()]
-    last = max(known, default=-1 if numbered else 0)
-    return base / f"version_{last if not begins and known else last + 1}"
-
-
-def _goes_on_in(before: Path, base: Path) -> bool:
-    """Whether a directory of the run is still there, and is the base or a version below it."""
-    place = before.absolute()
-    return before.is_dir() and base.absolute() in (place, *place.parents)

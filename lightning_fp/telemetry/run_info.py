@@ -1,0 +1,72 @@
+"""What a run is, as it stands: options, layers, hardware and versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_fp.layers import ConversionReport, PrecisionMap
+from lightning_fp.records.run import LayerInfo, RunInfo
+from lightning_fp.telemetry.over_ranks import ranks
+
+_PACKAGES = ("lightning-fp", "torch", "lightning", "torchao", "transformer-engine")
+
+
+def describe_run(
+    *,
+    step: int,
+    settings: Mapping[str, Mapping[str, Any]],
+    report: ConversionReport | None,
+    table: PrecisionMap | None,
+    model: nn.Module,
+    device: torch.device,
+    strategy: str,
+) -> RunInfo:
+    """What to write down at each start of a run.
+
+    Args:
+        step: optimizer steps done.
+        settings: options by class, as plain data.
+        report: what the conversion did, where there was one.
+        table: the formats of now.
+        model: the model.
+        device: where it is.
+        strategy: how ranks work together, in a word.
+    """
+    formats: dict[str, str] = {} if table is None else table.formats()
+    return RunInfo(
+        step=step,
+        settings=settings,
+        layers=tuple(
+            LayerInfo(
+                name=row.name,
+                format=formats.get(row.name, row.format),
+                kernel=row.kernel,
+                flops_share=row.flops_share,
+                reason=row.reason,
+            )
+            for row in ([] if report is None else report.layers)
+        ),
+        parameters=sum(p.numel() for p in model.parameters()),
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        world_size=ranks(),
+        strategy=strategy,
+        versions={"python": platform.python_version(), **_versions()},
+    )
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
