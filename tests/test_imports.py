@@ -18,7 +18,7 @@ import pytest
 
 import lightning_fp
 
-FRONTS = ["", "kernels", "layers", "metrics", "numerics", "recipes", "records", "stability"]
+FRONTS = ["", "kernels", "layers", "loop", "metrics", "numerics", "recipes", "records", "stability"]
 """The packages that import a module when one of its names is used."""
 
 

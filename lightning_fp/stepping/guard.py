@@ -187,6 +187,10 @@ class Guard:
                 if not self.replaying:
                     self._late.put(~finite)
 
+    def next_batch(self) -> None:
+        """What kernels have found out about the step before may be read from now on."""
+        self._late.next_batch()
+
     def clipped(self, norm: Tensor) -> None:
         """Hear the norm that clipping has computed."""
         if self._norm is None:

@@ -1,0 +1,272 @@
+"""LoopPrecision: a model's formats and base precision, where no Trainer's plugin owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from lightning_fp.layers import (
+    AutoScaling,
+    Change,
+    ConversionReport,
+    FormatLike,
+    LinearFormat,
+    PrecisionMap,
+)
+from lightning_fp.layers.backends import BackendLike, read_backend
+from lightning_fp.layers.conversion.configured_layers import ConfiguredLayers
+from lightning_fp.layers.conversion.flops import example_flops
+from lightning_fp.layers.rules import layer_rules
+from lightning_fp.layers.scaling import ScalingLike, read_scaling
+from lightning_fp.loop.batches import with_dtype
+from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.base_precision import (
+    LOSS_SCALE,
+    BaseLike,
+    base_precision,
+    read_base,
+)
+from lightning_fp.stepping.loss_scaler import LossScaler
+
+
+class LoopPrecision:
+    """The table of formats, the base precision, and the contexts that steps run in.
+
+    Args:
+        model: converted in place.
+        scaling: see `FP8Precision`; a format of high precision converts for later.
+        layers: see `FP8Precision`.
+        base: see `FP8Precision`.
+        backend: see `FP8Precision`.
+        fp8_eval: whether evaluation runs in the layers' formats as well.
+        loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
+        tokens: see `FP8Precision`.
+        example_input: arguments of one forward, to measure each layer's share of the FLOPs.
+
+    Raises:
+        ValueError: see `FP8Precision`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scaling: ScalingLike,
+        *,
+        layers: Mapping[str, FormatLike] | None = None,
+        base: BaseLike = "bf16-mixed",
+        backend: BackendLike = "auto",
+        fp8_eval: bool = False,
+        loss_scaling: LossScaling | None = None,
+        tokens: float | None = None,
+        example_input: Any = None,
+    ) -> None:
+        self.model, self.name = model, read_base(base)
+        read, backend = read_scaling(scaling), read_backend(backend)
+        read.check_backend(backend)
+        if tokens is not None and not read.auto:
+            raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
+        configured = ConfiguredLayers(
+            format=read.format,
+            rules=layer_rules(layers),
+            backend=backend,
+            empty=read.format.is_high_precision,
+        )
+        fp8 = [f.name for f in (read.format, *(r.format for r in configured.rules)) if f.is_fp8]
+        if self.name == "16-true" and fp8:
+            raise ValueError(
+                f"base must not be '16-true' with FP8 layers ({', '.join(fp8)}), which cast from"
+                " the float32 weights; take '16-mixed'"
+            )
+        self.base = base_precision(self.name, loss_scaling)
+        self.precision_map = PrecisionMap(
+            backend=backend,
+            fp8_eval=fp8_eval,
+            delayed=read.delayed,
+            auto=AutoScaling(tokens=tokens) if read.auto else None,
+        )
+        """The table of formats: read it, write to it."""
+        self._scaling = "auto" if read.auto else read.format.name
+        self._configured = configured
+        device = device_of(model)
+        configured.check_device(device.type)
+        self.base.place(device.type)
+        self.base.check(model)
+        self.base.arithmetic.convert_module(model)
+        self.report: ConversionReport | None = configured.apply(
+            self.precision_map, model, high=self.base.format, on_cuda=device.type == "cuda"
+        )
+        if example_input is not None and self.report is not None:
+            with self.forward():
+                self.report = self.report.with_flops(*example_flops(model, example_input))
+            self.base.copies.take_back()
+
+    def settings(self) -> dict[str, Any]:
+        """The options as plain data, for the records of a run."""
+        return {
+            "scaling": self._scaling,
+            "base": self.name,
+            **self._configured.settings(),
+            "fp8_eval": self.precision_map.phase.fp8_eval,
+            **self.base.settings(),
+        }
+
+    def connect(self, optimizers: Sequence[Optimizer]) -> None:
+        """Hear which optimizers the run has, and refuse those that the base cannot work with."""
+        self.base.connect(list(optimizers))
+
+    # -- what is asked of the owner of a table ---------------------------------------------------
+
+    @property
+    def base_format(self) -> LinearFormat:
+        """The format of layers that are left alone: the base's."""
+        return self.base.format
+
+    @property
+    def high_precision(self) -> LinearFormat:
+        """The format to fall back to: the base's, or bf16 where the base is FP16."""
+        return self.base.high_precision
+
+    @property
+    def falls_back_whole(self) -> bool:
+        """Whether all layers fall back at once: FP16's range may be at fault between them too."""
+        return self.base.falls_back_whole
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """Scales the loss, if the base is FP16."""
+        scaler = self.base.scaler
+        return scaler if isinstance(scaler, LossScaler) else None
+
+    @property
+    def half_dtype(self) -> torch.dtype | None:
+        """What an FP16 base computes in at present; None for other bases."""
+        return self.base.half_dtype(self.precision_map)
+
+    def low_layers(self) -> list[str]:
+        """The layers in a format below the high precision to fall back to."""
+        layers = self.precision_map.layers.items()
+        return [name for name, layer in layers if self.base.is_low(layer.format)]
+
+    def boundary(self) -> list[Change]:
+        """Between two optimizer steps: what was written to the table takes effect."""
+        return self.precision_map.apply()
+
+    # -- contexts -------------------------------------------------------------------------------
+
+    def input(self, batch: Any) -> Any:
+        """A batch as the base precision takes it."""
+        self.base.follow(self.precision_map)
+        dtype = self.base.arithmetic.input_dtype
+        return batch if dtype is None else with_dtype(batch, dtype)
+
+    @contextmanager
+    def forward(self) -> Generator[None, None, None]:
+        """A forward in the base precision: autocast, or the default dtype, or nothing."""
+        self.base.follow(self.precision_map)
+        with self.base.arithmetic.forward_context():
+            yield
+
+    @contextmanager
+    def training_forward(self) -> Generator[None, None, None]:
+        """A training forward, in the layers' formats, frozen submodules in eval mode too.
+
+        Its backward comes afterwards and may run forwards again (checkpointing): `backward_done`
+        ends it.
+        """
+        self.precision_map.phase.evaluating = False
+        try:
+            with self.forward(), self.precision_map.forward_context():
+                yield
+        except BaseException:
+            self.backward_done()
+            raise
+
+    def backward_done(self) -> None:
+        """After a backward `model.training` decides again, and lent weights are back."""
+        self.base.copies.take_back()
+        self.precision_map.after_backward()
+        self.precision_map.phase.evaluating = None
+
+    @contextmanager
+    def evaluation(self) -> Generator[None, None, None]:
+        """The model in eval mode and high precision (unless `fp8_eval`), without gradients."""
+        with _modes(self.model, []), torch.no_grad(), self._phase(evaluating=True), self.forward():
+            yield
+
+    @contextmanager
+    def as_trained(self) -> Generator[None, None, None]:
+        """Forwards as those of the coming training step, save for dropout; they leave no trace.
+
+        Layers that normalise by the batch go on doing so, or the numbers were others.
+        """
+        # what waits for the coming step is in force in it
+        self.boundary()
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it multiplies without the layers
+        try:
+            with (
+                _modes(self.model, norms),
+                self.precision_map.overridden({}),
+                self._phase(evaluating=False),
+                self.forward(),
+                self.precision_map.forward_context(),
+            ):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            with torch.no_grad():
+                for buffer, before in zip(buffers, kept, strict=True):
+                    buffer.copy_(before)
+
+    @contextmanager
+    def _phase(self, *, evaluating: bool) -> Generator[None, None, None]:
+        phase = self.precision_map.phase
+        before, phase.evaluating = phase.evaluating, evaluating
+        try:
+            yield
+        finally:
+            phase.evaluating = before
+            self.base.copies.take_back()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table, and the loss scale."""
+        return {**self.precision_map.state_dict(), **self.base.save({})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`; also what a Trainer's plugin has saved."""
+        rest = dict(state)
+        scale = rest.pop(LOSS_SCALE, None)
+        self.precision_map.load_state_dict(rest)
+        if scale:
+            self.base.load_loss_scale(scale)
+
+
+@contextmanager
+def _modes(model: nn.Module, as_they_are: Sequence[nn.Module]) -> Generator[None, None, None]:
+    """Every module in eval mode, but for some."""
+    before = [(module, module.training) for module in model.modules()]
+    kept = {id(module) for module in as_they_are}
+    for module, _ in before:
+        module.training = module.training and id(module) in kept
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: its first Parameter's device; the CPU where it has none, or is on meta."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None or first.is_meta else first.device

@@ -1,0 +1,175 @@
+"""OptimizerSteps: forward, backward, guard, clipping and step, of one or several micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_fp.loop.loop_precision import LoopPrecision
+from lightning_fp.stepping.gradients import (
+    calls_closure_once,
+    clip_sparse,
+    gradient_norm,
+    whole_norm,
+)
+from lightning_fp.stepping.guard import Guard
+
+ComputeLoss = Callable[[Any], Tensor]
+"""From a micro-batch to its loss, a scalar."""
+
+Heard = Callable[[], object]
+
+
+class OptimizerSteps:
+    """Makes optimizer steps.
+
+    Args:
+        precision: the formats and the base.
+        model: what is trained, with its wrappers.
+        optimizer: what steps.
+        clip_norm: largest norm of all gradients together; None clips nothing.
+    """
+
+    def __init__(
+        self,
+        precision: LoopPrecision,
+        model: nn.Module,
+        optimizer: Optimizer,
+        clip_norm: float | None,
+    ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, got {clip_norm}; None clips nothing")
+        self.precision, self.model, self.optimizer = precision, model, optimizer
+        self.clip_norm = clip_norm
+        self.guard = Guard(scaler=precision.base.scaler)
+        self.left_out = False
+        """Whether the last step was left out, as far as the host knows."""
+        self.after_backward: list[Heard] = []
+        """Told when a backward is done."""
+        self.named: Heard = lambda: None
+        """Told that a step is left out, while its gradients are there."""
+        self.backward: Callable[[Tensor], object] = torch.Tensor.backward
+
+    def losses(
+        self,
+        compute_loss: ComputeLoss,
+        micro_batches: Sequence[Any],
+        *,
+        between: Callable[[Tensor], object] = lambda _: None,
+    ) -> list[Tensor]:
+        """Forward and backward of all micro-batches.
+
+        Args:
+            compute_loss: see `ComputeLoss`.
+            micro_batches: of one step.
+            between: told each micro-batch's loss over their number, between forward and backward.
+
+        Returns:
+            Each micro-batch's loss over their number, detached.
+
+        Raises:
+            ValueError: if a loss is no scalar, or has no gradient.
+        """
+        made: list[Tensor] = []
+        last = len(micro_batches) - 1
+        for index, batch in enumerate(micro_batches):
+            with self._synchronised(index == last):
+                with self.precision.training_forward():
+                    loss = compute_loss(self.precision.input(batch))
+                    check_loss(loss)
+                loss = loss / (last + 1)
+                if index == 0:
+                    self.optimizer.zero_grad()
+                between(loss)
+                self.run_backward(loss)
+            made.append(loss.detach())
+        return made
+
+    def run_backward(self, loss: Tensor) -> None:
+        """Backward of a loss in its scale, of a forward in `training_forward`."""
+        try:
+            self.backward(self.precision.base.scaler.scaled(loss))
+        finally:
+            self.precision.backward_done()
+        for hear in self.after_backward:
+            hear()
+
+    @contextmanager
+    def _synchronised(self, on: bool) -> Generator[None, None, None]:
+        """DDP exchanges gradients with the last micro-batch of a step."""
+        inner = self.model
+        if on or not isinstance(inner, DistributedDataParallel):
+            yield
+            return
+        with inner.no_sync():
+            yield
+
+    # -- the optimizer's step -------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any], *, inside: bool | None = None) -> Any:
+        """The optimizer's step, under the eyes of the guard.
+
+        Args:
+            closure: runs forward and backward, if that is not done yet.
+            inside: whether the optimizer runs the closure itself; None: if it may want it again.
+
+        Returns:
+            What the closure returned.
+        """
+        kept: list[Any] = []
+
+        def keeping() -> Any:
+            kept.append(closure())
+            return kept[-1]
+
+        self.left_out = False
+        guard, optimizer = self.guard, self.optimizer
+        # The optimizer's later passes are at other weights: the first one's loss is the step's.
+        if guard.passes(optimizer):
+            optimizer.step(keeping)
+            return kept[0] if kept else None
+        guard.guarded(
+            optimizer,
+            keeping,
+            self._clip,
+            inside=not calls_closure_once(optimizer) if inside is None else inside,
+            left_out=self._hear,
+        )
+        return kept[0] if kept else None
+
+    def _hear(self, skip: bool) -> None:
+        self.left_out = True
+        if skip:
+            self.named()
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """The norm of all gradients before clipping."""
+        if self.clip_norm is None:
+            return gradient_norm(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+            return clip_sparse(self.optimizer, self.clip_norm)
+        return whole_norm(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what backward cannot be called on.
+
+    Raises:
+        ValueError: naming what came instead.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"compute_loss must return a scalar tensor, got {got}; take its mean")
+    if not loss.requires_grad:
+        raise ValueError(
+            "compute_loss must return a loss with a gradient, got one that requires none; compute"
+            " it from the model's output, outside of torch.no_grad()"
+        )
