@@ -1,134 +1,125 @@
-"""How many runs the fallback saves, how many layers it demotes without need, and what it costs.
+"""How many runs the fallback saves, how often it blames precision wrongly, and what it costs.
 
     python benchmarks/rescue.py --seeds 10 --jobs 2
 
-Each fault is run from every seed in high precision, and in FP8 with each protection. Rates come
-with 95% Wilson intervals. Beside the fallback: FP8 unprotected, leaving out non-finite steps alone,
-and the control arm, which rolls back at every suspicion and lets the data move on but touches no
-format: what it saves is not owed to precision.
+Each fault of precision is run from every seed in high precision and in FP8 under each arm; each
+innocent one, and healthy runs, under the fallback. Beside the fallback: FP8 unprotected; leaving
+out steps that are not finite; going back at every suspicion without touching a format; a switch to
+high precision, layer by layer, as soon as a cast loses much. Nets, faults and arms are in `proof/`.
+Every run that has ended is a line of the journal and is not run again: who is killed goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
 from dataclasses import asdict
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-from lightning_fp.demo.faults import CASES, Trial, trial
-from lightning_fp.demo.faults.trial import HEALTHY, Arm
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-RESULTS = Path(__file__).parent / "results" / "rescue.json"
-SAVED = 0.01
-"""A run is saved if its final loss is within this share of high precision's."""
+from benchmarks.proof.arms import LESS_MEMORY, RIVALS  # noqa: E402
+from benchmarks.proof.journal import measure  # noqa: E402
+from benchmarks.proof.table import line, rate, summary  # noqa: E402
 
-PRECISION = ["outliers", "gradient-overflow", "stuck-scale"]
-OTHER = ["learning-rate", "nan-data", "shuffled-labels"]
-ARMS: list[Arm] = ["unprotected", "skip-step", "rollback and skip", "fallback"]
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a rate (Wilson 1927)."""
-    if not count:
-        return (math.nan, math.nan)
-    rate = hits / count
-    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + (z / (2 * count)) ** 2)
-    return (max(0.0, centre - half), min(1.0, centre + half))
+RESULTS = ROOT / "benchmarks" / "results"
+JOURNAL = RESULTS / "rescue.jsonl"
 
 
-def text(hits: int, count: int) -> str:
-    low, high = wilson(hits, count)
-    return f"{hits}/{count} [{low:.0%}, {high:.0%}]"
+def run(work: dict[str, Any]) -> dict[str, Any]:
+    from benchmarks.proof.journal import quiet
+    from benchmarks.proof.tries import attempt
+
+    quiet()
+    row = asdict(attempt(work["case"], work["arm"], work["seed"]))
+    return {**row, "revision": work["revision"]}
 
 
-def one(arguments: tuple[str, Arm, int]) -> Trial:
-    import logging
-    import warnings
-
-    import torch
-
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    return trial(*arguments)
+def key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["case"], row["arm"], row["seed"]
 
 
 def main() -> None:
+    from benchmarks.proof.cases import CASES, HEALTHY, OTHER, PRECISION
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--control-seeds", type=int, default=5, help="of the other arms")
-    parser.add_argument("--healthy-seeds", type=int, default=20)
-    parser.add_argument("--cases", nargs="*", default=[*PRECISION, *OTHER, HEALTHY])
-    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS)
+    parser.add_argument("--rival-seeds", type=int, default=5, help="of the rival arms")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    arms = ["fallback", *LESS_MEMORY, *RIVALS]
+    parser.add_argument("--arms", nargs="*", default=arms, choices=arms)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--journal", type=Path, default=JOURNAL)
     options = parser.parse_args()
 
-    # High precision does not notice the faults of precision, bit for bit (tests/test_faults.py), so
-    # its healthy runs are the reference for all.
-    work: list[tuple[str, Arm, int]] = []
-    seeds = max(options.seeds, options.healthy_seeds)
-    work += [(HEALTHY, "high precision", seed) for seed in range(seeds)]
-    for case in options.cases:
-        counts: dict[Arm, int] = {"fallback": options.seeds}
-        if case == HEALTHY:
-            counts = {"fallback": options.healthy_seeds}
-        elif CASES[case].cause == "precision":
-            counts |= {arm: options.control_seeds for arm in options.arms if arm != "fallback"}
-        work += [(case, arm, seed) for arm, count in counts.items() for seed in range(count)]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        trials = []
-        for done in pool.map(one, work):
-            trials.append(done)
-            print(
-                f"{done.case}, {done.arm}, seed {done.seed}: loss {done.final_loss:.4f}", flush=True
-            )
-    table(trials)
-    options.out.write_text(
-        json.dumps(
-            {
-                "command": "python benchmarks/rescue.py",
-                "date": date.today().isoformat(),
-                "trials": [asdict(one) for one in trials],
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    revision = _revision()
+    work: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        for case in options.cases:
+            wanted = ["high precision", *options.arms] if case in PRECISION else ["fallback"]
+            wanted = [arm for arm in wanted if arm not in RIVALS or seed < options.rival_seeds]
+            work += [{"case": case, "arm": arm, "seed": seed} for arm in wanted]
+    work = [{**each, "case": _shared(each["case"], each["arm"])} for each in work]
+    for each in work:
+        each["revision"] = revision
+    rows = measure(options.journal, work, run, jobs=options.jobs, key=key)
 
-
-def table(trials: list[Trial]) -> None:
-    """Print rates by case and arm."""
-    high = {t.seed: t for t in trials if t.arm == "high precision"}
-    for case in dict.fromkeys(t.case for t in trials):
+    reference = {(r["case"], r["seed"]): r["final_loss"] for r in rows if r["arm"] == HIGH}
+    reference |= {
+        (case, seed): reference[_shared(case, HIGH), seed]
+        for case in PRECISION
+        for seed in {row["seed"] for row in rows}
+        if (_shared(case, HIGH), seed) in reference
+    }
+    start = {name: case.start for name, case in CASES.items()}
+    told: dict[str, dict[str, Any]] = {}
+    for case in CASES:
+        by_arm = {
+            arm: [row for row in rows if (row["case"], row["arm"]) == (case, arm)] for arm in arms
+        }
+        found = {
+            arm: summary(r, reference if case in PRECISION else {}, start)
+            for arm, r in by_arm.items()
+            if r
+        }
+        if not found:
+            continue
+        told[case] = found
         print(f"\n{case}")
-        for arm in dict.fromkeys(t.arm for t in trials if t.case == case):
-            if arm == "high precision":
-                continue
-            runs = [t for t in trials if (t.case, t.arm) == (case, arm)]
-            gaps = [t.gap(high[t.seed]) for t in runs]
-            gap = median([g for g in gaps if math.isfinite(g)] or [math.nan])
-            line = f"  {arm:18} gap {gap:+7.2%}"
-            if case in CASES and CASES[case].cause == "precision":
-                saved = sum(abs(g) <= SAVED or g < 0 for g in gaps)
-                line += f"  saved {text(saved, len(runs))}"
-                if arm == "fallback":
-                    enough = sum(t.blamed and t.no_further_than_needed for t in runs)
-                    line += f"  right layers, no further than needed {text(enough, len(runs))}"
-            elif arm == "fallback":
-                line += f"  precision blamed {text(sum(t.blamed for t in runs), len(runs))}"
-            if arm == "fallback":
-                replayed = sum(t.replayed for t in runs) / len(runs)
-                back = sum(t.rolled_back for t in runs) / len(runs)
-                line += f"  replayed {replayed:.0f}, rolled back {back:.0f} steps"
-            print(line)
+        for arm, each in found.items():
+            print(line(arm, each))
+    for group, names in (("innocent", OTHER), ("healthy", HEALTHY)):
+        seen = [told[name]["fallback"] for name in names if name in told]
+        blamed, runs = sum(s["blamed"] for s in seen), sum(s["runs"] for s in seen)
+        print(f"\n{group} runs in which precision was blamed: {rate(blamed, runs)}")
+    report = {
+        "command": "python benchmarks/rescue.py",
+        "date": date.today().isoformat(),
+        "summary": told,
+    }
+    options.journal.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+HIGH = "high precision"
+
+
+def _shared(case: str, arm: str) -> str:
+    """High precision does not notice the demo's faults, bit for bit (tests/test_faults.py)."""
+    return "gpt healthy" if case.startswith("gpt ") and arm == HIGH else case
+
+
+def _revision() -> str:
+    told = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return told.stdout.strip()
 
 
 if __name__ == "__main__":
