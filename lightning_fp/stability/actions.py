@@ -289,11 +289,18 @@ class ReplayStretch(Question[StretchReplayed]):
     """Train on the recorded batches since a snapshot."""
 
     start: int
-    precision: Literal["high", "own"]
-    """All layers in high precision; or each in the format, and with the scales, of its time."""
+    precision: Literal["high", "own", "placebo"]
+    """All layers in high precision; each in the format, and with the scales, of its time; or so
+    from weights that are moved a little, which is to show what chaos does."""
 
     compiled: bool = False
     """Whether compiled code runs as it ran; else all runs eagerly."""
+
+    until: ReplayStretch | None = None
+    """A trajectory in high precision: it may end as soon as it is told apart from that."""
+
+    steps: int | None = None
+    """How many of the steps; None for all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from lightning_fp.stability.replay.budget import FORWARD
 from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.replay.loop import Loop
 from lightning_fp.stability.replay.one_step import Replay, compare
+from lightning_fp.stability.replay.paired import has_shown
 from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.replay.rehearsal import Outcome
 from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
@@ -280,11 +281,19 @@ class Answers:
     # -- many steps -----------------------------------------------------------------------------
 
     def _replay_stretch(self, question: ReplayStretch) -> StretchReplayed:
-        steps = self._ring.since(question.start) or []
+        steps = (self._ring.since(question.start) or [])[: question.steps]
         formats = self._all_high() if question.precision == "high" else None
-        start = self._snapshot(question.start)
+        high = () if question.until is None else self.trajectories[question.until].losses
         made = replay_trajectory(
-            self._loop, start, steps, formats, compiled=question.compiled, give_up=_hopeless
+            self._loop,
+            self._snapshot(question.start),
+            steps,
+            formats,
+            compiled=question.compiled,
+            placebo=question.precision == "placebo",
+            # only what has run as the rehearsal did, eagerly, can become the run
+            keep_end=question.precision == "high" and not question.compiled,
+            give_up=lambda losses: _hopeless(losses) or has_shown(losses, high),
         )
         self.trajectories[question] = made
         return StretchReplayed(

@@ -81,7 +81,7 @@ class Loop:
     """A loop that only answers: `harm` is what the recorded loss is above high precision's.
 
     Of that, replays in the run's own formats show the shares `eager` and `compiled`, and one that
-    is compiled in high precision the share `compiled_high`.
+    is compiled in high precision the share `compiled_high`. A placebo moves the loss by `chaos`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -96,6 +96,7 @@ class Loop:
         self.eager: float = options.pop("eager", 1.0)
         self.compiled: float | None = options.pop("compiled", None)
         self.compiled_high: float = options.pop("compiled_high", 0.0)
+        self.chaos: float = options.pop("chaos", 0.0)
         self.asked: list[Question[Any]] = []
         self.done: list[Action] = []
 
@@ -132,14 +133,13 @@ class Loop:
                 losses = tuple(level + self.gap + 0.001 * (i % 3) for i in range(count))
                 high = tuple(level - 0.001 * (i % 2) for i in range(count))
                 return LossesCompared(losses=losses, high_losses=high, replays=6)
-            case ReplayStretch(precision=precision, compiled=compiled):
-                shares = {
-                    ("own", False): self.eager,
-                    ("own", True): self.compiled or 0.0,
-                    ("high", True): self.compiled_high,
-                }
-                loss = 3.0 + self.harm * shares.get((precision, compiled), 0.0)
-                losses = (loss,) * STEPS
+            case ReplayStretch(precision=precision, compiled=compiled, steps=steps):
+                own = (self.compiled or 0.0) if compiled else self.eager
+                high = self.compiled_high if compiled else 0.0
+                shares = {"own": own, "placebo": own, "high": high}
+                loss = 3.0 + self.harm * shares[precision]
+                loss -= self.chaos if precision == "placebo" else 0.0
+                losses = (loss,) * (steps or STEPS)
                 return StretchReplayed(done=True, losses=losses, made=STEPS, replays=STEPS)
             case ReplayHigh():
                 return HighReplayed(loss=3.0, finite=True, loss_then=3.0, replays=1)
@@ -276,6 +276,48 @@ def test_a_conviction_needs_a_control_that_repeats_the_harm(
     assert bool(kinds(events, Demotion)) is bool(kinds(events, Rollback)) is convicted
     dropped = any(isinstance(order, DropRecords) for order in loop.done)
     assert dropped is (verdict == "not reproducible")
+
+
+@pytest.mark.parametrize(
+    ("harm", "risen", "chaos", "convicted"),
+    [
+        (0.5, True, 0.1, True),
+        (0.5, True, 0.2, False),
+        (0.5, True, -0.2, False),
+        (0.045, False, 0.0, True),
+        (0.045, False, 0.02, False),
+        (0.1, False, 0.02, True),
+        (0.02, False, 0.0, False),
+    ],
+)
+def test_a_trajectory_convicts_of_what_is_three_times_a_placebo(
+    harm: float, risen: bool, chaos: float, convicted: bool
+) -> None:
+    """Of a loss of 3: chaos parts two runs as far as precision may seem to."""
+    loop = Loop(harm=harm, chaos=chaos)
+    state, _ = run(machine(probe=None), loop, lambda _: 3.0, 150)
+    _, events = tell(machine(), state, Asked(at=150, onset=130, risen=risen), loop)
+    assert bool(kinds(events, Demotion)) is convicted
+    asked = [q.precision for q in loop.asked if isinstance(q, ReplayStretch)]
+    assert asked == (["high"] if harm == 0.02 else ["high", "own", "placebo"])
+    if chaos and not convicted:
+        assert "chaos" in kinds(events, Verdict)[-1].reason
+
+
+def test_an_acquittal_needs_no_control() -> None:
+    loop = Loop(error=0.9)
+    run(machine(), loop, lambda _: 3.0, 100)
+    assert [q.precision for q in loop.asked if isinstance(q, ReplayStretch)] == ["high"]
+
+
+def test_only_the_control_of_a_rise_may_end_early() -> None:
+    for risen in (False, True):
+        loop = Loop(harm=0.5)
+        state, _ = run(machine(probe=None), loop, lambda _: 3.0, 150)
+        tell(machine(), state, Asked(at=150, onset=130, risen=risen), loop)
+        high, own, placebo = (q for q in loop.asked if isinstance(q, ReplayStretch))
+        assert own.until == (high if risen else None)
+        assert placebo.steps == STEPS
 
 
 def test_a_gap_convicts_before_a_trajectory_shows_harm() -> None:

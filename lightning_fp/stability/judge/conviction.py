@@ -20,7 +20,12 @@ from lightning_fp.stability.actions import (
     Surveyed,
 )
 from lightning_fp.stability.judge.by_gap import by_gap
-from lightning_fp.stability.judge.by_trajectory import by_control, by_trajectory, high_stretch
+from lightning_fp.stability.judge.by_trajectory import (
+    by_control,
+    by_trajectory,
+    high_stretch,
+    proved,
+)
 from lightning_fp.stability.judge.evidence import Case, Evidence
 from lightning_fp.stability.respond.attribution import Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
@@ -88,7 +93,10 @@ def conclude(evidence: Evidence) -> Conclusion:
         finding, at_once = "precision", not case.risen
     control = None
     if finding == "precision" and stretch is not None and stretch.done:
-        control = by_control(evidence, stretch)
+        control, asked = by_control(evidence, stretch)
+        alone = gap is None or gap.finding != "precision"
+        if not at_once and alone and control.finding == "precision" and trajectory is not None:
+            control = proved(evidence, stretch, trajectory, control, asked)
         finding = finding if at_once else control.finding
     attribution: Attribution | None = None
     likeness = ""

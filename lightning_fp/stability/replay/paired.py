@@ -111,6 +111,12 @@ def judge_paired(
     return best
 
 
+def has_shown(control: Sequence[float | None], high: Sequence[float | None]) -> bool:
+    """Whether the last step decides that the run's formats do harm, without a placebo."""
+    pairs = _pairs(control, high)
+    return len(pairs) >= WINDOWS[0] and _after(pairs, None).finding == "harm"
+
+
 _Pair = tuple[int, float, float]
 """Index of a step, its loss in the run's formats and in high precision."""
 
@@ -188,7 +194,7 @@ def _chaos(
 def _deviation(gains: Sequence[float]) -> float:
     """Of one step's gain, from neighbours, where neither a fault nor a trend counts as noise."""
     steps = sorted(abs(b - a) for a, b in pairwise(gains))
-    kept = steps[: max(1, math.ceil(len(steps) * 0.9))]  # the onset itself is no noise
+    kept = steps[: max(1, int(len(steps) * 0.9))]  # the onset itself is no noise
     return math.sqrt(fmean(step * step for step in kept) / 2)
 
 

@@ -17,6 +17,7 @@ from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.keep.snapshot import Snapshot
 from lightning_fp.stability.replay.loop import Loop
 from lightning_fp.stability.replay.one_step import is_out_of_memory
+from lightning_fp.stability.replay.placebo import perturb_
 
 Outcome = Literal["done", "out of memory"]
 
@@ -36,7 +37,7 @@ class Trajectory:
     """The formats it was made in, of the layers that were given others."""
 
     end: Snapshot | None = None
-    """The state it ended in."""
+    """The state it ended in, if that is kept."""
 
 
 def replay_trajectory(
@@ -46,6 +47,8 @@ def replay_trajectory(
     formats: Mapping[str, LinearFormat] | None,
     *,
     compiled: bool = False,
+    placebo: bool = False,
+    keep_end: bool = True,
     give_up: Callable[[Sequence[float]], bool] = lambda _: False,
 ) -> Trajectory:
     """Train on from a snapshot with the recorded batches, and leave the run as it was.
@@ -56,6 +59,8 @@ def replay_trajectory(
         steps: the steps since then, in order.
         formats: by layer, the others keep theirs; None: those of each step's time.
         compiled: whether compiled code runs as in the run; else everything runs eagerly.
+        placebo: whether the weights are moved first, as `perturb_` does.
+        keep_end: whether the state that it ends in is kept, as large as a snapshot.
         give_up: looks at the losses so far and may end it.
 
     Returns:
@@ -69,6 +74,8 @@ def replay_trajectory(
     try:
         with loop.training(formats, compiled=compiled) as train:
             loop.restore(start)
+            if placebo:
+                perturb_(loop.model.parameters(), seed=start.step)
             for step in steps:
                 own = train(step)
                 made += own.made
@@ -77,7 +84,7 @@ def replay_trajectory(
                 if give_up(losses):
                     break
             # Within: leaving puts buffers and attributes back, and the end state is of all of it.
-            end = loop.take()
+            end = loop.take() if keep_end else None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
