@@ -189,6 +189,8 @@ class Survey(Question[Surveyed]):
     at: int
     onset: int
     risen: bool
+    most: int
+    """Steps that a trajectory may have where nothing has risen."""
 
 
 @dataclass(frozen=True, kw_only=True)

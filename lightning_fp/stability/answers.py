@@ -43,15 +43,10 @@ from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.replay.rehearsal import Outcome
 from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
 from lightning_fp.stability.respond.attribution import Attributor, gradient_error
-from lightning_fp.stability.respond.probe import FIRST
 from lightning_fp.stability.respond.verdict import OneStep
 
 LEAST_STEPS = 8
 """Steps that a trajectory should have: fewer tell little."""
-
-MOST_PROBED = 2 * FIRST
-"""Steps that a probe's suspicion may replay: those to the probe before, and as many again. The
-oldest snapshots are older, and each suspicion would replay most of a young run."""
 
 
 class Answers:
@@ -113,7 +108,7 @@ class Answers:
             lambda step: bool(self._ring.since(step)),
             onset=question.onset,
             at=question.at,
-            risen=question.risen,
+            most=None if question.risen else question.most,
         )
         steps: Sequence[RecordedStep] | None = None
         if start is not None and self.reach == "passed":
@@ -310,7 +305,7 @@ def trajectory_start(
     *,
     onset: int,
     at: int,
-    risen: bool,
+    most: int | None = None,
 ) -> Snapshot | None:
     """The newest snapshot from before the anomaly with all steps since; None if there is none.
 
@@ -319,15 +314,15 @@ def trajectory_start(
         has_steps: whether all steps since one are recorded.
         onset: the first anomalous step.
         at: steps so far.
-        risen: whether the loss has; if not, the trajectory begins at most `MOST_PROBED` steps ago,
-            where there is a snapshot since.
+        most: steps that the trajectory may have, where there is a snapshot since; None: as many
+            as it takes, since the loss has risen.
 
     Returns:
         The best there is: without recorded steps one can still go back to it.
     """
     wanted = min(onset, at - LEAST_STEPS)
-    if not risen:
-        recent = [snapshot for snapshot in snapshots if snapshot.step >= at - MOST_PROBED]
+    if most is not None:
+        recent = [snapshot for snapshot in snapshots if snapshot.step >= at - most]
         snapshots = recent or snapshots[-1:]
     before = [snapshot for snapshot in snapshots if snapshot.step <= wanted]
     order = [*reversed(before), *(snapshot for snapshot in snapshots if snapshot.step > wanted)]

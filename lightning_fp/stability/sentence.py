@@ -20,6 +20,7 @@ from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.judge.by_gap import gap_of
 from lightning_fp.stability.judge.conviction import Conclusion
 from lightning_fp.stability.judge.evidence import Evidence
+from lightning_fp.stability.replay.budget import CURE, ReplayBudget
 from lightning_fp.stability.respond.cure import verify_cure
 from lightning_fp.stability.respond.demotion import demotion
 from lightning_fp.stability.respond.fallback_policy import MOST_DOUBLINGS, Fallback
@@ -37,6 +38,7 @@ class Sentence:
         detector: told when formats change, or the run goes back.
         limits: told when formats change; None where there are none.
         probe: knows what error of the gradients is usual.
+        budget: how much may be replayed.
         dry_run: whether only to say what would be done.
     """
 
@@ -46,11 +48,13 @@ class Sentence:
         detector: DivergenceDetector,
         limits: LimitWatch | None,
         probe: Probe,
+        budget: ReplayBudget,
         *,
         dry_run: bool,
     ) -> None:
         self.fallback, self.detector = fallback, detector
         self.limits, self.probe, self.dry_run = limits, probe, dry_run
+        self.budget = budget
 
     def close(self, turn: Turn, evidence: Evidence, conclusion: Conclusion) -> None:
         step = evidence.case.step
@@ -150,7 +154,9 @@ class Sentence:
         self, turn: Turn, step: int, layers: Sequence[str], batch: int | None = None
     ) -> None:
         """Layers have other formats: ask whether these still do harm."""
-        if layers:
+        steps = turn.state.steps
+        left = self.budget.left(steps=steps.attempted, replayed=steps.replayed)
+        if layers and left >= CURE:
             turn.actions.append(CheckCure(at=step, layers=tuple(layers), batch=batch))
 
     def cure_checked(self, turn: Turn, question: CheckCure, seen: CureChecked) -> None:

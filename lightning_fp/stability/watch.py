@@ -52,6 +52,7 @@ from lightning_fp.stability.judge.by_gap import gap_of
 from lightning_fp.stability.judge.evidence import Case
 from lightning_fp.stability.judge.inquiry import Inquiry, answered, open_case
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stability.replay.budget import ReplayBudget
 from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.respond.fallback_policy import (
     Fallback,
@@ -79,6 +80,7 @@ class Watch:
         policy: how long to wait, and how often to try.
         limit: how much a layer's casts may lose; None sets no limits.
         probe: when to compare gradients without a suspicion; None never does.
+        budget: how much may be replayed.
         layers: how many layers there are, for the budget of climbs.
         loss_scaling: how the loss scale of FP16 moves, if there is one.
         dry_run: whether only to say what would be done.
@@ -91,6 +93,7 @@ class Watch:
         policy: FallbackPolicy | None = None,
         limit: LayerLimit | None = None,
         probe: Probe | None = None,
+        budget: ReplayBudget | None = None,
         layers: int = 0,
         loss_scaling: LossScaling | None = None,
         dry_run: bool = False,
@@ -98,13 +101,19 @@ class Watch:
         self.detector = DivergenceDetector() if detector is None else detector
         self.fallback = Fallback(policy)
         self.probe = probe
+        self.budget = ReplayBudget() if budget is None else budget
         self.limits = None if limit is None else LimitWatch(limit, layers)
         self.loss_scaling = loss_scaling
         self.dry_run = dry_run
         self._open_cases = OpenCases()
         self._trigger = CastTrigger()
         self._sentence = Sentence(
-            self.fallback, self.detector, self.limits, probe or Probe(), dry_run=dry_run
+            self.fallback,
+            self.detector,
+            self.limits,
+            probe or Probe(),
+            self.budget,
+            dry_run=dry_run,
         )
 
     def init(self) -> WatchState:
@@ -259,7 +268,7 @@ class Watch:
             before = self._trigger.init(len(seen.amax))
         casts, jumps = self._trigger.step(before, seen.step, seen.amax)
         turn.state = replace(state, casts=casts)
-        if jumps and self.probe is not None and self._armed(turn):
+        if jumps and self.probe is not None and self._armed(turn) and self._may_look(turn, 1):
             turn.actions.append(CompareLosses(at=seen.at, batch=seen.step))
 
     @staticmethod
@@ -269,12 +278,23 @@ class Watch:
     def _look_or_probe(self, turn: Turn, step: int) -> None:
         """Ask again about an open case, or compare one step's gradients, if it is time."""
         state, fallback = turn.state, turn.state.fallback
-        if self._open_cases.due(state.cases, step, risen=not state.calm):
+        due = self._open_cases.due(state.cases, step, risen=not state.calm)
+        if due and self._may_look(turn, BATCHES):
             turn.actions.append(CompareLosses(at=step, count=BATCHES))
             return
         ready = fallback.phase in ("healthy", "probation") and step >= fallback.quiet_until
-        if self.probe is not None and ready and state.calm and self.probe.due(state.probed, step):
+        if self.probe is None or not (ready and state.calm and self.probe.due(state.probed, step)):
+            return
+        steps, probes = state.steps, state.probed.count
+        if self.budget.affords_probe(steps=steps.attempted, replayed=steps.replayed, probes=probes):
             turn.actions.append(ProbeStep(at=step))
+
+    def _may_look(self, turn: Turn, batches: int) -> bool:
+        """Whether the budget has room for a look that no case asks for."""
+        steps = turn.state.steps
+        return self.budget.affords_look(
+            steps=steps.attempted, replayed=steps.replayed, batches=batches
+        )
 
     def _probed(self, turn: Turn, step: int, error: float | None) -> None:
         probe, state = self.probe or Probe(), turn.state
@@ -283,7 +303,8 @@ class Watch:
         if error is None or not probe.suspicious(before, error):
             return
         if step < state.harmless_until:
-            turn.actions.append(CompareLosses(at=step, count=BATCHES))
+            if self._may_look(turn, BATCHES):
+                turn.actions.append(CompareLosses(at=step, count=BATCHES))
             return
         turn.events.append(tell.probe_suspicion(step, error, probe.usual(before)))
         # Between two probes nobody has looked: it may have begun right after the last good one.
@@ -305,7 +326,9 @@ class Watch:
         """Open a case, unless one is open."""
         if turn.state.inquiry is not None:
             return
+        steps = turn.state.steps
         case = Case(
+            budget=self.budget.left(steps=steps.attempted, replayed=steps.replayed),
             step=step,
             onset=step if onset is None else onset,
             anomaly=turn.state.anomaly,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ from lightning_fp.stability.actions import (
     Write,
 )
 from lightning_fp.stability.detect.signals import StepSignals
+from lightning_fp.stability.replay.budget import INCIDENT, RESERVE, ReplayBudget
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR, Attribution
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import Excess, LayerLimit
@@ -97,6 +99,8 @@ class Loop:
         self.compiled: float | None = options.pop("compiled", None)
         self.compiled_high: float = options.pop("compiled_high", 0.0)
         self.chaos: float = options.pop("chaos", 0.0)
+        self.length: int = options.pop("length", STEPS)
+        self.survey = Surveyed(high=HIGH)
         self.asked: list[Question[Any]] = []
         self.done: list[Action] = []
 
@@ -105,10 +109,10 @@ class Loop:
         if self.fails:
             return Failed(error="no memory")
         match question:
-            case Survey(at=at):
-                start = max(0, at - STEPS)
+            case Survey(at=at, risen=risen, most=most):
+                start = max(0, at - (STEPS if risen else min(most, self.length)))
                 losses = tuple(3.0 + self.harm for _ in range(start, at))
-                return Surveyed(
+                self.survey = Surveyed(
                     low=self.low,
                     high=HIGH,
                     start=start,
@@ -117,6 +121,7 @@ class Loop:
                     finite=self.finite,
                     compiled=self.compiled is not None,
                 )
+                return self.survey
             case ReplayStep():
                 same = OneStep(
                     loss=3.0,
@@ -139,8 +144,9 @@ class Loop:
                 shares = {"own": own, "placebo": own, "high": high}
                 loss = 3.0 + self.harm * shares[precision]
                 loss -= self.chaos if precision == "placebo" else 0.0
-                losses = (loss,) * (steps or STEPS)
-                return StretchReplayed(done=True, losses=losses, made=STEPS, replays=STEPS)
+                length = len(self.survey.losses or ()) if steps is None else steps
+                losses = (loss,) * length
+                return StretchReplayed(done=True, losses=losses, made=length, replays=length)
             case ReplayHigh():
                 return HighReplayed(loss=3.0, finite=True, loss_then=3.0, replays=1)
             case Attribute():
@@ -302,6 +308,44 @@ def test_a_trajectory_convicts_of_what_is_three_times_a_placebo(
     assert asked == (["high"] if harm == 0.02 else ["high", "own", "placebo"])
     if chaos and not convicted:
         assert "chaos" in kinds(events, Verdict)[-1].reason
+
+
+@pytest.mark.parametrize("harm", [0.0, 0.045, 0.5])
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_replays_keep_to_their_budget(share: float, harm: float) -> None:
+    """Probes that are always suspicious had 479 to 518 steps replayed in runs of 340."""
+    loop = Loop(error=0.9, harm=harm, eager=0.3, gap=0.02, length=10_000)
+    watch = machine(budget=ReplayBudget(share=share))
+    for steps in (340, 1000):
+        state, _ = run(watch, loop, lambda _: 3.0, steps)
+        assert 64 < state.steps.replayed <= share * steps + INCIDENT
+    asked = [type(question) for question in loop.asked]
+    assert ProbeStep in asked
+    assert ReplayStretch in asked
+
+
+def test_without_budget_a_rise_stays_unclear_and_says_why() -> None:
+    loop, watch = Loop(harm=0.5), machine()
+    state, _ = run(watch, loop, lambda _: 3.0, 150)
+    spent = replace(state.steps, replayed=INCIDENT - 20)
+    state = replace(state, steps=spent)
+    state, events = run(watch, loop, lambda _: 3.5, 10, state, start=150)
+    assert not kinds(events, Demotion)
+    assert not any(isinstance(question, ReplayStretch) for question in loop.asked)
+    assert "the replay budget is spent" in kinds(events, Verdict)[-1].reason
+
+
+def test_without_budget_for_a_placebo_two_per_cent_are_needed() -> None:
+    for harm, convicted in ((0.5, True), (0.045, False)):
+        loop = Loop(harm=harm)
+        state, _ = run(machine(probe=None), loop, lambda _: 3.0, 150)
+        room = 9 + 2 * STEPS + RESERVE + 1
+        spent = replace(state.steps, replayed=INCIDENT + 7 - room)
+        state = replace(state, steps=spent)
+        _, events = tell(machine(), state, Asked(at=150, onset=130, risen=harm == 0.5), loop)
+        asked = [q.precision for q in loop.asked if isinstance(q, ReplayStretch)]
+        assert asked == ["high", "own"]
+        assert bool(kinds(events, Demotion)) is convicted
 
 
 def test_an_acquittal_needs_no_control() -> None:

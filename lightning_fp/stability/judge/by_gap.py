@@ -7,6 +7,7 @@ from statistics import fmean
 
 from lightning_fp.stability.actions import CompareLosses, LossesCompared
 from lightning_fp.stability.judge.evidence import Evidence
+from lightning_fp.stability.replay.budget import FORWARD
 from lightning_fp.stability.replay.gap import BATCHES, Gap, measure_gap
 from lightning_fp.stability.respond.verdict import LARGE, SAME, Anomaly, Finding, Judgement
 
@@ -23,7 +24,7 @@ def by_gap(evidence: Evidence) -> Judgement | None:
         seen = evidence.answer(CompareLosses(at=case.step, count=count, batch=case.batch))
         gap = gap_of(seen, case.anomaly)
         more = gap.wants if case.batch is None and gap.count == count else None
-        if more is None:
+        if more is None or not _affords(evidence, more):
             break
         count = more
     if gap.count == 0:
@@ -32,6 +33,12 @@ def by_gap(evidence: Evidence) -> Judgement | None:
     finding: Finding = "precision" if gap.convicts and explains and known else "unclear"
     reason = gap.sentence if explains else f"{gap.sentence}, a small part of the loss's rise"
     return Judgement(finding=finding, reason=reason, numbers=gap.numbers)
+
+
+def _affords(evidence: Evidence, count: int) -> bool:
+    """Whether more batches may be looked at."""
+    question = CompareLosses(at=evidence.case.step, count=count)
+    return evidence.affords(question, 2 * FORWARD * count)
 
 
 def _explains(seen: LossesCompared, anomaly: Anomaly) -> bool:

@@ -14,9 +14,15 @@ from dataclasses import replace
 from statistics import fmean
 
 from lightning_fp.stability.actions import ReplayStretch, StretchReplayed, Surveyed
-from lightning_fp.stability.judge.evidence import Case, Evidence
+from lightning_fp.stability.judge.evidence import SPENT, Case, Evidence
 from lightning_fp.stability.replay.control import TOLERATED, Control, judge_control
-from lightning_fp.stability.replay.paired import FLOOR, PLACEBO, Paired, judge_paired
+from lightning_fp.stability.replay.paired import (
+    FLOOR,
+    PLACEBO,
+    WITHOUT_PLACEBO,
+    Paired,
+    judge_paired,
+)
 from lightning_fp.stability.respond.verdict import Finding, Judgement, judge_trajectory
 
 
@@ -25,6 +31,11 @@ def high_stretch(survey: Surveyed) -> ReplayStretch | None:
     if survey.start is None or not survey.losses:
         return None
     return ReplayStretch(start=survey.start, precision="high")
+
+
+def affordable(evidence: Evidence, stretch: ReplayStretch) -> bool:
+    """Whether the replay budget suffices for it."""
+    return evidence.affords(stretch, len(evidence.survey.losses or ()))
 
 
 def by_trajectory(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgement:
@@ -63,7 +74,8 @@ def by_control(evidence: Evidence, high: StretchReplayed) -> tuple[Judgement, Re
     """The same stretch in the run's own formats: what it does not repeat is no proof.
 
     Returns:
-        What that says, and the control that it was said of.
+        What that says, and the control that it was said of. "unclear" if there is none, since the
+        budget does not suffice.
     """
     survey, case = evidence.survey, evidence.case
     question = high_stretch(survey)
@@ -71,10 +83,14 @@ def by_control(evidence: Evidence, high: StretchReplayed) -> tuple[Judgement, Re
         raise RuntimeError("a control needs a trajectory")
     # A probe has no rise to explain, and a slow fault may show in the last steps only.
     own = replace(question, precision="own", until=question if case.risen else None)
+    if not affordable(evidence, own):
+        return Judgement(finding="unclear", reason=f"{SPENT}: no control", numbers={}), own
     seen = _compare(survey, evidence.answer(own), high)
     if seen.finding != "not reproducible" or not survey.compiled:
         return _judged(seen), own
     compiled_own = replace(own, compiled=True)
+    if not affordable(evidence, compiled_own):
+        return _judged(seen), own
     compiled = _compare(survey, evidence.answer(compiled_own), high)
     if compiled.finding != "repeats":
         return _judged(compiled), compiled_own
@@ -124,7 +140,7 @@ def proved(
     """
     own = evidence.answer(asked).losses
     again = replace(asked, precision="placebo", until=None, steps=len(own))
-    placebo = evidence.answer(again).losses
+    placebo = evidence.answer(again).losses if affordable(evidence, again) else None
     if "rise" in candidate.numbers or math.isinf(candidate.numbers.get("gain", 0.0)):
         gain, moved = _tail(own, high.losses, placebo)
         proof, reason = gain > PLACEBO * moved, f"a placebo makes a difference of {moved:.3g}"
@@ -140,12 +156,17 @@ def proved(
 
 
 def _tail(
-    own: Sequence[float], high: Sequence[float], placebo: Sequence[float]
+    own: Sequence[float], high: Sequence[float], placebo: Sequence[float] | None
 ) -> tuple[float, float]:
     """What high precision gains in the last steps, and how far the placebo is from the control.
 
-    In losses; where some are not finite in the run's formats, in shares of such steps.
+    In losses; where some are not finite in the run's formats, in shares of such steps. Without a
+    placebo it counts as so far that 2% of the loss have to be gained.
     """
+    if placebo is None:
+        finite = [loss for loss in high if math.isfinite(loss)]
+        least = WITHOUT_PLACEBO * abs(fmean(finite[-4:])) if finite else math.inf
+        return _tail(own, high, own)[0], least / PLACEBO
     count = min(len(own), len(high), len(placebo))
     rows = list(zip(own[:count], high[:count], placebo[:count], strict=True))
     last = [row for row in rows[-max(4, count // 4) :] if math.isfinite(row[1])]

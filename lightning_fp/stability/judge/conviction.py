@@ -21,15 +21,19 @@ from lightning_fp.stability.actions import (
 )
 from lightning_fp.stability.judge.by_gap import by_gap
 from lightning_fp.stability.judge.by_trajectory import (
+    affordable,
     by_control,
     by_trajectory,
     high_stretch,
     proved,
 )
-from lightning_fp.stability.judge.evidence import Case, Evidence
+from lightning_fp.stability.judge.evidence import SPENT, Case, Evidence
 from lightning_fp.stability.respond.attribution import Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
 from lightning_fp.stability.respond.verdict import Finding, Judgement, OneStep, judge_one_step
+
+SINGLE = 9
+"""Replayed steps that the first two questions of a case take: one step, and a gap of 8 batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +77,29 @@ def conclude(evidence: Evidence) -> Conclusion:
     if not survey.low:
         return Conclusion(finding="not precision")
     if not survey.finite and survey.start is None:
-        reason = "the weights are not finite, and there is no snapshot to go back to"
-        return Conclusion(
-            finding="unclear", one_step=Judgement(finding="unclear", reason=reason, numbers={})
-        )
+        return _unclear("the weights are not finite, and there is no snapshot to go back to")
     if case.overflow is not None:
         return _overflow(evidence, case.overflow)
-    seen = evidence.answer(ReplayStep(weights=_weights(survey))).seen
+    replay_step = ReplayStep(weights=_weights(survey))
+    if not evidence.affords(replay_step, SINGLE, reserve=0):
+        return _unclear(SPENT)
+    seen = evidence.answer(replay_step).seen
     one_step = None if seen is None else judge_one_step(seen, case.anomaly)
     gap = by_gap(evidence) if survey.finite else None
     high = high_stretch(survey)
-    stretch = None if high is None else evidence.answer(high)
+    afforded = high is None or affordable(evidence, high)
+    stretch = None if high is None or not afforded else evidence.answer(high)
     trajectory = None if stretch is None else by_trajectory(case, survey, stretch)
+    if not afforded:
+        trajectory = _unclear(f"{SPENT}: no trajectory").one_step
     finding = _together(one_step, trajectory)
     at_once = one_step is not None and one_step.finding == finding == "precision"
     if gap is not None and gap.finding == "precision" and not _rises_anyway(case, trajectory):
         # Of a rise the control must show its share: what has damaged weights, as launches gone
         # wrong do, leaves a gap too.
         finding, at_once = "precision", not case.risen
+    if not afforded and not at_once:
+        finding = "unclear"
     control = None
     if finding == "precision" and stretch is not None and stretch.done:
         control, asked = by_control(evidence, stretch)
@@ -109,7 +118,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     else:
         likeness = "the loss does not suffer from the error"
     # Only what the control repeats is the run; else its steps are not made again, but kept.
-    repeated = control is None or control.finding == "precision"
+    repeated = afforded and (control is None or control.finding == "precision")
     taken = high if repeated and stretch is not None and stretch.done else None
     stays = finding == "precision" and survey.finite and not repeated
     return Conclusion(
@@ -124,6 +133,11 @@ def conclude(evidence: Evidence) -> Conclusion:
         high=taken,
         made=0 if stretch is None else stretch.made,
     )
+
+
+def _unclear(reason: str) -> Conclusion:
+    judgement = Judgement(finding="unclear", reason=reason, numbers={})
+    return Conclusion(finding="unclear", one_step=judgement)
 
 
 def _rises_anyway(case: Case, trajectory: Judgement | None) -> bool:

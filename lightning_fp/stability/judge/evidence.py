@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from lightning_fp.stability.actions import Answer, Question, Survey, Surveyed
+from lightning_fp.stability.replay.budget import RESERVE, most_steps
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR
+from lightning_fp.stability.respond.probe import FIRST
 from lightning_fp.stability.respond.verdict import Anomaly
 
 A = TypeVar("A", bound=Answer)
+
+SPENT = "the replay budget is spent"
+
+MOST_PROBED = 2 * FIRST
+"""Steps that a probe's suspicion may replay: those to the probe before, and as many again. The
+oldest snapshots are older, and each suspicion would replay most of a young run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,15 @@ class Case:
 
     batch: int | None = None
     """The step of the batch that shows it, if one alone does."""
+
+    budget: float = math.inf
+    """Steps that may be replayed for it."""
+
+    @property
+    def survey(self) -> Survey:
+        """The first question: what there is to replay."""
+        most = int(min(MOST_PROBED, most_steps(self.budget)))
+        return Survey(at=self.step, onset=self.onset, risen=self.risen, most=most)
 
 
 class UnansweredError(Exception):
@@ -69,5 +87,15 @@ class Evidence:
     @property
     def survey(self) -> Surveyed:
         """What there is to replay."""
-        case = self.case
-        return self.answer(Survey(at=case.step, onset=case.onset, risen=case.risen))
+        return self.answer(self.case.survey)
+
+    def affords(self, question: Question[Any], cost: float, *, reserve: float = RESERVE) -> bool:
+        """Whether something may be asked, or was.
+
+        Args:
+            question: what.
+            cost: in replayed steps.
+            reserve: what must be left for what follows.
+        """
+        spent = sum(answer.replays for answer in self.known.values())
+        return question in self.known or cost + reserve <= self.case.budget - spent

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_fp.stability.actions import Answer, Question, Survey
+from lightning_fp.stability.actions import Answer, Question
 from lightning_fp.stability.judge.conviction import Conclusion, conclude
 from lightning_fp.stability.judge.evidence import Case, Evidence, UnansweredError
 
@@ -30,8 +30,7 @@ class Inquiry:
 
 def open_case(case: Case) -> Inquiry:
     """The first question: what there is to replay."""
-    survey = Survey(at=case.step, onset=case.onset, risen=case.risen)
-    return Inquiry(evidence=Evidence(case=case), question=survey)
+    return Inquiry(evidence=Evidence(case=case), question=case.survey)
 
 
 def answered(inquiry: Inquiry, answer: Answer) -> Inquiry | Conclusion:

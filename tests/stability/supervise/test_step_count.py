@@ -10,7 +10,8 @@ import torch
 
 from lightning_fp.callbacks.compare.loop_position import steps_done
 from lightning_fp.stability import BatchRing, RandomState, Snapshots
-from lightning_fp.stability.answers import MOST_PROBED, trajectory_start
+from lightning_fp.stability.answers import trajectory_start
+from lightning_fp.stability.judge.evidence import MOST_PROBED
 from lightning_fp.stability.supervise.step_count import StepCount
 
 
@@ -62,7 +63,7 @@ def test_a_probes_suspicion_does_not_replay_the_whole_run(risen: bool, first: in
         lambda step: bool(ring.since(step)),
         onset=20,
         at=400,
-        risen=risen,
+        most=None if risen else MOST_PROBED,
     )
     assert start is not None
     assert start.step >= first
