@@ -79,7 +79,11 @@ class GoesBack(Watch):
 class RollBack(PrecisionFallback):
     """Goes back at every suspicion, lets the data move on, and never touches a format."""
 
-    machine = GoesBack
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        watching = self.supervisor
+        policy = watching.watch.fallback.policy
+        watching.watch = GoesBack(watching.watch.detector, policy=policy)
 
 
 class SwitchByCastError(L.Callback):

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
-
-import lightning as L
+from typing import Literal
 
 from lightning_fp.callbacks import PrecisionFallback
 from lightning_fp.demo.faults.cases import CASES, FaultCase
 from lightning_fp.demo.faults.run import STEPS, FaultRun, fault_plugin, fault_run
 from lightning_fp.layers import linear_format
-from lightning_fp.plugins import LayerPrecision
-from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.events import FormatChange, Rollback, SkippedStep, read_events
-from lightning_fp.stability.actions import Survey, Surveyed
-from lightning_fp.stability.judge.conviction import Conclusion
 from lightning_fp.stability.respond.ladder import LADDER
-from lightning_fp.stability.watch import Watch
 
-Arm = Literal["high precision", "unprotected", "skip-step", "rollback and skip", "fallback"]
-"""What a run is protected by: nothing to protect, nothing, leaving non-finite steps out, going back
-to a snapshot at every suspicion while the data moves on, the fallback."""
+Arm = Literal["high precision", "unprotected", "fallback"]
+"""What a run is protected by: nothing to protect, nothing, the fallback. Rivals are in
+`benchmarks/proof/arms.py`."""
 
 HEALTHY = "healthy"
 """The name of the trial in which nothing is wrong."""
@@ -85,46 +77,10 @@ def trial(case: str, arm: Arm, seed: int, *, steps: int = STEPS) -> Trial:
     scaling = "fp8-delayed" if known is None else known.scaling
     plugin = None if arm == "high precision" else fault_plugin(scaling)
     with tempfile.TemporaryDirectory() as directory:
-        callbacks = _protection(arm, Path(directory))
-        run = fault_run(fault, plugin, callbacks, seed=seed, steps=steps)
-        return _told(case, arm, seed, run, Path(directory), callbacks)
-
-
-def _protection(arm: Arm, directory: Path) -> list[L.Callback]:
-    if arm == "fallback":
-        return [PrecisionFallback(dirpath=directory)]
-    if arm == "rollback and skip":
-        return [_RollbackAndSkip(dirpath=directory, limit=None, probe_every_n_steps=None)]
-    return [_SkipStep()] if arm == "skip-step" else []
-
-
-class _GoesBack(Watch):
-    """Has the run go back whenever a case is opened, without a verdict."""
-
-    def _evidence(self, turn: Any, question: object, answer: object) -> None:
-        if not isinstance(question, Survey) or not isinstance(answer, Surveyed):
-            return
-        step = question.at
-        self._sentence.go_back(
-            turn, step, answer, Conclusion(finding="unclear", start=answer.start)
-        )
-        calm = replace(self.fallback.acquitted(turn.state.fallback, step), acquittals=0)
-        turn.state = replace(turn.state, inquiry=None, fallback=calm)
-
-
-class _SkipStep(L.Callback):
-    """Leaves out steps that are not finite, and does nothing else."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        plugin = trainer.precision_plugin
-        if isinstance(plugin, LayerPrecision):
-            plugin.guard = StepGuard()
-
-
-class _RollbackAndSkip(PrecisionFallback):
-    """The control arm: goes back at every suspicion, and never touches a format."""
-
-    machine = _GoesBack
+        fallback = PrecisionFallback(dirpath=directory) if arm == "fallback" else None
+        watching = [] if fallback is None else [fallback]
+        run = fault_run(fault, plugin, watching, seed=seed, steps=steps)
+        return _told(case, arm, seed, run, Path(directory), fallback)
 
 
 def _told(
@@ -133,12 +89,11 @@ def _told(
     seed: int,
     run: FaultRun,
     directory: Path,
-    callbacks: Sequence[L.Callback],
+    fallback: PrecisionFallback | None,
 ) -> Trial:
     events = read_events(directory) if (directory / "events.jsonl").exists() else []
     changes = [event for event in events if isinstance(event, FormatChange)]
     changed = {layer: after for event in changes for layer, (_, after) in event.formats.items()}
-    fallback = next((c for c in callbacks if isinstance(c, PrecisionFallback)), None)
     return Trial(
         case=case,
         arm=arm,
