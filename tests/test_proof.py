@@ -15,6 +15,7 @@ from benchmarks.proof.faults import Growing
 from benchmarks.proof.innocents import first_time
 from benchmarks.proof.journal import measure, measured
 from benchmarks.proof.nets import Batches
+from benchmarks.proof.pairs import healthy_run
 from benchmarks.proof.table import rate, summary, wilson
 from benchmarks.proof.tries import attempt
 from lightning_fp import FP8Precision
@@ -115,3 +116,11 @@ def test_what_the_journal_has_is_not_measured_again(tmp_path: Path) -> None:
     work = [{"number": number} for number in (1, 2)]
     rows = measure(path, work, double, jobs=1, key=lambda row: (row["number"],))
     assert rows == [{"number": 1, "twice": -1}, {"number": 2, "twice": 4}] == measured(path)
+
+
+def test_a_healthy_pair_is_acquitted_and_a_format_that_is_too_coarse_convicted() -> None:
+    healthy = healthy_run("regressor", "fp8-dynamic", 1.0, 0, pairs=2, window=16)
+    assert (healthy.pairs, healthy.convicted) == (2, [])
+    assert sum(healthy.findings.values()) == 2
+    coarse = healthy_run("vit", "e5m0", 1.0, 0, pairs=2, window=16)
+    assert coarse.convicted
