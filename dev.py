@@ -89,6 +89,18 @@ def bench(args: list[str]) -> int:
     return max([run(PYTHON, s) for s in scripts if not args or s.stem in args], default=0)
 
 
+def peer_suite(args: list[str]) -> int:
+    """Run the tests of a checkout of Lightning with our plugin in its Trainers (PATH)."""
+    install(TEST_EXTRAS)
+    return run(PYTHON, "-m", "tests.peer", *args)
+
+
+def compatibility(args: list[str]) -> int:
+    """Write docs/compatibility.md from the marks of the tests."""
+    install(TEST_EXTRAS)
+    return run(PYTHON, "-m", "tests.compatibility")
+
+
 def clean(args: list[str]) -> int:
     """Remove .venv, caches and what was built; runs/ stays."""
     made = [".venv", "build", "dist", "site", ".hypothesis", ".import_linter_cache"]
@@ -100,8 +112,9 @@ def clean(args: list[str]) -> int:
     return 0
 
 
+_ALL = (setup, demo, test, proof, lint, docs, bench, peer_suite, compatibility, clean)
 TARGETS: dict[str, Callable[[list[str]], int]] = {
-    target.__name__: target for target in (setup, demo, test, proof, lint, docs, bench, clean)
+    target.__name__.replace("_", "-"): target for target in _ALL
 }
 
 
@@ -256,7 +269,7 @@ def main() -> int:
         return TARGETS[name](sys.argv[2:])
     print(f"usage: python dev.py TARGET [OPTIONS]\n\n{__doc__}")
     for target, function in TARGETS.items():
-        print(f"  {target:6} {function.__doc__}")
+        print(f"  {target:13} {function.__doc__}")
     return 0 if name in ("help", "-h", "--help") else 2
 
 

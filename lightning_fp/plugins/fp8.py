@@ -78,6 +78,7 @@ class FP8Precision(LayerPrecision):
             delayed=self._scaling.delayed,
             auto=AutoScaling(tokens=tokens) if self._scaling.auto else None,
             loss_scaling=loss_scaling,
+            empty=self._scaling.format.is_high_precision and not layers,
         )
 
     @override

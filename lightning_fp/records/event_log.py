@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from lightning_fp.layers import Change
@@ -17,6 +18,7 @@ from lightning_fp.records.events import (
     EventWriter,
     FormatChange,
     GateResult,
+    Note,
     Rehearsed,
     Replayed,
     SkippedStep,
@@ -29,6 +31,9 @@ log = logging.getLogger("lightning_fp.fallback")
 _QUIET = (StateChange, SkippedStep, Replayed, Started)
 """Events that are no warning; nor is a gate that passes."""
 
+_WAITING = (Started, Note, StateChange)
+"""Events that open no file where a log waits until something happens."""
+
 
 class EventLog:
     """Writes events; a failure to do so is said once and does no harm.
@@ -39,6 +44,8 @@ class EventLog:
         step: the step the run begins or resumes at.
         position: where the log stood when the checkpoint was written that the run resumes from.
         console: whether to write lines.
+        waits: whether the file is opened only when something happens.
+        opened: called when it is.
     """
 
     def __init__(
@@ -49,15 +56,21 @@ class EventLog:
         step: int = 0,
         position: int | None = None,
         console: bool = False,
+        waits: bool = False,
+        opened: Callable[[Path], object] = lambda _: None,
     ) -> None:
         self.own: set[str] = set()
         """Authors whose writes to the table have events of their own here."""
-        self._writer = None
+        self._writer: EventWriter | None = None
         self._show, self._console = show, console
         self._counts: dict[str, int] = {}
         self._failed = False
+        self._held: list[Event] = []
+        self._open: Callable[[], EventWriter] | None = None
         if directory is not None:
-            self._writer = EventWriter(directory, step=step, position=position)
+            self._open = partial(_opened, directory, step, position, opened)
+            if not waits:
+                self._writer = self._open()
 
     @property
     def position(self) -> int | None:
@@ -71,12 +84,22 @@ class EventLog:
             passes |= isinstance(event, Rehearsed) and event.outcome == "passed"
             usual = passes or isinstance(event, _QUIET)
             log.log(logging.INFO if usual else logging.WARNING, "%s", event.sentence())
-        if self._writer is not None and not self._failed:
+        if self._open is not None and not self._failed:
+            self._held.append(event)
+            if self._writer is None and isinstance(event, _WAITING):
+                return
             try:
-                self._writer.append(event)
+                self._append(self._open)
             except OSError:
                 self._failed = True
                 log.exception("events cannot be written; the training goes on without them")
+
+    def _append(self, open: Callable[[], EventWriter]) -> None:
+        """What has been held, and with it the event of now."""
+        self._writer = writer = self._writer or open()
+        held, self._held = self._held, []
+        for event in held:
+            writer.append(event)
 
     def changed(self, step: int, changes: Sequence[Change], *, quiet: bool = False) -> None:
         """What was written to the table, one event for each reason."""
@@ -94,3 +117,10 @@ class EventLog:
         """One more of something, which the loggers show as `precision/<name>`."""
         self._counts[name] = self._counts.get(name, 0) + 1
         self._show({f"precision/{name}": float(self._counts[name])}, step)
+
+
+def _opened(
+    directory: Path, step: int, position: int | None, opened: Callable[[Path], object]
+) -> EventWriter:
+    opened(directory)
+    return EventWriter(directory, step=step, position=position)

@@ -260,6 +260,7 @@ def test_dtypes_that_autocast_leaves_alone(dtype: torch.dtype, format: str) -> N
         assert torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
 
 
+@pytest.mark.compatibility("layers", "jagged inputs", "works")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("format", ["fp32", "fp8-dynamic", "fp8-delayed", "fp8-rowwise"])
 def test_jagged_inputs_are_their_rows(format: str, compiled: bool) -> None:
@@ -320,6 +321,12 @@ def test_weights_of_a_parametrization_are_made_once_a_call(
         assert torch.equal(model.state_dict()[name], value), name
 
 
+@pytest.mark.compatibility(
+    "wrappers",
+    "`torch.ao.quantization`",
+    "refused",
+    "takes a plain copy: `revert(copy.deepcopy(model))`",
+)
 @pytest.mark.filterwarnings("ignore:(?s).*deprecated")
 def test_what_must_find_a_plain_linear_is_told_how_to_get_one() -> None:
     model = nn.Sequential(nn.Linear(32, 16))
@@ -333,6 +340,12 @@ def test_what_must_find_a_plain_linear_is_told_how_to_get_one() -> None:
     assert not isinstance(quantised[0], nn.Linear)
 
 
+@pytest.mark.compatibility(
+    "wrappers",
+    "`torch.jit.script`, `to_torchscript()`",
+    "works with a note",
+    "makes the plain model, in high precision",
+)
 @pytest.mark.filterwarnings("ignore:(?s).*deprecated")
 @pytest.mark.parametrize("format", ["bf16", "fp8-delayed", "fp8-dynamic", "fp8-rowwise"])
 def test_torch_script_makes_the_plain_model_of_it_and_leaves_it_as_it_is(format: str) -> None:

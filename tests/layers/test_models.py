@@ -57,6 +57,12 @@ def reasons(report: ConversionReport) -> dict[str, str | None]:
     return {layer.name: layer.reason for layer in report.layers}
 
 
+@pytest.mark.compatibility(
+    "layers",
+    "nn.MultiheadAttention, nn.Transformer",
+    "works with a note",
+    "attention's own projections stay in high precision",
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_lightnings_demo_transformer(format: str) -> None:
     from lightning.pytorch.demos import Transformer
@@ -103,6 +109,7 @@ def test_llama(format: str) -> None:
     assert {name: r for name, r in reasons(report).items() if r} == {"lm_head": "output head"}
 
 
+@pytest.mark.compatibility("layers", "tied weights, activation checkpointing", "works")
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_llama_with_tied_embeddings_and_checkpointing() -> None:
     transformers = pytest.importorskip("transformers")
@@ -173,6 +180,9 @@ def test_vit(format: str) -> None:
     assert 0.5 < report.flops_share < 1
 
 
+@pytest.mark.compatibility(
+    "layers", "convolutions", "works with a note", "left in high precision, named"
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_convnet(format: str) -> None:
     model = nn.Sequential(
@@ -213,6 +223,7 @@ class Experts(nn.Module):
         return self.out(mixed)
 
 
+@pytest.mark.compatibility("layers", "mixture of experts of linear layers", "works")
 @pytest.mark.parametrize("format", FORMATS)
 def test_mixture_of_experts(format: str) -> None:
     model, x = Experts(), torch.randn(12, 32)  # fewer tokens than experts
@@ -221,6 +232,7 @@ def test_mixture_of_experts(format: str) -> None:
     assert len(report.converted) == 17
 
 
+@pytest.mark.compatibility("wrappers", "peft LoRA", "works")
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("format", FORMATS)
 def test_lora(format: str) -> None:

@@ -51,6 +51,7 @@ def results(request: pytest.FixtureRequest, name: str) -> list[dict[str, Any]]:
     return both
 
 
+@pytest.mark.compatibility("wrappers", "DDP", "works")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_flips_keep_the_layers_and_the_ranks_agree(
     request: pytest.FixtureRequest, name: str
@@ -73,6 +74,7 @@ def test_the_flips_happened(request: pytest.FixtureRequest, name: str) -> None:
         assert [formats["blocks.1.up"] for formats in result["formats"]] == list(WALK)
 
 
+@pytest.mark.compatibility("wrappers", "torch.compile of blocks", "works")
 @pytest.mark.parametrize("name", ["ddp regional", "ddp whole", "fsdp2 regional", "fsdp2 whole"])
 def test_compiled_is_eager(request: pytest.FixtureRequest, name: str) -> None:
     eager = "ddp" if name.startswith("ddp") else "fsdp2 convert after"
@@ -82,6 +84,7 @@ def test_compiled_is_eager(request: pytest.FixtureRequest, name: str) -> None:
         assert other["losses"] == pytest.approx(one["losses"][:steps], rel=1e-3)
 
 
+@pytest.mark.compatibility("wrappers", "FSDP2 (`ModelParallelStrategy`)", "works")
 def test_fsdp2_trains_as_ddp_does(request: pytest.FixtureRequest) -> None:
     for one, other in zip(
         results(request, "ddp"), results(request, "fsdp2 convert after"), strict=True

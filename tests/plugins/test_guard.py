@@ -75,6 +75,7 @@ def test_the_norm_is_that_before_clipping(clip: dict[str, Any]) -> None:
     assert [float(step.grad_norm) for step in plugin.guard.steps] == norms
 
 
+@pytest.mark.compatibility("optimizers", "fused optimizers", "works")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("clip", ["norm", "value"])
 def test_a_bad_step_is_left_out_and_the_scheduler_waits(fused: bool, clip: str) -> None:
@@ -235,6 +236,7 @@ def test_a_step_that_a_kernel_skipped_holds_the_scheduler_one_step_later(
     assert model.trainer.lr_scheduler_configs[0].frequency == 1
 
 
+@pytest.mark.compatibility("optimizers", "several optimizers in manual optimization", "works")
 def test_manual_optimization_with_two_optimizers() -> None:
     class Manual(Poisoned):
         def __init__(self) -> None:

@@ -145,6 +145,11 @@ class PrecisionFallback(RunCallback):
         """The options that decide what it does."""
         return {**self._options.settings(), "refuse_nonfinite_checkpoints": self._refuses}
 
+    @override
+    def has_to_tell(self, trainer: L.Trainer) -> bool:
+        """A model in high precision is watched in silence: there is nothing to fall back from."""
+        return bool(self.plugin(trainer).low_layers())
+
     # -- set-up ---------------------------------------------------------------------------------
 
     @override

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.event_log import EventLog
-from lightning_fp.records.run import write_run
+from lightning_fp.records.run import RunInfo, write_run
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stepping.gradients import gradient_norm
 from lightning_fp.telemetry import OptimizerStep, RunTelemetry, StepRecorder
@@ -89,6 +90,14 @@ class RunCallback(L.Callback):
             The reason; "" where it can be made.
         """
         return ""
+
+    def has_to_tell(self, trainer: L.Trainer) -> bool:
+        """Whether its directory is made at the start, and not only when something happens.
+
+        Args:
+            trainer: the Trainer, at the start of training.
+        """
+        return True
 
     def settings(self) -> dict[str, Any]:
         """The options, as plain data for the records and the loggers."""
@@ -178,17 +187,16 @@ class Run(RunTelemetry, L.Callback):
             callback.run_dir = directory if writes else None
             self._directories[id(callback)] = callback.run_dir
         for directory in dict.fromkeys(self._directories.values()):
-            if directory is not None:
-                _write_down(directory, trainer, ours)
-                rank_zero_info(f"records: {directory} (lightning-fp report {directory})")
-            keys = [c.state_key for c in ours if self.directory(c) == directory]
-            known = [self._positions[key] for key in keys if key in self._positions]
+            inside = [c for c in ours if self.directory(c) == directory]
+            known = [self._positions[c.state_key] for c in inside if c.state_key in self._positions]
             self._logs[directory] = EventLog(
                 directory,
                 show=self.show,
                 step=trainer.global_step,
                 position=known[0] if known else None,
                 console=zero,
+                waits=not any(callback.has_to_tell(trainer) for callback in inside),
+                opened=partial(_write_down, _info(trainer, ours)),
             )
         table = table_of(trainer)
         if table is not None:
@@ -340,9 +348,19 @@ def run_of(trainer: L.Trainer) -> Run:
     raise RuntimeError("there is no run before the setup of a fit")
 
 
-def _write_down(directory: Path, trainer: L.Trainer, callbacks: Sequence[RunCallback]) -> None:
+def _info(trainer: L.Trainer, callbacks: Sequence[RunCallback]) -> RunInfo | None:
     try:
-        write_run(directory, run_info(trainer, callbacks))
+        return run_info(trainer, callbacks)
+    except Exception:
+        log.exception("what this run is cannot be told; the training goes on")
+        return None
+
+
+def _write_down(info: RunInfo | None, directory: Path) -> None:
+    rank_zero_info(f"records: {directory} (lightning-fp report {directory})")
+    try:
+        if info is not None:
+            write_run(directory, info)
     except Exception:
         log.exception("what this run is cannot be written down; the training goes on")
 

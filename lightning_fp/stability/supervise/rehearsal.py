@@ -86,6 +86,8 @@ class Rehearsal:
         Args:
             step: steps done.
         """
+        if self.reach is None and not self._loop.low():
+            return False  # nothing would ever be replayed
         self._began = step if self._began is None else self._began
         if self.reach is None:
             late = step >= self._began + LATEST

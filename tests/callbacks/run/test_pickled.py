@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ class Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+@pytest.mark.compatibility("wrappers", "pickling a model, a part of it, a Trainer", "works")
 def test_what_a_run_leaves_can_be_pickled(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Model()

@@ -1,0 +1,230 @@
+"""Options and hooks of Lightning: what means "off", what a batch goes through, what a step sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_fp import (
+    ClampMonitor,
+    DivergenceDetector,
+    FP8Precision,
+    FP16Precision,
+    PrecisionFallback,
+)
+from tests.cases.programs import PLAIN, Program, error, fit, high, made, rows, weights
+
+OFF: list[dict[str, Any]] = [
+    {"log_every_n_steps": 0},
+    {"barebones": True},
+    {"fast_dev_run": True},
+    {"limit_train_batches": 0},
+    {"max_epochs": 0},
+    {"num_sanity_val_steps": 0, "limit_val_batches": 0},
+]
+
+
+@pytest.mark.compatibility(
+    "loops", "options that mean off (`log_every_n_steps=0`, `barebones`)", "works"
+)
+@pytest.mark.parametrize("option", OFF, ids=[next(iter(option)) for option in OFF])
+def test_an_option_that_means_off_is_off(tmp_path: Path, option: dict[str, Any]) -> None:
+    plain = made(Program)
+    steps = fit(plain, PLAIN, tmp_path, **option).global_step
+    for plugin in (high(), FP8Precision("delayed"), FP16Precision()):
+        ours = made(Program)
+        watch = [] if "barebones" in option else [PrecisionFallback()]
+        watch += [ClampMonitor()] if watch and isinstance(plugin, FP8Precision) else []
+        assert fit(ours, plugin, tmp_path, *watch, **option).global_step == steps
+        assert error(weights(ours), weights(plain)) < 0.05
+
+
+SEEN: list[tuple[bool, int, int, float]] = []
+"""Whether in a replay, which batch, `global_step`, its mean; replays put attributes back."""
+
+
+class Seen(Program):
+    """Normalises on the device, anneals by `global_step`, and notes what each step got."""
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return (batch - 50) / 5
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        replayed = self.trainer.precision_plugin.precision_map.frozen
+        SEEN.append((replayed, batch_idx, self.global_step, batch.mean().item()))
+        return self.loss(batch) * (1 + self.global_step / 100)
+
+
+@pytest.mark.compatibility(
+    "loops", "`on_after_batch_transfer`, annealing by `global_step`", "works"
+)
+def test_a_replay_takes_the_whole_way_of_its_batch_and_its_counters(tmp_path: Path) -> None:
+    SEEN.clear()
+    data = DataLoader(rows(8 * 20) * 5 + 50, batch_size=8)
+    fallback = PrecisionFallback(detector=DivergenceDetector(armed=16), probe_every_n_steps=6)
+    fit(made(Seen), FP8Precision("dynamic"), tmp_path, fallback, data=data)
+    trained = {batch: (step, mean) for again, batch, step, mean in SEEN if not again}
+    replayed = [(batch, (step, mean)) for again, batch, step, mean in SEEN if again]
+    assert len(trained) == 20
+    assert replayed
+    assert all(trained[batch] == what for batch, what in replayed)
+
+
+class Scheduled(Program):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if not self.trainer.precision_plugin.precision_map.frozen:
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [66, 69], 0.1)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+@pytest.mark.slow
+@pytest.mark.compatibility("loops", "learning rate schedules, an acquittal at a milestone", "works")
+def test_an_acquittal_leaves_the_schedule_as_it_was(tmp_path: Path) -> None:
+    data = rows(8 * 90)
+    data[8 * 64 : 8 * 70] *= 12  # a fault of the data
+    rates: list[list[float]] = []
+    for callbacks in (
+        [],
+        [PrecisionFallback(detector=DivergenceDetector(armed=32), probe_every_n_steps=None)],
+    ):
+        module = made(Scheduled, rates=[])
+        fit(
+            module,
+            FP8Precision("dynamic"),
+            tmp_path,
+            *callbacks,
+            data=DataLoader(data, batch_size=8),
+        )
+        rates.append(module.rates)
+    events = [
+        json.loads(line)
+        for f in tmp_path.rglob("events.jsonl")
+        for line in f.read_text().splitlines()
+    ]
+    assert any(event["kind"] == "suspect" for event in events)
+    assert rates[0] == rates[1]
+
+
+class TakesItself(Program):
+    """Takes its batches out of the loader by itself."""
+
+    def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
+        batch, _, _ = next(dataloader_iter)
+        return self.loss(batch)
+
+
+@pytest.mark.compatibility(
+    "loops",
+    "`training_step(dataloader_iter)`",
+    "works with a note",
+    "watched by limits and the guard; nothing can be replayed, which is said",
+)
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_takes_its_batches_itself_is_watched_without_replays(tmp_path: Path) -> None:
+    plain, ours = made(TakesItself), made(TakesItself)
+    fit(plain, PLAIN, tmp_path)
+    fit(ours, high(), tmp_path, PrecisionFallback())
+    assert torch.equal(weights(ours), weights(plain))
+    low = made(TakesItself)
+    trainer = fit(low, FP8Precision("delayed"), tmp_path, PrecisionFallback())
+    assert trainer.global_step == 4
+    assert "nothing can be replayed" in "".join(
+        file.read_text() for file in tmp_path.rglob("events.jsonl")
+    )
+
+
+class Own(Program):
+    """Steps without the closure: Lightning says that this skips the training step."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *_: Any) -> None:
+        optimizer.step()
+
+
+@pytest.mark.compatibility(
+    "loops", "an `optimizer_step` of one's own that forgets the closure", "refused"
+)
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_closure_that_is_never_called_is_lightnings_error(tmp_path: Path, watched: bool) -> None:
+    with pytest.raises(Exception, match="closure") as plain:
+        fit(made(Own), PLAIN, tmp_path)
+    watch = [PrecisionFallback()] if watched else []
+    with pytest.raises(type(plain.value), match="closure"):
+        fit(made(Own), high(), tmp_path, *watch)
+
+
+class Hand(Program):
+    """Manual optimization with accumulation by hand; counts what its optimizer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch) / 2)
+        if batch_idx % 2:
+            self.clip_gradients(optimizer, gradient_clip_val=0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.compatibility("loops", "manual optimization, clipping, accumulation by hand", "works")
+def test_manual_optimization_makes_the_steps_that_plain_lightning_makes(tmp_path: Path) -> None:
+    plain = made(Hand)
+    steps = fit(plain, PLAIN, tmp_path).global_step
+    for plugin in (high(), FP8Precision("delayed"), FP16Precision()):
+        ours = made(Hand)
+        assert fit(ours, plugin, tmp_path, PrecisionFallback()).global_step == steps == 2
+        assert error(weights(ours), weights(plain)) < 0.02
+
+
+class Penalised(Program):
+    """A gradient penalty: a backward through the backward."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        x = batch.clone().requires_grad_()
+        [slope] = torch.autograd.grad(self.head(self.body(x)).sum(), x, create_graph=True)
+        return self.loss(batch) + (slope.float().norm(dim=1) - 1).square().mean()
+
+
+@pytest.mark.compatibility("loops", "gradient penalties and Hessian-vector products", "works")
+@pytest.mark.parametrize(
+    "scaling", ["bf16", "fp32", "dynamic", "delayed", "rowwise", "block", "mx"]
+)
+def test_a_gradient_penalty_trains(tmp_path: Path, scaling: Any) -> None:
+    plain, ours = made(Penalised), made(Penalised)
+    fit(plain, PLAIN, tmp_path)
+    fit(ours, FP8Precision(scaling), tmp_path)
+    assert error(weights(ours), weights(plain)) < 0.05
+
+
+class Elsewhere(L.Callback):
+    """A later Trainer of another precision is to have its own."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        self.exact = torch.equal(
+            module.body[0](module.example),
+            torch.nn.functional.linear(module.example, module.body[0].weight, module.body[0].bias),
+        )
+
+
+@pytest.mark.compatibility("loops", "the same model in a later Trainer without a plugin", "works")
+def test_a_later_trainer_of_another_precision_trains_in_its_own(tmp_path: Path) -> None:
+    module = made(Program, example=rows(4))
+    fit(module, FP8Precision("delayed"), tmp_path)
+    look = Elsewhere()
+    fit(module, "32-true", tmp_path, look)
+    assert look.exact
