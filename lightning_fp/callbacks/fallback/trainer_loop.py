@@ -33,6 +33,7 @@ from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.replay.fingerprint import Fingerprint, Item
 from lightning_fp.stability.replay.loop import MadeStep, Train
 from lightning_fp.stability.replay.parity import Run
+from lightning_fp.stability.replay.recompute import Recomputation
 from lightning_fp.stability.replay.untouched import Stance
 from lightning_fp.telemetry import StepRecorder
 
@@ -58,6 +59,8 @@ class TrainerLoop:
         self.state = state_of(trainer, plugin)
         """See `SupervisedLoop.state`."""
         self._loop = LoopReplay(trainer, steps=True)
+        layers = plugin.precision_map.layers.values()
+        self._recomputation = Recomputation(lambda: self.model, layers)
 
     @property
     def model(self) -> nn.Module:
@@ -126,7 +129,9 @@ class TrainerLoop:
         """See `Loop.low`."""
         return self._plugin.low_layers()
 
-    def replay(self, step: RecordedStep, *, backward: bool = True) -> Run | None:
+    def replay(
+        self, step: RecordedStep, *, backward: bool = True, recompute: bool = True
+    ) -> Run | None:
         """See `Loop.replay`."""
         micro = step.micro_batches[0]
         run = StepReplay(
@@ -138,7 +143,13 @@ class TrainerLoop:
             dict(micro.position),
             backward=backward,
         )
-        return run if run.possible else None
+        if not run.possible:
+            return None
+        return self._recomputation.run(run) if recompute else run
+
+    def recompute(self) -> bool:
+        """See `Loop.recompute`."""
+        return self._recomputation.begin()
 
     @contextmanager
     def training(
@@ -156,6 +167,7 @@ class TrainerLoop:
         stretch = _Stretch(self._trainer, self._loop, guard)
         with (
             untouched(self.model, written_by_hooks(self._trainer), stance=stance),
+            self._recomputation.during(),
             self.table.overridden(formats or {}),
             self._loop.conditions(),
             quiet,

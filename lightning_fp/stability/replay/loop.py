@@ -60,12 +60,15 @@ class Loop(Protocol):
         """The layers in low precision."""
         ...
 
-    def replay(self, step: RecordedStep, *, backward: bool = True) -> Run | None:
+    def replay(
+        self, step: RecordedStep, *, backward: bool = True, recompute: bool = True
+    ) -> Run | None:
         """Runs a step's first micro-batch; None where that is impossible.
 
         Args:
             step: on the weights of now.
             backward: whether gradients are wanted besides the loss.
+            recompute: whether activations may be computed again where memory does not suffice.
         """
         ...
 
@@ -80,6 +83,14 @@ class Loop(Protocol):
             formats: by layer, the others keep theirs; None: each step in those of its time, with
                 the scales of its time.
             compiled: whether compiled code runs as in the run; else everything runs eagerly.
+        """
+        ...
+
+    def recompute(self) -> bool:
+        """From here on replays keep of each block its inputs alone, as memory does not suffice.
+
+        Returns:
+            Whether that makes a difference; alike on all ranks.
         """
         ...
 

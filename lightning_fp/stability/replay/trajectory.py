@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from lightning_fp.layers import LinearFormat
@@ -91,5 +92,8 @@ def replay_trajectory(
         outcome = "out of memory"
     finally:
         loop.restore(before)
+    if outcome == "out of memory" and loop.recompute():
+        again = partial(replay_trajectory, loop, start, steps, formats, compiled=compiled)
+        return again(placebo=placebo, keep_end=keep_end, give_up=give_up)
     given = {name: format.name for name, format in (formats or {}).items()}
     return Trajectory(outcome=outcome, losses=losses, made=made, formats=given, end=end)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 from lightning_fp.layers import LinearFormat
@@ -29,12 +30,13 @@ from lightning_fp.stability.actions import (
     Write,
 )
 from lightning_fp.stability.answers import Answers
-from lightning_fp.stability.keep.batch_ring import BatchRing
+from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
 from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.trajectory import Trajectory
 from lightning_fp.stability.respond.ladder import rungs_above
 from lightning_fp.stability.supervise.demotion import write_formats
 from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
+from lightning_fp.stability.supervise.trial import can_run
 
 log = logging.getLogger("lightning_fp.fallback")
 
@@ -47,6 +49,7 @@ class CarryOut:
         snapshots: those of the run.
         ring: the recorded steps.
         look_again: has the layers looked at in the next step.
+        note: takes what else is to be told.
         dry_run: whether the table is only read.
     """
 
@@ -57,12 +60,13 @@ class CarryOut:
         ring: BatchRing,
         *,
         look_again: Callable[[], object],
+        note: Callable[[str], object],
         dry_run: bool,
     ) -> None:
         self.loop = loop
         self.answers = Answers(loop, ring, snapshots)
         self._snapshots, self._ring = snapshots, ring
-        self._look_again, self._dry_run = look_again, dry_run
+        self._look_again, self._note, self._dry_run = look_again, note, dry_run
 
     # -- questions ------------------------------------------------------------------------------
 
@@ -87,10 +91,12 @@ class CarryOut:
         layer = table.layers[question.layer]
         before = layer.format.name
         rungs = rungs_above(layer.format, self.loop.base, table, layer)
-        if not rungs:
-            return Climbed(before=before, after=None)
-        self._write({question.layer: rungs[0]}, question.reason)
-        return Climbed(before=before, after=rungs[0].name)
+        last = self._last()
+        for replays, rung in enumerate(rungs, start=0 if last is None else 1):
+            if can_run(self.loop, last, formats := {question.layer: rung}):
+                self._write(formats, question.reason)
+                return Climbed(before=before, after=rung.name, replays=replays)
+        return Climbed(before=before, after=None, replays=len(rungs))
 
     # -- orders ---------------------------------------------------------------------------------
 
@@ -98,7 +104,7 @@ class CarryOut:
         """Carry out an order."""
         match order:
             case Write(formats=formats, reason=reason):
-                self._write(formats, reason)
+                self._write(self._fitting(formats), reason)
             case GoBack(start=start, instead=instead):
                 made = None if instead is None else self.answers.trajectories[instead]
                 self._go_back(start, made)
@@ -135,6 +141,23 @@ class CarryOut:
                 skipped=left_out,
                 formats={**recorded.formats, **made.formats},
             )
+
+    def _fitting(self, formats: Mapping[str, LinearFormat]) -> Mapping[str, LinearFormat]:
+        """Of a demotion as many layers, from the first, as the run has memory for."""
+        last = self._last()
+        if self.loop.whole or can_run(self.loop, last, formats):
+            return formats
+        if not can_run(self.loop, last, {}):  # then the step is at fault, whatever the formats
+            return formats
+        left = dict(formats)
+        while left and not can_run(self.loop, last, left):
+            left = dict(islice(left.items(), len(left) // 2))
+        self._note(f"the run has memory for {len(left)} of {len(formats)} layers demoted")
+        return left
+
+    def _last(self) -> RecordedStep | None:
+        """A step to try formats on, if steps may be made again."""
+        return None if self.answers.reach == "limits only" else self._ring.last
 
     def _write(self, formats: Mapping[str, LinearFormat], reason: str) -> list[Change]:
         return [] if self._dry_run else write_formats(self.loop.table, formats, reason)

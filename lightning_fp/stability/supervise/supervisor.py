@@ -89,6 +89,7 @@ class Supervisor:
             self.snapshots,
             self.ring,
             look_again=(lambda: None) if looks is None else looks.look_again,
+            note=self.note,
             dry_run=options.dry_run,
         )
         self._rehearsal = None

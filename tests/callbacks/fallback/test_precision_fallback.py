@@ -26,10 +26,11 @@ from lightning_fp.records.events import (
     Verdict,
     read_events,
 )
-from lightning_fp.stability.actions import Asked
+from lightning_fp.stability.actions import Asked, Climb, Climbed
 from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.supervise.supervisor import Supervisor
+from tests.activation_bound import ActivationBound
 from tests.helper import (
     CONTEXT,
     LanguageModel,
@@ -211,6 +212,56 @@ def test_a_corrupted_layer_is_convicted_and_the_run_goes_on_from_high_precision(
     assert fallback.steps.useful == 70
     assert model.trainer.global_step == 70
     assert sum(model.losses[-5:]) / 5 == pytest.approx(sum(high.losses[-5:]) / 5, rel=0.01)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_rung_that_cannot_run_is_left_out(phase: str, tmp_path: Path) -> None:
+    """What follows the layer cannot take the output of rows, which only a step of the run shows."""
+
+    class Refuses(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            layer: Any = pl_module.get_submodule(LAYER)
+
+            def refuse(gradient: Tensor) -> None:
+                raise RuntimeError("no rows here")
+
+            def follow(module: Any, args: Any, output: Tensor) -> None:
+                if module.format.name.startswith("fp8-rowwise"):
+                    if phase == "forward":
+                        refuse(output)
+                    output.register_hook(refuse)
+
+            layer.register_forward_hook(follow)
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 6 and between(trainer, args[-1]):
+                self.climbed = supervisor_of(fallback).hands.answer(climb)
+
+    climb = Climb(at=6, layer=LAYER, reason="a test")
+    fallback, refuses = PrecisionFallback(dirpath=tmp_path, rehearse=False, limit=None), Refuses()
+    model = train([fallback, refuses], 10, "dynamic")
+    assert refuses.climbed == Climbed(before="fp8-dynamic", after="fp32", replays=3)
+    assert model.trainer.global_step == 10
+    assert fallback.supervisor is not None
+    assert fallback.supervisor.failed_at is None
+
+
+def test_without_memory_for_high_precision_replays_recompute(tmp_path: Path) -> None:
+    """There is more memory than FP8 needs, and less than high precision does."""
+    low, high = ActivationBound(), ActivationBound()
+    train([low], 2, "dynamic")
+    fp32 = FP8Precision(base="32-true", layers={"*.0.fc1": "fp8-dynamic", "*": "fp32"})
+    fit(fp32, max_steps=2, callbacks=[high], loader=batches(2))
+    assert low.seen.most < high.seen.most
+    bound = ActivationBound((low.seen.most + high.seen.most) // 2)
+    fallback = PrecisionFallback(dirpath=tmp_path, rehearse=False)
+    suspect = SuspectAt(fallback, 60, lasting=40)
+    train([bound, Reversed(), suspect, fallback], 64, "dynamic")
+    assert bound.seen.refused == 1  # the first time; from there on blocks compute again
+    (demotion,) = events(tmp_path, Demotion)
+    assert demotion.formats == {LAYER: ("fp8-dynamic", "fp32")}
+    (rollback,) = events(tmp_path, Rollback)
+    assert rollback.replayed == 60 - rollback.to_step
 
 
 def test_a_stuck_scale_climbs_one_rung(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Blocks that compute their activations again in backward: high precision in the memory of FP8.
+
+Backward keeps the inputs of all layers, in high precision two to four times what FP8 keeps. A run
+that just fits would thus never learn what high precision would have done. With each block's forward
+run again when its backward comes, there is no more than one block's at a time, for about a third
+more of the time (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from lightning_fp.layers import LinearFormat
+from lightning_fp.stability.replay.one_step import Replay
+from lightning_fp.stability.replay.parity import Run
+
+
+class Recomputation:
+    """Of one loop: off until memory does not suffice for a replay, then on for good.
+
+    Args:
+        model: gives what is trained, with its wrappers.
+        layers: those whose inputs take the memory.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module], layers: Collection[object]) -> None:
+        self._model, self._layers = model, layers
+        self._blocks: list[nn.Module] = []
+
+    def begin(self) -> bool:
+        """See `Loop.recompute`."""
+        if not self._blocks:
+            self._blocks = blocks_of(self._model(), self._layers)
+            return bool(self._blocks)
+        return False
+
+    def during(self) -> AbstractContextManager[None]:
+        """What stands around a replay."""
+        return recomputed(self._blocks) if self._blocks else nullcontext()
+
+    def run(self, run: Run) -> Run:
+        """A replay that is made again where it runs out of memory.
+
+        Args:
+            run: the replay.
+        """
+
+        def recomputing(formats: Mapping[str, LinearFormat], *, observe: bool = False) -> Replay:
+            with self.during():
+                replay = run(formats, observe=observe)
+            if replay.outcome != "out of memory" or not self.begin():
+                return replay
+            with self.during():
+                return run(formats, observe=observe)
+
+        return recomputing
+
+
+def blocks_of(model: nn.Module, layers: Collection[object]) -> list[nn.Module]:
+    """The blocks that a model is a stack of: the members of its outermost lists that hold layers.
+
+    Members with batch normalization are left out, whose running statistics would be updated twice.
+
+    Args:
+        model: with its wrappers.
+        layers: some of its modules.
+    """
+    wanted = set(map(id, layers))
+
+    def search(module: nn.Module) -> Generator[nn.Module, None, None]:
+        for child in module.children():
+            inside = list(child.modules())
+            if not any(id(each) in wanted for each in inside):
+                continue
+            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(inside) > 1:
+                if not any(isinstance(each, _BatchNorm) for each in inside):
+                    yield child
+            else:
+                yield from search(child)
+
+    return list(search(model))
+
+
+@contextmanager
+def recomputed(blocks: Collection[nn.Module]) -> Generator[None, None, None]:
+    """Within, each of these modules keeps its inputs alone for backward.
+
+    Random numbers are the same the second time. What a block's own code does besides, to a counter
+    for instance, it does twice.
+    """
+    before = [(block, vars(block).get("forward")) for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(_checkpointed, block.forward)
+        yield
+    finally:
+        for block, own in before:
+            vars(block).pop("forward", None)
+            if own is not None:
+                block.forward = own
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,53 @@
+"""A device with little memory for activations: more than so many bytes, and it is out of memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+
+class ActivationBound(L.Callback):
+    """Counts what the training step keeps for backward, and refuses more than there is room for.
+
+    Blocks that compute their activations again keep their inputs alone, as checkpointing has it.
+
+    Args:
+        max_bytes: of distinct tensors that are no Parameters; None only counts.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
+        self.seen = SimpleNamespace(most=0, refused=0)
+        """The most bytes that a step has kept, and how many times there was no room. In an object
+        of its own: a replay puts back the plain attributes of callbacks."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step: Any = pl_module.training_step
+        aside = {p.untyped_storage().data_ptr() for p in pl_module.parameters()}
+
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            kept: dict[int, int] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in aside:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                total = sum(kept.values())
+                if self.max_bytes is not None and total > self.max_bytes:
+                    self.seen.refused += 1
+                    raise torch.OutOfMemoryError(f"no room for {total} bytes of activations")
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                output = step(*args, **kwargs)
+            self.seen.most = max(self.seen.most, sum(kept.values()))
+            return output
+
+        pl_module.training_step = bounded  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del vars(pl_module)["training_step"]
