@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         convert,
         recommend_scaling,
         revert,
+        unstore,
     )
     from lightning_fp.numerics import DelayedScaling
     from lightning_fp.plugins import (
@@ -76,4 +77,5 @@ __all__ = [
     "half_policy",
     "recommend_scaling",
     "revert",
+    "unstore",
 ]

@@ -18,6 +18,7 @@ PROMISES = {
     "fallback.py": (["--steps", "240"], "demoted: {'blocks.1.mlp.down': ('fp8-dynamic', 'fp32')}"),
     "rollout.py": (["--steps", "60"], "The run ended in stage cooldown."),
     "fp16_rl_mismatch.py": (["--steps", "4", "--batch", "8"], "early warning:"),
+    "lora.py": (["--steps", "4"], "merged into 2 layers: FPLinear, format fp8-dynamic"),
     "te_backend.py": ([], "backend: auto\n"),
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
 }

@@ -59,6 +59,13 @@ class Kernel(Protocol):
         """
         return None
 
+    def takes_stored(self, format: FloatFormat) -> bool:
+        """Whether it multiplies with a `StoredWeight` of this format without making its values.
+
+        That takes one cast of the weight, with one scale, for all products of the layer.
+        """
+        return False
+
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """The product, of a layer of which nothing is kept.
 

@@ -64,6 +64,15 @@ def widen(cast: Tensor, wide: torch.dtype | None) -> Tensor:
     return as_float16(cast).float().to(wide)
 
 
+def unscale(scale: Tensor, amax: Tensor) -> Tensor:
+    """The factor that undoes a scale; NaN for an operand with inf or NaN.
+
+    The cast itself saturates inf, since a delayed scale knows nothing of it. Here, after the cast
+    and off its critical path, the operand's amax is known: no product hides a non-finite operand.
+    """
+    return torch.where(torch.isfinite(amax), scale.reciprocal(), torch.nan)
+
+
 def emulated_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`a @ b`, rounded no further than its result will be.
 
@@ -172,7 +181,7 @@ def multiply(
         )
         return product.to(out_dtype)
     product = emulated_product(a, b, out_dtype).float()
-    unscale = unscale_a * unscale_b
+    both = unscale_a * unscale_b
     if torch.compiler.is_compiling():
-        return (product * unscale).to(out_dtype)
-    return product.mul_(unscale).to(out_dtype)
+        return (product * both).to(out_dtype)
+    return product.mul_(both).to(out_dtype)

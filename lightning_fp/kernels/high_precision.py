@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_fp.kernels.base import Kernel, compute_dtype
 from lightning_fp.kernels.plain_linear import linear_without_autocast
+from lightning_fp.kernels.stored.linear import dequantised_linear
+from lightning_fp.kernels.stored.weight import StoredWeight
 from lightning_fp.numerics import FloatFormat, format_of_dtype
 
 
@@ -32,12 +34,18 @@ class HighPrecisionKernel(Kernel):
         """See `Kernel.runs_on_fp8_hardware`."""
         return False
 
+    def takes_stored(self, format: FloatFormat) -> bool:
+        """See `Kernel.takes_stored`: its values are not kept for backward."""
+        return True
+
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`; a float32 layer under autocast returns float32."""
         device = input.device.type
         # Weights of another dtype: of a lazy layer, whose first batch made them within the step.
         same = weight.dtype is input.dtype or torch.is_autocast_enabled(device)
         if self.dtype is None or (compute_dtype(input) is self.dtype and same):
+            if isinstance(weight, StoredWeight):
+                return dequantised_linear(input, weight, bias)
             return F.linear(input, weight, bias)
         out_dtype = self.dtype if torch.is_autocast_enabled(device) else input.dtype
         bias = None if bias is None else bias.to(self.dtype)

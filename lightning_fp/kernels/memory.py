@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fp.numerics import combine
+from lightning_fp.numerics import combine, nonfinite_count
 from lightning_fp.numerics.combining import wide, wide_dtype
 
 INPUT, WEIGHT, GRAD_OUTPUT = range(3)
@@ -168,6 +168,22 @@ def _slot_of_call_site() -> int:
 
 def _power(dtype: torch.dtype) -> int:
     return POWER if dtype is torch.float64 else FLOAT32_POWER
+
+
+def amax_row(x: Tensor | None, amax: Tensor, record: bool) -> Tensor:
+    """What is recorded of an operand at every step.
+
+    Args:
+        x: the operand; None where it is known to be finite.
+        amax: float32 scalar, its amax.
+        record: whether anybody will look.
+
+    Returns:
+        float32 [amax, non-finite count], the count only where it is recorded.
+    """
+    if not record:
+        return amax
+    return torch.stack([amax, torch.zeros_like(amax) if x is None else nonfinite_count(x)])
 
 
 def in_slot(row: Tensor, slot: int) -> Tensor:

@@ -32,6 +32,7 @@ from lightning_fp.kernels.gemm import (
     cast_operand,
     forward_products,
     operand_dtype,
+    unscale,
     widen,
 )
 from lightning_fp.kernels.hardware import check_alignment, cuda_product_refusal
@@ -40,15 +41,17 @@ from lightning_fp.kernels.memory import (
     INPUT,
     WEIGHT,
     OperandMemory,
+    amax_row,
     in_slot,
 )
 from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
+from lightning_fp.kernels.stored.linear import StoredLinear
+from lightning_fp.kernels.stored.weight import StoredWeight
 from lightning_fp.numerics import (
     FORMATS,
     FloatFormat,
     amax_to_scale,
-    nonfinite_count,
     tensor_amax,
 )
 
@@ -104,6 +107,10 @@ class NativeKernel(Kernel):
         """See `Kernel.make_memory`; scales are those of `ScaleHistory`."""
         return None if scales is None else OperandMemory(scales)
 
+    def takes_stored(self, format: FloatFormat) -> bool:
+        """See `Kernel.takes_stored`."""
+        return format == self.weight
+
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`; without a memory scales are dynamic."""
         return self.multiply(input, weight, bias, layer, None, record=False)
@@ -142,22 +149,16 @@ class NativeKernel(Kernel):
             leaf, slot = memory.grad_leaf, memory.next_slot()
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
-            output, row_input, row_weight = _NativeLinear.apply(
-                rows,
-                place_of(rows, weight),
-                weight,
-                scales,
-                leaf,
-                slot,
-                self,
-                emulate,
-                record,
-                share,
-                layer,
-            )
+            how = scales, leaf, slot, self, emulate, record
+            if isinstance(weight, StoredWeight):
+                parts = weight.cast, weight.scale, weight.amax
+                output, *recorded = StoredLinear.apply(rows, *parts, *how, layer)
+            else:
+                place = place_of(rows, weight)
+                output, *recorded = _NativeLinear.apply(rows, place, weight, *how, share, layer)
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             if memory is not None and record:
-                memory.record(row_input, row_weight)
+                memory.record(*recorded)
             return output if bias is None else output + bias.to(output.dtype)
 
     def padding(self, tokens: int, in_features: int, out_features: int) -> int:
@@ -217,13 +218,13 @@ class _NativeLinear(torch.autograd.Function):
             amax_w = tensor_amax(weight)
             scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
             w8, w = cast_operand(weight, scale_w, kernel.weight, wide)
-            row_w = _row(weight, amax_w, record)
+            row_w = amax_row(weight, amax_w, record)
             if share is not None:
                 share.keep_weight_cast(weight, kernel, w8, scale_w, amax_w, row_w)
         else:
             w8, amax_w, scale_w, row_w = kept.cast, kept.amax, kept.scale, kept.row
             w = widen(w8, wide)
-        unscale_x, unscale_w = _unscale(scale_x, amax_x), _unscale(scale_w, amax_w)
+        unscale_x, unscale_w = unscale(scale_x, amax_x), unscale(scale_w, amax_w)
 
         needs_input, _, needs_weight = ctx.needs_input_grad[:3]
         saved_input = input if kernel.high_grad_weight else x8
@@ -240,7 +241,7 @@ class _NativeLinear(torch.autograd.Function):
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
         output = forward_products(x, w, unscale_x, unscale_w, input.dtype)
-        rows = _row(input, amax_x, record), row_w if share is None else row_w.clone()
+        rows = amax_row(input, amax_x, record), row_w if share is None else row_w.clone()
         ctx.mark_non_differentiable(*rows)
         return output, *rows
 
@@ -257,7 +258,7 @@ class _NativeLinear(torch.autograd.Function):
             amax_g = tensor_amax(grad_output)
             scale_g = kernel.scale(amax_g, scales, GRAD_OUTPUT, kernel.grad_output)
             _, g = cast_operand(grad_output, scale_g, kernel.grad_output, wide)
-            unscale_g = _unscale(scale_g, amax_g)
+            unscale_g = unscale(scale_g, amax_g)
             w = x = None
             if weight is not None and w8 is None:
                 _, w = cast_operand(weight, scale_w, kernel.weight, wide)
@@ -271,7 +272,7 @@ class _NativeLinear(torch.autograd.Function):
             if saved_input is not None and kernel.high_grad_weight:
                 grad_weight = (grad_output.t() @ saved_input).to(weight_dtype)
             if ctx.slot is not None:
-                grad_leaf = in_slot(_row(grad_output, amax_g, True), ctx.slot)
+                grad_leaf = in_slot(amax_row(grad_output, amax_g, True), ctx.slot)
         if differentiated_again():
             x = saved_input
             if x is not None and not kernel.high_grad_weight:
@@ -280,19 +281,3 @@ class _NativeLinear(torch.autograd.Function):
                 grad_input, grad_weight, grad_output, x, weight
             )
         return grad_input, None, grad_weight, None, grad_leaf, None, None, None, None, None, None
-
-
-def _unscale(scale: Tensor, amax: Tensor) -> Tensor:
-    """The factor that undoes a scale; NaN for an operand with inf or NaN.
-
-    The cast itself saturates inf, since a delayed scale knows nothing of it. Here, after the cast
-    and off its critical path, the operand's amax is known: no product hides a non-finite operand.
-    """
-    return torch.where(torch.isfinite(amax), scale.reciprocal(), torch.nan)
-
-
-def _row(x: Tensor, amax: Tensor, record: bool) -> Tensor:
-    """float32 [amax, non-finite count], the count only where it is recorded."""
-    if not record:
-        return amax
-    return torch.stack([amax, nonfinite_count(x)])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_fp.layers.histories.auto_scaling import AutoScaling
     from lightning_fp.layers.linear import FPLinear
     from lightning_fp.layers.precision_map import Change, PrecisionMap
+    from lightning_fp.layers.stored import Frozen, unstore
     from lightning_fp.layers.switchable import Phase, SwitchableLayer
 else:
     __getattr__, __dir__ = lazy_names(__name__)
@@ -31,11 +32,13 @@ __all__ = [
     "Backend",
     "Conversion",
     "ConversionReport",
+    "Frozen",
     "LayerReport",
     "convert",
     "convert_into",
     "kernel_for",
     "revert",
+    "unstore",
     # the choice of scaling
     "AutoScaling",
     "ScalingAdvice",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
 from lightning_fp.kernels.plain_linear import transformed
+from lightning_fp.kernels.stored.linear import dequantised_linear
+from lightning_fp.kernels.stored.weight import StoredWeight
 from lightning_fp.kernels.straight_through import straight_through
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.layouts import of_layout
 from lightning_fp.layers.observe import OperandStatistics, observe
 from lightning_fp.layers.switchable import Phase
+from lightning_fp.numerics import FloatFormat
 
 CAST_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """What autocast casts, and formats do. Others (float64, complex) somebody chose with a reason."""
@@ -48,6 +51,10 @@ class FPLinear(nn.Linear):
 
     statistics: OperandStatistics | None
     """Where statistics go while they are collected; kept by `StatisticsTable`."""
+
+    stored: FloatFormat | None
+    """The format in which alone the weight is kept, see `lightning_fp.layers.stored`; None: it is a
+    Parameter as any."""
 
     def switch(self, format: LinearFormat, kernel: Kernel) -> None:
         """Multiply in `format` from the next forward on; nothing else about the layer changes.
@@ -82,6 +89,8 @@ class FPLinear(nn.Linear):
         # Asked for once: a parametrization computes it anew, and spectral_norm's then moves on.
         weight = self.weight
         if high or input.dtype not in CAST_DTYPES or weight.dtype not in CAST_DTYPES:
+            if isinstance(weight, StoredWeight):
+                return dequantised_linear(input, weight, self.bias)
             return F.linear(input, weight, self.bias)
         if input.layout is not torch.strided or input.is_nested:
             return of_layout(self, input, weight)
@@ -100,6 +109,10 @@ class FPLinear(nn.Linear):
         evaluating = self.evaluating
         kernel, memory = self.kernel, self._memory_on(input.device)
         record, collect = self.record and not evaluating, self.collect and not evaluating
+        if isinstance(weight, StoredWeight) and (
+            transformed() or not kernel.takes_stored(weight.format)
+        ):
+            weight = weight.dequantised()
         if transformed():
             if not kernel.every_derivative:
                 # Nothing is recorded in there, so a history's scales would never follow.
@@ -139,6 +152,42 @@ class FPLinear(nn.Linear):
         """nn.Module's, which `load_state_dict(assign=True)` replaces the weight by."""
         super().register_parameter(name, param)
         self._follow_weight()
+        if name == "weight" and self.stored is not None:
+            self.store(self.stored)
+
+    def store(self, format: FloatFormat) -> None:
+        """Keep no more of the weight than its cast.
+
+        Args:
+            format: the 8-bit format.
+        """
+        weight = self.weight
+        if weight.requires_grad or (isinstance(weight, StoredWeight) and weight.format == format):
+            return
+        self.stored = format
+        kept = StoredWeight.of(weight, format, self.fqn)
+        self._parameters["weight"] = nn.Parameter(kept, requires_grad=False)
+
+    def unstore(self) -> bool:
+        """Have a weight again that can be written to, of the values that are left.
+
+        Returns:
+            Whether it was stored.
+        """
+        weight, self.stored = self._parameters.get("weight"), None
+        if not isinstance(weight, StoredWeight):
+            return False
+        self._parameters["weight"] = nn.Parameter(weight.dequantised(), requires_grad=False)
+        return True
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """nn.Module's; it loads into the plain model."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(f"{prefix}weight")
+        if isinstance(weight, StoredWeight) and not keep_vars:
+            destination[f"{prefix}weight"] = weight.dequantised()
 
     def _follow_weight(self) -> None:
         # Any parameter's device: weight_norm and its like have taken the weight's name away.
@@ -230,6 +279,7 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
         record=False,
         memory=None,
         statistics=None,
+        stored=None,
     )
     linear.switch(NAMED_FORMATS["high"], HighPrecisionKernel())
     return linear
@@ -238,6 +288,7 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
 def make_plain(linear: FPLinear) -> nn.Linear:
     """Turn an FPLinear back into the nn.Linear it was, in place."""
     linear.phase.left = True
+    linear.unstore()
     for name in _ATTRIBUTES:
         delattr(linear, name)
     switchable = _without_fsdp(type(linear))

@@ -198,6 +198,18 @@ def default_exclusion(
     return None
 
 
+def narrow_adapter(name: str, linear: nn.Linear) -> str | None:
+    """Why an adapter stays in high precision even where a rule names it; None if it need not.
+
+    FP8 hardware cannot multiply LoRA's usual ranks of 4 and 8. So nobody does, and what is tried on
+    a CPU holds there.
+    """
+    if not any(_ADAPTER.search(part) for part in name.split(".")):
+        return None
+    rank = min(linear.in_features, linear.out_features)
+    return f"adapter of rank {rank}, not a multiple of {ALIGNMENT}" if rank % ALIGNMENT else None
+
+
 def gains_nothing(format: LinearFormat, in_features: int, out_features: int) -> bool:
     """Whether casting costs more than the FP8 GEMM saves, on the hardware that has one.
 

@@ -25,6 +25,7 @@ from lightning_fp.layers import (
     Change,
     ConversionReport,
     FormatLike,
+    Frozen,
     LinearFormat,
     PrecisionMap,
 )
@@ -62,6 +63,7 @@ class LayerPrecision(GuardedPrecision):
         loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
         hold_schedulers: whether learning rate schedulers wait where a step is left out.
         empty: whether a model without a linear layer will do.
+        frozen: what is kept of frozen weights in FP8 layers.
 
     Raises:
         ValueError: for an unknown option, or a format that the backend cannot run.
@@ -80,10 +82,15 @@ class LayerPrecision(GuardedPrecision):
         loss_scaling: LossScaling | None = None,
         hold_schedulers: bool = True,
         empty: bool = False,
+        frozen: Frozen = "kept",
     ) -> None:
         super().__init__(base, loss_scaling=loss_scaling, hold_schedulers=hold_schedulers)
         self.configured = ConfiguredLayers(
-            format=format, rules=layer_rules(layers), backend=backend, empty=empty
+            format=format,
+            rules=layer_rules(layers),
+            backend=backend,
+            empty=empty,
+            frozen=frozen,
         )
         """Which layers get which format, as it was asked for."""
         self.precision_map = PrecisionMap(

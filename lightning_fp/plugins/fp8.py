@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_fp.layers import AutoScaling, FormatLike, LinearFormat
+from lightning_fp.layers import AutoScaling, FormatLike, Frozen, LinearFormat
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.plugins.base import LayerPrecision
@@ -41,6 +41,8 @@ class FP8Precision(LayerPrecision):
             defaults.
         tokens: with "auto", the tokens that the whole training will see: layers move to delayed
             scaling only below the budget at which it is known to fail late (about 200B).
+        frozen: "stored" keeps of frozen weights in FP8 layers only their cast, a byte per element,
+            as beside LoRA; "kept" keeps them whole.
 
     Raises:
         ValueError: for an unknown or contradictory option; at setup for a rule that matches
@@ -57,6 +59,7 @@ class FP8Precision(LayerPrecision):
         fp8_eval: bool = False,
         loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
+        frozen: Frozen = "kept",
     ) -> None:
         base, backend = read_base(base), read_backend(backend)
         if base == "16-true":
@@ -79,6 +82,7 @@ class FP8Precision(LayerPrecision):
             auto=AutoScaling(tokens=tokens) if self._scaling.auto else None,
             loss_scaling=loss_scaling,
             empty=self._scaling.format.is_high_precision and not layers,
+            frozen=frozen,
         )
 
     @override

@@ -165,6 +165,9 @@ class Surveyed(Answer):
     compiled: bool = False
     """Whether any of the run is compiled."""
 
+    stored: int = 0
+    """Layers whose weights are kept in FP8 alone, so that high precision is not what it was."""
+
     start: int | None = None
     """Step of the snapshot that a trajectory begins at; None if there is none."""
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fp.layers import LinearFormat
+from lightning_fp.layers.stored import is_stored
 from lightning_fp.stability.actions import (
     Answer,
     Attribute,
@@ -119,6 +120,7 @@ class Answers:
             high=loop.high,
             whole=loop.whole,
             compiled=loop.compiled,
+            stored=sum(map(is_stored, layers.values())),
             start=None if start is None else start.step,
             # The last step's loss may still be on its way from the device, which says nothing; a
             # step that was left out says much.

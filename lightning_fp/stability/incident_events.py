@@ -181,6 +181,16 @@ def all_high(step: int) -> Note:
     return Note(step=step, reason=f"{text}; look at the data and the learning rate")
 
 
+def not_healed(layers: int) -> str:
+    """What high precision is for layers that keep their frozen weights in FP8 alone."""
+    one = layers == 1
+    return (
+        f"{layers} frozen {'layer keeps its weight' if one else 'layers keep their weights'} in FP8"
+        " alone: high precision, in replays and after a fallback, computes with the rounded"
+        f" {'weight' if one else 'weights'}, and does not heal what rounding does"
+    )
+
+
 def still_misbehaves(step: int, decision: Decision) -> Note:
     """High precision, for good, misbehaves too."""
     text = f"high precision misbehaves too ({decision.reason}): look at data, learning rate"

@@ -71,6 +71,8 @@ class Sentence:
         step = evidence.case.step
         if evidence.survey.low:
             text = f"precision is left alone; {conclusion.likeness}"
+            if evidence.survey.stored:
+                text = f"{text}; but {tell.not_healed(evidence.survey.stored)}"
             turn.events.append(Note(step=step, reason=text))
             if conclusion.finding == "not reproducible":
                 turn.actions.append(DropRecords())

@@ -101,6 +101,7 @@ class Loop:
         self.chaos: float = options.pop("chaos", 0.0)
         self.length: int = options.pop("length", STEPS)
         self.survey = Surveyed(high=HIGH)
+        self.stored: int = options.pop("stored", 0)
         self.asked: list[Question[Any]] = []
         self.done: list[Action] = []
 
@@ -120,6 +121,7 @@ class Loop:
                     steps=tuple(range(start, at)),
                     finite=self.finite,
                     compiled=self.compiled is not None,
+                    stored=self.stored,
                 )
                 return self.survey
             case ReplayStep():
@@ -520,6 +522,15 @@ def test_a_rise_in_high_precision_too_is_acquitted_with_a_likeness() -> None:
     (note,) = kinds(events, Note)
     assert "older batch" in note.reason
     assert state.fallback.quiet_until == 160 + 50
+
+
+def test_an_acquittal_says_what_high_precision_cannot_heal() -> None:
+    loop = Loop(harm=0.0, stored=2)
+    state, _ = run(machine(), loop, lambda _: 3.0, 160)
+    _, events = tell(machine(), state, Asked(at=160, onset=150), loop)
+    (note,) = kinds(events, Note)
+    assert note.reason.startswith("precision is left alone; ")
+    assert "but 2 frozen layers keep their weights in FP8 alone: high precision" in note.reason
 
 
 def test_where_all_is_high_nothing_is_replayed() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch.nn import Module
 
+from lightning_fp.choices import check_choice
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.layers import (
     Backend,
     Conversion,
     ConversionReport,
+    Frozen,
     LinearFormat,
     PrecisionMap,
     convert_into,
@@ -41,7 +43,11 @@ class ConfiguredLayers:
     empty: bool
     """Whether a model without a linear layer will do."""
 
+    frozen: Frozen = "kept"
+    """What is kept of frozen weights in FP8 layers."""
+
     def __post_init__(self) -> None:
+        check_choice("frozen", self.frozen, get_args(Frozen))
         for each in (self.format, *(rule.format for rule in self.rules)):
             kernel_for(each, self.backend, cuda_fp8=False)  # refuses what it cannot run
 
@@ -50,6 +56,7 @@ class ConfiguredLayers:
         return {
             "backend": self.backend,
             "layers": {rule.pattern: rule.format.name for rule in self.rules},
+            **({} if self.frozen == "kept" else {"frozen": self.frozen}),
         }
 
     def check_device(self, device_type: str) -> None:
@@ -84,5 +91,6 @@ class ConfiguredLayers:
             backend=self.backend,
             high_precision=high,
             cuda_fp8=table.known.cuda_fp8,
+            frozen=self.frozen,
         )
         return convert_into(table, module, conversion)

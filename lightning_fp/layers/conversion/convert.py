@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ from lightning_fp.layers.rules import (
     layer_rules,
 )
 from lightning_fp.layers.scaling import ScalingLike, read_scaling
+from lightning_fp.layers.stored import Frozen, decide_storing, saved_bytes
 from lightning_fp.numerics import DelayedScaling
 
 
@@ -50,6 +52,7 @@ def convert(
     backend: BackendLike = "auto",
     fp8_eval: bool = False,
     delayed: DelayedScaling | None = None,
+    frozen: Frozen = "kept",
     example_input: Any = None,
 ) -> ConversionReport:
     """Convert the linear layers of a model in place, for plain loops and `configure_model`.
@@ -67,6 +70,8 @@ def convert(
         fp8_eval: whether evaluation runs in FP8 as well.
         delayed: how delayed scales follow from their history, also of layers that come to delayed
             scaling later.
+        frozen: "stored" keeps of frozen weights in FP8 layers only their cast, a byte per element;
+            see `lightning_fp.layers.stored`. Convert before an optimizer is given the Parameters.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
     Returns:
@@ -88,6 +93,7 @@ def convert(
         rules=layer_rules(layers),
         backend=backend,
         cuda_fp8=cuda_has_fp8(),
+        frozen=frozen,
     )
     table = PrecisionMap(
         backend=backend,
@@ -107,6 +113,9 @@ def convert_into(
     Layers that were converted before get their format anew, so the last conversion counts.
     """
     decisions = decide(model, conversion)
+    storing = None
+    if conversion.frozen == "stored":
+        storing = decide_storing(model, {name: d.resolved for name, d in decisions.items()})
     switchable: dict[str, FPLinear] = {}
     for name, module in clean_named_modules(model):
         if name not in decisions:
@@ -118,7 +127,15 @@ def convert_into(
                 module = make_switchable(make_plain(module), name, table.phase)
             switchable[name] = module
     table.fill(model, switchable, {name: decisions[name].resolved for name in switchable})
+    if storing is not None:
+        for name, stored in storing.formats.items():
+            switchable[name].store(stored)
     report = _report(model, table, decisions)
+    if storing is not None:
+        saved = sum(map(saved_bytes, switchable.values()))
+        report = dataclasses.replace(
+            report, stored=tuple(storing.formats), saved_bytes=saved, frozen_kept=storing.kept
+        )
     if example_input is not None:
         report = report.with_flops(*example_flops(model, example_input))
     return report

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_fp.choices import check_choice
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.layers.backends import Backend, Resolved, read_backend, resolve
@@ -20,7 +22,9 @@ from lightning_fp.layers.rules import (
     clean_named_modules,
     default_exclusion,
     gains_nothing,
+    narrow_adapter,
 )
+from lightning_fp.layers.stored import Frozen
 from lightning_fp.layers.transformer_engine.setup import check_model
 
 
@@ -42,6 +46,12 @@ class Conversion:
 
     cuda_fp8: bool = False
     """Whether CUDA tensors can go to FP8 tensor cores."""
+
+    frozen: Frozen = "kept"
+    """What is kept of frozen weights in FP8 layers."""
+
+    def __post_init__(self) -> None:
+        check_choice("frozen", self.frozen, get_args(Frozen))
 
     def resolve(self, format: LinearFormat) -> Resolved:
         """A format with what multiplies it here.
@@ -124,6 +134,10 @@ def _decide_one(
     for rule in conversion.rules:
         if rule.matches(name):
             chosen = conversion.resolve(rule.format)
+            narrow = narrow_adapter(name, linear) if rule.format.is_fp8 else None
+            if narrow is not None:
+                high = conversion.resolve(conversion.high_precision)
+                return LayerDecision(resolved=high, reason=narrow, by_default=True)
             _check_runs(name, linear, chosen)
             high = rule.format.is_high_precision
             reason = f"rule {rule.pattern!r}: {rule.format.name!r}" if high else None

@@ -64,6 +64,11 @@ def padding_of(layers: Iterable[LayerReport]) -> float:
     return padded_share(zeros, flops)
 
 
+def _some(titles: list[str]) -> str:
+    names = fold_names(titles)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
     """What `convert` did. Prints as the table a user reads at the start of a run."""
@@ -80,6 +85,15 @@ class ConversionReport:
 
     order: tuple[str, ...] = ()
     """The layers in the order in which they ran, where that was measured."""
+
+    stored: tuple[str, ...] = ()
+    """The frozen layers of which only FP8 weights are kept."""
+
+    saved_bytes: int = 0
+    """What these take less of memory."""
+
+    frozen_kept: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    """The frozen layers in FP8 that keep their weight though it was to be stored, and why."""
 
     precision_map: PrecisionMap = dataclasses.field(repr=False, compare=False)
     """The table itself, to change formats later."""
@@ -137,6 +151,8 @@ class ConversionReport:
             "flops_share": self.flops_share,
             "measured": self.measured,
             "padding": self.padding,
+            "stored": list(self.stored),
+            "saved_bytes": self.saved_bytes,
         }
 
     def to_json(self) -> str:
@@ -165,18 +181,29 @@ class ConversionReport:
                 f"  zeros that fill up blocks of tokens: {self.padding:.1%} of their FLOPs,"
                 f" {most.padding:.1%} in {most.title}, with the example's tokens"
             )
+        lines += self._about_stored()
         by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
         for layer in self.layers:
             if layer.reason is not None:
                 by_reason[layer.format, layer.reason].append(layer.title)
         for (format, reason), titles in by_reason.items():
-            names = fold_names(titles)
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+            shown = _some(titles)
             where = "left alone"
             if format in HIGH_PRECISION:
                 where = "left in high precision" if format == "high" else f"left in {format}"
             lines.append(f"  {where}: {shown} ({reason})")
         return "\n".join(lines)
+
+    def _about_stored(self) -> list[str]:
+        lines: list[str] = []
+        if self.stored:
+            who = "layers keep only their" if len(self.stored) > 1 else "layer keeps only its"
+            saved = f"{self.saved_bytes / 1e6:.1f} MB less"
+            lines.append(f"  {len(self.stored)} frozen {who} FP8 weight: {saved}")
+        for reason in dict.fromkeys(self.frozen_kept.values()):
+            names = [name for name, why in self.frozen_kept.items() if why == reason]
+            lines.append(f"  frozen, but kept whole: {_some(names)} ({reason})")
+        return lines
 
     def screen(self, who: str, *, width: int = 80, most: int = 12) -> str:
         """The summary as a console has it at the start of a run.

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_fp.events import Suspicion, WatchFailed
 from lightning_fp.layers import Change
+from lightning_fp.layers.stored import is_stored
 from lightning_fp.stability.actions import (
     Action,
     Answered,
@@ -25,6 +26,7 @@ from lightning_fp.stability.actions import (
     Question,
     Settled,
 )
+from lightning_fp.stability.incident_events import not_healed
 from lightning_fp.stability.keep.batch_ring import Hyperparameters, MicroBatch, RecordedStep
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stability.keep.random_state import RandomState
@@ -122,6 +124,8 @@ class Supervisor:
         self.log.started(self.count.done, memory, dry_run=self._options.dry_run)
         if why := self.loop.unreplayable():
             self.note(f"{why}: it is watched, and nothing can be replayed")
+        if stored := sum(map(is_stored, self.loop.table.layers.values())):
+            self.note(not_healed(stored))
 
     def _high_precision_bytes_per_token(self) -> int:
         """What backward keeps more of each token with all layers in high precision."""
