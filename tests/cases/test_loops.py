@@ -18,6 +18,7 @@ from lightning_fp import (
     DivergenceDetector,
     FP8Precision,
     FP16Precision,
+    LossScaling,
     PrecisionFallback,
 )
 from tests.cases.programs import PLAIN, Program, error, fit, high, made, rows, weights
@@ -209,6 +210,44 @@ def test_a_gradient_penalty_trains(tmp_path: Path, scaling: Any) -> None:
     fit(plain, PLAIN, tmp_path)
     fit(ours, FP8Precision(scaling), tmp_path)
     assert error(weights(ours), weights(plain)) < 0.05
+
+
+class Curved(Program):
+    """Multiplies by the Hessian in a step, as second-order optimizers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch), create_graph=True)
+        slopes = [p.grad for p in self.parameters()]
+        products = torch.autograd.grad(slopes, [*self.parameters()], [g.sign() for g in slopes])
+        self.products = torch.cat([each.detach().float().flatten() for each in products])
+        self.zero_grad()
+
+
+@pytest.mark.compatibility(
+    "loops",
+    "Hessian-vector products of gradients under an FP16 loss scale",
+    "works with a note",
+    "they grow by the scale, in plain nn.Linear too: take `LossScaling.static(128)` or less",
+)
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
+@pytest.mark.parametrize("scaling", ["bf16", "dynamic", "delayed", "rowwise", "mx", "fp16"])
+def test_products_with_the_hessian_are_those_of_the_plain_model(
+    tmp_path: Path, scaling: Any
+) -> None:
+    plain, ours = made(Curved), made(Curved)
+    fit(plain, "32-true", tmp_path)
+    scale = 128.0 if scaling == "fp16" else 1.0
+    plugin = (
+        FP16Precision(loss_scaling=LossScaling.static(scale))
+        if scaling == "fp16"
+        else FP8Precision(scaling, base="32-true")
+    )
+    fit(ours, plugin, tmp_path)
+    assert error(ours.products / scale, plain.products) < 0.15
 
 
 class Elsewhere(L.Callback):

@@ -282,6 +282,10 @@ class PrecisionFallback(RunCallback):
         """States, counters and signals; snapshots and batches too where they are small."""
         return self._loaded if self.supervisor is None else self.supervisor.state_dict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled one watches no run, but has what a checkpoint would have of it."""
+        return {**vars(self), "supervisor": None, "_trainer": None, "_loaded": self.state_dict()}
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this before the model is set up: it takes effect at the start."""
