@@ -101,6 +101,11 @@ def compatibility(args: list[str]) -> int:
     return run(PYTHON, "-m", "tests.compatibility")
 
 
+def matrix(args: list[str]) -> int:
+    """Run the fast half of the tests under other versions of Python, torch and Lightning."""
+    return run(sys.executable, ROOT / "benchmarks" / "versions" / "matrix.py", *args)
+
+
 def clean(args: list[str]) -> int:
     """Remove .venv, caches and what was built; runs/ stays."""
     made = [".venv", "build", "dist", "site", ".hypothesis", ".import_linter_cache"]
@@ -112,7 +117,7 @@ def clean(args: list[str]) -> int:
     return 0
 
 
-_ALL = (setup, demo, test, proof, lint, docs, bench, peer_suite, compatibility, clean)
+_ALL = (setup, demo, test, proof, matrix, lint, docs, bench, peer_suite, compatibility, clean)
 TARGETS: dict[str, Callable[[list[str]], int]] = {
     target.__name__.replace("_", "-"): target for target in _ALL
 }

@@ -39,6 +39,15 @@ def sum_rtol(*lengths: int) -> float:
     return 2 * sum(lengths) * UNIT
 
 
+def order_db(*lengths: int) -> float:
+    """What float32 sums of these lengths agree to, in decibels, whatever order they are added in.
+
+    With one thread the same product is added in one order; several threads share it out by its
+    shape and layout.
+    """
+    return math.inf if torch.get_num_threads() == 1 else -20 * math.log10(sum_rtol(*lengths))
+
+
 def assert_product(found: Tensor, a: Tensor, b: Tensor) -> None:
     """`found` is `a @ b` in float32, summed in whatever order (Higham 2002, 3.5)."""
     bound = sum_rtol(a.shape[-1]) * (a.abs().double() @ b.abs().double())

@@ -15,7 +15,7 @@ from lightning_fp.kernels import MX_EMULATION, Kernel, TorchaoMXKernel, mx
 from lightning_fp.kernels.hardware import CPU_HAS_BF16
 from lightning_fp.kernels.torchao import import_quietly
 from lightning_fp.layers import kernel_for, linear_format
-from tests.helper import sqnr_db
+from tests.helper import order_db, sqnr_db
 
 
 def run(function: Any, tensors: list[Tensor]) -> list[Tensor]:
@@ -79,7 +79,10 @@ def test_ragged_blocks_and_fp16_which_torchao_refuses(
     tensors = [tensor.clamp(-4, 4) for tensor in operands(*shape, dtype)]
     kernel = TorchaoMXKernel()
     ours = run(lambda *leaves: MX_EMULATION(*leaves, "layer"), tensors)
-    assert same(run(lambda *leaves: kernel(*leaves, "layer"), tensors), ours)
+    theirs = run(lambda *leaves: kernel(*leaves, "layer"), tensors)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype is other.dtype
+        assert torch.equal(one, other) or sqnr_db(one, other) > order_db(max(shape))
 
 
 @pytest.mark.parametrize("shape", [(32,), (2, 3, 32), (0, 32)])
