@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_fp.layers import (
@@ -26,6 +25,7 @@ from lightning_fp.layers.rules import layer_rules
 from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.loop.batches import with_dtype
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.as_trained import as_trained, modes
 from lightning_fp.stepping.base_precision import (
     LOSS_SCALE,
     BaseLike,
@@ -196,36 +196,12 @@ class LoopPrecision:
     @contextmanager
     def evaluation(self) -> Generator[None, None, None]:
         """The model in eval mode and high precision (unless `fp8_eval`), without gradients."""
-        with _modes(self.model, []), torch.no_grad(), self._phase(evaluating=True), self.forward():
+        with modes(self.model, []), torch.no_grad(), self._phase(evaluating=True), self.forward():
             yield
 
-    @contextmanager
-    def as_trained(self) -> Generator[None, None, None]:
-        """Forwards as those of the coming training step, save for dropout; they leave no trace.
-
-        Layers that normalise by the batch go on doing so, or the numbers were others.
-        """
-        # what waits for the coming step is in force in it
-        self.boundary()
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        kept = [buffer.clone() for buffer in buffers]
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it multiplies without the layers
-        try:
-            with (
-                _modes(self.model, norms),
-                self.precision_map.overridden({}),
-                self._phase(evaluating=False),
-                self.forward(),
-                self.precision_map.forward_context(),
-            ):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            with torch.no_grad():
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.copy_(before)
+    def as_trained(self) -> AbstractContextManager[None]:
+        """Forwards as those of the coming training step, save for dropout; they leave no trace."""
+        return as_trained(self.model, self, self.base, self.forward)
 
     @contextmanager
     def _phase(self, *, evaluating: bool) -> Generator[None, None, None]:
@@ -250,20 +226,6 @@ class LoopPrecision:
         self.precision_map.load_state_dict(rest)
         if scale:
             self.base.load_loss_scale(scale)
-
-
-@contextmanager
-def _modes(model: nn.Module, as_they_are: Sequence[nn.Module]) -> Generator[None, None, None]:
-    """Every module in eval mode, but for some."""
-    before = [(module, module.training) for module in model.modules()]
-    kept = {id(module) for module in as_they_are}
-    for module, _ in before:
-        module.training = module.training and id(module) in kept
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,14 +61,14 @@ class OptimizerSteps:
         compute_loss: ComputeLoss,
         micro_batches: Sequence[Any],
         *,
-        between: Callable[[Tensor], object] = lambda _: None,
+        before: Callable[[int], object] = lambda _: None,
     ) -> list[Tensor]:
         """Forward and backward of all micro-batches.
 
         Args:
             compute_loss: see `ComputeLoss`.
             micro_batches: of one step.
-            between: told each micro-batch's loss over their number, between forward and backward.
+            before: told the index of each micro-batch, before its forward.
 
         Returns:
             Each micro-batch's loss over their number, detached.
@@ -79,6 +79,7 @@ class OptimizerSteps:
         made: list[Tensor] = []
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
+            before(index)
             with self._synchronised(index == last):
                 with self.precision.training_forward():
                     loss = compute_loss(self.precision.input(batch))
@@ -86,7 +87,6 @@ class OptimizerSteps:
                 loss = loss / (last + 1)
                 if index == 0:
                     self.optimizer.zero_grad()
-                between(loss)
                 self.run_backward(loss)
             made.append(loss.detach())
         return made
@@ -103,11 +103,8 @@ class OptimizerSteps:
     @contextmanager
     def _synchronised(self, on: bool) -> Generator[None, None, None]:
         """DDP exchanges gradients with the last micro-batch of a step."""
-        inner = self.model
-        if on or not isinstance(inner, DistributedDataParallel):
-            yield
-            return
-        with inner.no_sync():
+        inner = ddp_of(self.model)
+        with nullcontext() if on or inner is None else inner.no_sync():
             yield
 
     # -- the optimizer's step -------------------------------------------------------------------
@@ -157,6 +154,12 @@ class OptimizerSteps:
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
             return clip_sparse(self.optimizer, self.clip_norm)
         return whole_norm(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+
+
+def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP within a model's wrappers."""
+    found = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    return next(found, None)
 
 
 def check_loss(loss: Any) -> None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,36 @@ from lightning_fp.choices import check_at_least
 from lightning_fp.layers import ConversionReport, FormatLike, PrecisionMap
 from lightning_fp.layers.backends import BackendLike
 from lightning_fp.layers.scaling import ScalingLike
+from lightning_fp.loop.loop_mismatch import Mismatch
 from lightning_fp.loop.loop_precision import LoopPrecision, device_of
 from lightning_fp.loop.loop_records import LoopRecords
 from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps, check_loss
+from lightning_fp.loop.parts import PartOptions, Parts
+from lightning_fp.loop.plain_loop import PlainLoop
 from lightning_fp.loop.progress_line import ProgressLine
+from lightning_fp.recipes import RolloutRecipe, read
+from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stability.supervise.options import WatchOptions
 from lightning_fp.state_version import check_version
 from lightning_fp.stepping.base_precision import BaseLike
 from lightning_fp.stepping.gradients import calls_closure_itself
-from lightning_fp.telemetry.casts.cast_log import CastLog, CastOptions
+from lightning_fp.telemetry.casts.cast_log import CastOptions
+from lightning_fp.telemetry.mismatch.mismatch_log import MismatchOptions
 from lightning_fp.telemetry.over_ranks import is_first, ranks
 from lightning_fp.telemetry.run_telemetry import Logger
 
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+
+
+class Fabric(Protocol):
+    """What a loop needs of Lightning's Fabric."""
+
+    def backward(self, tensor: Tensor) -> None:
+        """Run backward."""
+        ...
 
 
 class PrecisionLoop:
@@ -59,13 +74,23 @@ class PrecisionLoop:
             "16-true".
         scheduler: steps after each step that was made; it waits where one is left out.
         clip_norm: largest norm of all gradients together; None clips nothing.
+        fallback: whether to watch the run, and take low precision back where it does harm, as
+            `PrecisionFallback` does; or its options, `{"snapshots": 2}`.
         monitor: whether to measure what formats do to the numbers, as `ClampMonitor` does; or its
             options, `{"every_n_steps": 8}`.
+        recipe: takes the run to its formats in stages, as `StagedRollout` does: a `RolloutRecipe`,
+            a built-in one's name, the path of a YAML file, or YAML text. Gates read what other
+            options measure, and what `log` publishes.
+        mismatch: options of `loop.mismatch`, as `MismatchMonitor` takes them.
+        fabric: a Lightning Fabric that has set up model and optimizer, in its default precision:
+            backward goes through it.
         dirpath: where records go, for `lightning-fp report`; None writes nothing.
         logger: called with numbers by name and the step, for W&B, TensorBoard, a file; not on other
             ranks.
         log_every_n_steps: length of a log interval.
         max_steps: of the whole run, where anything asks for its length.
+        tokens_per_step: of one step over all ranks, where stages end by tokens; by default those of
+            a batch are the elements of its first tensor of integers.
         progress: whether to draw a bar; None: on a terminal.
         loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
         backend: which kernels to use, as in `FP8Precision`.
@@ -88,11 +113,16 @@ class PrecisionLoop:
         base: BaseLike = "bf16-mixed",
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
+        fallback: bool | Mapping[str, Any] = True,
         monitor: bool | Mapping[str, Any] = True,
+        recipe: RolloutRecipe | str | Path | None = None,
+        mismatch: Mapping[str, Any] | None = None,
+        fabric: Fabric | None = None,
         dirpath: str | Path | None = None,
         logger: Logger | None = None,
         log_every_n_steps: int = 50,
         max_steps: int | None = None,
+        tokens_per_step: int | None = None,
         progress: bool | None = None,
         loss_scaling: LossScaling | None = None,
         backend: BackendLike = "auto",
@@ -100,8 +130,10 @@ class PrecisionLoop:
         tokens: float | None = None,
         example_input: Any = None,
     ) -> None:
-        check_at_least(1, log_every_n_steps=log_every_n_steps, max_steps=max_steps)
-        _check_scheduler(scheduler)
+        check_at_least(1, log_every_n_steps=log_every_n_steps)
+        check_at_least(1, max_steps=max_steps, tokens_per_step=tokens_per_step)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside of Fabric's wrapper
+        _check_steppers(optimizer, scheduler)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.global_step = 0
         """Optimizer steps, those left out among them."""
@@ -119,28 +151,44 @@ class PrecisionLoop:
         self._precision.connect([optimizer])
         self._steps = OptimizerSteps(self._precision, model, optimizer, clip_norm)
         self._device, self._interval = device_of(model), log_every_n_steps
-        options = _options("monitor", monitor, CastOptions)
-        self._casts = None if options is None else CastLog(options, "the monitor")
-        self._records = LoopRecords(
-            self._precision, dirpath, self._settings(), log_every_n_steps, self._device
+        if fabric is not None:
+            _check_fabric(fabric)
+            self._steps.backward = fabric.backward
+        watch: WatchOptions | None = _options("fallback", fallback, WatchOptions)
+        options = PartOptions(
+            casts=_options("monitor", monitor, CastOptions),
+            watch=watch,
+            mismatch=_options("mismatch", mismatch or True, MismatchOptions),
+            recipe=None if recipe is None else read(recipe),
+            tokens_per_step=tokens_per_step,
+            max_steps=max_steps,
+            interval=log_every_n_steps,
         )
+        settings = {"PrecisionLoop": {**self._precision.settings(), "clip_norm": clip_norm}}
+        self._records = LoopRecords(
+            self._precision,
+            dirpath,
+            {**settings, **options.settings()},
+            log_every_n_steps,
+            self._device,
+        )
+        others = [] if scheduler is None else [scheduler]
+        plain = PlainLoop(self._precision, self._steps, self._device, others)
+        self._parts = Parts(options, self._precision, self._records, plain, self._device)
+        if watch is not None and watch.dry_run:
+            self._steps.guard.skip_nonfinite = self._precision.base.scaler.must_skip
+        self.mismatch = Mismatch(self._parts)
+        """Takes log-probabilities of sampled tokens: `loop.mismatch.update(...)`."""
         self._logger = logger
         self._progress = ProgressLine(progress if is_first() else False, max_steps)
         self._open = self._closed = False
         self._in_block: list[Tensor] | None = None
-        self._steps.after_backward.append(self._after_backward)
+        self._steps.after_backward.append(self._parts.after_backward)
         self._steps.named = self._name_overflow
-        parts = self._casts, self._records, self._progress
         # At the end of the program too, where nobody has called `close`.
-        self._end = weakref.finalize(self, _finish_alone, *parts)
-
-    def _settings(self) -> dict[str, dict[str, Any]]:
-        found = {
-            "PrecisionLoop": {**self._precision.settings(), "clip_norm": self._steps.clip_norm}
-        }
-        if self._casts is not None:
-            found["ClampMonitor"] = self._casts.options.settings()
-        return found
+        self._end = weakref.finalize(
+            self, _finish_alone, self._parts, self._records, self._progress
+        )
 
     # -- what one reads -------------------------------------------------------------------------
 
@@ -158,6 +206,23 @@ class PrecisionLoop:
     def directory(self) -> Path | None:
         """Where records go, from the first step on; None where this process writes nothing."""
         return self._records.directory
+
+    @property
+    def steps(self) -> Accounting:
+        """What became of the steps so far: made, left out, rolled back, replayed."""
+        watching = self._parts.watching
+        return Accounting() if watching is None else watching.state.steps
+
+    @property
+    def phase(self) -> str:
+        """Where the fallback stands: "warmup", "healthy", "suspect", "probation", "permanent"."""
+        watching = self._parts.watching
+        return "warmup" if watching is None else watching.state.fallback.phase
+
+    @property
+    def stage(self) -> str | None:
+        """The recipe's stage that the run is in; None before the first, and without a recipe."""
+        return None if self._parts.staging is None else self._parts.staging.stage
 
     @property
     def loss_scale(self) -> float | None:
@@ -186,12 +251,18 @@ class PrecisionLoop:
         micro_batches: list[Any] = batch if type(batch) is list else [batch]
         if not micro_batches:
             raise ValueError("batch must not be an empty list; a list is one of micro-batches")
-        self._begin(micro_batches)
+        self._begin(compute_loss)
         losses: list[Tensor] = []
+
+        def before(index: int) -> None:
+            if not losses:  # in an optimizer's later passes all are known
+                self._parts.before_batch(micro_batches[index], index, self.global_step)
+                if index == 0:
+                    self._precision.boundary()
 
         def forward_backward() -> Tensor:
             self.precision_map.scale_history.drop_weight_casts()
-            made = self._steps.losses(compute_loss, micro_batches)
+            made = self._steps.losses(compute_loss, micro_batches, before=before)
             losses.extend(made if not losses else ())
             return torch.stack(made).sum()
 
@@ -221,7 +292,9 @@ class PrecisionLoop:
                 f"training_step cannot serve {type(self.optimizer).__name__}, which runs forward"
                 " and backward itself; hand them over: loop.step(compute_loss, batch)"
             )
-        self._begin([batch])
+        self._begin(None)
+        self._parts.before_batch(batch, 0, self.global_step)
+        self._precision.boundary()
         self.optimizer.zero_grad()
         self._in_block = losses = []
         try:
@@ -257,40 +330,22 @@ class PrecisionLoop:
             self._steps.run_backward(loss)
         self.precision_map.phase.evaluating = False  # the block goes on
 
-    def _begin(self, micro_batches: list[Any]) -> None:
+    def _begin(self, compute_loss: ComputeLoss | None) -> None:
         """Between two steps: all that changes formats does so here."""
         if self._closed:
             raise ValueError("this loop is closed; make another PrecisionLoop")
         if not self._open:
-            self._start()
-        self._records.run.recorder.begin(self.global_step)
-        self._records.run.signals.arrive()
-        if self._casts is not None:
-            self._casts.before_batch(self.global_step)
-        self._precision.boundary()
+            self._start(compute_loss)
+        self._parts.begin_step(compute_loss, self.global_step)
 
-    def _start(self) -> None:
+    def _start(self, compute_loss: ComputeLoss | None) -> None:
         """Before the first step of this process."""
         self._open = True
         run = self._records.run
         run.loggers = [self._logger] if self._logger is not None and is_first() else []
         run.step = self.global_step
         self._records.open(self.global_step, self.model)
-        if is_first() and self.conversion is not None:
-            log.info("%s", self.conversion.screen(f"PrecisionLoop ({self._precision.name})"))
-        if self._casts is not None:
-            self._casts.open(
-                self._precision,
-                run,
-                self._records.directory,
-                step=self.global_step,
-                interval=self._interval,
-                device=self._device,
-            )
-
-    def _after_backward(self) -> None:
-        if self._casts is not None:
-            self._casts.after_backward()
+        self._parts.start(compute_loss, self.global_step)
 
     def _name_overflow(self) -> None:
         self._steps.guard.name_overflow(self.model, self.global_step)
@@ -304,8 +359,7 @@ class PrecisionLoop:
         steps, guard.steps = guard.steps, []
         self._records.end_step(self.global_step, steps)
         guard.next_batch()
-        if self._casts is not None and self._casts.after_batch(self.global_step):
-            self._casts.tell(self.global_step)
+        self._parts.after_step(self.global_step)
         if self.global_step % self._interval == 0 and (scale := self._precision.base.numbers()):
             self._records.run.log_metrics(scale, self.global_step)
         self._progress.show(self.global_step, loss, self._words)
@@ -313,7 +367,8 @@ class PrecisionLoop:
     def _words(self) -> dict[str, str]:
         """For the progress bar; asked only when it is drawn, since reading waits for the device."""
         scale = self.loss_scale
-        return {} if scale is None else {"scale": f"{scale:g}"}
+        words = {} if scale is None else {"scale": f"{scale:g}"}
+        return {**words, **self._parts.words()}
 
     # -- beside training ------------------------------------------------------------------------
 
@@ -348,7 +403,7 @@ class PrecisionLoop:
         """Write what there is, and leave the layers as they are; on all ranks alike."""
         self._closed = True
         if self._end.detach() is not None:
-            _finish(self._casts, self._records, self._progress)
+            _finish(self._parts, self._records, self._progress)
 
     def __enter__(self) -> PrecisionLoop:
         return self
@@ -366,7 +421,7 @@ class PrecisionLoop:
             "global_step": self.global_step,
             "precision": self._precision.state_dict(),
             "records": self._records.state_dict(),
-            "monitor": None if self._casts is None else self._casts.state_dict(),
+            **self._parts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -384,23 +439,19 @@ class PrecisionLoop:
         self.global_step = int(state["global_step"])
         self._precision.load_state_dict(state["precision"])
         self._records.load_state_dict(state["records"])
-        if self._casts is not None and state["monitor"] is not None:
-            self._casts.load_state_dict(state["monitor"])
+        self._parts.load_state_dict(state)
 
 
-def _finish(casts: CastLog | None, records: LoopRecords, progress: ProgressLine) -> None:
+def _finish(parts: Parts, records: LoopRecords, progress: ProgressLine) -> None:
     progress.close()
-    step = records.run.step
-    if casts is not None:
-        casts.finish(step)
-        casts.let_go()
-    records.finish(step)
+    parts.finish()
+    records.finish(records.run.step)
 
 
-def _finish_alone(casts: CastLog | None, records: LoopRecords, progress: ProgressLine) -> None:
+def _finish_alone(parts: Parts, records: LoopRecords, progress: ProgressLine) -> None:
     """Other ranks may not come: then what they would have to add is lost."""
     if ranks() == 1:
-        _finish(casts, records, progress)
+        _finish(parts, records, progress)
     else:
         progress.close()
 
@@ -419,7 +470,21 @@ def _options(name: str, given: bool | Mapping[str, Any], kind: type[Any]) -> Any
         raise ValueError(f"{name} must be a bool or its options, got {given!r}: {error}") from error
 
 
-def _check_scheduler(scheduler: Any) -> None:
+def _check_fabric(fabric: Any) -> None:
+    plugin: Any = getattr(fabric, "_precision", None)
+    if getattr(plugin, "precision", "32-true") != "32-true":
+        raise ValueError(
+            "fabric must have precision '32-true' beside a PrecisionLoop, which brings its own, got"
+            f" {plugin.precision!r}; leave Fabric's precision out, and give base= to the loop"
+        )
+
+
+def _check_steppers(optimizer: Any, scheduler: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"optimizer must be one torch.optim.Optimizer, got {type(optimizer).__name__}; several"
+            " optimizers train in a Trainer with manual optimization"
+        )
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "scheduler must not be ReduceLROnPlateau, which asks for a metric: leave scheduler out,"

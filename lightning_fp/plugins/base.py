@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -38,6 +39,7 @@ from lightning_fp.plugins.guarded import GuardedPrecision
 from lightning_fp.plugins.strategies import refuse_strategy
 from lightning_fp.plugins.throughput import FP8_PEAK, PEAK, tell_throughput_monitors
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.as_trained import as_trained
 from lightning_fp.stepping.base_precision import LOSS_SCALE, Base
 from lightning_fp.stepping.low_watch import LowWatch
 
@@ -139,6 +141,9 @@ class LayerPrecision(GuardedPrecision):
     def convert_module(self, module: Module) -> Module:
         """Convert the model in place; Lightning calls this again for validate, test, predict."""
         trainer, on_cuda = _trainer_of(module), True
+        caller = sys._getframe(1).f_globals.get("__name__")
+        if trainer is None and caller == "lightning.fabric.fabric":
+            raise ValueError(self._not_in_fabric())
         if trainer is not None:
             device_type = trainer.strategy.root_device.type
             refuse_strategy(trainer.strategy, type(self).__name__)
@@ -230,11 +235,11 @@ class LayerPrecision(GuardedPrecision):
 
     def _not_in_fabric(self) -> str:
         name = self.configured.format.name
+        like = "FP16Precision()" if name == "fp16" else f"FP8Precision({name!r})"
         return (
-            f"plugins must not have {type(self).__name__} in Fabric: it is a Trainer's plugin, and"
-            f" steps of Fabric do not reach it; take Fabric(precision={self.precision!r}) and"
-            f" `report = lightning_fp.convert(model, {name!r})` before fabric.setup, then call"
-            " report.precision_map.step() after each optimizer step"
+            f"plugins must not have lightning_fp.{type(self).__name__} in Fabric: it is a Trainer's"
+            " plugin, and steps of Fabric do not reach it; take"
+            f" lightning_fp.fabric.{like}, or lightning_fp.loop.PrecisionLoop(..., fabric=fabric)"
         )
 
     # -- steps ----------------------------------------------------------------------------------
@@ -371,6 +376,24 @@ class LayerPrecision(GuardedPrecision):
             self.base.copies.take_back()
 
     val_step_context = test_step_context = predict_step_context = _evaluation
+
+    def as_trained(self) -> AbstractContextManager[None]:
+        """Forwards as the coming training step's, save for dropout; between two steps.
+
+        Old log-probabilities of a policy computed here equal those of the training forward bit for
+        bit while the weights are the same. In `eval()` they would be of another precision. Nothing
+        of it reaches the histories of delayed scaling, or the statistics.
+
+        Raises:
+            ValueError: before the model is set up.
+        """
+        model = self.precision_map.model
+        if model is None:
+            raise ValueError(
+                "as_trained needs a model: call it in a fit, between two steps, as in"
+                " on_train_batch_start"
+            )
+        return as_trained(model, self, self.base, self.forward_context)
 
     # -- replays --------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fp.stability.loss_scaling import (
+    STATE_VERSION,
     LossScaleError,
     LossScaling,
     LossScalingState,
@@ -186,6 +187,20 @@ class LossScaler(NoScaler):
     def grad_scaler_state(self) -> dict[str, Any]:
         """As a `torch.amp.GradScaler` saves it."""
         return self.config.grad_scaler_state(self._state)
+
+
+class LossScalePart:
+    """A loss scale in snapshots: as tensors, copied without waiting for the device."""
+
+    def __init__(self, scaler: LossScaler) -> None:
+        self._scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self._scaler.state))
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        numbers = LossScalingState(**state_dict).numbers()
+        self._scaler.load_state_dict({"version": STATE_VERSION, **numbers})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -32,11 +32,8 @@ from lightning_fp.callbacks.compare.loop_replay import (
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.stability import RandomState, Replay, replay_step
 from lightning_fp.stability.keep.snapshot import restore, take
-from lightning_fp.stability.replay.one_step import Outcome
+from lightning_fp.stability.replay.one_step import on_all_ranks
 from lightning_fp.stepping.loss_scaler import LossScaler
-
-_OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-"""From good to bad: the worst of all ranks is the largest index."""
 
 
 class StepReplay:
@@ -102,35 +99,25 @@ class StepReplay:
             Exception: what the training step raised, save for lack of memory.
         """
         # Weights are not copied as a rule: no optimizer steps, so only users' hooks may write them.
-        error: Exception | None = None
         module = self._trainer.lightning_module
         weights = take({"model": module}) if hooks_before_step(self._trainer) else None
-        try:
-            result = replay_step(
-                self._forward_backward,
-                self.model,
-                self._table,
-                formats=formats,
-                rng=self._rng,
-                observe=observe,
-                others=written_by_hooks(self._trainer),
-            )
-        except Exception as failure:
-            error, result = failure, Replay(outcome="failed on another rank")
-        finally:
-            if weights is not None:
-                restore(weights, {"model": module})
-        # Before anything is raised: the other ranks wait here, and would do so for ever.
-        outcome = self._worst_of_ranks(result.outcome)
-        if error is not None:
-            raise error
-        return result if outcome == result.outcome else Replay(outcome=outcome)
 
-    def _worst_of_ranks(self, outcome: Outcome) -> Outcome:
-        if self._trainer.world_size == 1:
-            return outcome
-        code = torch.tensor(_OUTCOMES.index(outcome), device=self._trainer.strategy.root_device)
-        return _OUTCOMES[int(self._trainer.strategy.reduce(code, reduce_op="max"))]
+        def replay() -> Replay:
+            try:
+                return replay_step(
+                    self._forward_backward,
+                    self.model,
+                    self._table,
+                    formats=formats,
+                    rng=self._rng,
+                    observe=observe,
+                    others=written_by_hooks(self._trainer),
+                )
+            finally:
+                if weights is not None:
+                    restore(weights, {"model": module})
+
+        return on_all_ranks(replay, self._trainer.strategy.root_device)
 
     def _forward_backward(self) -> Tensor | None:
         trainer = self._trainer

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import lightning as L
 from typing_extensions import override
 
+from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.compare.loop_position import loop_position, steps_done
-from lightning_fp.callbacks.fallback.layer_watch import LayerWatch
 from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
 from lightning_fp.callbacks.run.finite_checkpoints import finite_checkpoints
 from lightning_fp.callbacks.run.in_bar import shown_in_bar
@@ -31,6 +31,7 @@ from lightning_fp.stability.supervise.options import WatchOptions
 from lightning_fp.stability.supervise.step_count import StepCount
 from lightning_fp.stability.supervise.supervisor import Supervisor
 from lightning_fp.state_version import check_version
+from lightning_fp.telemetry.casts.layer_watch import LayerWatch
 
 STATE_VERSION = 1
 
@@ -193,7 +194,9 @@ class PrecisionFallback(RunCallback):
         if limit is None:
             return None
         every, table = options.every_n_steps, plugin.precision_map
-        return LayerWatch(trainer, table, limit, every_n_steps=every, seed=options.seed)
+        callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        monitor = next((c for c in callbacks if isinstance(c, ClampMonitor)), None)
+        return LayerWatch(monitor, table, limit, every_n_steps=every, seed=options.seed)
 
     # -- steps ----------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -15,8 +14,8 @@ from lightning_fp.callbacks.compare.loop_position import loop_position
 from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
 from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.stability import RandomState
 from lightning_fp.stability.replay.fingerprint import Fingerprint, Item, changed
+from lightning_fp.stepping.run_fingerprint import look_at_run
 
 _HOOKS = (
     "on_before_batch_transfer",
@@ -48,23 +47,8 @@ def fingerprint_of(
         wanted: see `Fingerprint`.
     """
     taken, module = Fingerprint(wanted), trainer.lightning_module
-    for name, parameter in module.named_parameters():
-        taken.add("", f"the Parameter {name}", parameter)
-        taken.add("", f"the gradient of {name}", parameter.grad)
-        for attribute, value in vars(parameter).items():
-            taken.add("", f"the attribute {attribute} of the Parameter {name}", value)
-    for name, buffer in module.named_buffers():
-        taken.add("", f"the buffer {name}", buffer)
-    _optimizers(trainer, taken)
-    table = plugin.precision_map
-    taken.whole("the table of formats", table.state_dict())
-    taken.whole("the records of amax", [table.scale_history.recorded, table.scale_history.headroom])
-    if plugin.scaler is not None:
-        taken.whole("the loss scale", vars(plugin.scaler.state))
-    for name, state in vars(RandomState.capture()).items():
-        taken.whole(f"the random state of {name}", state)
+    look_at_run(taken, module, trainer.optimizers, plugin.precision_map, plugin.scaler)
     taken.whole("the loops' counters", loop_position(trainer))
-    taken.whole("the settings of torch", _settings())
     data = _datamodule(trainer)
     owners = [module, *data, *hearing_callbacks(trainer)]
     for owner in owners:
@@ -74,33 +58,6 @@ def fingerprint_of(
         taken.attributes(scheduler, list_unseen=False)
     taken.code_of([*module.modules(), *owners[1:], *trainer.optimizers, *schedulers])
     return taken
-
-
-def _optimizers(trainer: Trainer, taken: Fingerprint) -> None:
-    names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
-    for optimizer in trainer.optimizers:
-        owner = type(optimizer).__name__
-        for key, state in optimizer.state.items():
-            of = names.get(id(key), "another tensor")
-            entries: dict[str, Any] = state if isinstance(state, dict) else {"": state}
-            for name, value in entries.items():
-                taken.add(owner, f"the state {name} of {of}", value)
-        for index, group in enumerate(optimizer.param_groups):
-            for name, value in group.items():
-                value = [id(each) for each in value] if name == "params" else value
-                taken.add(owner, f"{name} of parameter group {index}", value)
-
-
-def _settings() -> dict[str, Any]:
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "grad mode": torch.is_grad_enabled(),
-        "anomaly mode": torch.is_anomaly_enabled(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "threads": torch.get_num_threads(),
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "matmul precision": torch.get_float32_matmul_precision(),
-    }
 
 
 @cache

@@ -12,9 +12,8 @@ from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
 from lightning_fp.layers import FPLinear
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability.keep.snapshot import Part
-from lightning_fp.stability.loss_scaling import STATE_VERSION, LossScalingState
 from lightning_fp.stability.supervise.run_state import LOSS_SCALE, SCALES, RunState
-from lightning_fp.stepping.loss_scaler import LossScaler
+from lightning_fp.stepping.loss_scaler import LossScalePart
 
 
 def state_of(trainer: L.Trainer, plugin: LayerPrecision) -> RunState:
@@ -52,7 +51,7 @@ def state_of(trainer: L.Trainer, plugin: LayerPrecision) -> RunState:
 
     scales: dict[str, Part] = {SCALES: plugin.precision_map.scale_history}
     if plugin.scaler is not None:
-        scales[LOSS_SCALE] = _LossScale(plugin.scaler)
+        scales[LOSS_SCALE] = LossScalePart(plugin.scaler)
     sharded = any(isinstance(each, FSDPModule) for each in module.modules())
     return RunState(
         weights=weights,
@@ -61,17 +60,3 @@ def state_of(trainer: L.Trainer, plugin: LayerPrecision) -> RunState:
         scales=scales,
         single=trainer.world_size == 1 and not sharded,
     )
-
-
-class _LossScale:
-    """A loss scale's state as tensors, which are copied without waiting for the device."""
-
-    def __init__(self, scaler: LossScaler) -> None:
-        self._scaler = scaler
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self._scaler.state))
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        numbers = LossScalingState(**state_dict).numbers()
-        self._scaler.load_state_dict({"version": STATE_VERSION, **numbers})

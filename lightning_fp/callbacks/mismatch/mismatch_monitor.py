@@ -1,9 +1,7 @@
 """MismatchMonitor: how far training is from the rollout engine, and whether that grows.
 
-Policy gradients take the engine's samples for the trainer's own, but the two round in different
-places. Log-probabilities of the sampled tokens by both sides tell how far apart they are, if both
-are of the same weights: so the trainer's are those from before the step. The monitor only brings
-them to where they are measured (`mismatch_tally`) and judged (`early_warning`).
+`telemetry.mismatch.mismatch_log` measures and judges, in any loop; these are the hooks. Both sides'
+log-probabilities are to be of the same weights: so the trainer's are those from before the step.
 """
 
 from __future__ import annotations
@@ -11,31 +9,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fp.callbacks.run.run import Run, RunCallback, run_of
+from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.callbacks.run.run_info import table_of
-from lightning_fp.choices import check_at_least
-from lightning_fp.layers import FormatLike, linear_format
+from lightning_fp.layers import FormatLike
 from lightning_fp.metrics.mismatch_names import Aliases
 from lightning_fp.plugins.base import LayerPrecision
-from lightning_fp.records.mismatch_rows import MismatchWriter
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.detect.mismatch_detector import MismatchDetector
-from lightning_fp.state_version import check_version
-from lightning_fp.telemetry.mismatch.early_warning import Act, EarlyWarning
-from lightning_fp.telemetry.mismatch.mismatch_tally import MismatchTally, RankFailedError
+from lightning_fp.telemetry.mismatch.early_warning import Act
+from lightning_fp.telemetry.mismatch.mismatch_log import MismatchLog, MismatchOptions
 
 log = logging.getLogger(__name__)
-
-STATE_VERSION = 1
 
 Logprobs = tuple[Tensor, Tensor, Tensor | None]
 """rollout_logprobs, train_logprobs and mask, [batch, tokens] each."""
@@ -98,48 +91,35 @@ class MismatchMonitor(RunCallback):
         threshold: float = 2.0,
         dirpath: str | Path | None = None,
     ) -> None:
-        check_at_least(1, every_n_steps=every_n_steps, hold_steps=hold_steps)
-        if act is not None and act not in get_args(Act):
-            raise ValueError(f"act must be 'log', 'raise-precision' or None, got {act!r}")
+        options = MismatchOptions(
+            every_n_steps=every_n_steps,
+            detector=detector or MismatchDetector(),
+            act=act,
+            raise_to=raise_to,
+            hold_steps=hold_steps,
+            aliases=aliases,
+            threshold=threshold,
+        )
         if logprobs is not None and not callable(logprobs):
             raise ValueError(
                 f"logprobs must be a function of (trainer, module, batch), got {logprobs!r}"
             )
-        if raise_to is not None and act != "raise-precision":
-            raise ValueError(
-                f"raise_to must be None unless act is 'raise-precision', got {raise_to!r}"
-            )
-        self.dirpath = dirpath
-        to = None if raise_to is None else linear_format(raise_to)
-        self._warning = EarlyWarning(detector or MismatchDetector(), act, to, hold_steps)
-        self.latest: dict[str, float] | None = None
-        """The metrics of the last measured step, the same on every rank."""
-        self._hook = logprobs
-        self._every_n_steps = every_n_steps
-        name = getattr(logprobs, "__qualname__", type(logprobs).__name__)
-        source = "MismatchMonitor.update" if logprobs is None else f"logprobs={name}"
-        self._tally = MismatchTally(source, aliases, threshold)
-        self._settings: dict[str, Any] = {
-            "logprobs": None if logprobs is None else name,
-            "every_n_steps": every_n_steps,
-            "detector": asdict(self._warning.detector),
-            "act": act,
-            "raise_to": None if to is None else to.name,
-            "hold_steps": hold_steps,
-            "aliases": aliases,
-            "threshold": threshold,
-        }
-        self._measured_at = -1
-        self._open: int | None = None
-        self._failed = self._worked = self._warned_empty = False
+        self.dirpath, self._hook = dirpath, logprobs
+        self._name = getattr(logprobs, "__qualname__", type(logprobs).__name__)
+        source = "MismatchMonitor.update" if logprobs is None else f"logprobs={self._name}"
+        self._log = MismatchLog(options, source)
         self._trainer: L.Trainer | None = None
-        self._run: Run | None = None
-        self._writer: MismatchWriter | None = None
+
+    @property
+    def latest(self) -> dict[str, float] | None:
+        """The metrics of the last measured step, the same on every rank."""
+        return self._log.latest
 
     @override
     def settings(self) -> dict[str, Any]:
         """The options that decide what it does."""
-        return self._settings
+        hook = None if self._hook is None else self._name
+        return {"logprobs": hook, **self._log.options.settings()}
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -148,7 +128,7 @@ class MismatchMonitor(RunCallback):
         """Refuse to raise the precision where nothing can be raised."""
         super().setup(trainer, pl_module, stage)
         plugin = trainer.precision_plugin
-        wants_table = stage == "fit" and self._warning.act == "raise-precision"
+        wants_table = stage == "fit" and self._log.options.act == "raise-precision"
         if wants_table and not isinstance(plugin, LayerPrecision):
             raise ValueError(
                 "act='raise-precision' needs a precision plugin of lightning_fp, got"
@@ -158,12 +138,10 @@ class MismatchMonitor(RunCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure from here on."""
-        self._trainer = trainer
-        self._tally.start(trainer.strategy.root_device)
-        self._open, self._run = None, run_of(trainer)
-        self._failed = self._worked = self._warned_empty = False
-        directory = self._run.directory(self)
-        self._writer = None if directory is None else MismatchWriter(directory)
+        self._trainer, run, plugin = trainer, run_of(trainer), trainer.precision_plugin
+        owner = plugin if isinstance(plugin, LayerPrecision) else None
+        device = trainer.strategy.root_device
+        self._log.begin(owner, run, run.log(self), run.directory(self), device)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -172,19 +150,13 @@ class MismatchMonitor(RunCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """In a measured step: ask the hook, on the weights before the step."""
-        step, plugin = trainer.global_step, trainer.precision_plugin
-        if self._open is None:
-            self._open = step
-            due = step // self._every_n_steps > self._measured_at // self._every_n_steps
-            self._tally.measuring = self._run is not None and due
-            if (
-                self._tally.measuring
-                and self._hook is not None
-                and isinstance(plugin, LayerPrecision)
-            ):
-                plugin.boundary()  # the hook asks in the formats of the step to come
-        if self._tally.measuring and self._hook is not None:
-            self._guarded(self._ask, self._hook, trainer, pl_module, batch)
+        plugin, hook = trainer.precision_plugin, self._hook
+        begins = self._log.before_batch(trainer.global_step)
+        if hook is None or not self._log.measuring:
+            return
+        if begins and isinstance(plugin, LayerPrecision):
+            plugin.boundary()  # the hook asks in the formats of the step to come
+        self._log.guarded(self._ask, hook, trainer, pl_module, batch)
 
     def _ask(self, hook: Hook, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         # Frozen, the table records no amax and no statistics: these tokens are trained on anyway,
@@ -197,7 +169,7 @@ class MismatchMonitor(RunCallback):
                 given = hook(trainer, module, batch)
         finally:
             before.restore()
-        self._tally.add(given)
+        self._log.tally.add(given)
 
     def update(
         self, rollout_logprobs: Tensor, train_logprobs: Tensor, mask: Tensor | None = None
@@ -218,8 +190,8 @@ class MismatchMonitor(RunCallback):
         """
         if self._hook is not None:
             raise ValueError(
-                f"MismatchMonitor.update must not be called beside {self._tally.source}; give one"
-                " of them"
+                f"MismatchMonitor.update must not be called beside {self._log.tally.source}; give"
+                " one of them"
             )
         if self._trainer is None:
             raise ValueError(
@@ -228,82 +200,18 @@ class MismatchMonitor(RunCallback):
             )
         table = table_of(self._trainer)
         replayed = table is not None and table.frozen
-        if (
-            self._tally.measuring
-            and self._open is not None
-            and self._trainer.training
-            and not replayed
-        ):
-            self._guarded(self._tally.add, (rollout_logprobs, train_logprobs, mask))
+        if self._trainer.training and not replayed:
+            self._log.add((rollout_logprobs, train_logprobs, mask))
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """At the end of a measured step: write down what was measured, and judge it."""
-        if self._open is None or trainer.global_step == self._open:
-            return
-        begun, self._open = self._open, None
-        run = self._run  # None after a failure: on all ranks, or on none
-        if self._tally.measuring and run is not None:
-            self._tally.measuring = False
-            self._guarded(self._end_step, run, trainer, pl_module, begun)
-            self._tally.clear()
-
-    def _end_step(
-        self, run: Run, trainer: L.Trainer, module: L.LightningModule, begun: int
-    ) -> None:
-        try:
-            values = self._tally.values(failed=self._failed)
-        except RankFailedError:
-            self._run = None
-            return
-        except ValueError:
-            if not self._worked:
-                raise
-            if not self._warned_empty:
-                log.warning("step %d is not measured", begun + 1, exc_info=True)
-            self._warned_empty = True
-            return
-        if values is None:  # nobody has pushed anything: the next step may do
-            return
-        self._worked, self._measured_at, self.latest = True, begun, values
-        shown = {f"mismatch/{name}": values[name] for name in SHOWN}
-        module.log_dict(shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
-        aliases = self._tally.aliases
-        run.show({n if n in aliases else f"mismatch/{n}": v for n, v in values.items()}, begun + 1)
-        self._write(begun + 1, values)
-        plugin = trainer.precision_plugin
-        owner = plugin if isinstance(plugin, LayerPrecision) else None
-        self._warning.judge(owner, run.log(self), begun + 1, values)
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        """Only rank 0 has a writer."""
-        if self._writer is not None:
-            try:
-                self._writer.append(step, values)
-            except OSError:
-                self._writer = None
-                log.exception("mismatch.csv cannot be written; the training goes on without it")
-
-    # -- failures and the end -------------------------------------------------------------------
-
-    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
-        """What is wrong from the start is raised; what goes wrong later may not end the run."""
-        # The end of a step is a collective, in which this rank tells the others that it has failed.
-        if self._failed and function != self._end_step:
-            return
-        try:
-            function(*args)
-        except Exception:
-            if not self._worked:
-                raise
-            if not self._failed:
-                log.exception("MismatchMonitor failed; the training goes on without it")
-            self._failed = True
+        self._log.after_batch(trainer.global_step, partial(_in_metrics, pl_module))
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if nothing was ever measured."""
-        if self._run is not None and not self._worked and trainer.is_global_zero:
+        if self._log.running and not self._log.worked and trainer.is_global_zero:
             log.warning(
                 "MismatchMonitor has measured nothing: give it a hook with logprobs=, or call its"
                 " update(rollout_logprobs, train_logprobs, mask) in the training step"
@@ -313,22 +221,22 @@ class MismatchMonitor(RunCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The next fit begins anew."""
         if stage == "fit":
-            self._trainer = self._writer = self._run = None
+            self._trainer = None
+            self._log.end()
 
     # -- state ----------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """The detector's state, and when precision was raised."""
-        return {
-            "version": STATE_VERSION,
-            "measured_at": self._measured_at,
-            **self._warning.state_dict(),
-        }
+        return self._log.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        check_version(state_dict, STATE_VERSION, "MismatchMonitor state must have version")
-        self._measured_at = int(state_dict["measured_at"])
-        self._warning.load_state_dict(state_dict)
+        self._log.load_state_dict(state_dict)
+
+
+def _in_metrics(module: L.LightningModule, values: Mapping[str, float]) -> None:
+    shown = {f"mismatch/{name}": values[name] for name in SHOWN}
+    module.log_dict(shown, logger=False, on_step=True, on_epoch=False, batch_size=1)

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fp.choices import check_at_least
+from lightning_fp.layers import PrecisionMap
 from lightning_fp.layers.rules import compile_pattern, no_match_message
 from lightning_fp.plugins import LayerPrecision
+
+
+class _HasTable(Protocol):
+    @property
+    def precision_map(self) -> PrecisionMap: ...
 
 
 class _Removable(Protocol):
@@ -41,7 +47,7 @@ class Fault(L.Callback):
     def __post_init__(self) -> None:
         check_at_least(0, start=self.start)
         self._pattern = compile_pattern(self.layers)
-        self._plugin: LayerPrecision | None = None
+        self._owner: _HasTable | None = None
         self._now = 0
         self._undo: list[Callable[[], object]] = []
 
@@ -62,7 +68,7 @@ class Fault(L.Callback):
 
     def format(self, name: str) -> str:
         """A layer's format now; "high" without our plugin."""
-        return "high" if self._plugin is None else self._plugin.precision_map.formats()[name]
+        return "high" if self._owner is None else self._owner.precision_map.formats()[name]
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that depend on the seed, the step and the layer's name only."""
@@ -92,24 +98,31 @@ class Fault(L.Callback):
     # -- Lightning --------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Hook into the layers.
+        """Hook into the layers of the module."""
+        if stage == "fit":
+            plugin = trainer.precision_plugin
+            self.install(pl_module, plugin if isinstance(plugin, LayerPrecision) else None)
+
+    def install(self, model: nn.Module, owner: _HasTable | None) -> None:
+        """Hook into the layers of a model; in any loop.
+
+        Args:
+            model: the model.
+            owner: of the table of its formats; None where there is none.
 
         Raises:
             ValueError: if no linear layer matches.
         """
-        if stage != "fit":
-            return
-        plugin = trainer.precision_plugin
-        self._plugin = plugin if isinstance(plugin, LayerPrecision) else None
-        self._start_clock(pl_module)
-        linears = {n: m for n, m in pl_module.named_modules() if isinstance(m, nn.Linear)}
+        self._owner = owner
+        self._start_clock(model)
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         names = [name for name in linears if self._pattern.fullmatch(name)]
         if not names:
             raise ValueError(no_match_message(self.layers, linears))
         for name in names:
             self.attach(name, linears[name])
 
-    def _start_clock(self, module: L.LightningModule) -> None:
+    def _start_clock(self, module: nn.Module) -> None:
         buffer = f"{type(self).__name__}_clock"
         module.register_buffer(buffer, torch.zeros((), dtype=torch.int64))
 
@@ -126,6 +139,11 @@ class Fault(L.Callback):
         self._undo.append(handle.remove)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The module is as it was."""
+        self.uninstall()
+
+    def uninstall(self) -> None:
+        """Take out of a model what `install` has put there."""
         for undo in self._undo:
             undo()
         self._undo.clear()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.replay.untouched import untouched
 
 Outcome = Literal["done", "no loss", "out of memory", "failed on another rank"]
+
+_OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+"""From good to bad: the worst of all ranks is the largest index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,36 @@ def replay_step(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return Replay(outcome="out of memory")
+
+
+def on_all_ranks(replay: Callable[[], Replay], device: torch.device) -> Replay:
+    """A replay whose outcome is the worst of all ranks'; a collective.
+
+    Args:
+        replay: of this rank.
+        device: where collectives run.
+
+    Raises:
+        Exception: what the training step raised, on the ranks where it did.
+    """
+    error: Exception | None = None
+    try:
+        result = replay()
+    except Exception as failure:
+        error, result = failure, Replay(outcome="failed on another rank")
+    # Before anything is raised: the other ranks wait here, and would do so for ever.
+    outcome = _worst_of_ranks(result.outcome, device)
+    if error is not None:
+        raise error
+    return result if outcome == result.outcome else Replay(outcome=outcome)
+
+
+def _worst_of_ranks(outcome: Outcome, device: torch.device) -> Outcome:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return outcome
+    code = torch.tensor(_OUTCOMES.index(outcome), device=device)
+    dist.all_reduce(code, op=dist.ReduceOp.MAX)
+    return _OUTCOMES[int(code)]
 
 
 def _observe(table: PrecisionMap) -> StatisticsTable:

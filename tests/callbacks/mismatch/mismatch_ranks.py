@@ -71,7 +71,7 @@ def train(directory: Path, rank: int, steps: int, broken_at: int | None = None) 
         "given": model.given,
         "latest": monitor.latest,
         "formats": table.formats(),
-        "state": monitor._warning.state_dict()["detector"],
+        "state": monitor._log.warning.state_dict()["detector"],
         "steps": trainer.global_step,
     }
 

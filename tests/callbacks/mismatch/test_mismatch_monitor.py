@@ -309,9 +309,7 @@ def test_what_goes_wrong_later_does_not_end_the_run(
     assert len(model.losses) == 8
     # A step without tokens has no row; after a failure of the hook there are none any more.
     assert column(tmp_path, "step") == ([1, 2, 3] if later is LOGPROBS else [1, 2, 3, 5, 7, 8])
-    told = [
-        r for r in caplog.records if r.name == "lightning_fp.callbacks.mismatch.mismatch_monitor"
-    ]
+    told = [r for r in caplog.records if r.name == "lightning_fp.telemetry.mismatch.mismatch_log"]
     assert len(told) == 1
 
 

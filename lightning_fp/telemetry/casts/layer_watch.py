@@ -7,26 +7,37 @@ are everywhere, and the layer that they are seen in need not be the one that mad
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-import lightning as L
 from torch import Tensor
 
-from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
 from lightning_fp.layers import FPLinear, LinearFormat, PrecisionMap
 from lightning_fp.layers.statistics_table import over_ranks
 from lightning_fp.stability.respond.limits import Excess, LayerLimit, LimitWatch
-from lightning_fp.telemetry.casts.sampling import SampledSteps, StepSampler
+from lightning_fp.telemetry.casts.sampling import Listener, SampledSteps, StepSampler
 
 STRIDE = 8
 """SQNR looks at every so many rows, as ClampMonitor does."""
 
 
+class Monitor(Protocol):
+    """Who samples steps already."""
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """Called with every sampled step."""
+        ...
+
+    def sample_next(self) -> None:
+        """Sample the next step too, out of turn."""
+        ...
+
+
 class LayerWatch:
-    """Looks at sampled steps, through a ClampMonitor if there is one: only one can observe.
+    """Looks at sampled steps, through a monitor if there is one: only one can observe.
 
     Args:
-        trainer: the Trainer, in `fit`.
+        monitor: who samples steps already; None where nobody does.
         table: whose layers are observed from here on.
         limit: the limits.
         every_n_steps: one in so many steps is looked at.
@@ -35,7 +46,7 @@ class LayerWatch:
 
     def __init__(
         self,
-        trainer: L.Trainer,
+        monitor: Monitor | None,
         table: PrecisionMap,
         limit: LayerLimit,
         *,
@@ -46,10 +57,9 @@ class LayerWatch:
         self._limits = LimitWatch(limit, 0)  # it is the watch that counts
         self._looks: list[tuple[list[str], Tensor]] = []
         self._sampler: StepSampler | None = None
-        callbacks: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        self._monitor = next((c for c in callbacks if isinstance(c, ClampMonitor)), None)
-        if self._monitor is not None:
-            self._monitor.listeners.append(self._look)
+        self._monitor = monitor
+        if monitor is not None:
+            monitor.listeners.append(self._look)
             return
         linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
         self._sampler = StepSampler(linears, STRIDE, self._steps, listeners=[self._look])

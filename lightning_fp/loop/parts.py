@@ -1,0 +1,277 @@
+"""Parts: who measures and who acts in a plain loop, at each moment of a step.
+
+The order is that of the Trainer's callbacks: the watch decides before anybody has seen the batch,
+then what the steps before have shown is here, then stages may change formats.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fp.loop.batches import device_of_batch
+from lightning_fp.loop.gates import FALLBACKS, check_measurable, measurements
+from lightning_fp.loop.loop_precision import LoopPrecision
+from lightning_fp.loop.loop_records import LoopRecords
+from lightning_fp.loop.optimizer_steps import ComputeLoss
+from lightning_fp.loop.plain_loop import PlainLoop
+from lightning_fp.recipes import RolloutRecipe, remarks_on
+from lightning_fp.recipes.text import as_plain
+from lightning_fp.stability.supervise.options import WatchOptions
+from lightning_fp.stability.supervise.step_count import StepCount
+from lightning_fp.stability.supervise.supervisor import Supervisor
+from lightning_fp.telemetry import LOSS
+from lightning_fp.telemetry.casts.cast_log import CastLog, CastOptions
+from lightning_fp.telemetry.casts.layer_watch import LayerWatch
+from lightning_fp.telemetry.mismatch.mismatch_log import MismatchLog, MismatchOptions
+from lightning_fp.telemetry.over_ranks import is_first
+from lightning_fp.telemetry.rollout.gate_evidence import GateEvidence
+from lightning_fp.telemetry.rollout.staging import Staging, held_by_fallback
+from lightning_fp.telemetry.rollout.token_counter import TokenCounter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartOptions:
+    """Which parts there are; None: not that one."""
+
+    casts: CastOptions | None
+    watch: WatchOptions | None
+    mismatch: MismatchOptions
+    recipe: RolloutRecipe | None
+    tokens_per_step: int | None
+    max_steps: int | None
+    interval: int
+    """Length of a log interval in steps."""
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """As plain data, under the names of the Trainer's callbacks."""
+        found: dict[str, dict[str, Any]] = {}
+        if self.casts is not None:
+            found["ClampMonitor"] = self.casts.settings()
+        if self.watch is not None:
+            found["PrecisionFallback"] = self.watch.settings()
+        if self.recipe is not None:
+            found["StagedRollout"] = {"recipe": as_plain(self.recipe)}
+        return found
+
+
+class Parts:
+    """What goes on around the steps.
+
+    Args:
+        options: which parts there are.
+        precision: the formats and the base.
+        records: where is written, and who is shown.
+        loop: makes steps again.
+        device: where collectives run.
+
+    Raises:
+        ValueError: for a recipe that cannot be here, or a base that cannot fall back.
+    """
+
+    def __init__(
+        self,
+        options: PartOptions,
+        precision: LoopPrecision,
+        records: LoopRecords,
+        loop: PlainLoop,
+        device: torch.device,
+    ) -> None:
+        self._options, self._precision, self._records = options, precision, records
+        self._loop, self._device = loop, device
+        self.casts = None if options.casts is None else CastLog(options.casts, "the monitor")
+        self.mismatch = MismatchLog(options.mismatch, "loop.mismatch.update", "the mismatch")
+        self.watching: Supervisor | None = None
+        """The watch, from the first step on."""
+        if options.casts is not None:
+            options.casts.named(precision)
+        if options.watch is not None:
+            precision.base.check_can_fall_back(loop.model)
+        self.staging = None if options.recipe is None else self._staging(options.recipe)
+        self._loaded: Mapping[str, Any] = {}
+        self._published = 0
+
+    def _staging(self, recipe: RolloutRecipe) -> Staging:
+        options = self._options
+        until = {key for stage in recipe.stages for key in stage.until}
+        if "share" in until and options.max_steps is None:
+            raise ValueError(
+                f"recipe {recipe.name!r} has stages that end by a share of the run; give"
+                " PrecisionLoop(max_steps=...), or take until.steps"
+            )
+        on = {"mismatch"} | ({"monitor"} if options.casts else set())
+        on |= {"fallback"} if options.watch else set()
+        every = options.casts.log_every_n_steps if options.casts else None
+        names = measurements(recipe, on, interval=every or options.interval)
+        if LOSS in until:
+            names[LOSS] = LOSS
+        tokens = TokenCounter(options.tokens_per_step, options.interval)
+        staging = Staging(
+            recipe, GateEvidence(names, None, None), tokens if "tokens" in until else None
+        )
+        stages = staging.follow(self._precision).stages
+        check_measurable(stages, self._precision.precision_map)
+        report = self._precision.report
+        for remark in remarks_on(
+            recipe, stages, order_known=report is not None and bool(report.order)
+        ):
+            log.info("%s", remark)
+        return staging
+
+    # -- a run ----------------------------------------------------------------------------------
+
+    def start(self, compute_loss: ComputeLoss | None, step: int) -> None:
+        """Before the first step of this process.
+
+        Args:
+            compute_loss: of that step; None where steps are made in blocks.
+            step: optimizer steps done.
+        """
+        self._loop.compute_loss = compute_loss
+        precision, records, options = self._precision, self._records, self._options
+        run, directory, device = records.run, records.directory, self._device
+        if self.casts is not None:
+            self.casts.open(
+                precision, run, directory, step=step, interval=options.interval, device=device
+            )
+        self.mismatch.begin(precision, run, records.log, directory, device)
+        if self.staging is not None:
+            self.staging.begin(run, records.log, options.max_steps or math.inf)
+        if options.watch is not None:
+            self.watching = self._supervisor(options.watch, step)
+        if is_first() and precision.report is not None:
+            log.info("%s", precision.report.screen(f"PrecisionLoop ({precision.name})"))
+
+    def _supervisor(self, options: WatchOptions, step: int) -> Supervisor:
+        looks, limit = None, options.limit
+        if limit is not None:
+            every, table = options.every_n_steps, self._precision.precision_map
+            looks = LayerWatch(self.casts, table, limit, every_n_steps=every, seed=options.seed)
+        watching = Supervisor(
+            options,
+            self._loop,
+            count=StepCount(step, step),
+            log=self._records.log,
+            signals=self._records.run.signals.reader(),
+            looks=looks,
+        )
+        if self._loaded:
+            watching.load_state_dict(self._loaded)
+        self._published = watching.state.fallback.demotions
+        watching.start()
+        return watching
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    def begin_step(self, compute_loss: ComputeLoss | None, step: int) -> None:
+        """Between two steps, before anybody has seen the next batch.
+
+        Args:
+            compute_loss: of the step to come; None where it is made in a block.
+            step: optimizer steps done.
+        """
+        self._loop.compute_loss = compute_loss
+        watching, run = self.watching, self._records.run
+        if watching is not None:
+            watching.begin(step)
+            # At every step, 0 too: a gate without data would hold a rollout.
+            demotions = watching.state.fallback.demotions
+            new, self._published = demotions - self._published, demotions
+            run.board.publish(FALLBACKS, step, float(new))
+
+    def before_batch(self, batch: Any, index: int, step: int) -> None:
+        """A micro-batch's forward comes next.
+
+        Args:
+            batch: the micro-batch.
+            index: within the step.
+            step: optimizer steps done.
+        """
+        watching, run = self.watching, self._records.run
+        if watching is not None and watching.failed_at is None:
+            if self._loop.compute_loss is not None:
+                device = device_of_batch(batch)
+                watching.record(batch, index, {} if device is None else {"device": device})
+            watching.before_forward()
+        run.recorder.begin(step)
+        run.signals.arrive()
+        if self.casts is not None:
+            self.casts.before_batch(step)
+        self.mismatch.before_batch(step)
+        if self.staging is not None:
+            phase = "" if watching is None else watching.state.fallback.phase
+            held, over = held_by_fallback(phase)
+            self.staging.before_batch(batch, step, held=held, over=over)
+
+    def after_backward(self) -> None:
+        """A micro-batch's backward is done."""
+        if self.casts is not None:
+            self.casts.after_backward()
+        if self.watching is not None:
+            self.watching.after_backward()
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has stepped, or left the step out; its record is made.
+
+        Args:
+            step: optimizer steps done.
+        """
+        if self.casts is not None and self.casts.after_batch(step):
+            self.casts.tell(step)
+        self.mismatch.after_batch(step)
+        if self.staging is not None:
+            self.staging.after_batch(step, self._options.interval, self._device)
+        if self.watching is not None:
+            last = self._records.run.last
+            known = last.optimizers[-1].hyperparameters if last and last.optimizers else None
+            self.watching.end(step, None if known is None else [known])
+
+    def update_mismatch(self, rollout: Tensor, train: Tensor, mask: Tensor | None) -> None:
+        """Take in log-probabilities; not in a replay, whose tokens would count twice."""
+        if not self._precision.precision_map.frozen:
+            self.mismatch.add((rollout, train, mask))
+
+    def words(self) -> dict[str, str]:
+        """For a progress bar."""
+        stage = None if self.staging is None else self.staging.stage
+        watch = "" if self.watching is None else self.watching.confined_to
+        return {"stage": stage or "", "watch": watch}
+
+    def finish(self) -> None:
+        """The run is over; a collective."""
+        if self.watching is not None:
+            self.watching.finish()
+            self.watching.close()
+        if self.casts is not None:
+            self.casts.finish(self._records.run.step)
+            self.casts.let_go()
+        self.mismatch.end()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all parts."""
+        watching = self.watching
+        return {
+            "monitor": None if self.casts is None else self.casts.state_dict(),
+            "mismatch": self.mismatch.state_dict(),
+            "rollout": None if self.staging is None else self.staging.state_dict(),
+            "fallback": dict(self._loaded) if watching is None else watching.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`; before `start`."""
+        if self.casts is not None and state["monitor"] is not None:
+            self.casts.load_state_dict(state["monitor"])
+        self.mismatch.load_state_dict(state["mismatch"])
+        if self.staging is not None and state["rollout"] is not None:
+            self.staging.load_state_dict(state["rollout"])
+        self._loaded = state["fallback"]
