@@ -317,12 +317,15 @@ class Attributed(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute(Question[Attributed]):
-    """Find the layers whose formats make the error of a batch's gradients."""
+    """Find the layers whose formats make the error of some batches' gradients."""
 
     healthy: float
     weights: int | None = None
-    batch: int | None = None
-    """Its step; None for the last."""
+    batches: tuple[int, ...] = ()
+    """Their steps; the last is looked at besides, unless `alone`."""
+
+    alone: bool = False
+    """Whether nothing but these are at fault."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,9 +87,9 @@ class Answers:
                     )
             case ReplayStretch():
                 return self._replay_stretch(question)
-            case Attribute(healthy=healthy, weights=weights, batch=batch):
+            case Attribute(healthy=healthy, weights=weights):
                 with self._on(weights):
-                    return self._attribute(healthy, self._batches(1, batch))
+                    return self._attribute(healthy, self._shown(question))
             case ProbeStep():
                 return self._probe()
             case CheckCure(layers=layers, batch=batch):
@@ -259,12 +259,19 @@ class Answers:
             return Probed(error=None)
         return Probed(error=gradient_error(self._compare(current, high)), replays=2)
 
+    def _shown(self, question: Attribute) -> list[RecordedStep]:
+        """The batches that may show who is at fault, the last one last."""
+        found = [self._ring.find(step) for step in question.batches]
+        last = None if question.alone and any(found) else self._ring.last
+        steps = {step.step: step for step in (*found, last) if step is not None}
+        return list(steps.values())
+
     def _attribute(self, healthy: float, steps: Sequence[RecordedStep]) -> Attributed:
-        run = self._run(steps[-1] if steps else None)
-        if run is None:
+        runs = [run for step in steps if (run := self._run(step)) is not None]
+        if not runs:
             return Attributed(found=None)
         loop = self._loop
-        found = Attributor(run, loop.model, loop.table, loop.high).attribute(healthy)
+        found = Attributor(runs, loop.model, loop.table, loop.high).attribute(healthy)
         return Attributed(found=found, replays=0 if found is None else found.replays)
 
     def _compare(self, one: Replay, other: Replay) -> Any:

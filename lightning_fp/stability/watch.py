@@ -71,6 +71,9 @@ CLAMPING_BITS = -1.0
 """Headroom below which a step under delayed scaling asks for statistics of the next: its largest
 value was twice what the scale holds."""
 
+WORST = 2
+"""Batches of the most unusual casts that an attribution looks at besides the last."""
+
 
 class Watch:
     """Decides; pure: old states stay usable.
@@ -326,8 +329,9 @@ class Watch:
         """Open a case, unless one is open."""
         if turn.state.inquiry is not None:
             return
-        steps = turn.state.steps
+        steps, casts = turn.state.steps, turn.state.casts
         case = Case(
+            unusual=() if casts is None else self._trigger.worst(casts, WORST),
             budget=self.budget.left(steps=steps.attempted, replayed=steps.replayed),
             step=step,
             onset=step if onset is None else onset,

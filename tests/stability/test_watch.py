@@ -485,7 +485,7 @@ def test_a_batch_whose_casts_jump_is_compared_at_once() -> None:
         state, more = tell(watch, state, AmaxSeen(at=step + 1, step=step, amax=amax), loop)
         events += more
     assert loop.asked[0] == CompareLosses(at=138, batch=137)
-    assert Attribute(healthy=HEALTHY_ERROR, batch=137) in loop.asked
+    assert Attribute(healthy=HEALTHY_ERROR, batches=(137,), alone=True) in loop.asked
     (demotion,) = kinds(events, Demotion)
     assert demotion.step == 138
     assert state.fallback.demotions == 0  # no incident: others of the same kind may follow

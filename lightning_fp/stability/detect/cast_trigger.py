@@ -27,6 +27,9 @@ FIRST_WAIT = 4
 
 LONGEST_WAIT = 1024
 
+UNUSUAL = 1.0
+"""Bits above the median from which on a batch's casts count as unusual: 6 of 1,000 healthy ones."""
+
 ONE_HIGHER = 1.0
 """Bits above the last report at which waiting ends."""
 
@@ -60,6 +63,9 @@ class CastState:
 
     waits: Tensor
     """int64 [layers, 2]: steps that the next report is kept quiet for."""
+
+    last: int = -1
+    """The last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +114,7 @@ class CastTrigger:
         # Against the steps before, without this one: a jump must not raise its own reference.
         above = level - state.recent.nanmedian(dim=0).values if len(state.recent) else level
         recent = torch.cat([state.recent, level[None]])[-self.window :]
+        state = replace(state, last=step)
         if len(state.recent) < self.window:
             return replace(state, recent=recent), []
         new = (step >= state.quiet_until) | (above >= state.reported + ONE_HIGHER)
@@ -119,6 +126,7 @@ class CastTrigger:
             for row, column in jumps.nonzero().tolist()
         ]
         after = CastState(
+            last=step,
             recent=recent,
             reported=torch.where(jumps, above, state.reported),
             quiet_until=torch.where(jumps, step + state.waits, state.quiet_until),
@@ -126,10 +134,26 @@ class CastTrigger:
         )
         return after, sorted(found, key=lambda jump: -jump.bits)
 
+    def worst(self, state: CastState, count: int) -> tuple[int, ...]:
+        """The steps of the window whose casts were most unusual, worst first; only such as were.
+
+        Args:
+            state: what was seen.
+            count: how many at most.
+        """
+        steps = len(state.recent)
+        if steps < 2:
+            return ()
+        above = (state.recent - state.recent.nanmedian(dim=0).values).nan_to_num(nan=0.0)
+        bits = above.flatten(1).amax(dim=1).tolist()
+        order = sorted(range(steps), key=lambda row: -bits[row])[:count]
+        return tuple(state.last - steps + 1 + row for row in order if bits[row] > UNUSUAL)
+
     def state_dict(self, state: CastState) -> dict[str, Any]:
-        """Plain tensors."""
+        """Plain tensors, and a number."""
         return dict(vars(state))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> CastState:
         """See `state_dict`."""
-        return CastState(**{name: tensor.cpu() for name, tensor in saved.items()})
+        tensors = {n: value.cpu() for n, value in saved.items() if isinstance(value, Tensor)}
+        return CastState(last=saved.get("last", -1), **tensors)

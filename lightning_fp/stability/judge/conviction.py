@@ -28,7 +28,7 @@ from lightning_fp.stability.judge.by_trajectory import (
     proved,
 )
 from lightning_fp.stability.judge.evidence import SPENT, Case, Evidence
-from lightning_fp.stability.respond.attribution import Attribution
+from lightning_fp.stability.respond.attribution import STILL, Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
 from lightning_fp.stability.respond.verdict import Finding, Judgement, OneStep, judge_one_step
 
@@ -196,16 +196,25 @@ def _overflow(evidence: Evidence, reason: str) -> Conclusion:
 
 
 def _attribute(evidence: Evidence) -> Attribution | None:
-    """On the weights of now; if those have adapted to the fault, on those before it."""
+    """On the weights before the damage; on those of now, if only these show it."""
     survey, case = evidence.survey, evidence.case
     if survey.whole:
         return None
-    asked = Attribute(healthy=case.healthy_error, weights=_weights(survey), batch=case.batch)
-    found = evidence.answer(asked).found
-    if (found is None or not found.culprits) and survey.start not in (None, asked.weights):
-        earlier = evidence.answer(replace(asked, weights=survey.start)).found
-        found = earlier if earlier is not None and earlier.culprits else found
-    return found
+    batches = case.unusual if case.batch is None else (case.batch,)
+    asked = Attribute(
+        healthy=case.healthy_error,
+        weights=_weights(survey),
+        batches=batches,
+        alone=case.batch is not None,
+    )
+    before: Attribution | None = None
+    if case.batch is None and survey.start not in (None, asked.weights):
+        before = evidence.answer(replace(asked, weights=survey.start)).found
+        if before is not None and before.culprits and before.error > STILL * case.healthy_error:
+            return before
+    now = evidence.answer(asked).found
+    nobody = now is None or not now.culprits
+    return before if nobody and before is not None and before.culprits else now
 
 
 def _around(evidence: Evidence, seen: OneStep | None) -> CauseEvidence:

@@ -45,6 +45,9 @@ class Case:
     batch: int | None = None
     """The step of the batch that shows it, if one alone does."""
 
+    unusual: tuple[int, ...] = ()
+    """Steps of the last batches whose casts were most unusual, worst first."""
+
     budget: float = math.inf
     """Steps that may be replayed for it."""
 
