@@ -156,6 +156,13 @@ class LayerClimb(FormatChange):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnprovenClimb(FormatChange):
+    """Layers climbed one rung on a suspicion, where nothing can be replayed to prove it."""
+
+    kind: ClassVar[str] = "unproven"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollback(Event):
     """The run went back to a snapshot."""
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Started,
         StateChange,
         Suspicion,
+        UnprovenClimb,
         Verdict,
         read_events,
     )
@@ -75,6 +76,7 @@ __all__ = [
     "Started",
     "StateChange",
     "Suspicion",
+    "UnprovenClimb",
     "Verdict",
     # the run
     "LayerInfo",

@@ -30,6 +30,7 @@ from lightning_fp.events import (
     Started,
     StateChange,
     Suspicion,
+    UnprovenClimb,
     Verdict,
     WatchFailed,
 )
@@ -51,6 +52,7 @@ KINDS: Mapping[str, type[Event]] = {
         Demotion,
         Promotion,
         LayerClimb,
+        UnprovenClimb,
         Rollback,
         StateChange,
         FormatChange,

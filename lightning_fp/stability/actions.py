@@ -184,6 +184,9 @@ class Surveyed(Answer):
     steps: tuple[int, ...] = ()
     """Their numbers."""
 
+    replayable: bool = True
+    """Whether any step can be run again here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Survey(Question[Surveyed]):
@@ -333,6 +336,8 @@ class Probed(Answer):
     """Relative error of a batch's gradients against high precision; None if it cannot be had."""
 
     error: float | None
+    losses: tuple[float, float] | None = None
+    """Of the batch, in the run's formats and in high precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +365,9 @@ class Climb(Question[Climbed]):
     reason: str
     excess: Excess | None = None
     """The limit that it is over."""
+
+    proved: bool = True
+    """Whether anything has shown that the layer needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)

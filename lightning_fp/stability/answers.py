@@ -130,7 +130,13 @@ class Answers:
             rates=tuple(map(_rate, steps or [])),
             skipped=sum(step.skipped for step in steps or []),
             steps=tuple(step.step for step in steps or []),
+            replayable=self._replayable,
         )
+
+    @property
+    def _replayable(self) -> bool:
+        last = self._ring.last
+        return self.reach != "limits only" and (last is None or bool(last.micro_batches))
 
     def _weights_finite(self) -> bool:
         with torch.no_grad():
@@ -257,7 +263,8 @@ class Answers:
         high = None if run is None or current is None else _done(run(self._all_high()))
         if current is None or high is None or not self._is_finite(high):
             return Probed(error=None)
-        return Probed(error=gradient_error(self._compare(current, high)), replays=2)
+        seen = self._compare(current, high)
+        return Probed(error=gradient_error(seen), losses=seen.losses, replays=2)
 
     def _shown(self, question: Attribute) -> list[RecordedStep]:
         """The batches that may show who is at fault, the last one last."""

@@ -15,6 +15,7 @@ from lightning_fp.events import (
     StateChange,
     Suspicion,
     Tier,
+    UnprovenClimb,
     Verdict,
 )
 from lightning_fp.layers import LinearFormat
@@ -147,7 +148,8 @@ def climbed(climb: Climb, to: Climbed, *, dry_run: bool) -> Iterator[Event]:
     over = climb.excess
     numbers = {} if over is None else {over.statistic: over.value, "limit": over.limit}
     if to.after is not None:
-        yield LayerClimb(
+        kind = LayerClimb if climb.proved else UnprovenClimb
+        yield kind(
             step=climb.at,
             reason=climb.reason,
             numbers=numbers,

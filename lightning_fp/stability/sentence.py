@@ -39,6 +39,7 @@ class Sentence:
         limits: told when formats change; None where there are none.
         probe: knows what error of the gradients is usual.
         budget: how much may be replayed.
+        act_without_proof: whether layers climb where nothing can be replayed.
         dry_run: whether only to say what would be done.
     """
 
@@ -50,11 +51,12 @@ class Sentence:
         probe: Probe,
         budget: ReplayBudget,
         *,
+        act_without_proof: bool = False,
         dry_run: bool,
     ) -> None:
         self.fallback, self.detector = fallback, detector
         self.limits, self.probe, self.dry_run = limits, probe, dry_run
-        self.budget = budget
+        self.budget, self.act_without_proof = budget, act_without_proof
 
     def close(self, turn: Turn, evidence: Evidence, conclusion: Conclusion) -> None:
         step = evidence.case.step
@@ -62,10 +64,22 @@ class Sentence:
         if conclusion.finding == "precision":
             self._convict(turn, evidence, conclusion)
         elif conclusion.finding == "unclear":
-            unclear = self.fallback.unclear(turn.state.fallback, step)
-            turn.state = replace(turn.state, fallback=unclear)
+            self._wait(turn, evidence)
         else:
             self._acquit(turn, evidence, conclusion)
+
+    def _wait(self, turn: Turn, evidence: Evidence) -> None:
+        """Ask again later; where nothing will ever be proved, every layer may climb one rung."""
+        step, fallback = evidence.case.step, turn.state.fallback
+        if evidence.survey.replayable or not self.act_without_proof:
+            unclear = self.fallback.unclear(fallback, step)
+            turn.state = replace(turn.state, fallback=unclear)
+            return
+        reason = "a suspicion that cannot be proved here"
+        turn.actions += [
+            Climb(at=step, layer=name, reason=reason, proved=False) for name in evidence.survey.low
+        ]
+        turn.enter(step, self.fallback.acquitted(fallback, step), "layers have climbed, unproven")
 
     def _acquit(self, turn: Turn, evidence: Evidence, conclusion: Conclusion) -> None:
         step = evidence.case.step

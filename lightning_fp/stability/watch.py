@@ -84,6 +84,7 @@ class Watch:
         limit: how much a layer's casts may lose; None sets no limits.
         probe: when to compare gradients without a suspicion; None never does.
         budget: how much may be replayed.
+        act_without_proof: whether a suspicion climbs a rung where nothing can be replayed.
         layers: how many layers there are, for the budget of climbs.
         loss_scaling: how the loss scale of FP16 moves, if there is one.
         dry_run: whether only to say what would be done.
@@ -97,6 +98,7 @@ class Watch:
         limit: LayerLimit | None = None,
         probe: Probe | None = None,
         budget: ReplayBudget | None = None,
+        act_without_proof: bool = False,
         layers: int = 0,
         loss_scaling: LossScaling | None = None,
         dry_run: bool = False,
@@ -116,6 +118,7 @@ class Watch:
             self.limits,
             probe or Probe(),
             self.budget,
+            act_without_proof=act_without_proof,
             dry_run=dry_run,
         )
 
@@ -254,8 +257,10 @@ class Watch:
         )
 
     def _looked(self, turn: Turn, look: Looked) -> None:
-        """Layers over their limits climb."""
-        if self.limits is not None and look.sound and self._armed(turn):
+        """Layers over their limits climb; not while the loss is up, which moves casts as well."""
+        fallback = turn.state.fallback
+        calm = turn.state.calm and look.at >= fallback.quiet_until
+        if self.limits is not None and look.sound and calm and self._armed(turn):
             limits, climbing = self.limits.step(turn.state.limits, look.excesses, look.names)
             turn.state = replace(turn.state, limits=limits)
             turn.actions += [
@@ -299,11 +304,17 @@ class Watch:
             steps=steps.attempted, replayed=steps.replayed, batches=batches
         )
 
-    def _probed(self, turn: Turn, step: int, error: float | None) -> None:
-        probe, state = self.probe or Probe(), turn.state
+    def _probed(self, turn: Turn, step: int, probed: Probed) -> None:
+        probe, state, error = self.probe or Probe(), turn.state, probed.error
         before = state.probed
         turn.state = replace(state, probed=probe.seen(before, step, error))
-        if error is None or not probe.suspicious(before, error):
+        if error is None:
+            return
+        if not probe.suspicious(before, error):
+            # A format that was too coarse from the first step on has the errors that are usual, but
+            # may cost loss all the same.
+            if self._is_dear(state, probed) and self._may_look(turn, BATCHES):
+                turn.actions.append(CompareLosses(at=step, count=BATCHES))
             return
         if step < state.harmless_until:
             if self._may_look(turn, BATCHES):
@@ -313,6 +324,15 @@ class Watch:
         # Between two probes nobody has looked: it may have begun right after the last good one.
         onset = step if before.healthy is None else before.healthy
         self._suspect(turn, step, onset, "a probe is out of the usual")
+
+    @staticmethod
+    def _is_dear(state: WatchState, probed: Probed) -> bool:
+        """Whether the batch's loss is far from high precision's."""
+        if probed.losses is None:
+            return False
+        low, high = probed.losses
+        one = LossesCompared(losses=(low,), high_losses=(high,))
+        return gap_of(one, state.anomaly).alarming
 
     # -- a case ---------------------------------------------------------------------------------
 
@@ -351,7 +371,8 @@ class Watch:
                 turn.events += tell.climbed(question, answer, dry_run=self.dry_run)
                 if after is not None and not self.dry_run:
                     turn.formats_changed(self.detector, self.limits)
-                    self._sentence.check_cure(turn, at, [layer])
+                    if question.proved:
+                        self._sentence.check_cure(turn, at, [layer])
             case CheckCure(), CureChecked():
                 self._sentence.cure_checked(turn, question, answer)
             case CheckCure(at=at), Failed(error=error):
@@ -362,11 +383,11 @@ class Watch:
                 turn.events.append(Promotion(step=at, reason=reason, formats=formats))
                 turn.enter(at, self.fallback.promoted(turn.state.fallback, at), reason)
                 turn.formats_changed(self.detector, self.limits)
-            case ProbeStep(at=at), Probed(error=error):
-                self._probed(turn, at, error)
+            case ProbeStep(at=at), Probed():
+                self._probed(turn, at, answer)
             case ProbeStep(at=at), Failed(error=error):
                 turn.events.append(tell.failed(at, error))
-                self._probed(turn, at, None)
+                self._probed(turn, at, Probed(error=None))
             case _:
                 self._evidence(turn, question, answer)
 

@@ -13,7 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_fp.events import Demotion, Event, LayerClimb, Note, Promotion, Rollback, Verdict
+from lightning_fp.events import (
+    Demotion,
+    Event,
+    LayerClimb,
+    Note,
+    Promotion,
+    Rollback,
+    UnprovenClimb,
+    Verdict,
+)
 from lightning_fp.layers import linear_format
 from lightning_fp.stability.actions import (
     Action,
@@ -99,6 +108,8 @@ class Loop:
         self.compiled: float | None = options.pop("compiled", None)
         self.compiled_high: float = options.pop("compiled_high", 0.0)
         self.chaos: float = options.pop("chaos", 0.0)
+        self.replayable: bool = options.pop("replayable", True)
+        self.probe_gap: float = options.pop("probe_gap", 0.0)
         self.length: int = options.pop("length", STEPS)
         self.survey = Surveyed(high=HIGH)
         self.stored: int = options.pop("stored", 0)
@@ -122,6 +133,7 @@ class Loop:
                     finite=self.finite,
                     compiled=self.compiled is not None,
                     stored=self.stored,
+                    replayable=self.replayable,
                 )
                 return self.survey
             case ReplayStep():
@@ -154,7 +166,8 @@ class Loop:
             case Attribute():
                 return Attributed(found=CULPRIT, replays=7)
             case ProbeStep():
-                return Probed(error=self.error, replays=2)
+                losses = (3.0 + self.probe_gap, 3.0)
+                return Probed(error=self.error, losses=losses, replays=2)
             case Climb():
                 rungs = ["fp8-rowwise", "fp8-rowwise-gw-hp", "bf16", None]
                 before = [q for q in self.asked if isinstance(q, Climb)]
@@ -348,6 +361,41 @@ def test_without_budget_for_a_placebo_two_per_cent_are_needed() -> None:
         asked = [q.precision for q in loop.asked if isinstance(q, ReplayStretch)]
         assert asked == ["high", "own"]
         assert bool(kinds(events, Demotion)) is convicted
+
+
+@pytest.mark.parametrize("act", [False, True])
+def test_where_nothing_can_be_replayed_layers_climb_only_if_asked_to(act: bool) -> None:
+    watch, loop = machine(probe=None, act_without_proof=act), Loop(replayable=False)
+    state, events = run(watch, loop, lambda step: 3.0 + 0.5 * (step >= 150), 160)
+    assert not kinds(events, Demotion)
+    assert not kinds(events, LayerClimb)
+    climbs = kinds(events, UnprovenClimb)
+    assert [climb.layers[0] for climb in climbs] == (list(LOW) if act else [])
+    assert not any(isinstance(question, (ReplayStep, CheckCure)) for question in loop.asked)
+    assert state.fallback.demotions == 0
+    assert "nothing can be replayed" in kinds(events, Verdict)[0].reason
+
+
+def test_a_probe_whose_loss_is_dear_has_more_batches_compared() -> None:
+    """A format that was too coarse from the first step on: its error is usual, nothing rises."""
+    loop, watch = Loop(error=0.1, probe_gap=0.06, gap=0.06), machine()
+    _, events = run(watch, loop, lambda _: 3.0, 100)
+    assert kinds(events, Demotion)
+    calm = Loop(error=0.1, probe_gap=0.01)
+    run(watch, calm, lambda _: 3.0, 100)
+    assert {type(question) for question in calm.asked} == {ProbeStep}
+
+
+def test_no_layer_climbs_by_a_limit_while_the_loss_is_up() -> None:
+    """A learning rate that is too high moves casts as well."""
+    excess = Excess(layer="head", operand="input", statistic="underflow", value=0.3, limit=0.25)
+    for risen in (True, False):
+        watch, loop = machine(probe=None), Loop()
+        state, _ = run(watch, loop, lambda step, up=risen: 3.0 + 0.5 * (step >= 150) * up, 156)
+        for at in (156, 157, 158):
+            look = Looked(at=at, names=tuple(LOW), excesses={"head": excess})
+            state, _ = tell(watch, state, look, loop)
+        assert any(isinstance(question, Climb) for question in loop.asked) is not risen
 
 
 def test_an_acquittal_needs_no_control() -> None:

@@ -61,6 +61,10 @@ class PrecisionFallback(RunCallback):
             delayed scaling clamps, and all while a layer is over a limit.
         probe_every_n_steps: now and then one step's gradients are compared with high precision
             without a suspicion, in the long run once in so many steps; None never does.
+        replay_budget: share of the steps that may be run again for probes and verdicts, besides one
+            incident; it is said at the start how many steps that is.
+        act_without_proof: whether all layers climb one rung at a suspicion where nothing can be
+            replayed, and so nothing proved; else the suspicion is only told.
         snapshot_every_n_steps: steps from one snapshot to the next.
         snapshots: how many to keep, at growing age.
         snapshot_bytes: most host memory for them; None sets no bound.
@@ -89,6 +93,8 @@ class PrecisionFallback(RunCallback):
         limit: LayerLimit | None = LayerLimit(),  # noqa: B008 - frozen
         every_n_steps: int = 128,
         probe_every_n_steps: int | None = 1024,
+        replay_budget: float = 0.05,
+        act_without_proof: bool = False,
         snapshot_every_n_steps: int = 16,
         snapshots: int = 3,
         snapshot_bytes: int | None = None,
@@ -107,6 +113,8 @@ class PrecisionFallback(RunCallback):
             limit=limit,
             every_n_steps=every_n_steps,
             probe_every_n_steps=probe_every_n_steps,
+            replay_budget=replay_budget,
+            act_without_proof=act_without_proof,
             snapshot_every_n_steps=snapshot_every_n_steps,
             snapshots=snapshots,
             snapshot_bytes=snapshot_bytes,

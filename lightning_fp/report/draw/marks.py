@@ -17,6 +17,7 @@ WORDS: Mapping[str, str] = {
     "verdict": "verdict",
     "demote": "demotion",
     "limit": "layer limit",
+    "unproven": "unproven climb",
     "rollback": "rollback",
     "promote": "promotion",
     "resumed": "resume",

@@ -26,7 +26,8 @@ def headline(records: RunRecords, cost: RunCost) -> str:
         cost: what it cost.
     """
     never = never_low(records)
-    parts = [never, unwatched(records), _end(records), "" if never else _incidents(records)]
+    incidents = "" if never else _incidents(records)
+    parts = [never, unwatched(records), _end(records), incidents, _unproven(records.events)]
     if cost.effective_speedup is not None:
         gain = cost.effective_speedup
         parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
@@ -159,6 +160,17 @@ def _incidents(records: RunRecords) -> str:
     if not failed and any(event.kind == "started" for event in events):
         return "Nothing went wrong."
     return ""
+
+
+def _unproven(events: Sequence[Event]) -> str:
+    climbed = [event for event in format_changes(events) if event.kind == "unproven"]
+    if not climbed:
+        return ""
+    layers = len({layer for event in climbed for layer in event.layers})
+    times = len({event.step for event in climbed})
+    often = "one suspicion" if times == 1 else f"{times} suspicions"
+    moved = "1 layer" if layers == 1 else f"{layers} layers"
+    return f"Without proof, on {often}, {moved} got a safer format: nothing could be replayed."
 
 
 def _climbs(events: Sequence[Event]) -> str:

@@ -158,9 +158,9 @@ class Attributor:
         # An error of more than 1, inf above all, is not the better for coming down to 1.
         if rest**2 > max(CURED * min(error, 1.0) ** 2, AS_GOOD * healthy**2):
             culprits = {}
+        culprits = dict(sorted(culprits.items(), key=lambda item: -item[1]))
         if culprits:
             self._refer(self._runs[worst[0][1]])
-        culprits = self._needed(culprits, max(rest, healthy))
         formats = self._rungs(list(culprits), max(rest, healthy)) if culprits else {}
         return Attribution(
             error=error,
@@ -191,7 +191,7 @@ class Attributor:
 
     def _add_culprits(self, culprits: dict[str, float], error: float, healthy: float) -> float:
         """Add those of this batch; the error that is left."""
-        rest = error
+        rest, before = error, set(culprits)
         if culprits:
             left = self._without(culprits)
             rest = error if left is None else left
@@ -205,18 +205,14 @@ class Attributor:
                 break
             culprits.update(found)
             rest = left
-        return rest
-
-    def _needed(self, culprits: Mapping[str, float], rest: float) -> dict[str, float]:
-        """The culprits, worst first, without those that make no difference."""
-        needed = dict(sorted(culprits.items(), key=lambda item: -item[1]))
-        for name in reversed(list(needed)) if len(needed) > 1 else ():
+        new = sorted((alone, name) for name, alone in culprits.items() if name not in before)
+        for _, name in new if len(new) > 1 else ():  # some may have stood in for others
             if self._left <= RESERVE:
                 break
-            without = self._without(other for other in needed if other != name)
-            if without is not None and without <= rest:
-                del needed[name]
-        return needed
+            without = self._without(other for other in culprits if other != name)
+            if without is not None and without <= max(rest, healthy):
+                del culprits[name]
+        return rest
 
     def _search(self, group: Sequence[str], error: float) -> dict[str, float]:
         """The layers in a group that make much of the error by themselves."""

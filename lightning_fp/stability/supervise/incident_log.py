@@ -82,7 +82,9 @@ class IncidentLog:
         reason = (
             f"snapshots take {snapshots:.1f} MiB of host memory, recorded batches at most"
             f" {memory['ring_bytes_at_most'] / 2**20:.0f} MiB; all layers in high precision keep"
-            f" {memory['high_precision_bytes_per_token'] / 2**10:.1f} KiB more per token"
+            f" {memory['high_precision_bytes_per_token'] / 2**10:.1f} KiB more per token;"
+            f" replays take at most {memory['replay_share']:.0%} of the steps, and one incident of"
+            f" {memory['replay_incident']:.0f}"
         )
         action = "only logging, nothing is changed" if dry_run else ""
         self.write(Started(step=step, reason=reason, numbers=dict(memory), action=action))

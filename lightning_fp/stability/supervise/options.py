@@ -8,6 +8,7 @@ from typing import Any
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.keep.batch_ring import BatchRing
 from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.replay.budget import ReplayBudget
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.respond.probe import Probe
@@ -37,6 +38,12 @@ class WatchOptions:
 
     probe_every_n_steps: int | None = 1024
     """One in so many steps, in the long run, is compared with high precision."""
+
+    replay_budget: float = 0.05
+    """Share of the steps that may be replayed, besides one incident; see `ReplayBudget`."""
+
+    act_without_proof: bool = False
+    """Whether a suspicion climbs a rung where nothing can be replayed."""
 
     snapshot_every_n_steps: int = 16
     """Steps from one snapshot to the next."""
@@ -77,6 +84,12 @@ class WatchOptions:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.make_snapshots()
+        _ = self.budget
+
+    @property
+    def budget(self) -> ReplayBudget:
+        """What may be replayed."""
+        return ReplayBudget.with_snapshots(self.replay_budget, self.snapshot_every_n_steps)
 
     @property
     def probe(self) -> Probe | None:
@@ -95,6 +108,8 @@ class WatchOptions:
             policy=self.policy,
             limit=self.limit,
             probe=self.probe,
+            budget=self.budget,
+            act_without_proof=self.act_without_proof,
             layers=len(loop.table.layers),
             loss_scaling=loop.loss_scaling,
             dry_run=self.dry_run,
@@ -120,6 +135,8 @@ class WatchOptions:
             "limit": None if self.limit is None else asdict(self.limit),
             "every_n_steps": self.every_n_steps,
             "probe_every_n_steps": self.probe_every_n_steps,
+            "replay_budget": self.replay_budget,
+            "act_without_proof": self.act_without_proof,
             "snapshot_every_n_steps": self.snapshot_every_n_steps,
             "snapshots": self.snapshots,
             "rehearse": self.rehearse,

@@ -44,6 +44,9 @@ from lightning_fp.stability.watch_state import WatchState
 
 log = logging.getLogger("lightning_fp.fallback")
 
+UNPROVEN = "nothing can be replayed here: every layer climbs one rung, unproven"
+"""What a suspicion says there with `act_without_proof`."""
+
 NO_REPLAY = (
     "nothing can be replayed here: look into it, PrecisionMap.set gives layers a safer format"
 )
@@ -120,6 +123,8 @@ class Supervisor:
             "all_snapshots_bytes": self.snapshots.stated_bytes(state.parts()),
             "ring_bytes_at_most": self.ring.max_bytes,
             "high_precision_bytes_per_token": self._high_precision_bytes_per_token(),
+            "replay_share": self.watch.budget.share,
+            "replay_incident": self.watch.budget.incident,
         }
         self.log.started(self.count.done, memory, dry_run=self._options.dry_run)
         if why := self.loop.unreplayable():
@@ -234,7 +239,8 @@ class Supervisor:
         self.state, actions, events = self.watch.step(self.state, happening)
         for event in events:
             alone = isinstance(event, Suspicion) and self.hands.answers.reach == "limits only"
-            self.log.write(replace(event, action=NO_REPLAY) if alone else event)
+            action = UNPROVEN if self._options.act_without_proof else NO_REPLAY
+            self.log.write(replace(event, action=action) if alone else event)
         return actions
 
     def _others_changes(self) -> list[Change]:
