@@ -154,9 +154,10 @@ def find_python(version: str) -> str | None:
 
 
 def _install(cell: Cell, directory: Path) -> list[str]:
-    """pip's arguments: the tested versions of all but torch and Lightning."""
+    """pip's arguments: the tested versions of all but torch, Lightning and what that bounds."""
     pins = (ROOT / "constraints.txt").read_text().splitlines()
-    chosen = re.compile(r"(torch|lightning|pytorch-lightning)==")
+    bounded = "fsspec|lightning-utilities|packaging|pyyaml|torchmetrics|tqdm|typing-extensions"
+    chosen = re.compile(rf"(torch|lightning|pytorch-lightning|{bounded})==")
     kept = directory / f"{cell.name}.txt"
     kept.write_text("\n".join(line for line in pins if not chosen.match(line)) + "\n")
     pip = ["-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
