@@ -20,6 +20,11 @@ PROMISES = {
     "fp16_rl_mismatch.py": (["--steps", "4", "--batch", "8"], "early warning:"),
     "lora.py": (["--steps", "4"], "merged into 2 layers: FPLinear, format fp8-dynamic"),
     "te_backend.py": ([], "backend: auto\n"),
+    "pretraining_loop.py": (
+        ["--steps", "4", "--no-compile", "--output", "run"],
+        "More: lightning-fp report run",
+    ),
+    "fabric/gpt.py": (["--steps", "4", "--output", "run"], "held-out loss, in high precision:"),
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
 }
 
@@ -41,4 +46,6 @@ def test_example(
 
 
 def test_every_script_is_run():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*PROMISES, "models.py"}
+    here = {name for name in PROMISES if "/" not in name}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*here, "models.py"}
+    assert {f"fabric/{path.name}" for path in EXAMPLES.glob("fabric/*.py")} == {*PROMISES} - here

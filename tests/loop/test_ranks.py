@@ -1,0 +1,27 @@
+"""A plain loop on two ranks: DDP, FSDP2 and compiled blocks; both decide alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.two_ranks import run_on_two_ranks
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_both_ranks_decide_alike(compiled: bool, tmp_path: Path) -> None:
+    run_on_two_ranks("tests.loop.loop_ranks", tmp_path, compiled)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    for kind, one in first.items():
+        other = second[kind]
+        assert all(map(torch.equal, one["weights"], other["weights"])), kind
+        assert all(bool(w.isfinite().all()) for w in one["weights"])
+        assert one["formats"] == other["formats"]
+        assert one["formats"]["blocks.0.fc1"] == "fp8-dynamic"
+        assert one["skipped"] == other["skipped"] == 1
+        kinds = [kind for _, kind, _ in one["told"]]
+        assert kinds.count("skip") == 1
+        assert "demote" not in kinds
+        assert "rehearsal" in kinds
