@@ -79,7 +79,12 @@ def scope(suite: Suite, tests: set[str]) -> str:
     """Which part of the suite was run."""
     rooms = {test.split("/")[0].split("::")[0] for test in tests}
     missing = [room for room in suite.all_rooms() if room not in rooms]
-    return f"Not run: {', '.join(missing)}." if missing else "All of its directories were run."
+    if not missing:
+        return "All of its directories were run."
+    return (
+        f"Run so far, in whole or in part: {', '.join(sorted(rooms))};"
+        f" not run: {', '.join(missing)}."
+    )
 
 
 if __name__ == "__main__":

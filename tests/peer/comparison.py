@@ -56,5 +56,5 @@ def reason(arm: Arm, result: Result, under_high: Result | None) -> str:
         return known[0]
     if arm.format != "high" and under_high is not None and under_high.outcome == "passed":
         return "rounding, which vanishes under `high`"
-    words = re.sub(r"\s+", " ", result.message or result.outcome)
+    words = re.sub(r"\s+", " ", result.message or result.outcome).split(" + where")[0]
     return re.sub(r"(?<=\s|')/[\w/.\-]+/", "", words)[:120].replace("|", "/")
