@@ -176,7 +176,7 @@ class Sentence:
             turn.actions.append(CheckCure(at=step, layers=tuple(layers), batch=batch))
 
     def cure_checked(self, turn: Turn, question: CheckCure, seen: CureChecked) -> None:
-        """If they do, the next rung follows at once."""
+        """If they do, the next rung follows at once; if not, it is asked again for a while."""
         gap = gap_of(seen, turn.state.anomaly)
         if not gap.count:  # nothing can be replayed here
             return
@@ -187,3 +187,7 @@ class Sentence:
         )
         if not cure.verified:
             turn.actions += [Climb(at=step, layer=name, reason=cure.reason) for name in layers]
+            return
+        # What grows may be too large for the new formats tomorrow: ask again, by forward gaps.
+        cases = OpenCases().acquitted(turn.state.cases, step, step)
+        turn.state = replace(turn.state, cases=cases)

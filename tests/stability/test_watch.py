@@ -554,6 +554,22 @@ def test_a_climb_that_does_not_cure_goes_on(cured: bool, climbs: int) -> None:
     assert kinds(events, LayerClimb)[-1].formats["head"][1] == ("fp8-rowwise" if cured else "bf16")
 
 
+def test_a_cure_is_asked_about_again_and_what_grew_is_convicted() -> None:
+    watch, loop = machine(), Loop()
+    state, _ = run(watch, loop, lambda _: 3.0, 100)
+    excess = Excess(layer="head", operand="input", statistic="clamped_mass", value=0.2, limit=0.01)
+    for at in (100, 101, 102):
+        look = Looked(at=at, names=tuple(LOW), excesses={"head": excess})
+        state, _ = tell(watch, state, look, loop)
+    state, events = run(watch, loop, lambda _: 3.0, 20, state, start=102)
+    again = [question.at for question in loop.asked if isinstance(question, CompareLosses)]
+    assert again == [106, 114]
+    assert not kinds(events, Demotion)
+    loop.gap, loop.harm = 0.1, 0.1
+    _, events = run(watch, loop, lambda _: 3.0, 20, state, start=122)
+    assert kinds(events, Demotion)[0].step == 130
+
+
 def test_a_dry_run_orders_nothing() -> None:
     loop = Loop(harm=0.5)
     _, events = run(machine(dry_run=True), loop, rises_at(150, loop), 160)
