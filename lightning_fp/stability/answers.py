@@ -39,15 +39,11 @@ from lightning_fp.stability.replay.budget import FORWARD
 from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.replay.loop import Loop
 from lightning_fp.stability.replay.one_step import Replay, compare
-from lightning_fp.stability.replay.paired import has_shown
 from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.replay.rehearsal import Outcome
-from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
+from lightning_fp.stability.replay.trajectory import LEAST_STEPS, Trajectory, replay_trajectory
 from lightning_fp.stability.respond.attribution import Attributor, gradient_error
 from lightning_fp.stability.respond.verdict import OneStep
-
-LEAST_STEPS = 8
-"""Steps that a trajectory should have: fewer tell little."""
 
 
 class Answers:
@@ -304,7 +300,7 @@ class Answers:
             placebo=question.precision == "placebo",
             # only what has run as the rehearsal did, eagerly, can become the run
             keep_end=question.precision == "high" and not question.compiled,
-            give_up=lambda losses: _hopeless(losses) or has_shown(losses, high),
+            against=high,
         )
         self.trajectories[question] = made
         return StretchReplayed(
@@ -348,11 +344,6 @@ def trajectory_start(
 
 def _done(replay: Replay) -> Replay | None:
     return replay if replay.outcome == "done" else None
-
-
-def _hopeless(losses: Sequence[float]) -> bool:
-    """Whether high precision has met nothing but inf or NaN for a while."""
-    return len(losses) >= LEAST_STEPS and not any(map(math.isfinite, losses[-LEAST_STEPS:]))
 
 
 def _rate(step: RecordedStep) -> float:

@@ -8,7 +8,8 @@ stretch in high precision can become the run: then a conviction costs time, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -18,9 +19,14 @@ from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.keep.snapshot import Snapshot
 from lightning_fp.stability.replay.loop import Loop
 from lightning_fp.stability.replay.one_step import is_out_of_memory
+from lightning_fp.stability.replay.paired import has_shown
 from lightning_fp.stability.replay.placebo import perturb_
 
 Outcome = Literal["done", "out of memory"]
+
+
+LEAST_STEPS = 8
+"""Steps that a trajectory should have: fewer tell little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ def replay_trajectory(
     compiled: bool = False,
     placebo: bool = False,
     keep_end: bool = True,
-    give_up: Callable[[Sequence[float]], bool] = lambda _: False,
+    against: Sequence[float] = (),
 ) -> Trajectory:
     """Train on from a snapshot with the recorded batches, and leave the run as it was.
 
@@ -62,7 +68,8 @@ def replay_trajectory(
         compiled: whether compiled code runs as in the run; else everything runs eagerly.
         placebo: whether the weights are moved first, as `perturb_` does.
         keep_end: whether the state that it ends in is kept, as large as a snapshot.
-        give_up: looks at the losses so far and may end it.
+        against: losses of the same steps in high precision: it ends as soon as its own have shown
+            all that they can beside them; in any case where they are no longer finite.
 
     Returns:
         Losses, and the state it ended in. The run is back where it was.
@@ -82,7 +89,7 @@ def replay_trajectory(
                 made += own.made
                 # Over ranks, so that all of them give up at the same step.
                 losses.append(loop.mean(own.loss))
-                if give_up(losses):
+                if _hopeless(losses) or has_shown(losses, against):
                     break
             # Within: leaving puts buffers and attributes back, and the end state is of all of it.
             end = loop.take() if keep_end else None
@@ -94,6 +101,11 @@ def replay_trajectory(
         loop.restore(before)
     if outcome == "out of memory" and loop.recompute():
         again = partial(replay_trajectory, loop, start, steps, formats, compiled=compiled)
-        return again(placebo=placebo, keep_end=keep_end, give_up=give_up)
+        return again(placebo=placebo, keep_end=keep_end, against=against)
     given = {name: format.name for name, format in (formats or {}).items()}
     return Trajectory(outcome=outcome, losses=losses, made=made, formats=given, end=end)
+
+
+def _hopeless(losses: Sequence[float]) -> bool:
+    """Whether training has met nothing but inf or NaN for a while."""
+    return len(losses) >= LEAST_STEPS and not any(map(math.isfinite, losses[-LEAST_STEPS:]))

@@ -80,11 +80,21 @@ class CarryOut:
                 changes = self._write({name: known[format] for name, format in formats}, reason)
                 return Promoted(formats={c.layer: (c.before, c.after) for c in changes})
             case _:
-                try:
-                    return self.answers(question)
-                except Exception as failure:
-                    log.warning("an investigation failed: %s", failure, exc_info=failure)
-                    return Failed(error=str(failure))
+                return self._agreed(self._replayed(question))
+
+    def _replayed(self, question: Question[Any]) -> Answer:
+        try:
+            return self.answers(question)
+        except Exception as failure:
+            log.warning("an investigation failed: %s", failure, exc_info=failure)
+            return Failed(error=str(failure))
+
+    def _agreed(self, answer: Answer) -> Answer:
+        """Failed on one rank is failed on all: what is asked next, all ranks ask together."""
+        failed = isinstance(answer, Failed)
+        if self.loop.all(not failed) or failed:
+            return answer
+        return Failed(error="it failed on another rank", replays=answer.replays)
 
     def _climb(self, question: Climb) -> Climbed:
         table = self.loop.table

@@ -448,6 +448,20 @@ class Jump(L.Callback):
             group["lr"] = 2 * self.right
 
 
+class Compiled(Regression):
+    """A block that runs compiled, and eagerly in most replays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.compile()
+
+
+@pytest.mark.slow
+def test_a_compiled_block_goes_on_as_without_it(tmp_path: Path) -> None:
+    plain, (model, _) = train(Compiled()), watched(Compiled(), tmp_path)
+    assert_same(state_of(model), state_of(plain))
+
+
 class Plain(Counts):
     """Without generators of its own, which a snapshot does not have."""
 
