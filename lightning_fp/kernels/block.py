@@ -42,6 +42,8 @@ from lightning_fp.numerics import (
     spread_blocks,
     times_blocks,
 )
+from lightning_fp.numerics.bits import to_codes
+from lightning_fp.numerics.devices import has_dtype
 
 Scales = Literal["any", "power_of_two", "e8m0"]
 
@@ -188,7 +190,7 @@ class _BlockLinear(torch.autograd.Function):
             if saved_input is not None and kernel.high_grad_weight:
                 grad_weight = (grad_output.t() @ saved_input).to(weight_dtype)
             elif saved_input is not None:
-                x = _dequantised(saved_input, scale_x, kernel.by_column, wide)
+                x = _dequantised(saved_input, scale_x, kernel.by_column, kernel.input, wide)
                 g = kernel.scale(grad_output, kernel.by_column, kernel.grad_output)
                 g = _rounded(grad_output, g, kernel.by_column, kernel.grad_output, wide)
                 grad_weight = emulated_product(g.t(), x, weight_dtype).to(weight_dtype)
@@ -202,21 +204,26 @@ class _BlockLinear(torch.autograd.Function):
 
 
 def _cast(x: Tensor, scale: Tensor, block: Block, format: FloatFormat) -> Tensor:
-    """Each value times its block's scale, cast; only rounding errors of a scale are clamped."""
+    """Each value times its block's scale, cast, as `cast_operand` does.
+
+    Only rounding errors of a scale are clamped.
+    """
     scaled = times_blocks(x, scale, block)
     limit = format.max
-    if torch.compiler.is_compiling():
-        return scaled.clamp(-limit, limit).to(format.dtype)
-    return scaled.clamp_(-limit, limit).to(format.dtype)
+    compiling = torch.compiler.is_compiling()
+    clamped = scaled.clamp(-limit, limit) if compiling else scaled.clamp_(-limit, limit)
+    return clamped.to(format.dtype) if has_dtype(format, x.device) else to_codes(clamped, format)
 
 
-def _dequantised(cast: Tensor, scale: Tensor, block: Block, wide: torch.dtype) -> Tensor:
+def _dequantised(
+    cast: Tensor, scale: Tensor, block: Block, format: FloatFormat, wide: torch.dtype
+) -> Tensor:
     """The values that a cast stands for; NaN where the scale is."""
-    return times_blocks(widen(cast, torch.float32), scale.reciprocal(), block).to(wide)
+    return times_blocks(widen(cast, format, torch.float32), scale.reciprocal(), block).to(wide)
 
 
 def _rounded(
     x: Tensor, scale: Tensor, block: Block, format: FloatFormat, wide: torch.dtype
 ) -> Tensor:
     """What an operand is after its cast."""
-    return _dequantised(_cast(x, scale, block, format), scale, block, wide)
+    return _dequantised(_cast(x, scale, block, format), scale, block, format, wide)

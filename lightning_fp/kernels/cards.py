@@ -24,8 +24,8 @@ class Cards:
 
 _PRODUCTS = "FP8 tensor cores"
 _BLOCK_TE = "fp8-block with Transformer Engine"
-_BELOW = "emulated in bf16, eagerly; compiled float8 stores fail in Triton (pytorch#167082)"
-_EMULATED = "emulated with backend='native', eagerly"
+_BELOW = "emulated in bf16, rounded by integers: Triton stores no float8 (pytorch#167082)"
+_EMULATED = "emulated with backend='native', rounded by integers"
 
 CARDS = (
     Cards(names="V100, T4", architecture="sm70, sm75", fp8=_BELOW, blocks=_EMULATED),
@@ -63,8 +63,8 @@ CARDS = (
     Cards(
         names="Apple (MPS)",
         architecture="",
-        fp8="no float8 dtype: simulated e{X}m{Y} only",
-        blocks="none",
+        fp8="emulated in float32, rounded by integers: there is no float8 dtype",
+        blocks=_EMULATED,
     ),
 )
 """The oldest first."""

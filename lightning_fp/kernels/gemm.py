@@ -14,7 +14,9 @@ from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels import hardware
 from lightning_fp.kernels.padding import whole
 from lightning_fp.numerics import FloatFormat, as_float16
+from lightning_fp.numerics.bits import from_codes, to_codes
 from lightning_fp.numerics.casting import clamp_into_new
+from lightning_fp.numerics.devices import has_dtype
 
 _RESULTS = torch.bfloat16, torch.float16, torch.float32
 """What `torch._scaled_mm` can return."""
@@ -42,10 +44,13 @@ def cast_operand(
         wide: dtype to multiply in under emulation; None on FP8 hardware.
 
     Returns:
-        The FP8 tensor (to save), and what to multiply with: the same tensor on FP8 hardware, its
-        exact values in `wide` under emulation.
+        The FP8 tensor (to save; its bytes where the device lacks the dtype), and what to multiply
+        with: the same tensor on FP8 hardware, its exact values in `wide` under emulation.
     """
     scaled = clamp_into_new(x, scale, format.max)
+    if wide is not None and not has_dtype(format, x.device):
+        codes = to_codes(scaled, format)
+        return codes, from_codes(codes, format).to(wide)
     cast = scaled.to(format.dtype)
     if wide is None:
         return cast, cast
@@ -54,10 +59,12 @@ def cast_operand(
     return cast, scaled.copy_(as_float16(cast)).to(wide)
 
 
-def widen(cast: Tensor, wide: torch.dtype | None) -> Tensor:
+def widen(cast: Tensor, format: FloatFormat, wide: torch.dtype | None) -> Tensor:
     """The exact values of an FP8 tensor in `wide`; the tensor itself on FP8 hardware."""
     if wide is None:
         return cast
+    if cast.dtype is torch.uint8:
+        return from_codes(cast, format).to(wide)
     if torch.compiler.is_compiling():
         return cast.to(wide)
     # By way of float32: torch vectorises both steps, and not the direct one.

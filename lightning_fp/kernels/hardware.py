@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from lightning_fp.format_names import ALIGNMENT
-
-FP8_MIN_CAPABILITY = (8, 9)
-"""First NVIDIA architecture with FP8 tensor cores (Ada sm89; Hopper is sm90)."""
+from lightning_fp.numerics.devices import FP8_MIN_CAPABILITY, least_capability
 
 MX_CAPABILITIES = (10, 0), (12, 0)
 """NVIDIA architectures from the first to before the second multiply MX formats (sm100 to sm119)."""
@@ -29,9 +27,7 @@ def cuda_fp8_refusal() -> str | None:
         return "no CUDA device"
     if torch.version.hip is not None:
         return "ROCm: FP8 is emulated in bf16"
-    capability = min(
-        torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())
-    )
+    capability = least_capability()
     if capability < FP8_MIN_CAPABILITY:
         major, minor = capability
         return f"FP8 tensor cores need sm89 or later, this device is sm{major}{minor}"

@@ -9,6 +9,7 @@ bf16 copy of the weight. The emulation of `BlockKernel` keeps neither, and gives
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.padding import whole, zeros_to
 from lightning_fp.kernels.torchao import import_quietly
 from lightning_fp.numerics import FloatFormat
+from lightning_fp.numerics.devices import has_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,9 @@ class TorchaoMXKernel(Kernel):
             return F.linear(input, weight, bias)
         dtype = compute_dtype(input)
         emulate = not (self.cuda_mx and input.is_cuda)
+        if emulate and not has_dtype(MX_EMULATION.input, input.device):
+            own = dataclasses.replace(MX_EMULATION, high_grad_weight=self.high_grad_weight)
+            return own(input, weight, bias, layer)
         rows = input.reshape(-1, input.shape[-1])
         if not emulate:
             out_features, in_features = weight.shape

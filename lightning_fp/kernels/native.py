@@ -223,7 +223,7 @@ class _NativeLinear(torch.autograd.Function):
                 share.keep_weight_cast(weight, kernel, w8, scale_w, amax_w, row_w)
         else:
             w8, amax_w, scale_w, row_w = kept.cast, kept.amax, kept.scale, kept.row
-            w = widen(w8, wide)
+            w = widen(w8, kernel.weight, wide)
         unscale_x, unscale_w = unscale(scale_x, amax_x), unscale(scale_w, amax_w)
 
         needs_input, _, needs_weight = ctx.needs_input_grad[:3]
@@ -263,9 +263,9 @@ class _NativeLinear(torch.autograd.Function):
             if weight is not None and w8 is None:
                 _, w = cast_operand(weight, scale_w, kernel.weight, wide)
             elif weight is not None:
-                w = widen(w8, wide)
+                w = widen(w8, kernel.weight, wide)
             if saved_input is not None and not kernel.high_grad_weight:
-                x = widen(saved_input, wide)
+                x = widen(saved_input, kernel.input, wide)
             grad_input, grad_weight = backward_products(
                 g, x, w, unscale_g, unscale_x, unscale_w, ctx.dtypes
             )
@@ -276,7 +276,9 @@ class _NativeLinear(torch.autograd.Function):
         if differentiated_again():
             x = saved_input
             if x is not None and not kernel.high_grad_weight:
-                x = in_place_of((widen(x, wide).float() * unscale_x).to(input_dtype), ctx.place)
+                x = in_place_of(
+                    (widen(x, kernel.input, wide).float() * unscale_x).to(input_dtype), ctx.place
+                )
             grad_input, grad_weight = gradients_again(
                 grad_input, grad_weight, grad_output, x, weight
             )

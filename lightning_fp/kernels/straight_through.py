@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.plain_linear import linear_without_autocast
+from lightning_fp.numerics.bits import round_bits
+from lightning_fp.numerics.devices import has_dtype
 
 
 def straight_through(kernel: Kernel, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,8 +55,10 @@ class _Cast(torch.autograd.Function):
         scale, format = kernel.cast_of(
             operand, x, None
         )  # a history would not follow: nothing is recorded
-        cast = (x.float() * scale).clamp(-format.max, format.max).to(format.dtype)
-        return torch.where(torch.isfinite(x), cast.float() / scale, x.float())
+        scaled = (x.float() * scale).clamp(-format.max, format.max)
+        own = has_dtype(format, x.device)
+        cast = scaled.to(format.dtype).float() if own else round_bits(scaled, format)
+        return torch.where(torch.isfinite(x), cast / scale, x.float())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.derivatives import gradients_again, refuse_transforms
+from lightning_fp.kernels.float8_free import Cast, Casts, float8_free_linear
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
@@ -32,6 +33,7 @@ from lightning_fp.numerics import (
     row_amax,
     tensor_amax,
 )
+from lightning_fp.numerics.devices import has_dtype
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
@@ -52,6 +54,9 @@ class TorchaoKernel(Kernel):
         init=False, repr=False, compare=False
     )
 
+    _casts: Casts = field(init=False, repr=False, compare=False)
+    _formats: frozenset[FloatFormat] = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if self.config.enable_fsdp_float8_all_gather:
             raise ValueError(
@@ -64,6 +69,12 @@ class TorchaoKernel(Kernel):
         object.__setattr__(self, "_function", float8_linear.matmul_with_hp_or_float8_args)
         configs = {emulate: _configs(self.config, emulate) for emulate in (False, True)}
         object.__setattr__(self, "_configs", configs)
+        casts = _casts(self.config)
+        formats = frozenset(
+            cast.format for pair in (casts.output, casts.grad_input) for cast in pair
+        )
+        object.__setattr__(self, "_casts", casts)
+        object.__setattr__(self, "_formats", formats)
 
     @property
     def name(self) -> str:
@@ -98,7 +109,9 @@ class TorchaoKernel(Kernel):
         with without_autocast(input.device.type), _outside_inference_mode():
             # Contiguous, because torchao's cast by rows takes nothing else.
             rows = input.reshape(-1, input.shape[-1]).contiguous()
-            if torch.compiler.is_compiling():
+            if emulate and not all(has_dtype(format, input.device) for format in self._formats):
+                output = float8_free_linear(rows, weight, self._casts, layer)
+            elif torch.compiler.is_compiling():
                 # A copy, which the compiler leaves out, since a view could not be changed in place.
                 output = self._function.apply(rows, weight.t(), gemm_config, config).clone()
             else:
@@ -113,23 +126,16 @@ class TorchaoKernel(Kernel):
         features = ALIGNMENT if self.config.pad_inner_dim else 1
         zeros = zeros_to(features, in_features) * tokens * out_features
         zeros += zeros_to(features, out_features) * tokens * in_features
-        cast = self.config.cast_config_input_for_grad_weight
-        if cast is None or cast.scaling_type.value != "disabled":
+        if self._casts.grad_weight is not None:
             zeros += zeros_to(ALIGNMENT, tokens) * in_features * out_features
         return 2 * zeros
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
-        config = self.config
-        casts = config.cast_config_input, config.cast_config_weight, config.cast_config_grad_output
-        dtype = casts[operand].target_dtype
-        if dtype is None:  # torchao fills it in; its annotation does not say so
-            raise TypeError("a torchao cast config without target_dtype")
-        format = format_of_dtype(dtype)
-        by_row = casts[operand].scaling_granularity.value == "axiswise"
-        amax = row_amax(x) if by_row else tensor_amax(x)
-        power_of_two = config.round_scales_to_power_of_2
-        return amax_to_scale(amax, format.max, power_of_two=power_of_two), format
+        cast = (*self._casts.output, self._casts.grad_input[0])[operand]
+        amax = row_amax(x) if cast.by_row else tensor_amax(x)
+        scale = amax_to_scale(amax, cast.format.max, power_of_two=cast.power_of_two)
+        return scale, cast.format
 
 
 def _outside_inference_mode() -> AbstractContextManager[object]:
@@ -190,6 +196,31 @@ def import_float8() -> Any:
     """torchao.float8, imported late."""
     import_quietly("torchao.float8.float8_linear")
     return import_quietly("torchao.float8")
+
+
+def _casts(config: Float8LinearConfig) -> Casts:
+    """What its config says of each operand of each product."""
+
+    def cast(of: Any) -> Cast:
+        return Cast(
+            format=format_of_dtype(of.target_dtype),
+            by_row=of.scaling_granularity.value == "axiswise",
+            power_of_two=config.round_scales_to_power_of_2,
+        )
+
+    grad_weight = (
+        config.cast_config_grad_output_for_grad_weight,
+        config.cast_config_input_for_grad_weight,
+    )
+    high = any(of is not None and of.scaling_type.value == "disabled" for of in grad_weight)
+    return Casts(
+        output=(cast(config.cast_config_input), cast(config.cast_config_weight)),
+        grad_input=(
+            cast(config.cast_config_grad_output),
+            cast(config.cast_config_weight_for_grad_input),
+        ),
+        grad_weight=None if high else (cast(grad_weight[0]), cast(grad_weight[1])),
+    )
 
 
 def _configs(config: Float8LinearConfig, emulate: bool) -> tuple[Float8LinearConfig, Any]:

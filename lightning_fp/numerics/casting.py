@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_fp.numerics.bits import round_bits
 from lightning_fp.numerics.formats import FloatFormat, format_of_dtype
 
 Rounding = Literal["nearest", "truncate"]
@@ -79,15 +80,6 @@ def round_to_format(x: Tensor, format: FloatFormat, rounding: Rounding = "neares
         float32, same shape. Finite values beyond `format.max` become ±`format.max`; inf and NaN
         stay.
     """
-    # Every value of the binade [2^e, 2^(e+1)) is a multiple of 2^(e - mantissa_bits); subnormals
-    # share the spacing of the smallest normal binade. Dividing by a power of two is exact.
     x = x.float()
-    _, exponent = torch.frexp(x)
-    exponent = (exponent - 1).clamp(min=1 - format.bias) - format.mantissa_bits
-    # ldexp multiplies by 2**exponent, which overflows float32 outside of ±126: two steps.
-    half = exponent // 2
-    steps = torch.ldexp(torch.ldexp(x, -half), half - exponent)
-    steps = steps.round() if rounding == "nearest" else steps.trunc()
-    rounded = torch.ldexp(torch.ldexp(steps, half), exponent - half)
-    rounded = rounded.clamp(-format.max, format.max)
+    rounded = round_bits(x, format, nearest=rounding == "nearest").clamp(-format.max, format.max)
     return torch.where(torch.isfinite(x), rounded, x)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_fp.numerics import devices
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -64,7 +66,8 @@ COLUMN = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """What sums are kept in: float64, and float32 on MPS, which has nothing wider."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    type = devices.CPU_STANDS_IN_FOR if device.type == "cpu" else device.type
+    return torch.float32 if type == "mps" else torch.float64
 
 
 def wide(x: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_fp.numerics.bits import round_bits
 from lightning_fp.numerics.casting import round_to_format
+from lightning_fp.numerics.devices import has_dtype
 from lightning_fp.numerics.formats import FloatFormat
 
 
@@ -22,7 +24,11 @@ def round_in_range(x: Tensor, format: FloatFormat) -> Tensor:
     """
     if format.dtype is None:
         return round_to_format(x, format)
-    if x.device.type != "cpu" or format.dtype.itemsize > 1:
+    if format.dtype.itemsize > 1:
+        return x.to(format.dtype).float()
+    if not has_dtype(format, x.device):
+        return round_bits(x, format)
+    if x.device.type != "cpu":
         return x.to(format.dtype).float()
     if torch.compiler.is_compiling():
         return _round_by_arithmetic(x, format)

@@ -57,10 +57,12 @@ def amax_to_scale(amax: Tensor, limit: float, *, power_of_two: bool = False) -> 
     """
     # `limit / amax` would multiply by the reciprocal: two roundings, up to 3 ulp off and above
     # the next power of two; a tensor divided by a tensor rounds once.
-    scale = amax.new_full((), limit) / amax.clamp(min=AMAX_LOWER_BOUND)
+    # And AMAX_LOWER_BOUND is written out: under `dynamic=True` dynamo takes a module's float for an
+    # input of the graph, and loses it where a second autograd function asks for it.
+    scale = amax.new_full((), limit) / amax.clamp(min=1e-12)
     if power_of_two:
-        _, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - 1)
+        # The exponent alone. Scales of finite amaxes are normal, and MPS has no frexp.
+        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     scale = torch.where(amax == 0, 1.0, scale)
     return torch.where(torch.isfinite(amax), scale, torch.nan)
 

@@ -23,8 +23,8 @@ def all_codes(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", FP8)
 def test_widening_is_exact(name: str, wide: torch.dtype) -> None:
     codes = all_codes(name)
-    assert torch.equal(gemm.widen(codes, wide), codes.to(wide))
-    assert gemm.widen(codes, None) is codes
+    assert torch.equal(gemm.widen(codes, FORMATS[name], wide), codes.to(wide))
+    assert gemm.widen(codes, FORMATS[name], None) is codes
 
 
 @pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32])

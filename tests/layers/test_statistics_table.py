@@ -274,3 +274,18 @@ def test_a_sampled_row_has_its_turn() -> None:
         assert row["clamped"] == 32
         signal.append(row["signal"])
     assert sorted(value > 1e6 for value in signal) == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["fp8-dynamic", *(pytest.param(f, marks=pytest.mark.slow) for f in ("fp8-block", "mxfp8"))],
+)
+def test_a_sampled_step_compiled_with_dynamic_shapes(format: str) -> None:
+    """Floats are symbolic there: one that is NaN, or a module's, ended the run."""
+    layer = linear()
+    table, _ = observed(layer, format)
+    run = torch.compile(layer, backend="aot_eager", dynamic=True)
+    for tokens in (7, 24):
+        backward(run(torch.randn(tokens, 32)), torch.ones(16))
+        table.fold()
+    assert table.take()[0, 0, COLUMN["numel"]] == 31 * 32

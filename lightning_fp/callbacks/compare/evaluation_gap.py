@@ -26,6 +26,7 @@ from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import LinearFormat
+from lightning_fp.numerics.combining import wide_dtype
 from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter
 from lightning_fp.stability.keep.host_batch import copy_batch
 from lightning_fp.stability.replay.untouched import untouched
@@ -230,7 +231,7 @@ class EvaluationGap(RunCallback):
         """
         mine = torch.tensor(
             [sums.loss, sums.loss_high, float(sums.batches), float(sums.failed)],
-            dtype=torch.float64,
+            dtype=wide_dtype(trainer.strategy.root_device),
             device=trainer.strategy.root_device,
         )
         every: Any = trainer.strategy.reduce(mine, reduce_op="sum")

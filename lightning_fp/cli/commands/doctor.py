@@ -107,7 +107,7 @@ def hardware() -> dict[str, str]:
         facts[f"CUDA {index}"] = f"{device.name}, sm{device.major}{device.minor}, {memory:.0f} GiB"
     facts["FP8 tensor cores"] = cuda_fp8_refusal() or "yes"
     if torch.backends.mps.is_available():
-        facts["MPS"] = "has no float8 dtypes: train on the CPU, or with a simulated e{X}m{Y}"
+        facts["MPS"] = "no float8 dtypes: FP8 is emulated in float32, rounded by integers"
     return facts
 
 

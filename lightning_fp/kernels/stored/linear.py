@@ -75,7 +75,7 @@ class StoredLinear(torch.autograd.Function):
         _, x = cast_operand(input, scale_x, kernel.input, wide)
         unscale_w = unscale(scale_w, amax_w)
         output = forward_products(
-            x, widen(w8, wide), unscale(scale_x, amax_x), unscale_w, input.dtype
+            x, widen(w8, kernel.weight, wide), unscale(scale_x, amax_x), unscale_w, input.dtype
         )
         ctx.save_for_backward(w8, scale_w, amax_w, scales)
         ctx.kernel, ctx.wide, ctx.layer, ctx.dtype = kernel, wide, layer, input.dtype
@@ -95,7 +95,7 @@ class StoredLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 _, g = cast_operand(grad_output, scale_g, kernel.grad_output, ctx.wide)
                 scale = unscale(scale_g, amax_g), unscale(scale_w, amax_w)
-                grad_input = multiply(g, widen(w8, ctx.wide), *scale, ctx.dtype)
+                grad_input = multiply(g, widen(w8, kernel.weight, ctx.wide), *scale, ctx.dtype)
             if ctx.slot is not None:
                 grad_leaf = in_slot(amax_row(grad_output, amax_g, True), ctx.slot)
         if differentiated_again() and grad_input is not None:

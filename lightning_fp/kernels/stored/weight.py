@@ -166,7 +166,7 @@ def dequantised(cast: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype) -
     Returns:
         The shape of `cast`.
     """
-    exact = widen(cast, torch.float32)
+    exact = widen(cast, format_of_dtype(cast.dtype), torch.float32)
     largest = exact.abs() == format_of_dtype(cast.dtype).max
     values = torch.where(largest, torch.copysign(amax, exact), exact * scale.reciprocal())
     return values.to(dtype)

@@ -23,6 +23,7 @@ from lightning_fp.layers.histories.delayed_scales import (
 )
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, advance_history, history_scale
+from lightning_fp.numerics.combining import wide, wide_dtype
 
 
 class ScaleHistory(DelayedScales):
@@ -44,7 +45,7 @@ class ScaleHistory(DelayedScales):
         super().__init__(config)
         self._history = torch.zeros(0, 3, config.history_len)
         self._scales = torch.zeros(0, 3)
-        self._grad_record = torch.zeros(0, 2, dtype=torch.float64)
+        self._grad_record = torch.zeros(0, 2)
         self._memory: list[OperandMemory] = []
         self._any_cold = False
         self._cold_steps = 0
@@ -82,9 +83,7 @@ class ScaleHistory(DelayedScales):
         self._history = history
         self._watch_from(history.device)
         self._scales = history_scale(history, self._limits, self.config)
-        self._grad_record = torch.zeros(
-            len(self._layers), 2, dtype=torch.float64, device=history.device
-        )
+        self._grad_record = wide(torch.zeros(len(self._layers), 2, device=history.device))
         for layer, scales in zip(self._layers.values(), self._scales.unbind(0), strict=True):
             layer.record, layer.memory = True, _kernel(layer).make_memory(layer, scales)
         self._memory = self._made()
@@ -247,7 +246,8 @@ class ScaleHistory(DelayedScales):
         self._memory = self._made()
         device = self._memory[0].recorded.device
         self._history, self._limits = self._history.to(device), self._limits.to(device)
-        self._grad_record, self._recorded = self._grad_record.to(device), self._recorded.to(device)
+        self._grad_record = self._grad_record.to(device, wide_dtype(device))
+        self._recorded = self._recorded.to(device)
         self._hand_out(self._scales.to(device))
 
     # -- state ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_fp.layers import FormatLike, FPLinear, PrecisionMap
 from lightning_fp.layers.statistics_table import StatisticsTable
+from lightning_fp.numerics.combining import wide_dtype
 from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.replay.untouched import untouched
 
@@ -225,7 +226,7 @@ def _squared(gradient: Tensor) -> Tensor:
     """Squared norm, of a sparse one over the elements there are, of a complex one of both parts."""
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
-    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    return torch.linalg.vector_norm(values, dtype=wide_dtype(values.device)).square()
 
 
 def _gap(rows: Sequence[Sequence[float]]) -> GradientGap:
