@@ -93,8 +93,8 @@ class Arm:
         loop = None
         if format is not None:
             loop = PrecisionLoop(
-                net, optimizer, format, layers={"*": format}, base="32-true", monitor=False,
-                progress=False,
+                net, optimizer, format, layers={"*": format}, base="32-true", fallback=False,
+                monitor=False, progress=False,
             )  # fmt: skip
         return cls(net, optimizer, loop)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.numerics.bits import round_bits
+from lightning_fp.numerics.devices import has_frexp
 from lightning_fp.numerics.formats import FloatFormat, format_of_dtype
 
 Rounding = Literal["nearest", "truncate"]
@@ -81,5 +82,22 @@ def round_to_format(x: Tensor, format: FloatFormat, rounding: Rounding = "neares
         stay.
     """
     x = x.float()
-    rounded = round_bits(x, format, nearest=rounding == "nearest").clamp(-format.max, format.max)
-    return torch.where(torch.isfinite(x), rounded, x)
+    nearest = rounding == "nearest"
+    if has_frexp(x.device):
+        rounded = _round_by_exponent(x, format, nearest)
+    else:
+        rounded = round_bits(x, format, nearest=nearest)
+    return torch.where(torch.isfinite(x), rounded.clamp(-format.max, format.max), x)
+
+
+def _round_by_exponent(x: Tensor, format: FloatFormat, nearest: bool) -> Tensor:
+    """Without a look at the bits, which `torch.func.vmap` does not allow."""
+    # Every value of the binade [2^e, 2^(e+1)) is a multiple of 2^(e - mantissa_bits); subnormals
+    # share the spacing of the smallest normal binade. Dividing by a power of two is exact.
+    _, exponent = torch.frexp(x)
+    exponent = (exponent - 1).clamp(min=1 - format.bias) - format.mantissa_bits
+    # ldexp multiplies by 2**exponent, which overflows float32 outside of ±126: two steps.
+    half = exponent // 2
+    steps = torch.ldexp(torch.ldexp(x, -half), half - exponent)
+    steps = steps.round() if nearest else steps.trunc()
+    return torch.ldexp(torch.ldexp(steps, half), exponent - half)

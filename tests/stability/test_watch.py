@@ -373,7 +373,7 @@ def test_where_nothing_can_be_replayed_layers_climb_only_if_asked_to(act: bool) 
     assert [climb.layers[0] for climb in climbs] == (list(LOW) if act else [])
     assert not any(isinstance(question, (ReplayStep, CheckCure)) for question in loop.asked)
     assert state.fallback.demotions == 0
-    assert "nothing can be replayed" in kinds(events, Verdict)[0].reason
+    assert not kinds(events, Verdict)  # nothing was asked
 
 
 def test_a_probe_whose_loss_is_dear_has_more_batches_compared() -> None:

@@ -23,7 +23,7 @@ from lightning_fp.stability.replay.paired import (
     Paired,
     judge_paired,
 )
-from lightning_fp.stability.respond.verdict import Finding, Judgement, judge_trajectory
+from lightning_fp.stability.respond.verdict import Anomaly, Finding, Judgement, judge_trajectory
 
 
 def high_stretch(survey: Surveyed) -> ReplayStretch | None:
@@ -48,15 +48,19 @@ def by_trajectory(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgem
     if not high.done:
         reason = "memory does not suffice for a replay in high precision"
         return Judgement(finding="unclear", reason=reason, numbers={})
-    if case.risen:
-        rise = judge_trajectory(record, high.losses, case.anomaly)
-        if rise.finding == "precision" or "rise" in rise.numbers:
-            return rise
-        pair = judge_paired(record, high.losses)
-        return _candidate(pair) if _shows(pair) else rise
+    # Where nothing has risen the detector may have learned a level that is too high already.
+    level = judge_trajectory(record, high.losses, case.anomaly if case.risen else Anomaly())
     pair = judge_paired(record, high.losses)
+    if case.risen:
+        if level.finding == "precision" or "rise" in level.numbers:
+            return level
+        return _candidate(pair) if _shows(pair) else level
     if _shows(pair):
-        return _candidate(pair)
+        # Where the learning rate is far too high the two part by 2% in chaos, and not for good: the
+        # level of the last steps has to say the same.
+        if level.finding == "precision":
+            return _candidate(pair)
+        return Judgement(finding="unclear", reason=level.reason, numbers=level.numbers)
     # Nothing so far: a slow fault may come later, and is asked for again.
     finding: Finding = "not precision" if pair.gain <= FLOOR else "unclear"
     return Judgement(finding=finding, reason=pair.reason, numbers=pair.numbers)

@@ -77,7 +77,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     if not survey.low:
         return Conclusion(finding="not precision")
     if not survey.replayable:
-        return _unclear("nothing can be replayed here")
+        return Conclusion(finding="unclear")
     if not survey.finite and survey.start is None:
         return _unclear("the weights are not finite, and there is no snapshot to go back to")
     if case.overflow is not None:
