@@ -56,11 +56,9 @@ def by_trajectory(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgem
             return level
         return _candidate(pair) if _shows(pair) else level
     if _shows(pair):
-        # Where the learning rate is far too high the two part by 2% in chaos, and not for good: the
-        # level of the last steps has to say the same.
-        if level.finding == "precision":
-            return _candidate(pair)
-        return Judgement(finding="unclear", reason=level.reason, numbers=level.numbers)
+        # Where the learning rate is far too high the two part by 2% in chaos, while both rise.
+        shared = level.finding == "not precision" and "rise" in level.numbers
+        return level if shared else _candidate(pair)
     # Nothing so far: a slow fault may come later, and is asked for again.
     finding: Finding = "not precision" if pair.gain <= FLOOR else "unclear"
     return Judgement(finding=finding, reason=pair.reason, numbers=pair.numbers)
