@@ -18,7 +18,18 @@ import pytest
 
 import lightning_fp
 
-FRONTS = ["", "kernels", "layers", "loop", "metrics", "numerics", "recipes", "records", "stability"]
+FRONTS = [
+    "",
+    "kernels",
+    "layers",
+    "loop",
+    "metrics",
+    "numerics",
+    "recipes",
+    "records",
+    "rl",
+    "stability",
+]
 """The packages that import a module when one of its names is used."""
 
 
@@ -71,7 +82,7 @@ def test_the_package_imports_no_other() -> None:
         "import lightning_fp; dir(lightning_fp)",
         "from lightning_fp import DivergenceDetector, FallbackPolicy",
         "from lightning_fp.records import EventWriter, read_events, read_run",
-        "from lightning_fp import kernels, layers, numerics, stability",
+        "from lightning_fp import kernels, layers, numerics, rl, stability",
     ],
 )
 def test_what_needs_no_tensors_imports_no_torch(statement: str) -> None:
@@ -133,7 +144,7 @@ def test_the_lower_floors_run_where_lightning_is_not_installed() -> None:
         from torch import nn
 
         import lightning_fp as fp
-        from lightning_fp import metrics, numerics, recipes, records, stability
+        from lightning_fp import metrics, numerics, recipes, records, rl, stability
 
         # numbers, and a metric of what a cast loses
         x, scale = torch.randn(16, 32), torch.tensor(16.0)
@@ -141,6 +152,10 @@ def test_the_lower_floors_run_where_lightning_is_not_installed() -> None:
         lost = metrics.SQNR()
         lost.update(x, scale, torch.float8_e4m3fn)
         assert 20 < lost.compute() < 40
+
+        # weights for a policy gradient
+        logprobs = -torch.ones(2, 3)
+        assert rl.correction("verl").weights(logprobs, logprobs).eq(1).all()
 
         # a model in FP8, a step of it, the same once more without a trace, and back
         model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))

@@ -1,0 +1,30 @@
+"""Reinforcement learning with two sides that round differently: weights that correct for it."""
+
+from typing import TYPE_CHECKING
+
+from lightning_fp._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_fp.rl.corrections import CORRECTIONS, Correction, correction
+    from lightning_fp.rl.importance_weights import (
+        masked_importance_weights,
+        truncated_importance_weights,
+    )
+    from lightning_fp.rl.log_ratios import Level, check_tokens
+    from lightning_fp.rl.reports import CorrectionReport
+else:
+    __getattr__, __dir__ = lazy_names(__name__)
+
+__all__ = [
+    # weights
+    "masked_importance_weights",
+    "truncated_importance_weights",
+    # corrections by name
+    "CORRECTIONS",
+    "Correction",
+    "CorrectionReport",
+    "correction",
+    # what goes in
+    "Level",
+    "check_tokens",
+]
