@@ -27,8 +27,8 @@ from lightning_fp.loop.loop_precision import LoopPrecision, device_of
 from lightning_fp.loop.loop_records import LoopRecords
 from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps, check_loss
 from lightning_fp.loop.parts import PartOptions, Parts
-from lightning_fp.loop.plain_loop import PlainLoop
 from lightning_fp.loop.progress_line import ProgressLine
+from lightning_fp.loop.watched.plain_loop import PlainLoop
 from lightning_fp.recipes import RolloutRecipe, read
 from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.loss_scaling import LossScaling
