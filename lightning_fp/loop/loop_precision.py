@@ -15,7 +15,6 @@ from lightning_fp.layers import (
     Change,
     ConversionReport,
     FormatLike,
-    LinearFormat,
     PrecisionMap,
 )
 from lightning_fp.layers.backends import BackendLike, read_backend
@@ -26,16 +25,16 @@ from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.loop.batches import with_dtype
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.as_trained import as_trained, modes
+from lightning_fp.stepping.base_answers import BaseAnswers
 from lightning_fp.stepping.base_precision import (
     LOSS_SCALE,
     BaseLike,
     base_precision,
     read_base,
 )
-from lightning_fp.stepping.loss_scaler import LossScaler
 
 
-class LoopPrecision:
+class LoopPrecision(BaseAnswers):
     """The table of formats, the base precision, and the contexts that steps run in.
 
     Args:
@@ -119,39 +118,6 @@ class LoopPrecision:
     def connect(self, optimizers: Sequence[Optimizer]) -> None:
         """Hear which optimizers the run has, and refuse those that the base cannot work with."""
         self.base.connect(list(optimizers))
-
-    # -- what is asked of the owner of a table ---------------------------------------------------
-
-    @property
-    def base_format(self) -> LinearFormat:
-        """The format of layers that are left alone: the base's."""
-        return self.base.format
-
-    @property
-    def high_precision(self) -> LinearFormat:
-        """The format to fall back to: the base's, or bf16 where the base is FP16."""
-        return self.base.high_precision
-
-    @property
-    def falls_back_whole(self) -> bool:
-        """Whether all layers fall back at once: FP16's range may be at fault between them too."""
-        return self.base.falls_back_whole
-
-    @property
-    def scaler(self) -> LossScaler | None:
-        """Scales the loss, if the base is FP16."""
-        scaler = self.base.scaler
-        return scaler if isinstance(scaler, LossScaler) else None
-
-    @property
-    def half_dtype(self) -> torch.dtype | None:
-        """What an FP16 base computes in at present; None for other bases."""
-        return self.base.half_dtype(self.precision_map)
-
-    def low_layers(self) -> list[str]:
-        """The layers in a format below the high precision to fall back to."""
-        layers = self.precision_map.layers.items()
-        return [name for name, layer in layers if self.base.is_low(layer.format)]
 
     def boundary(self) -> list[Change]:
         """Between two optimizer steps: what was written to the table takes effect."""

@@ -120,21 +120,6 @@ class LayerPrecision(GuardedPrecision):
             **self.base.settings(),
         }
 
-    # -- what the table says --------------------------------------------------------------------
-
-    def low_layers(self) -> list[str]:
-        """The layers in a format below the high precision to fall back to."""
-        layers = self.precision_map.layers.items()
-        return [name for name, layer in layers if self.base.is_low(layer.format)]
-
-    @property
-    def half_dtype(self) -> torch.dtype | None:
-        """What the base computes in at present: float16, or bfloat16 while all layers are there.
-
-        None where the base is not FP16.
-        """
-        return self.base.half_dtype(self.precision_map)
-
     # -- setup ----------------------------------------------------------------------------------
 
     @override

@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fp.layers import LinearFormat
 from lightning_fp.plugins.guard import StepGuard, unwrapped
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stepping.base_answers import BaseAnswers
 from lightning_fp.stepping.base_precision import Base, BaseLike, base_precision, read_base
 from lightning_fp.stepping.gradients import clip_sparse, gradient_norm
-from lightning_fp.stepping.loss_scaler import LossScaler
 
 
-class GuardedPrecision(Precision):
+class GuardedPrecision(BaseAnswers, Precision):
     """A base precision, the loss scale that it may need, and the guard before optimizer steps.
 
     Args:
@@ -46,27 +45,6 @@ class GuardedPrecision(Precision):
         self.precision = base
         self.guard = self._own_guard()
         """Looks at the gradients before each optimizer step, under FP16 or if asked to."""
-
-    @property
-    def scaler(self) -> LossScaler | None:
-        """Scales the loss, if the base is FP16."""
-        scaler = self.base.scaler
-        return scaler if isinstance(scaler, LossScaler) else None
-
-    @property
-    def base_format(self) -> LinearFormat:
-        """The format of layers that are left alone: the base's."""
-        return self.base.format
-
-    @property
-    def high_precision(self) -> LinearFormat:
-        """The format to fall back to: the base's, or bf16 where the base is FP16."""
-        return self.base.high_precision
-
-    @property
-    def falls_back_whole(self) -> bool:
-        """Whether all layers fall back at once: FP16's range may be at fault between them too."""
-        return self.base.falls_back_whole
 
     # -- the guard ------------------------------------------------------------------------------
 

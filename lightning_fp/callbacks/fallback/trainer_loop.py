@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_fp.callbacks.compare.loop_position import before_batch
 from lightning_fp.callbacks.compare.loop_replay import (
@@ -22,26 +23,22 @@ from lightning_fp.callbacks.compare.step_replay import StepReplay, replayable
 from lightning_fp.callbacks.fallback.rehearsed_state import fingerprint_of, watched_hooks
 from lightning_fp.callbacks.fallback.trainer_state import state_of
 from lightning_fp.callbacks.run.replaced import replaced
-from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
-from lightning_fp.stability import Snapshot, untouched
 from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.keep.hyperparameters import set_hyperparameters
-from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.replay.fingerprint import Fingerprint, Item
 from lightning_fp.stability.replay.loop import MadeStep, Train
 from lightning_fp.stability.replay.parity import Run
-from lightning_fp.stability.replay.recompute import Recomputation
-from lightning_fp.stability.replay.untouched import Stance
+from lightning_fp.stability.supervise.supervised_loop import TableLoop
 from lightning_fp.telemetry import StepRecorder
 
 FROM_LOADER = "training_step takes its batches out of the loader itself"
 """Why nothing can be replayed then; see `dataloader_iter` of Lightning."""
 
 
-class TrainerLoop:
+class TrainerLoop(TableLoop):
     """The Trainer's `SupervisedLoop`.
 
     Every batch goes its whole way from the loader to the end of the batch, through all hooks and
@@ -55,14 +52,14 @@ class TrainerLoop:
     """
 
     def __init__(self, trainer: Trainer, plugin: LayerPrecision) -> None:
+        super().__init__(plugin)
         self._trainer, self._plugin = trainer, plugin
         self.state = state_of(trainer, plugin)
         """See `SupervisedLoop.state`."""
         self._loop = LoopReplay(trainer, steps=True)
-        layers = plugin.precision_map.layers.values()
-        self._recomputation = Recomputation(lambda: self.model, layers)
 
     @property
+    @override
     def model(self) -> nn.Module:
         """What the strategy trains."""
         model = self._trainer.strategy.model
@@ -71,41 +68,9 @@ class TrainerLoop:
         return model
 
     @property
-    def table(self) -> PrecisionMap:
-        """The plugin's."""
-        return self._plugin.precision_map
-
-    @property
-    def high(self) -> LinearFormat:
-        """See `Loop.high`."""
-        return self._plugin.high_precision
-
-    @property
-    def base(self) -> LinearFormat:
-        """See `SupervisedLoop.base`."""
-        return self._plugin.base_format
-
-    @property
     def optimizers(self) -> Sequence[Optimizer]:
         """See `SupervisedLoop.optimizers`."""
         return self._trainer.optimizers
-
-    @property
-    def loss_scaling(self) -> LossScaling | None:
-        """See `SupervisedLoop.loss_scaling`."""
-        scaler = self._plugin.scaler
-        return None if scaler is None else scaler.config
-
-    @property
-    def half(self) -> bool:
-        """See `SupervisedLoop.half`."""
-        return self._plugin.half_dtype is torch.float16
-
-    @property
-    def stuck(self) -> bool:
-        """See `SupervisedLoop.stuck`."""
-        scaler = self._plugin.scaler
-        return scaler is not None and bool(scaler.state.stuck)
 
     @property
     def overflowed(self) -> Mapping[int, str]:
@@ -114,20 +79,11 @@ class TrainerLoop:
         return {} if guard is None else guard.overflowed
 
     @property
-    def whole(self) -> bool:
-        """See `Loop.whole`."""
-        return self._plugin.falls_back_whole
-
-    @property
     def compiled(self) -> bool:
         """See `Loop.compiled`; a compiled function shows only in what was compiled at all."""
         dynamo = sys.modules.get("torch._dynamo")
         graphs = 0 if dynamo is None else dynamo.utils.counters["stats"]["unique_graphs"]
         return graphs > 0 or bool(compiled_regions(self.model, self.table.layers))
-
-    def low(self) -> Sequence[str]:
-        """See `Loop.low`."""
-        return self._plugin.low_layers()
 
     def replay(
         self, step: RecordedStep, *, backward: bool = True, recompute: bool = True
@@ -147,56 +103,21 @@ class TrainerLoop:
             return None
         return self._recomputation.run(run) if recompute else run
 
-    def recompute(self) -> bool:
-        """See `Loop.recompute`."""
-        return self._recomputation.begin()
+    @property
+    @override
+    def _written(self) -> Sequence[object]:
+        return written_by_hooks(self._trainer)
 
     @contextmanager
-    def training(
-        self, formats: Mapping[str, LinearFormat] | None, *, compiled: bool = False
-    ) -> Generator[Train, None, None]:
-        """See `Loop.training`; the guard keeps no record."""
+    @override
+    def _making(self) -> Generator[Train, None, None]:
         guard = self._plugin.guard
         if guard is None:
             raise RuntimeError("steps can be made again only where a guard leaves out bad ones")
         quiet = replaced(guard, replaying=True, replay_skipped=False, replay_hyperparameters=None)
-        # In the run's own formats no new graph is compiled; in others one is, in an incident.
-        stance: Stance = "force_eager"
-        if compiled:
-            stance = "eager_on_recompile" if formats is None else "default"
         stretch = _Stretch(self._trainer, self._loop, guard)
-        with (
-            untouched(self.model, written_by_hooks(self._trainer), stance=stance),
-            self._recomputation.during(),
-            self.table.overridden(formats or {}),
-            self._loop.conditions(),
-            quiet,
-            stretch.heard(),
-        ):
-            if formats is None:
-                yield lambda step: self._as_then(stretch, step)
-            else:
-                yield stretch.step
-
-    def _as_then(self, stretch: _Stretch, step: RecordedStep) -> MadeStep:
-        """A step in the formats, and with the delayed scales, of its time."""
-        table = self.table
-        now = table.formats()
-        then = {
-            name: table.known[format]
-            for name, format in step.formats.items()
-            if now.get(name, format) != format
-        }
-        with table.overridden(then, step.scales):
-            return stretch.step(step)
-
-    def take(self) -> Snapshot:
-        """See `Loop.take`."""
-        return self.state.take()
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """See `Loop.restore`."""
-        self.state.restore_weights(snapshot)
+        with self._loop.conditions(), quiet, stretch.heard():
+            yield stretch.step
 
     def mean(self, value: float) -> float:
         """See `Loop.mean`."""
