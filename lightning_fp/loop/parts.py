@@ -23,6 +23,7 @@ from lightning_fp.loop.optimizer_steps import ComputeLoss
 from lightning_fp.loop.watched.plain_loop import PlainLoop
 from lightning_fp.recipes import RolloutRecipe, remarks_on
 from lightning_fp.recipes.text import as_plain
+from lightning_fp.rl.origin import SampleOrigin
 from lightning_fp.stability.supervise.options import WatchOptions
 from lightning_fp.stability.supervise.step_count import StepCount
 from lightning_fp.stability.supervise.supervisor import Supervisor
@@ -234,10 +235,16 @@ class Parts:
             known = last.optimizers[-1].hyperparameters if last and last.optimizers else None
             self.watching.end(step, None if known is None else [known])
 
-    def update_mismatch(self, rollout: Tensor, train: Tensor, mask: Tensor | None) -> None:
+    def update_mismatch(
+        self,
+        rollout: Tensor,
+        train: Tensor,
+        mask: Tensor | None,
+        origin: SampleOrigin | None = None,
+    ) -> None:
         """Take in log-probabilities; not in a replay, whose tokens would count twice."""
         if not self._precision.precision_map.frozen:
-            self.mismatch.add((rollout, train, mask))
+            self.mismatch.add((rollout, train, mask, origin))
 
     def words(self) -> dict[str, str]:
         """For a progress bar."""

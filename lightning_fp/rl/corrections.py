@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -62,6 +62,20 @@ class Correction:
                 "low and high must be 0 <= low <= high, high above 0, and finite to truncate by,"
                 f" got low={self.low} and high={self.high}"
             )
+
+    @property
+    def words(self) -> str:
+        """Kind, level and band, e.g. "truncated token weights in [0, 2]"."""
+        return f"{self.kind} {self.level} weights in [{self.low:.3g}, {self.high:.3g}]"
+
+    def tightened(self) -> Correction:
+        """The same with bounds half as far from 1, as logarithms; open sides stay open.
+
+        >>> correction("icepop").tightened().words
+        'masked token weights in [0.707, 2.24]'
+        """
+        source = f"{self.source.removesuffix(', tightened')}, tightened"
+        return replace(self, low=self.low**0.5, high=self.high**0.5, source=source)
 
     def weights(
         self,

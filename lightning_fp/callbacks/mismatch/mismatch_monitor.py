@@ -23,6 +23,9 @@ from lightning_fp.callbacks.run.run_info import table_of
 from lightning_fp.layers import FormatLike
 from lightning_fp.metrics.mismatch_names import Aliases
 from lightning_fp.plugins.base import LayerPrecision
+from lightning_fp.rl.causes import Causes
+from lightning_fp.rl.corrections import Correction
+from lightning_fp.rl.origin import SampleOrigin
 from lightning_fp.stability import RandomState
 from lightning_fp.stability.detect.mismatch_detector import MismatchDetector
 from lightning_fp.telemetry.mismatch.early_warning import Act
@@ -30,8 +33,10 @@ from lightning_fp.telemetry.mismatch.mismatch_log import MismatchLog, MismatchOp
 
 log = logging.getLogger(__name__)
 
-Logprobs = tuple[Tensor, Tensor, Tensor | None]
-"""rollout_logprobs, train_logprobs and mask, [batch, tokens] each."""
+Logprobs = (
+    tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, SampleOrigin | None]
+)
+"""rollout_logprobs, train_logprobs and mask, [batch, tokens] each, and where samples come from."""
 
 Hook = Callable[[L.Trainer, L.LightningModule, Any], Logprobs]
 """From the Trainer, its module and a batch to log-probabilities of sampled tokens."""
@@ -56,18 +61,22 @@ class MismatchMonitor(RunCallback):
 
     Args:
         logprobs: `logprobs(trainer, module, batch)` gives rollout_logprobs, train_logprobs and
-            mask, [batch, tokens] each, as `TrainingInferenceMismatch.update` takes them. It is
-            called before each micro-batch of a measured step, without gradients, in the formats of
-            the training step, and outside of its statistics. None: the training step pushes.
+            mask, [batch, tokens] each, as `TrainingInferenceMismatch.update` takes them; fourth,
+            where it is known, a `lightning_fp.rl.SampleOrigin`. It is called before each
+            micro-batch of a measured step, without gradients, in the formats of the training step,
+            and outside of its statistics. None: the training step pushes.
         every_n_steps: one step in so many is measured.
         detector: what growth is worth a warning.
         act: "log" warns; "raise-precision" also gives layers more mantissa bits, from FP8 to the
-            base's format, and from bf16 to fp16 where the plugin scales its loss; None only
-            measures.
+            base's format, and from bf16 to fp16 where the plugin scales its loss, unless the
+            samples' origins show another cause; "by-cause" does so too, and tightens `correction`
+            where stale weights or routing are the cause; None only measures.
         raise_to: the format to raise all layers to instead, e.g. "fp16".
         hold_steps: optimizer steps after such a change without another one, or a warning.
         aliases: log the metrics also under the names that "trl", "nemo-rl" or "slime" gives them.
         threshold: of importance weights, see `TrainingInferenceMismatch`.
+        correction: the bounds on importance weights that training begins with, by name or as a
+            `lightning_fp.rl.Correction`; those in force are in `.correction`.
         dirpath: where to write; None takes the run's directory.
 
     Raises:
@@ -89,6 +98,7 @@ class MismatchMonitor(RunCallback):
         hold_steps: int = 256,
         aliases: Aliases = "verl",
         threshold: float = 2.0,
+        correction: Correction | str | None = None,
         dirpath: str | Path | None = None,
     ) -> None:
         options = MismatchOptions(
@@ -99,6 +109,7 @@ class MismatchMonitor(RunCallback):
             hold_steps=hold_steps,
             aliases=aliases,
             threshold=threshold,
+            correction=correction,
         )
         if logprobs is not None and not callable(logprobs):
             raise ValueError(
@@ -114,6 +125,16 @@ class MismatchMonitor(RunCallback):
     def latest(self) -> dict[str, float] | None:
         """The metrics of the last measured step, the same on every rank."""
         return self._log.latest
+
+    @property
+    def causes(self) -> Causes | None:
+        """What its mismatch came from; None where no origin was given."""
+        return self._log.causes
+
+    @property
+    def correction(self) -> Correction | None:
+        """The bounds on importance weights in force: `monitor.correction.weights(...)`."""
+        return self._log.warning.correction
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -172,7 +193,12 @@ class MismatchMonitor(RunCallback):
         self._log.tally.add(given)
 
     def update(
-        self, rollout_logprobs: Tensor, train_logprobs: Tensor, mask: Tensor | None = None
+        self,
+        rollout_logprobs: Tensor,
+        train_logprobs: Tensor,
+        mask: Tensor | None = None,
+        *,
+        origin: SampleOrigin | None = None,
     ) -> None:
         """To be called in the training step, where no hook is given.
 
@@ -183,6 +209,7 @@ class MismatchMonitor(RunCallback):
             train_logprobs: [batch, tokens], the same tokens by the policy before the step's
                 update; gradients are not followed.
             mask: [batch, tokens], 0 for prompt and padding; None counts all.
+            origin: what is known of the samples, by which causes are told apart.
 
         Raises:
             ValueError: outside of `fit`, beside a hook; in the first measured step for what are
@@ -201,7 +228,7 @@ class MismatchMonitor(RunCallback):
         table = table_of(self._trainer)
         replayed = table is not None and table.frozen
         if self._trainer.training and not replayed:
-            self._log.add((rollout_logprobs, train_logprobs, mask))
+            self._log.add((rollout_logprobs, train_logprobs, mask, origin))
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

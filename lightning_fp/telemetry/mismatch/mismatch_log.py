@@ -22,6 +22,8 @@ from lightning_fp.layers.table_owner import TableOwner
 from lightning_fp.metrics.mismatch_names import Aliases
 from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.mismatch_rows import MismatchWriter
+from lightning_fp.rl.causes import Causes
+from lightning_fp.rl.corrections import Correction, correction
 from lightning_fp.stability.detect.mismatch_detector import MismatchDetector
 from lightning_fp.state_version import check_version
 from lightning_fp.telemetry.mismatch.early_warning import Act, EarlyWarning
@@ -48,7 +50,9 @@ class MismatchOptions:
     """What growth is worth a warning."""
 
     act: Act | None = "log"
-    """"log" warns; "raise-precision" also gives layers more mantissa bits; None only measures."""
+    """"log" warns; "raise-precision" also gives layers more mantissa bits, where nothing says that
+    precision is not the cause; "by-cause" besides halves the bounds of `correction` where stale
+    weights or routing are; None only measures."""
 
     raise_to: FormatLike | None = None
     """The format to raise all layers to instead of the next on the way up."""
@@ -62,14 +66,27 @@ class MismatchOptions:
     threshold: float = 2.0
     """Of importance weights, see `TrainingInferenceMismatch`."""
 
+    correction: Correction | str | None = None
+    """The bounds on importance weights that training begins with, by name or as a record."""
+
     def __post_init__(self) -> None:
         check_at_least(1, every_n_steps=self.every_n_steps, hold_steps=self.hold_steps)
         if self.act is not None and self.act not in get_args(Act):
-            raise ValueError(f"act must be 'log', 'raise-precision' or None, got {self.act!r}")
-        if self.raise_to is not None and self.act != "raise-precision":
             raise ValueError(
-                f"raise_to must be None unless act is 'raise-precision', got {self.raise_to!r}"
+                f"act must be 'log', 'raise-precision', 'by-cause' or None, got {self.act!r}"
             )
+        if self.raise_to is not None and self.act not in ("raise-precision", "by-cause"):
+            raise ValueError(
+                "raise_to must be None unless act is 'raise-precision' or 'by-cause', got"
+                f" {self.raise_to!r}"
+            )
+        _ = self.bounds
+
+    @property
+    def bounds(self) -> Correction | None:
+        """The correction as a record."""
+        given = self.correction
+        return correction(given) if isinstance(given, str) else given
 
     def settings(self) -> dict[str, Any]:
         """As plain data."""
@@ -82,6 +99,7 @@ class MismatchOptions:
             "hold_steps": self.hold_steps,
             "aliases": self.aliases,
             "threshold": self.threshold,
+            "correction": None if self.bounds is None else self.bounds.words,
         }
 
 
@@ -100,8 +118,12 @@ class MismatchLog:
         self.options, self._name = options, name
         self.latest: dict[str, float] | None = None
         """The metrics of the last measured step, the same on every rank."""
+        self.causes: Causes | None = None
+        """What its mismatch came from; None where no origin was given."""
         to = None if options.raise_to is None else linear_format(options.raise_to)
-        self.warning = EarlyWarning(options.detector, options.act, to, options.hold_steps)
+        self.warning = EarlyWarning(
+            options.detector, options.act, to, options.hold_steps, options.bounds
+        )
         """Judges."""
         self.tally = MismatchTally(source, options.aliases, options.threshold)
         """Takes in log-probabilities."""
@@ -209,11 +231,14 @@ class MismatchLog:
         if values is None:  # nobody has pushed anything: the next step may do
             return
         self.worked, self._measured_at, self.latest = True, begun, values
+        self.causes = self.tally.causes
         shown(values)
-        named = self.tally.aliases
-        run.show({n if n in named else f"mismatch/{n}": v for n, v in values.items()}, begun + 1)
+        named, told = self.tally.aliases, {} if self.causes is None else self.causes.numbers()
+        all_values = {**values, **told}
+        named_values = {n if n in named else f"mismatch/{n}": v for n, v in all_values.items()}
+        run.show(named_values, begun + 1)
         self._write(begun + 1, values)
-        self.warning.judge(self._owner, self._log, begun + 1, values)
+        self.warning.judge(self._owner, self._log, begun + 1, values, self.causes)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         """Only rank 0 has a writer."""

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
-from lightning_fp.telemetry.over_ranks import total
+from lightning_fp.rl.causes import Causes, CauseSums, cause_sums, causes_of, merged
+from lightning_fp.rl.origin import SampleOrigin
+from lightning_fp.telemetry.over_ranks import ranks, total
 
 _PARTS = ("rollout_logprobs", "train_logprobs", "mask")
 
@@ -30,8 +33,12 @@ class MismatchTally:
         """The metrics' names that others give them."""
         self.measuring = False
         """Whether the step under way is measured."""
+        self.causes: Causes | None = None
+        """What the mismatch came from in the step that `values` told of last; None where nothing
+        was given to tell by."""
         self._metric = TrainingInferenceMismatch(aliases, threshold=threshold)
         self._updates = 0
+        self._sums: CauseSums | None = None
 
     def start(self, device: torch.device) -> None:
         """Begin anew, with sums on a device."""
@@ -42,19 +49,26 @@ class MismatchTally:
         """Forget what was taken in."""
         self._metric.reset()
         self._updates = 0
+        self._sums = None
 
     def add(self, given: Any) -> None:
         """Take in a micro-batch.
 
         Args:
             given: rollout_logprobs, train_logprobs and a mask or None, or the first two; each
-                [batch, tokens].
+                [batch, tokens]. Fourth a `SampleOrigin` or None.
 
         Raises:
             ValueError: if it is something else; values above 0 are found here on the CPU and by
                 `values` on other devices.
         """
         parts: list[Any] = list(given) if isinstance(given, (tuple, list)) else [given]
+        origin = parts.pop() if len(parts) == len(_PARTS) + 1 else None
+        if origin is not None and not isinstance(origin, SampleOrigin):
+            raise ValueError(
+                f"{self.source} must give a SampleOrigin in the fourth place, got"
+                f" {_described(origin)}"
+            )
         if len(parts) not in (2, 3):
             raise ValueError(
                 f"{self.source} must give ({', '.join(_PARTS)}), got {_described(given)}"
@@ -69,6 +83,10 @@ class MismatchTally:
         on_device: list[Any] = [None if part is None else part.to(device) for part in parts]
         try:
             self._metric.update(*on_device)
+            if origin is not None:
+                mask = on_device[2] if len(on_device) > 2 else None
+                sums = cause_sums(on_device[0], on_device[1], mask, origin)
+                self._sums = sums if self._sums is None else merged([self._sums, sums])
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from error
         self._updates += 1
@@ -89,8 +107,9 @@ class MismatchTally:
         # First of all whether everybody can go on: `compute` has collectives of its own, and a rank
         # that is missing there keeps the others waiting.
         device = self._metric.token_sums.device
-        told = total(torch.tensor([float(failed), float(self._updates)], device=device))
-        failures, updates = told.tolist()
+        own = float(failed), float(self._updates), float(self._sums is not None)
+        told = total(torch.tensor(own, device=device))
+        failures, updates, with_causes = told.tolist()
         if failures:
             raise RankFailedError("a rank cannot measure the mismatch any more")
         if not updates:
@@ -104,7 +123,18 @@ class MismatchTally:
             raise ValueError(f"{self.source}: {error}") from error
         values = dict(zip(computed, torch.stack(list(computed.values())).tolist(), strict=True))
         self._check_not_empty(values)
+        self.causes = self._causes() if with_causes else None
         return values
+
+    def _causes(self) -> Causes | None:
+        """Over all ranks; a collective."""
+        own = None if self._sums is None else self._sums.cpu()
+        parts: list[CauseSums | None] = [own]
+        if ranks() > 1:
+            parts = [None] * ranks()
+            dist.all_gather_object(parts, own)
+        given = [part for part in parts if part is not None]
+        return causes_of(merged(given)) if given else None
 
     def _check_not_empty(self, values: Mapping[str, float]) -> None:
         if values["tokens"]:

@@ -23,6 +23,7 @@ from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.records import read_events, read_mismatch
+from lightning_fp.rl import SampleOrigin, correction
 from lightning_fp.stability import MismatchDetector
 from lightning_fp.telemetry.mismatch.mismatch_remedy import raised_formats, write_formats
 from tests.helper import LanguageModel, fit, make_trainer, same_weights, text_loader
@@ -196,6 +197,78 @@ def test_raises_precision_once_in_a_hold(tmp_path: Path) -> None:
     assert change.reason == first.reason
 
 
+class Origin:
+    """An engine whose weights grow old, or whose routers choose other experts, from a step on."""
+
+    def __init__(self, cause: str, start: int = 20) -> None:
+        self.cause, self.start = cause, start
+
+    def __call__(self, trainer: L.Trainer, module: L.LightningModule, batch: Tensor) -> Any:
+        train, step = logprobs_of(module, batch), trainer.global_step
+        generator = torch.Generator().manual_seed(step)
+        odd = (torch.arange(train.shape[1]) % 2 == 1).expand(train.shape) & (step >= self.start)
+        size = torch.where(odd, 3e-2, 1e-3)
+        rollout = (train + size * torch.randn(train.shape, generator=generator)).clamp(max=0)
+        if self.cause == "staleness":
+            origin = SampleOrigin(rollout_version=step - 2 * odd.long(), train_version=step)
+        else:
+            ids = torch.zeros_like(odd, dtype=torch.long)
+            origin = SampleOrigin(rollout_experts={"b": ids + odd}, train_experts={"b": ids})
+        return rollout, train, torch.ones_like(batch[:, 1:]), origin
+
+
+@pytest.mark.parametrize("cause", ["staleness", "routing"])
+def test_tightens_what_precision_would_not_heal(tmp_path: Path, cause: str) -> None:
+    model = LanguageModel()
+    monitor = MismatchMonitor(
+        Origin(cause),
+        detector=SOON,
+        act="by-cause",
+        correction="icepop",
+        hold_steps=8,
+        dirpath=tmp_path,
+    )
+    fit(plugin(), model, max_steps=32, callbacks=[monitor])
+    assert {x.format.name for x in model.modules() if hasattr(x, "format")} == {"fp8-dynamic"}
+    assert monitor.causes is not None
+    assert monitor.causes.main == cause
+    assert monitor.correction is not None
+    first, *others = read_events(tmp_path, kinds=["suspect"])
+    assert f"% of k3 from {cause}" in first.reason
+    assert first.action == "masked token weights in [0.5, 5] -> [0.707, 2.24]"
+    assert first.numbers[f"mismatch/cause/{cause}"] > 0.9
+    tightened = correction("icepop")
+    for _ in (first, *others):
+        tightened = tightened.tightened()
+    assert (monitor.correction.low, monitor.correction.high) == (tightened.low, tightened.high)
+    assert not read_events(tmp_path, kinds=["format"])
+
+    resumed = MismatchMonitor(act="by-cause", correction="icepop")
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.correction is not None
+    assert resumed.correction.words == monitor.correction.words
+
+
+def test_raises_no_precision_for_another_cause(tmp_path: Path) -> None:
+    monitor = MismatchMonitor(
+        Origin("staleness"), detector=SOON, act="raise-precision", dirpath=tmp_path
+    )
+    fit(plugin(), max_steps=32, callbacks=[monitor])
+    (event,) = read_events(tmp_path, kinds=["suspect"])
+    assert "synchronise" in event.reason
+    assert event.action == ""
+    assert not read_events(tmp_path, kinds=["format"])
+
+
+def test_says_it_before_it_acts(tmp_path: Path) -> None:
+    monitor = MismatchMonitor(Drifting(start=20), detector=SOON, act="by-cause", dirpath=tmp_path)
+    fit(plugin(), max_steps=40, callbacks=[monitor])
+    said, done = read_events(tmp_path, kinds=["suspect", "format"])
+    assert said.kind == "suspect"
+    assert "fp8-dynamic -> bf16" in said.action
+    assert done.kind == "format"
+
+
 def test_only_measures(tmp_path: Path) -> None:
     engine = Drifting(start=20, span=1)
     monitor = MismatchMonitor(engine, detector=SOON, act=None, dirpath=tmp_path)
@@ -327,7 +400,7 @@ def test_push_in_the_wrong_place(caplog: pytest.LogCaptureFixture) -> None:
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"hold_steps": 0}, "hold_steps must be at least 1, got 0"),
-        ({"act": "stop"}, "act must be 'log', 'raise-precision' or None, got 'stop'"),
+        ({"act": "stop"}, "act must be 'log', 'raise-precision', 'by-cause' or None, got 'stop'"),
         ({"raise_to": "fp16"}, "raise_to must be None unless act is 'raise-precision'"),
         ({"logprobs": "engine"}, r"logprobs must be a function of \(trainer, module, batch\)"),
         ({"aliases": "vllm"}, "aliases must be one of"),
