@@ -130,10 +130,26 @@ class OperandMemory(OperandRecord):
         self.weight_cast: WeightCast | None = None
         self.captured = False
         """Whether a CUDA graph reads `scales` where they are."""
+        self.amax_only = False
+        """Whether no more is wanted than the amax of input and weight, which dynamic scaling knows
+        anyway: to count what is not finite takes four times as long as the amax."""
 
     def on(self, device: torch.device) -> OperandMemory:
         """See `KernelMemory.on`; what was recorded stays behind."""
-        return self if self.scales.device == device else OperandMemory(self.scales.to(device))
+        if self.scales.device == device:
+            return self
+        there = OperandMemory(self.scales.to(device))
+        there.amax_only = self.amax_only
+        return there
+
+    @torch.no_grad()
+    def record(self, *rows: Tensor) -> None:
+        """Add one forward's rows, each [width]; with `amax_only` its amaxes, each a scalar."""
+        if not self.amax_only:
+            super().record(*rows)
+            return
+        recorded = self.recorded[:, AMAX]
+        recorded.copy_(torch.maximum(recorded, wide(torch.stack(rows))))
 
     def weight_cast_of(self, weight: Tensor, kernel: object) -> WeightCast | None:
         """The cast kept, if it is one of this weight with these scales."""

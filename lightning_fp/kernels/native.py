@@ -143,13 +143,14 @@ class NativeKernel(Kernel):
                     memory.captured = True
                 if memory.shares_weight_cast and record and not weight.is_inference():
                     share = memory
+        in_full = memory is not None and record and not memory.amax_only
         # Without a gradient of its own a frozen backbone would keep its activations for the leaf.
         differentiable = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        if memory is not None and record and differentiable:
+        if memory is not None and in_full and differentiable:
             leaf, slot = memory.grad_leaf, memory.next_slot()
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
-            how = scales, leaf, slot, self, emulate, record
+            how = scales, leaf, slot, self, emulate, in_full
             if isinstance(weight, StoredWeight):
                 parts = weight.cast, weight.scale, weight.amax
                 output, *recorded = StoredLinear.apply(rows, *parts, *how, layer)
@@ -190,8 +191,8 @@ class NativeKernel(Kernel):
 class _NativeLinear(torch.autograd.Function):
     """`input [M, K] @ weight [N, K].T -> [M, N]` with FP8 operands in all three products.
 
-    Besides the product, forward returns the records of input and weight, and backward returns
-    that of grad_output as the gradient of a leaf: purely functional.
+    Besides the product, forward returns the records of input and weight (their amaxes, where no
+    more is wanted), and backward that of grad_output as the gradient of a leaf: purely functional.
     """
 
     @staticmethod
@@ -205,7 +206,7 @@ class _NativeLinear(torch.autograd.Function):
         slot: int,
         kernel: NativeKernel,
         emulate: bool,
-        record: bool,
+        in_full: bool,
         share: OperandMemory | None,
         layer: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +219,7 @@ class _NativeLinear(torch.autograd.Function):
             amax_w = tensor_amax(weight)
             scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
             w8, w = cast_operand(weight, scale_w, kernel.weight, wide)
-            row_w = amax_row(weight, amax_w, record)
+            row_w = amax_row(weight, amax_w, in_full)
             if share is not None:
                 share.keep_weight_cast(weight, kernel, w8, scale_w, amax_w, row_w)
         else:
@@ -241,7 +242,7 @@ class _NativeLinear(torch.autograd.Function):
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
         output = forward_products(x, w, unscale_x, unscale_w, input.dtype)
-        rows = amax_row(input, amax_x, record), row_w if share is None else row_w.clone()
+        rows = amax_row(input, amax_x, in_full), row_w if share is None else row_w.clone()
         ctx.mark_non_differentiable(*rows)
         return output, *rows
 

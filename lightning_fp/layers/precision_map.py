@@ -251,6 +251,14 @@ class PrecisionMap:
         """
         self._histories.follow(on, self._layers)
 
+    def watch_casts(self, on: bool) -> None:
+        """Know the amax of input and weight of dynamic layers too, of each step.
+
+        It changes nothing else, least of all what is recorded of a layer; and costs next to
+        nothing, as dynamic scaling needs the amax anyway.
+        """
+        self._histories.watch_casts(on, self._layers)
+
     @contextmanager
     def overridden(
         self, formats: Mapping[str, FormatLike], scales: StepScales | None = None

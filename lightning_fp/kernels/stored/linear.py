@@ -66,7 +66,7 @@ class StoredLinear(torch.autograd.Function):
         slot: int,
         kernel: NativeKernel,
         emulate: bool,
-        record: bool,
+        in_full: bool,
         layer: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = operand_dtype(input) if emulate else None
@@ -80,7 +80,7 @@ class StoredLinear(torch.autograd.Function):
         ctx.save_for_backward(w8, scale_w, amax_w, scales)
         ctx.kernel, ctx.wide, ctx.layer, ctx.dtype = kernel, wide, layer, input.dtype
         ctx.slot = None if leaf is None else slot
-        rows = amax_row(input, amax_x, record), amax_row(None, amax_w, record)
+        rows = amax_row(input, amax_x, in_full), amax_row(None, amax_w, in_full)
         ctx.mark_non_differentiable(*rows)
         return output, *rows
 

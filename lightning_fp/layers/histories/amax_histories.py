@@ -35,12 +35,17 @@ class AmaxHistories:
         keeper = EngineScales if backend == "transformer-engine" else ScaleHistory
         self.scales: DelayedScales = keeper(delayed)
         self._auto = None if auto is None else AutoScalingState(auto)
-        self._follow = False
+        self._follow = self._watch_casts = False
         self._resumed: dict[str, Any] | None = None
 
     def track(self, layers: Mapping[str, SwitchableLayer]) -> None:
         """Keep histories of those layers of a table that need one in their present formats."""
-        self.scales.track({name: each for name, each in layers.items() if self._needed(each)})
+        needed = {name for name, each in layers.items() if self._needed(each)}
+        watched = {
+            name for name, each in layers.items() if self._watch_casts and each.kernel.records
+        }
+        tracked = {name: each for name, each in layers.items() if name in needed | watched}
+        self.scales.track(tracked, watched - needed)
 
     def _needed(self, layer: SwitchableLayer) -> bool:
         if layer.format.scaling == "delayed":
@@ -56,6 +61,12 @@ class AmaxHistories:
         self.track(layers)
         if self._resumed is not None:  # the run went on before anybody followed
             self.scales.load_state_dict(self._resumed)
+
+    def watch_casts(self, on: bool, layers: Mapping[str, SwitchableLayer]) -> None:
+        """Know the amax of dynamic layers' inputs and weights; see `PrecisionMap.watch_casts`."""
+        if on != self._watch_casts:
+            self._watch_casts = on
+            self.track(layers)
 
     def step(self, layers: Mapping[str, SwitchableLayer]) -> list[Move]:
         """After an optimizer step: the scales of the next one.

@@ -73,6 +73,7 @@ class DelayedScales(ABC):
         accumulation wants it; from the next step on. It takes a byte per element of the weights.
         Without effect on Transformer Engine."""
         self._layers: dict[str, SwitchableLayer] = {}
+        self._amax_only: frozenset[str] = frozenset()
         self._formats: list[LinearFormat] = []
         self._limits = torch.zeros(0, 3)
         self._recorded = torch.zeros(0, 3, 4)
@@ -83,17 +84,20 @@ class DelayedScales(ABC):
 
     @property
     def names(self) -> list[str]:
-        """The layers under delayed scaling."""
+        """The layers that are tracked, in the order of `amax`."""
         return list(self._layers)
 
     # -- the promise ----------------------------------------------------------------------------
 
     @abstractmethod
-    def track(self, layers: Mapping[str, SwitchableLayer]) -> None:
+    def track(self, layers: Mapping[str, SwitchableLayer], amax_only: Collection[str] = ()) -> None:
         """Keep histories for exactly these layers; those already here keep theirs.
 
         Args:
-            layers: the layers under delayed scaling now, and those that `fp8-auto` follows.
+            layers: the layers under delayed scaling now, and those that are followed.
+            amax_only: those of them of which no more is wanted than `amax`, of input and weight.
+                Neither records nor checkpoints have them, and what follows from a history does not
+                follow from what was seen of them.
 
         Raises:
             ValueError: if they cannot be scaled together.
@@ -161,11 +165,13 @@ class DelayedScales(ABC):
 
     # -- what was seen --------------------------------------------------------------------------
 
-    def _begin(self, layers: Mapping[str, SwitchableLayer]) -> None:
+    def _begin(
+        self, layers: Mapping[str, SwitchableLayer], amax_only: Collection[str] = ()
+    ) -> None:
         """Other layers; one leaves because of what was seen of it, so that is kept."""
         if self._layers:
             self._earlier_records = [*self._earlier_records[-_MOST_KEPT:], self._amax_record()]
-        self._layers = dict(layers)
+        self._layers, self._amax_only = dict(layers), frozenset(amax_only)
         self._formats = [layer.format for layer in layers.values()]
 
     def _watch_from(self, device: torch.device | None) -> None:
@@ -185,7 +191,6 @@ class DelayedScales(ABC):
             nonfinite: same shape: inf and NaN elements.
             used: same shape: the scales they were cast with, 0 where there were none.
         """
-        self.amax = amax
         left = self._limits.to(used.device) / (amax * used)
         known = torch.isfinite(left) & (amax > 0) & torch.isfinite(amax)
         self.headroom = torch.where(known, torch.log2(left), torch.inf)
@@ -213,7 +218,13 @@ class DelayedScales(ABC):
         return self._recorded
 
     def _amax_record(self) -> AmaxRecord:
-        return AmaxRecord(list(self._layers), self._formats, self._recorded)
+        rows, names = self._in_full(), list(self._layers)
+        formats = [self._formats[row] for row in rows]
+        return AmaxRecord([names[row] for row in rows], formats, self._recorded[rows])
+
+    def _in_full(self) -> list[int]:
+        """Rows of the layers of which all is recorded."""
+        return [row for row, name in enumerate(self._layers) if name not in self._amax_only]
 
 
 def _nothing_recorded(like: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class ScaleHistory(DelayedScales):
         self._history = torch.zeros(0, 3, config.history_len)
         self._scales = torch.zeros(0, 3)
         self._grad_record = torch.zeros(0, 2)
+        self._counts = torch.ones(0, 1, dtype=torch.bool)
         self._memory: list[OperandMemory] = []
         self._any_cold = False
         self._cold_steps = 0
@@ -53,7 +54,7 @@ class ScaleHistory(DelayedScales):
 
     # -- which layers ---------------------------------------------------------------------------
 
-    def track(self, layers: Mapping[str, SwitchableLayer]) -> None:
+    def track(self, layers: Mapping[str, SwitchableLayer], amax_only: Collection[str] = ()) -> None:
         """See `DelayedScales.track`."""
         left = set(self._layers.values()) - set(layers.values())
         for layer in left:
@@ -61,21 +62,22 @@ class ScaleHistory(DelayedScales):
         kept = {
             name: index
             for index, name in enumerate(self._layers)
-            if layers.get(name) is self._layers[name]
+            if layers.get(name) is self._layers[name] and name not in self._amax_only
         }
         device = first_device(layers.values())
         history = torch.zeros(len(layers), 3, self.config.history_len, device=device)
         for index, name in enumerate(layers):
             if name in kept:
                 history[index] = self._history[kept[name]]
-        self._begin(layers)
+        self._begin(layers, amax_only)
         self._use(history)
 
     def release(self, names: Collection[str]) -> None:
         """See `DelayedScales.release`."""
         rows = [row for row, name in enumerate(self._layers) if name not in names]
         if len(rows) < len(self._layers):
-            self._begin({name: each for name, each in self._layers.items() if name not in names})
+            remaining = {name: each for name, each in self._layers.items() if name not in names}
+            self._begin(remaining, self._amax_only - set(names))
             self._use(self._history[rows])
 
     def _use(self, history: Tensor) -> None:
@@ -87,6 +89,10 @@ class ScaleHistory(DelayedScales):
         for layer, scales in zip(self._layers.values(), self._scales.unbind(0), strict=True):
             layer.record, layer.memory = True, _kernel(layer).make_memory(layer, scales)
         self._memory = self._made()
+        for name, memory in zip(self._layers, self._memory, strict=True):
+            memory.amax_only = name in self._amax_only
+        counts = [[name not in self._amax_only] for name in self._layers]
+        self._counts = torch.tensor(counts, device=history.device).reshape(-1, 1)
         self._share(self._memory)
         self._cool_down()
         self._any_cold = any(_kernel(layer).cold for layer in self._layers.values())
@@ -113,6 +119,9 @@ class ScaleHistory(DelayedScales):
         amax = torch.nan_to_num(rows[..., AMAX].float(), nan=torch.inf, posinf=torch.inf)
         if many_ranks():
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+        self.amax = amax
+        if self._amax_only:  # no scales follow from these
+            amax = torch.where(self._counts, amax, 0.0)
         self._watch(amax, rows[..., NONFINITE], self._scales)
         self._history = advance_history(self._history, amax)
         self._hand_out(history_scale(self._history, self._limits, self.config))
@@ -247,14 +256,15 @@ class ScaleHistory(DelayedScales):
         device = self._memory[0].recorded.device
         self._history, self._limits = self._history.to(device), self._limits.to(device)
         self._grad_record = self._grad_record.to(device, wide_dtype(device))
-        self._recorded = self._recorded.to(device)
+        self._recorded, self._counts = self._recorded.to(device), self._counts.to(device)
         self._hand_out(self._scales.to(device))
 
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """See `DelayedScales.state_dict`; scales follow from histories."""
-        return {"layers": list(self._layers), "history": self._history.clone()}
+        rows, names = self._in_full(), list(self._layers)
+        return {"layers": [names[row] for row in rows], "history": self._history[rows].clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         rows = dict(zip(state["layers"], state["history"], strict=True))

@@ -45,7 +45,7 @@ class EngineScales(DelayedScales):
 
     # -- which layers ---------------------------------------------------------------------------
 
-    def track(self, layers: Mapping[str, SwitchableLayer]) -> None:
+    def track(self, layers: Mapping[str, SwitchableLayer], amax_only: Collection[str] = ()) -> None:
         """See `DelayedScales.track`; layers of more than one recipe are refused."""
         settings = {_kernel(layer).settings for layer in layers.values()}
         if len(settings) > 1:
@@ -59,7 +59,7 @@ class EngineScales(DelayedScales):
         for layer in layers.values():
             engine = _engine(layer)
             engine.history = EngineHistory() if engine.history is None else engine.history
-        self._begin(layers)
+        self._begin(layers, amax_only)
         self._settings = next(iter(settings), None)
         given = None if self._settings is None else self._settings.given
         if given is not None:
@@ -101,6 +101,7 @@ class EngineScales(DelayedScales):
             if memory.lives:
                 newest[row] = torch.cat([history[-1] for _, history in states(memory.module)])
         # Whether there was inf or NaN, not how many: it keeps no count.
+        self.amax = newest
         self._watch(newest, (~torch.isfinite(newest)).float(), used)
 
     @torch.no_grad()

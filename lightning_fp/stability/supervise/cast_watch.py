@@ -17,11 +17,11 @@ class CastWatch:
     """Copies what the amax histories have seen to the host; on CUDA it is read a step late.
 
     Args:
-        table: whose layers keep histories from here on, under dynamic scaling too.
+        table: whose layers tell their amax from here on, under dynamic scaling too.
     """
 
     def __init__(self, table: PrecisionMap) -> None:
-        table.follow(True)
+        table.watch_casts(True)
         self._table = table
         self._rows = {name: row for row, name in enumerate(table.layers)}
         self._pending: deque[tuple[int, list[int], Tensor, torch.cuda.Event | None]] = deque()
@@ -60,5 +60,5 @@ class CastWatch:
         return taken
 
     def close(self) -> None:
-        """Histories are kept only where formats need them."""
-        self._table.follow(False)
+        """Layers tell no more than their formats need."""
+        self._table.watch_casts(False)
