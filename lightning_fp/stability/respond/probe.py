@@ -16,7 +16,7 @@ from lightning_fp.stability.respond.attribution import HEALTHY_ERROR
 FIRST = 64
 """Steps from one probe to the next to begin with."""
 
-OFTEN = 8
+OFTEN = 5
 """So many probes come at that distance, before it doubles up to the probe's interval: faults of a
 format's own show early, and the first hundreds of steps are the cheapest to save."""
 
