@@ -9,11 +9,7 @@ measures. Single steps are blind to errors that are small and lasting: the fallb
 
 from __future__ import annotations
 
-import logging
-import random
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,17 +18,9 @@ from typing_extensions import override
 
 from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
 from lightning_fp.callbacks.run.run import RunCallback, run_of
-from lightning_fp.choices import check_at_least
-from lightning_fp.layers import PrecisionMap
 from lightning_fp.plugins import FP16Precision, LayerPrecision
-from lightning_fp.records.parity import append_parity
-from lightning_fp.stability import Parity, measure_parity
-
-log = logging.getLogger(__name__)
-
-_MOST_KEPT = 100
-
-_NUMBERS = [field.name for field in fields(Parity) if field.type in ("float", float)]
+from lightning_fp.stability import Parity
+from lightning_fp.telemetry.parity_log import PUBLISHED, ParityLog, ParityOptions
 
 
 class ParityProbe(RunCallback):
@@ -60,7 +48,7 @@ class ParityProbe(RunCallback):
             a glob that matches nothing, or for a training step that cannot be replayed.
     """
 
-    publishes: ClassVar[Mapping[str, str]] = {f"precision/parity/{name}": "" for name in _NUMBERS}
+    publishes: ClassVar[Mapping[str, str]] = dict.fromkeys(PUBLISHED, "")
 
     def __init__(
         self,
@@ -71,34 +59,26 @@ class ParityProbe(RunCallback):
         log_layers: Sequence[str] = (),
         seed: int | None = 0,
     ) -> None:
-        check_at_least(1, every_n_steps=every_n_steps)
-        if worst < 0:
-            raise ValueError(f"worst must not be negative, got {worst}")
-        if isinstance(log_layers, str):
-            raise ValueError(f"log_layers must be a list of globs, got {log_layers!r}")
-        self.results: dict[int, Parity] = {}
-        """The last 100 probes by `global_step`, the same on every rank."""
-        self._every_n_steps, self._worst, self._seed = every_n_steps, worst, seed
+        options = ParityOptions(
+            every_n_steps=every_n_steps, worst=worst, log_layers=log_layers, seed=seed
+        )
+        self._log = ParityLog(options)
         self.dirpath = dirpath
-        self._globs = tuple(log_layers)
-        self._log_layers: set[str] = set()
         self._directory: Path | None = None
         self._trainer: Trainer | None = None
-        self._last = -1
-        self._failed = False
+
+    @property
+    def results(self) -> dict[int, Parity]:
+        """The last 100 probes by `global_step`, the same on every rank."""
+        return self._log.results
 
     @override
     def settings(self) -> dict[str, Any]:
-        return {
-            "every_n_steps": self._every_n_steps,
-            "worst": self._worst,
-            "log_layers": list(self._globs),
-            "seed": self._seed,
-        }
+        return self._log.options.settings()
 
     @override
     def published_every(self, interval: int) -> tuple[int, str]:
-        return self._every_n_steps, "probes"
+        return self._log.options.every_n_steps, "probes"
 
     # -- setup ----------------------------------------------------------------------------------
 
@@ -116,8 +96,7 @@ class ParityProbe(RunCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        table = self.plugin(trainer).precision_map
-        self._log_layers = {name for glob in self._globs for name in table.matching(glob)}
+        self._log.options.named(self.plugin(trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,20 +113,11 @@ class ParityProbe(RunCallback):
         if isinstance(plugin, LayerPrecision) and self._arrived in plugin.on_input:
             plugin.on_input.remove(self._arrived)
 
-    # -- when -----------------------------------------------------------------------------------
+    # -- steps ----------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
         """Whether the period that `step` is in still has its probe to come, and it is time."""
-        period = step // self._every_n_steps
-        if period == self._last:
-            return False
-        start = period * self._every_n_steps
-        if self._seed is None:
-            return step >= start
-        # Of its own and a function of the period alone: it touches no other generator, and goes
-        # on the same after a resume.
-        chosen = random.Random(f"{self._seed}/{period}").randrange(self._every_n_steps)
-        return step >= start + chosen
+        return self._log.due(step)
 
     def _arrived(self, batch: Any) -> None:
         """A batch comes from the loader: probe before any hook has seen it."""
@@ -159,43 +129,19 @@ class ParityProbe(RunCallback):
         between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         if not between_steps or not self.due(step):
             return
-        try:
-            table = self.plugin(trainer).precision_map
-            run = StepReplay(trainer, table, batch, batch_idx)
-            if not run.possible:
-                return
-            # First, so that a probe that fails is not tried again at every step of its period.
-            self._last = step // self._every_n_steps
-            # What was written to the table holds from the coming step on, which is what is probed.
-            self.plugin(trainer).boundary()
-            self._probe(trainer, run, table, step)
-        except Exception as error:
-            if not self._failed:
-                message = "the parity probe failed at step %d, training goes on: %s"
-                log.warning(message, step, error, exc_info=True)
-            self._failed = True
-
-    # -- what -----------------------------------------------------------------------------------
-
-    def _probe(self, trainer: Trainer, run: StepReplay, table: PrecisionMap, step: int) -> None:
-        began = time.perf_counter()
-        high = self.plugin(trainer).high_precision
-        parity = measure_parity(run, run.model, table, high, worst=self._worst)
-        self.results[step] = parity
-        while len(self.results) > _MOST_KEPT:
-            del self.results[next(iter(self.results))]
-        fit = run_of(trainer)
-        for name in _NUMBERS:
-            value = float(getattr(parity, name))
-            fit.board.publish(f"precision/parity/{name}", step, value)
-        if not trainer.is_global_zero:
-            return
-        if self._directory is not None:
-            seconds = time.perf_counter() - began
-            append_parity(self._directory, {"step": step, "seconds": seconds, **asdict(parity)})
-        metrics = _metrics(parity, self._log_layers)
-        # Lightning counts so for its own curves; on the board steps are optimizer steps.
-        fit.log_metrics(metrics, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        plugin = self.plugin(trainer)
+        run = StepReplay(trainer, plugin.precision_map, batch, batch_idx)
+        if run.possible:
+            self._log.probe(
+                plugin,
+                run,
+                run.model,
+                telemetry=run_of(trainer),
+                directory=self._directory,
+                step=step,
+                # Lightning counts so for its own curves; on the board steps are optimizer steps.
+                shown_at=trainer.fit_loop.epoch_loop._batches_that_stepped,
+            )
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -203,27 +149,13 @@ class ParityProbe(RunCallback):
     @override
     def state_key(self) -> str:
         # Lightning keeps states by this key: two probes in one Trainer must not share one.
-        return self._generate_state_key(every_n_steps=self._every_n_steps, seed=self._seed)
+        options = self._log.options
+        return self._generate_state_key(every_n_steps=options.every_n_steps, seed=options.seed)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "last": self._last}
+        return self._log.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last = int(state_dict["last"])
-
-
-def _metrics(parity: Parity, layers: set[str]) -> dict[str, float]:
-    """What goes to the loggers; the first three have the same names in every run."""
-    metrics = {
-        "loss_gap": parity.loss_gap,
-        "grad_cosine": parity.grad_cosine,
-        "grad_norm_ratio": parity.grad_norm_ratio,
-    }
-    for layer in parity.layers:
-        if layer.layer in layers:
-            metrics[f"{layer.layer}/grad_cosine"] = layer.cosine
-            metrics[f"{layer.layer}/grad_norm_ratio"] = layer.norm_ratio
-            metrics[f"{layer.layer}/cast_error"] = layer.cast_error
-    return {f"precision/parity/{name}": value for name, value in metrics.items()}
+        self._log.load_state_dict(state_dict)

@@ -32,7 +32,7 @@ from lightning_fp.callbacks.compare.loop_replay import (
 from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.stability import RandomState, Replay, replay_step
 from lightning_fp.stability.keep.snapshot import restore, take
-from lightning_fp.stability.replay.one_step import on_all_ranks
+from lightning_fp.stability.replay.one_step import exchanges_in_any_case, on_all_ranks
 from lightning_fp.stepping.loss_scaler import LossScaler
 
 
@@ -83,14 +83,8 @@ class StepReplay:
 
     @property
     def possible(self) -> bool:
-        """False before the first backward of a static-graph DDP.
-
-        That one enqueues its exchange of gradients itself, even where it is blocked, as in a replay
-        (`_DDPSink` in torch.nn.parallel.distributed).
-        """
-        return getattr(self.model, "_static_graph_delay_allreduce_enqueued", True) or not getattr(
-            self.model, "static_graph", False
-        )
+        """See `exchanges_in_any_case`."""
+        return not exchanges_in_any_case(self.model)
 
     def __call__(self, formats: Mapping[str, LinearFormat], *, observe: bool = False) -> Replay:
         """Replay in these formats; call it alike on all ranks, and the outcome is alike.

@@ -240,3 +240,16 @@ def _gap(rows: Sequence[Sequence[float]]) -> GradientGap:
         norm_ratio=(a / b) ** 0.5 if b > 0 else float("inf"),
         error=(difference / b) ** 0.5 if b > 0 else float("inf"),
     )
+
+
+def exchanges_in_any_case(model: nn.Module) -> bool:
+    """Whether the coming backward exchanges gradients even where that is blocked, as in a replay.
+
+    The first one of a static-graph DDP does, which enqueues the exchange itself (`_DDPSink` in
+    torch.nn.parallel.distributed).
+
+    Args:
+        model: with its wrappers.
+    """
+    enqueued = getattr(model, "_static_graph_delay_allreduce_enqueued", True)
+    return bool(getattr(model, "static_graph", False)) and not enqueued

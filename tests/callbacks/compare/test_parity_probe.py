@@ -452,7 +452,7 @@ def probed_steps(probe: ParityProbe, start: int, stop: int) -> list[int]:
     steps = []
     for step in range(start, stop):
         if probe.due(step):
-            probe._last = step // 10
+            probe.load_state_dict({"version": 1, "last": step // 10})
             steps.append(step)
     return steps
 
