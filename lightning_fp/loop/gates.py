@@ -8,6 +8,7 @@ from lightning_fp.layers import LinearFormat, PrecisionMap
 from lightning_fp.recipes import Gate, RolloutRecipe, StageFormats
 from lightning_fp.telemetry import LOSS
 from lightning_fp.telemetry.casts.summary import COLUMNS, SUMMARIES, why_nothing
+from lightning_fp.telemetry.parity_log import PUBLISHED
 from lightning_fp.telemetry.rollout.gate_evidence import LOSS_GAP
 
 FALLBACKS = "fallbacks"
@@ -17,22 +18,21 @@ _OPTIONS: Mapping[str, Collection[str]] = {
     "monitor": (*SUMMARIES, *COLUMNS),
     "fallback": (FALLBACKS,),
     "mismatch": ("mismatch/",),
+    "parity": PUBLISHED,
 }
 """By the option of `PrecisionLoop` that measures them, names on the board, or what they begin with.
 """
 
 
-def measurements(
-    recipe: RolloutRecipe, options: Collection[str], *, interval: int
-) -> dict[str, str]:
+def measurements(recipe: RolloutRecipe, options: Mapping[str, int]) -> dict[str, str]:
     """By each gate's statistic the name of its measurement on the board.
 
     What no option measures has the name under which the loop is to publish it: `loop.log(name, x)`.
 
     Args:
         recipe: the recipe.
-        options: those that are on, of "monitor", "fallback", "mismatch".
-        interval: steps from one measurement of the casts to the next.
+        options: those that are on, of "monitor", "fallback", "mismatch", "parity", with the steps
+            from one measurement to the next.
 
     Raises:
         ValueError: naming the stage, the gate, and the option that it asks for.
@@ -49,11 +49,12 @@ def measurements(
                 )
             if option and option not in options:
                 raise ValueError(f"{where} needs {option}=True; give PrecisionLoop({option}=True)")
-            if option == "monitor" and gate.window < interval:
+            period = options.get(option, 1)
+            if gate.window < period:
                 raise ValueError(
-                    f"{where}: window must be at least {interval}, got {gate.window}: the monitor"
-                    f" logs once in {interval} steps; give it log_every_n_steps={gate.window}, or"
-                    " take a longer window"
+                    f"{where}: window must be at least {period}, got {gate.window}: {option}"
+                    f" measures once in {period} steps; let it do so more often, or take a longer"
+                    " window"
                 )
             names[gate.statistic] = name
     return names
@@ -85,7 +86,7 @@ def _owner(gate: Gate) -> tuple[str, str]:
     if asked in (LOSS, LOSS_GAP):
         return "", asked
     for option, names in _OPTIONS.items():
-        for name in (asked, f"fp8/{asked}"):
+        for name in (asked, f"fp8/{asked}", f"precision/{asked}"):
             if name in names or any(x.endswith("/") and name.startswith(x) for x in names):
                 return option, name
     return "", asked

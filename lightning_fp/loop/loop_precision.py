@@ -15,6 +15,7 @@ from lightning_fp.layers import (
     Change,
     ConversionReport,
     FormatLike,
+    Frozen,
     PrecisionMap,
 )
 from lightning_fp.layers.backends import BackendLike, read_backend
@@ -46,6 +47,7 @@ class LoopPrecision(BaseAnswers):
         fp8_eval: whether evaluation runs in the layers' formats as well.
         loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
         tokens: see `FP8Precision`.
+        frozen: see `FP8Precision`.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
     Raises:
@@ -63,6 +65,7 @@ class LoopPrecision(BaseAnswers):
         fp8_eval: bool = False,
         loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
+        frozen: Frozen = "kept",
         example_input: Any = None,
     ) -> None:
         self.model, self.name = model, read_base(base)
@@ -75,6 +78,7 @@ class LoopPrecision(BaseAnswers):
             rules=layer_rules(layers),
             backend=backend,
             empty=read.format.is_high_precision,
+            frozen=frozen,
         )
         fp8 = [f.name for f in (read.format, *(r.format for r in configured.rules)) if f.is_fp8]
         if self.name == "16-true" and fp8:

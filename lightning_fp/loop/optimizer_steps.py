@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_fp.loop.joint_optimizer import as_one
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.stepping.gradients import (
     calls_closure_once,
@@ -32,7 +33,7 @@ class OptimizerSteps:
     Args:
         precision: the formats and the base.
         model: what is trained, with its wrappers.
-        optimizer: what steps.
+        optimizers: what steps, all together.
         clip_norm: largest norm of all gradients together; None clips nothing.
     """
 
@@ -40,13 +41,17 @@ class OptimizerSteps:
         self,
         precision: LoopPrecision,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         clip_norm: float | None,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, got {clip_norm}; None clips nothing")
-        self.precision, self.model, self.optimizer = precision, model, optimizer
-        self.clip_norm = clip_norm
+        self.precision, self.model, self.clip_norm = precision, model, clip_norm
+        self.optimizers = tuple(optimizers)
+        """All there are."""
+        self.optimizer = as_one(self.optimizers)
+        """All of them as one."""
+        precision.connect([self.optimizer])
         self.guard = Guard(scaler=precision.base.scaler)
         self.left_out = False
         """Whether the last step was left out, as far as the host knows."""

@@ -24,6 +24,8 @@ from lightning_fp.loop.watched.plain_loop import PlainLoop
 from lightning_fp.recipes import RolloutRecipe, remarks_on
 from lightning_fp.recipes.text import as_plain
 from lightning_fp.rl.origin import SampleOrigin
+from lightning_fp.stability.keep.batch_ring import MicroBatch, RecordedStep
+from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.supervise.options import WatchOptions
 from lightning_fp.stability.supervise.step_count import StepCount
 from lightning_fp.stability.supervise.supervisor import Supervisor
@@ -32,6 +34,7 @@ from lightning_fp.telemetry.casts.cast_log import CastLog, CastOptions
 from lightning_fp.telemetry.casts.layer_watch import LayerWatch
 from lightning_fp.telemetry.mismatch.mismatch_log import MismatchLog, MismatchOptions
 from lightning_fp.telemetry.over_ranks import is_first
+from lightning_fp.telemetry.parity_log import ParityLog, ParityOptions
 from lightning_fp.telemetry.rollout.gate_evidence import GateEvidence
 from lightning_fp.telemetry.rollout.staging import Staging, held_by_fallback
 from lightning_fp.telemetry.rollout.token_counter import TokenCounter
@@ -46,11 +49,23 @@ class PartOptions:
     casts: CastOptions | None
     watch: WatchOptions | None
     mismatch: MismatchOptions
+    parity: ParityOptions | None
     recipe: RolloutRecipe | None
     tokens_per_step: int | None
     max_steps: int | None
     interval: int
     """Length of a log interval in steps."""
+
+    def periods(self) -> dict[str, int]:
+        """By each option that measures, the steps from one measurement to the next."""
+        found = {"mismatch": self.mismatch.every_n_steps}
+        if self.watch is not None:
+            found["fallback"] = 1
+        if self.casts is not None:
+            found["monitor"] = self.casts.log_every_n_steps or self.interval
+        if self.parity is not None:
+            found["parity"] = self.parity.every_n_steps
+        return found
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """As plain data, under the names of the Trainer's callbacks."""
@@ -59,6 +74,8 @@ class PartOptions:
             found["ClampMonitor"] = self.casts.settings()
         if self.watch is not None:
             found["PrecisionFallback"] = self.watch.settings()
+        if self.parity is not None:
+            found["ParityProbe"] = self.parity.settings()
         if self.recipe is not None:
             found["StagedRollout"] = {"recipe": as_plain(self.recipe)}
         return found
@@ -90,10 +107,14 @@ class Parts:
         self._loop, self._device = loop, device
         self.casts = None if options.casts is None else CastLog(options.casts, "the monitor")
         self.mismatch = MismatchLog(options.mismatch, "loop.mismatch.update", "the mismatch")
+        self.parity = None if options.parity is None else ParityLog(options.parity)
         self.watching: Supervisor | None = None
         """The watch, from the first step on."""
         if options.casts is not None:
             options.casts.named(precision)
+        if options.parity is not None:
+            options.parity.named(precision)
+            _check_parity(precision)
         if options.watch is not None:
             precision.base.check_can_fall_back(loop.model)
         self.staging = None if options.recipe is None else self._staging(options.recipe)
@@ -108,10 +129,7 @@ class Parts:
                 f"recipe {recipe.name!r} has stages that end by a share of the run; give"
                 " PrecisionLoop(max_steps=...), or take until.steps"
             )
-        on = {"mismatch"} | ({"monitor"} if options.casts else set())
-        on |= {"fallback"} if options.watch else set()
-        every = options.casts.log_every_n_steps if options.casts else None
-        names = measurements(recipe, on, interval=every or options.interval)
+        names = measurements(recipe, options.periods())
         if LOSS in until:
             names[LOSS] = LOSS
         tokens = TokenCounter(options.tokens_per_step, options.interval)
@@ -172,12 +190,16 @@ class Parts:
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def begin_step(self, compute_loss: ComputeLoss | None, step: int) -> None:
+    def begin_step(self, compute_loss: ComputeLoss | None, batch: Any, step: int) -> None:
         """Between two steps, before anybody has seen the next batch.
 
         Args:
             compute_loss: of the step to come; None where it is made in a block.
+            batch: its first micro-batch.
             step: optimizer steps done.
+
+        Raises:
+            ValueError: where a step in a block is to be compared with high precision.
         """
         self._loop.compute_loss = compute_loss
         watching, run = self.watching, self._records.run
@@ -187,6 +209,29 @@ class Parts:
             demotions = watching.state.fallback.demotions
             new, self._published = demotions - self._published, demotions
             run.board.publish(FALLBACKS, step, float(new))
+        if self.parity is not None:
+            self._compare(self.parity, batch, step)
+
+    def _compare(self, parity: ParityLog, batch: Any, step: int) -> None:
+        if self._loop.compute_loss is None:
+            raise ValueError(
+                "parity must be False where steps are made in blocks, which cannot be run again;"
+                " hand the function over: loop.step(compute_loss, batch)"
+            )
+        if not parity.due(step):
+            return
+        micro = MicroBatch(batch=batch, batch_idx=0, rng=RandomState.capture())
+        run = self._loop.replay(RecordedStep(step=step, micro_batches=[micro]))
+        if run is not None:
+            records = self._records
+            parity.probe(
+                self._precision,
+                run,
+                self._loop.model,
+                telemetry=records.run,
+                directory=records.directory,
+                step=step,
+            )
 
     def before_batch(self, batch: Any, index: int, step: int) -> None:
         """A micro-batch's forward comes next.
@@ -270,6 +315,7 @@ class Parts:
         return {
             "monitor": None if self.casts is None else self.casts.state_dict(),
             "mismatch": self.mismatch.state_dict(),
+            "parity": None if self.parity is None else self.parity.state_dict(),
             "rollout": None if self.staging is None else self.staging.state_dict(),
             "fallback": dict(self._loaded) if watching is None else watching.state_dict(),
         }
@@ -279,6 +325,18 @@ class Parts:
         if self.casts is not None and state["monitor"] is not None:
             self.casts.load_state_dict(state["monitor"])
         self.mismatch.load_state_dict(state["mismatch"])
+        if self.parity is not None and state.get("parity") is not None:
+            self.parity.load_state_dict(state["parity"])
         if self.staging is not None and state["rollout"] is not None:
             self.staging.load_state_dict(state["rollout"])
         self._loaded = state["fallback"]
+
+
+def _check_parity(precision: LoopPrecision) -> None:
+    table = precision.precision_map
+    fp8 = any(table.known[name].is_fp8 for name in table.configured().values())
+    if precision.scaler is not None and not fp8:
+        raise ValueError(
+            "parity must be False for FP16: it compares with what the run falls back to, which is"
+            " bf16, the coarser of the two"
+        )

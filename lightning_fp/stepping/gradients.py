@@ -66,3 +66,10 @@ def calls_closure_itself(optimizer: Optimizer) -> bool:
 def calls_closure_once(optimizer: Optimizer) -> bool:
     """Whether an optimizer is known to call its closure once, before all else: torch's own are."""
     return (getattr(type(optimizer).step, "__module__", None) or "").startswith("torch.optim.")
+
+
+def takes_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` can be given a closure; those of research code often cannot."""
+    kinds = inspect.Parameter
+    found = inspect.signature(type(optimizer).step).parameters.values()
+    return any(p.name == "closure" or p.kind is kinds.VAR_KEYWORD for p in found)

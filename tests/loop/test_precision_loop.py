@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fp import ClampMonitor, FP8Precision, FP16Precision, LossScaling
+from lightning_fp import ClampMonitor, FP8Precision, FP16Precision, LossScaling, ParityProbe
+from lightning_fp.layers.stored import is_stored
 from lightning_fp.loop import PrecisionLoop
-from lightning_fp.records import read_loss, read_statistics
+from lightning_fp.recipes import Gate, RolloutRecipe, Stage
+from lightning_fp.records import read_loss, read_parity, read_statistics
 from tests.helper import LanguageModel, TinyGPT, fit, next_byte_loss, text_loader, text_rows
 
 STEPS = 6
@@ -251,3 +253,141 @@ def test_shares_are_measured_where_there_is_an_example() -> None:
     assert loop.conversion is not None
     assert loop.conversion.measured
     assert 0.5 < loop.conversion.flops_share < 1
+
+
+class WithoutClosure(torch.optim.Optimizer):
+    """As research code has it: `step` takes nothing."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad.sign(), alpha=-group["lr"])
+
+
+def two_groups(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    matrices = [p for name, p in model.named_parameters() if "fc" in name and p.ndim == 2]
+    known = set(map(id, matrices))
+    return matrices, [p for p in model.parameters() if id(p) not in known]
+
+
+def test_several_optimizers_step_as_one() -> None:
+    def trained(kind: str) -> tuple[TinyGPT, PrecisionLoop]:
+        torch.manual_seed(0)
+        model = TinyGPT()
+        matrices, rest = two_groups(model)
+        groups = [{"params": matrices, "lr": 1e-2}, {"params": rest, "lr": 1e-3}]
+        optimizers: Any = torch.optim.AdamW(groups)
+        if kind == "several":
+            optimizers = [torch.optim.AdamW(g["params"], lr=g["lr"]) for g in groups]
+        schedulers = [
+            torch.optim.lr_scheduler.ExponentialLR(each, 0.5)
+            for each in (optimizers if kind == "several" else [optimizers])
+        ]
+        loop = PrecisionLoop(
+            model, optimizers, "delayed", scheduler=schedulers, clip_norm=0.5, base="16-mixed"
+        )
+        for index, batch in enumerate(text_rows(48).split(8)):
+
+            def loss_of(b: Tensor, bad: bool = index == 3) -> Tensor:
+                return next_byte_loss(model, b) * (torch.nan if bad else 1)
+
+            loop.step(loss_of, batch)
+        return model, loop
+
+    (one, single), (other, several) = trained("one"), trained("several")
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    assert several.steps.skipped == single.steps.skipped == 1
+    assert several.global_step == 6
+    rates = [each.param_groups[0]["lr"] for each in several.optimizers]
+    assert rates == pytest.approx([1e-2 * 0.5**5, 1e-3 * 0.5**5])
+
+
+def test_an_optimizer_whose_step_takes_no_closure() -> None:
+    torch.manual_seed(0)
+    model = TinyGPT()
+    matrices, rest = two_groups(model)
+    optimizers = [WithoutClosure(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3)]
+    loop = PrecisionLoop(model, optimizers, "dynamic", fallback={"snapshot_every_n_steps": 2})
+    losses = [
+        float(loop.step(lambda b: next_byte_loss(model, b), batch))
+        for batch in text_rows(96).split(8)
+    ]
+    assert losses[-1] < losses[0] - 0.2
+    assert loop.steps.sentence()
+    loop.close()
+    alone = PrecisionLoop(model, WithoutClosure(model.parameters(), lr=1e-3), "bf16")
+    alone.step(lambda b: next_byte_loss(model, b), text_rows(8))
+
+
+def test_optimizers_that_cannot_step_together_are_refused() -> None:
+    model = TinyGPT()
+    matrices, rest = two_groups(model)
+    adam = torch.optim.AdamW(rest, lr=1e-3)
+    lbfgs: Any = torch.optim.LBFGS(matrices)
+    for optimizers, words in (
+        ([adam, lbfgs], "must not have LBFGS among several"),
+        ([adam, torch.optim.SGD(model.parameters(), lr=0.1)], "of different Parameters"),
+        ([adam, "sgd"], "or a list of those that step together, got str"),
+        ([], "got none"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PrecisionLoop(model, optimizers)
+
+
+def test_parity_is_the_trainers_and_changes_nothing(tmp_path: Path) -> None:
+    probe = ParityProbe(every_n_steps=2, worst=1, seed=None, dirpath=tmp_path / "trainer")
+    trained = fit(FP8Precision("delayed"), Scheduled(), max_steps=STEPS, callbacks=[probe])
+    options = {"every_n_steps": 2, "worst": 1, "seed": None}
+    loop, _ = plain(parity=options, dirpath=tmp_path / "plain")
+    assert same(trained, loop)
+    assert list(loop.parity) == list(probe.results) == [0, 2, 4]
+    for step, found in loop.parity.items():
+        other = probe.results[step]
+        assert (found.loss, found.grad_error) == (other.loss, other.grad_error)
+        assert found.grad_error > found.noise == 0
+    loop.close()
+    assert read_parity(tmp_path / "plain").num_rows == read_parity(tmp_path / "trainer").num_rows
+
+
+def test_parity_that_cannot_be_is_refused() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="parity must be False for FP16"):
+        PrecisionLoop(model, optimizer, "fp16", base="16-mixed", parity=True)
+    loop = PrecisionLoop(TinyGPT(), optimizer, parity=True)
+    with (
+        pytest.raises(ValueError, match="parity must be False where steps are made in blocks"),
+        loop.training_step(),
+    ):
+        pass
+    gate = Gate(statistic="parity/grad_cosine", above=0.9, window=8)
+    stages = (
+        Stage(name="high", layers={"*": "high"}, until={"steps": 1}, gates=(gate,)),
+        Stage(name="low", layers={"*": "configured"}),
+    )
+    recipe = RolloutRecipe(name="gated", stages=stages)
+    for parity, words in ((False, "needs parity=True"), (True, "window must be at least 500")):
+        with pytest.raises(ValueError, match=words):
+            PrecisionLoop(TinyGPT(), optimizer, recipe=recipe, parity=parity)
+
+
+def test_frozen_weights_are_stored() -> None:
+    torch.manual_seed(0)
+    model = TinyGPT()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("fc" not in name)
+    with pytest.raises(ValueError, match="where the optimizer has frozen Parameters"):
+        PrecisionLoop(model, torch.optim.SGD(model.parameters(), lr=0.1), frozen="stored")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loop = PrecisionLoop(model, torch.optim.SGD(trained, lr=0.1), frozen="stored")
+    assert any(map(is_stored, loop.precision_map.layers.values()))
+    losses = [
+        float(loop.step(lambda b: next_byte_loss(model, b), batch))
+        for batch in text_rows(32).split(8)
+    ]
+    assert losses[-1] < losses[0]

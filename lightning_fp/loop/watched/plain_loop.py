@@ -16,14 +16,14 @@ from typing_extensions import override
 from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.loop.loop_precision import LoopPrecision
-from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps
+from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps, ddp_of
 from lightning_fp.loop.watched.steps_again import IN_BLOCKS, StepsAgain
 from lightning_fp.stability import replay_step
 from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.keep.snapshot import Part
 from lightning_fp.stability.replay.fingerprint import Fingerprint, Item, changed
 from lightning_fp.stability.replay.loop import Train
-from lightning_fp.stability.replay.one_step import Replay, on_all_ranks
+from lightning_fp.stability.replay.one_step import Replay, exchanges_in_any_case, on_all_ranks
 from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.supervise.run_state import LOSS_SCALE, SCALES, RunState
 from lightning_fp.stability.supervise.supervised_loop import TableLoop
@@ -75,8 +75,8 @@ class PlainLoop(TableLoop):
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
-        """The one there is."""
-        return [self._steps.optimizer]
+        """See `SupervisedLoop.optimizers`."""
+        return self._steps.optimizers
 
     @property
     def overflowed(self) -> Mapping[int, str]:
@@ -107,7 +107,10 @@ class PlainLoop(TableLoop):
         self, step: RecordedStep, *, backward: bool = True, recompute: bool = True
     ) -> Run | None:
         """See `Loop.replay`."""
+        model = ddp_of(self.model)
         if self.compute_loss is None or not step.micro_batches:
+            return None
+        if model is not None and exchanges_in_any_case(model):
             return None
         micro = step.micro_batches[0]
 
@@ -180,8 +183,8 @@ class PlainLoop(TableLoop):
 
 
 def _state_of(precision: LoopPrecision, steps: OptimizerSteps) -> RunState:
-    """The model, its attributes and the optimizer's; the scales."""
-    model, optimizer = steps.model, steps.optimizer
+    """The model, its attributes and those of optimizers; the scales."""
+    model = steps.model
 
     def owners() -> dict[str, object]:
         modules: dict[str, object] = {
@@ -189,7 +192,8 @@ def _state_of(precision: LoopPrecision, steps: OptimizerSteps) -> RunState:
             for name, each in model.named_modules()
             if not isinstance(each, FPLinear)
         }
-        return {**modules, "optimizer 0": optimizer}
+        steppers = {f"optimizer {index}": each for index, each in enumerate(steps.optimizers)}
+        return {**modules, **steppers}
 
     scales: dict[str, Part] = {SCALES: precision.precision_map.scale_history}
     if precision.scaler is not None:
@@ -197,7 +201,7 @@ def _state_of(precision: LoopPrecision, steps: OptimizerSteps) -> RunState:
     sharded = any(isinstance(each, FSDPModule) for each in model.modules())
     return RunState(
         weights=lambda: {"model": model},
-        optimizers=lambda: [optimizer],
+        optimizers=lambda: steps.optimizers,
         owners=owners,
         scales=scales,
         single=ranks() == 1 and not sharded,

@@ -62,18 +62,18 @@ class StepsAgain:
     @contextmanager
     def making(self) -> Generator[Train, None, None]:
         """Whole steps are made in the block; learning rates are put back after it."""
-        optimizer = self._steps.optimizer
-        groups = hyperparameters(optimizer)
+        now = hyperparameters(self._steps.optimizer)
         try:
             with self._quiet():
                 yield self._make
         finally:
-            set_hyperparameters(optimizer, groups)
+            set_hyperparameters(self._steps.optimizer, now)
 
     def _make(self, step: RecordedStep) -> MadeStep:
         """All micro-batches of a step, and the optimizer's; its loss as `StepRecord` has it."""
         steps, guard = self._steps, self._steps.guard
-        set_hyperparameters(steps.optimizer, step.begun_with[0])
+        for optimizer, groups in zip(steps.optimizers, step.begun_with, strict=True):
+            set_hyperparameters(optimizer, groups)
         guard.replay_skipped, guard.replay_hyperparameters = False, step.hyperparameters[0]
         micro_batches, losses = step.micro_batches, list[Tensor]()
         placed = [_placed(micro) for micro in micro_batches]
