@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_fp.layers import Frozen
-from lightning_fp.loop.optimizer_steps import ddp_of
+from lightning_fp.loop.steps.optimizer_steps import ddp_of
 
 Optimizers = Optimizer | Sequence[Optimizer]
 Schedulers = LRScheduler | Sequence[LRScheduler]

@@ -19,7 +19,7 @@ from lightning_fp.loop.batches import device_of_batch
 from lightning_fp.loop.gates import FALLBACKS, check_measurable, measurements
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.loop.loop_records import LoopRecords
-from lightning_fp.loop.optimizer_steps import ComputeLoss
+from lightning_fp.loop.steps.optimizer_steps import ComputeLoss
 from lightning_fp.loop.watched.plain_loop import PlainLoop
 from lightning_fp.recipes import RolloutRecipe, remarks_on
 from lightning_fp.recipes.text import as_plain

@@ -23,7 +23,6 @@ from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.loop.loop_mismatch import Mismatch
 from lightning_fp.loop.loop_precision import LoopPrecision, device_of
 from lightning_fp.loop.loop_records import LoopRecords
-from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps
 from lightning_fp.loop.options import (
     Fabric,
     Optimizers,
@@ -36,7 +35,8 @@ from lightning_fp.loop.options import (
 )
 from lightning_fp.loop.parts import PartOptions, Parts
 from lightning_fp.loop.progress_line import ProgressLine
-from lightning_fp.loop.training_steps import TrainingSteps, finish, finish_alone
+from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps
+from lightning_fp.loop.steps.training_steps import TrainingSteps, finish, finish_alone
 from lightning_fp.loop.watched.plain_loop import PlainLoop
 from lightning_fp.recipes import RolloutRecipe, read
 from lightning_fp.stability import Parity

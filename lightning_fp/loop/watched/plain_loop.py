@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_fp.layers import FPLinear, LinearFormat
 from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.loop.loop_precision import LoopPrecision
-from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps, ddp_of
+from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps, ddp_of
 from lightning_fp.loop.watched.steps_again import IN_BLOCKS, StepsAgain
 from lightning_fp.stability import replay_step
 from lightning_fp.stability.keep.batch_ring import RecordedStep

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fp.loop.batches import copied_to
 from lightning_fp.loop.loop_precision import LoopPrecision
-from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps, ddp_of
+from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps, ddp_of
 from lightning_fp.stability.keep.batch_ring import MicroBatch, RecordedStep
 from lightning_fp.stability.keep.hyperparameters import hyperparameters, set_hyperparameters
 from lightning_fp.stability.replay.loop import MadeStep, Train

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_fp.loop.joint_optimizer import as_one
 from lightning_fp.loop.loop_precision import LoopPrecision
+from lightning_fp.loop.steps.joint_optimizer import as_one
 from lightning_fp.stepping.gradients import (
     calls_closure_once,
     clip_sparse,

@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.loop.loop_records import LoopRecords
-from lightning_fp.loop.optimizer_steps import ComputeLoss, OptimizerSteps, check_loss
 from lightning_fp.loop.parts import Parts
 from lightning_fp.loop.progress_line import ProgressLine
+from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps, check_loss
 from lightning_fp.stepping.gradients import calls_closure_itself
 from lightning_fp.telemetry.over_ranks import is_first, ranks
 from lightning_fp.telemetry.run_telemetry import Logger
