@@ -108,6 +108,17 @@ class Kernel(Protocol):
         """
         return self(input, weight, bias, layer)
 
+    def exported(self, weight: Tensor) -> Tensor:
+        """What of a weight is cast: itself, or what its bf16 export leaves of it.
+
+        Args:
+            weight: any shape.
+
+        Returns:
+            Its values, in whatever dtype holds them.
+        """
+        return weight
+
     def padding(self, tokens: int, in_features: int, out_features: int) -> int:
         """FLOPs of forward and backward that FP8 hardware spends on the zeros of `whole`.
 

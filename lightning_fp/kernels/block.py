@@ -40,6 +40,7 @@ from lightning_fp.numerics import (
     amax_to_scale,
     block_amax,
     spread_blocks,
+    through_bf16,
     times_blocks,
 )
 from lightning_fp.numerics.bits import to_codes
@@ -78,6 +79,9 @@ class BlockKernel(Kernel):
 
     high_grad_weight: bool = False
     """Whether the weight's gradient is computed in high precision (and the input kept in it)."""
+
+    through_bf16: bool = False
+    """Whether weights are rounded to bf16 before they are cast, as an engine receives them."""
 
     @property
     def name(self) -> str:
@@ -119,7 +123,12 @@ class BlockKernel(Kernel):
         """See `Kernel.cast_of`; one scale per element, those of the cast along the features."""
         format = (self.input, self.weight, self.grad_output)[operand]
         block = self.weight_block if operand == WEIGHT else self.by_row
+        x = self.exported(x) if operand == WEIGHT else x
         return spread_blocks(self.scale(x, block, format), block, x.shape), format
+
+    def exported(self, weight: Tensor) -> Tensor:
+        """See `Kernel.exported`."""
+        return through_bf16(weight) if self.through_bf16 else weight
 
     def scale(self, x: Tensor, block: Block, format: FloatFormat) -> Tensor:
         """The scale of each block; float32 [row blocks, column blocks]."""
@@ -146,8 +155,10 @@ class _BlockLinear(torch.autograd.Function):
         layer: str,
     ) -> Tensor:
         wide = kernel.product_dtype(input)
-        scale_w = kernel.scale(weight, kernel.weight_block, kernel.weight)
-        w = _rounded(weight, scale_w, kernel.weight_block, kernel.weight, wide)
+        cast_from = kernel.exported(weight)
+        scale_w = kernel.scale(cast_from, kernel.weight_block, kernel.weight)
+        w = _rounded(cast_from, scale_w, kernel.weight_block, kernel.weight, wide)
+        del cast_from
         scale_x = kernel.scale(input, kernel.by_row, kernel.input)
         x = _rounded(input, scale_x, kernel.by_row, kernel.input, wide)
 
@@ -180,9 +191,11 @@ class _BlockLinear(torch.autograd.Function):
         with torch.no_grad(), without_autocast(grad_output.device.type):
             if weight is not None:
                 block = kernel.weight_block if kernel.square_weight else kernel.by_column
+                cast_from = kernel.exported(weight)
                 if scale_w is None:
-                    scale_w = kernel.scale(weight, block, kernel.weight)
-                w = _rounded(weight, scale_w, block, kernel.weight, wide)
+                    scale_w = kernel.scale(cast_from, block, kernel.weight)
+                w = _rounded(cast_from, scale_w, block, kernel.weight, wide)
+                del cast_from
                 g = kernel.scale(grad_output, kernel.by_row, kernel.grad_output)
                 g = _rounded(grad_output, g, kernel.by_row, kernel.grad_output, wide)
                 grad_input = (g @ w).to(input_dtype)

@@ -53,6 +53,7 @@ from lightning_fp.numerics import (
     FloatFormat,
     amax_to_scale,
     tensor_amax,
+    through_bf16,
 )
 
 
@@ -83,6 +84,9 @@ class NativeKernel(Kernel):
     cuda_fp8: bool = False
     """Whether CUDA tensors go to FP8 tensor cores; everything else is emulated."""
 
+    through_bf16: bool = False
+    """Whether weights are rounded to bf16 before they are cast, as an engine receives them."""
+
     def __post_init__(self) -> None:
         names = self.input.name, self.weight.name, self.grad_output.name
         why = cuda_product_refusal(*names, high_grad_weight=self.high_grad_weight)
@@ -109,7 +113,7 @@ class NativeKernel(Kernel):
 
     def takes_stored(self, format: FloatFormat) -> bool:
         """See `Kernel.takes_stored`."""
-        return format == self.weight
+        return format == self.weight and not self.through_bf16
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`; without a memory scales are dynamic."""
@@ -162,6 +166,10 @@ class NativeKernel(Kernel):
                 memory.record(*recorded)
             return output if bias is None else output + bias.to(output.dtype)
 
+    def exported(self, weight: Tensor) -> Tensor:
+        """See `Kernel.exported`."""
+        return through_bf16(weight) if self.through_bf16 else weight
+
     def padding(self, tokens: int, in_features: int, out_features: int) -> int:
         """See `Kernel.padding`; only the weight's gradient sums over tokens."""
         if self.high_grad_weight or not self.cuda_fp8:
@@ -174,7 +182,8 @@ class NativeKernel(Kernel):
         if scales is not None and self.delayed and not self.cold:
             return scales[operand], format
         given = scales if self.delayed else None
-        return self.scale(tensor_amax(x), given, operand, format), format
+        amax = tensor_amax(self.exported(x) if operand == WEIGHT else x)
+        return self.scale(amax, given, operand, format), format
 
     def scale(
         self, amax: Tensor, scales: Tensor | None, operand: int, format: FloatFormat
@@ -216,10 +225,11 @@ class _NativeLinear(torch.autograd.Function):
         x8, x = cast_operand(input, scale_x, kernel.input, wide)
         kept = None if share is None else share.weight_cast_of(weight, kernel)
         if kept is None:
-            amax_w = tensor_amax(weight)
+            cast_from = kernel.exported(weight)
+            amax_w = tensor_amax(cast_from)
             scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
-            w8, w = cast_operand(weight, scale_w, kernel.weight, wide)
-            row_w = amax_row(weight, amax_w, in_full)
+            w8, w = cast_operand(cast_from, scale_w, kernel.weight, wide)
+            row_w = amax_row(cast_from, amax_w, in_full)
             if share is not None:
                 share.keep_weight_cast(weight, kernel, w8, scale_w, amax_w, row_w)
         else:
@@ -262,7 +272,7 @@ class _NativeLinear(torch.autograd.Function):
             unscale_g = unscale(scale_g, amax_g)
             w = x = None
             if weight is not None and w8 is None:
-                _, w = cast_operand(weight, scale_w, kernel.weight, wide)
+                _, w = cast_operand(kernel.exported(weight), scale_w, kernel.weight, wide)
             elif weight is not None:
                 w = widen(w8, kernel.weight, wide)
             if saved_input is not None and not kernel.high_grad_weight:

@@ -52,10 +52,10 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kernel: Kernel, operand: int) -> Tensor:
-        scale, format = kernel.cast_of(
-            operand, x, None
-        )  # a history would not follow: nothing is recorded
-        scaled = (x.float() * scale).clamp(-format.max, format.max)
+        # No scales: a history would not follow, since nothing is recorded.
+        scale, format = kernel.cast_of(operand, x, None)
+        cast_from = kernel.exported(x) if operand == WEIGHT else x
+        scaled = (cast_from.float() * scale).clamp(-format.max, format.max)
         own = has_dtype(format, x.device)
         cast = scaled.to(format.dtype).float() if own else round_bits(scaled, format)
         return torch.where(torch.isfinite(x), cast / scale, x.float())

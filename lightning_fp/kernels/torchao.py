@@ -24,6 +24,7 @@ from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.derivatives import gradients_again, refuse_transforms
 from lightning_fp.kernels.float8_free import Cast, Casts, float8_free_linear
 from lightning_fp.kernels.hardware import check_alignment
+from lightning_fp.kernels.memory import WEIGHT
 from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
@@ -32,6 +33,7 @@ from lightning_fp.numerics import (
     format_of_dtype,
     row_amax,
     tensor_amax,
+    through_bf16,
 )
 from lightning_fp.numerics.devices import has_dtype
 
@@ -48,6 +50,10 @@ class TorchaoKernel(Kernel):
 
     cuda_fp8: bool = False
     """Whether CUDA tensors go to FP8 tensor cores; everything else is emulated."""
+
+    through_bf16: bool = False
+    """Whether weights are rounded to bf16 before they are cast, as an engine receives them. torchao
+    keeps the rounded copy for backward."""
 
     _function: Any = field(init=False, repr=False, compare=False)
     _configs: dict[bool, tuple[Float8LinearConfig, Any]] = field(
@@ -104,6 +110,8 @@ class TorchaoKernel(Kernel):
         if not emulate and not self.config.pad_inner_dim:
             out_features, in_features = weight.shape
             check_alignment(layer, in_features=in_features, out_features=out_features)
+        if self.through_bf16:
+            weight = _Exported.apply(weight)
         input = input.to(dtype if emulate or not self._by_row else torch.bfloat16)
         config, gemm_config = self._configs[emulate]
         with without_autocast(input.device.type), _outside_inference_mode():
@@ -119,6 +127,10 @@ class TorchaoKernel(Kernel):
             output = output.reshape(*input.shape[:-1], weight.shape[0]).to(dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
+    def exported(self, weight: Tensor) -> Tensor:
+        """See `Kernel.exported`."""
+        return through_bf16(weight) if self.through_bf16 else weight
+
     def padding(self, tokens: int, in_features: int, out_features: int) -> int:
         """See `Kernel.padding`; with `pad_inner_dim` features are filled up as well."""
         if not self.runs_on_fp8_hardware:
@@ -133,9 +145,22 @@ class TorchaoKernel(Kernel):
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
         cast = (*self._casts.output, self._casts.grad_input[0])[operand]
+        x = self.exported(x) if operand == WEIGHT else x
         amax = row_amax(x) if cast.by_row else tensor_amax(x)
         scale = amax_to_scale(amax, cast.format.max, power_of_two=cast.power_of_two)
         return scale, cast.format
+
+
+class _Exported(torch.autograd.Function):
+    """What bf16 leaves of a weight, in the weight's own dtype; gradients go straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return through_bf16(weight).to(weight.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore
+        return grad
 
 
 def _outside_inference_mode() -> AbstractContextManager[object]:

@@ -126,6 +126,7 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         return _block_kernel(format, backend, cuda_fp8=cuda_fp8)
     if format.granularity == "mx":
         return _mx_kernel(format, backend, cuda_fp8=cuda_fp8)
+    through_bf16 = format.quantise_like == "bf16-export"
     native_can = format.granularity == "tensor" and not format.power_of_two
     if format.scaling == "delayed" and (backend == "torchao" or not native_can):
         raise ValueError(
@@ -148,7 +149,9 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
     if cuda_fp8 and not emulated and why is not None:
         raise ValueError(f"format {format.name!r} cannot run on FP8 hardware: {why}")
     if backend == "torchao" or format.torchao is not None or not native_can:
-        return TorchaoKernel(config=_torchao_config(format), cuda_fp8=cuda_fp8)
+        return TorchaoKernel(
+            config=_torchao_config(format), cuda_fp8=cuda_fp8, through_bf16=through_bf16
+        )
     return NativeKernel(
         input=float_format(format.input),
         weight=float_format(format.weight),
@@ -157,6 +160,7 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
         delayed=format.scaling == "delayed",
         cold=format.scaling == "delayed",
         cuda_fp8=cuda_fp8,
+        through_bf16=through_bf16,
     )
 
 
@@ -188,6 +192,11 @@ def _transformer_engine_kernel(format: LinearFormat) -> Kernel:
                 " nothing to choose; take 'nvfp4'"
             )
         return TransformerEngineKernel(settings=RecipeSettings(kind=kind), shadow=NVFP4_CASTS)
+    if format.quantise_like != "master":
+        raise ValueError(
+            f"backend 'transformer-engine' cannot run {format.name!r}: it casts the weight as it"
+            " is; take quantise_like='master', a base of 'bf16-true', or backend='auto'"
+        )
     operands = format.input, format.weight, format.grad_weight
     if operands != ("e4m3", "e4m3", "fp8") or format.grad_output not in ("e4m3", "e5m2"):
         raise ValueError(
@@ -231,12 +240,19 @@ def _block_kernel(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> 
         grad_output=float_format(format.grad_output),
         scales="power_of_two" if format.power_of_two else "any",
         high_grad_weight=format.grad_weight == "high",
+        through_bf16=format.quantise_like == "bf16-export",
     )
 
 
 def _mx_kernel(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Kernel:
     """Blocks of 32: torchao's op on the hardware for it, ours to emulate it."""
     high = format.grad_weight == "high"
+    through_bf16 = format.quantise_like == "bf16-export"
+    if through_bf16 and (backend == "torchao" or (backend == "auto" and cuda_fp8)):
+        raise ValueError(
+            f"backend {backend!r} cannot run {format.name!r}: torchao's MXFP8 casts the weight as"
+            " it is; take quantise_like='master', or backend='native' to emulate it"
+        )
     if backend == "native" or (backend == "auto" and not cuda_fp8):
         return dataclasses.replace(
             MX_EMULATION,
@@ -244,6 +260,7 @@ def _mx_kernel(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
             weight=float_format(format.weight),
             grad_output=float_format(format.grad_output),
             high_grad_weight=high,
+            through_bf16=through_bf16,
         )
     if {format.input, format.weight, format.grad_output} != {"e4m3"}:
         raise ValueError(

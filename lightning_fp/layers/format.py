@@ -29,6 +29,9 @@ from lightning_fp.numerics import DelayedScaling, Rounding, float_format
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
+QuantiseLike = Literal["master", "bf16-export"]
+"""Which values of a weight an FP8 cast begins with."""
+
 HIGH_PRECISION = tuple(row.name for row in TABLE if row.scaling == "none")
 """Formats that run nn.Linear; "high" is whatever nn.Linear computes in where it stands."""
 
@@ -68,6 +71,10 @@ class LinearFormat:
     rounding: Rounding = "nearest"
     """How simulated formats round."""
 
+    quantise_like: QuantiseLike = "master"
+    """Which values of a weight are cast: its own ("master"), or those of its bf16 export, which is
+    what an inference engine receives and quantises ("bf16-export")."""
+
     torchao: Float8LinearConfig | None = None
     """The torchao config this format was read from, if it was."""
 
@@ -79,6 +86,12 @@ class LinearFormat:
         check_choice("granularity", self.granularity, get_args(Granularity))
         check_choice("grad_weight", self.grad_weight, get_args(GradWeight))
         check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("quantise_like", self.quantise_like, get_args(QuantiseLike))
+        if self.quantise_like != "master" and self.scaling == "none":
+            raise ValueError(
+                f"quantise_like must be 'master' where nothing is scaled, got"
+                f" {self.quantise_like!r}; it is for FP8 formats, whose weights are cast"
+            )
         if self.scaling == "delayed" and self.granularity != "tensor":
             raise ValueError(
                 f"granularity must be 'tensor' with delayed scaling, got {self.granularity!r};"
@@ -228,6 +241,16 @@ def linear_format(value: FormatLike) -> LinearFormat:
     short = [name for row in TABLE for name in row.aliases[:1]]
     other = " or a simulated e{X}m{Y} such as 'e8m3'"
     raise unknown("format", value, tuple(NAMED_FORMATS), other=other, aliases=short)
+
+
+def quantised_like(format: LinearFormat, like: QuantiseLike) -> LinearFormat:
+    """The same format, its weights cast from other values; formats that cast none stay.
+
+    Args:
+        format: any.
+        like: which values.
+    """
+    return dataclasses.replace(format, quantise_like=like) if format.is_fp8 else format
 
 
 def _text(value: object) -> str:

@@ -129,8 +129,8 @@ def _format(name: str, resolved: Resolved) -> FloatFormat:
     if not resolved.kernel.takes_stored(format):
         raise ValueError(
             f"frozen must be 'kept' for layer {name!r}, got 'stored': {resolved.format.name!r}"
-            f" ({resolved.kernel.name}) casts a weight in blocks, or anew for each of its products;"
-            " take 'fp8-dynamic' or 'fp8-delayed' with our own kernel"
+            f" ({resolved.kernel.name}) casts a weight in blocks, anew for each of its products, or"
+            " from its bf16 export; take 'fp8-dynamic' or 'fp8-delayed' with our own kernel"
         )
     return format
 

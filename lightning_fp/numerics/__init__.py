@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from lightning_fp.numerics.delayed import DelayedScaling, advance_history, history_scale
     from lightning_fp.numerics.formats import FORMATS, FloatFormat, float_format, format_of_dtype
-    from lightning_fp.numerics.rounding import as_float16, round_in_range
+    from lightning_fp.numerics.rounding import as_float16, round_in_range, through_bf16
     from lightning_fp.numerics.scaling import (
         AMAX_LOWER_BOUND,
         amax_to_scale,
@@ -61,6 +61,7 @@ __all__ = [
     "round_to_format",
     "saturating_cast",
     "scaled_cast",
+    "through_bf16",
     # scaling
     "AMAX_LOWER_BOUND",
     "amax_to_scale",

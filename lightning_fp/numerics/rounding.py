@@ -11,6 +11,24 @@ from lightning_fp.numerics.devices import has_dtype
 from lightning_fp.numerics.formats import FloatFormat
 
 
+def through_bf16(x: Tensor) -> Tensor:
+    """What is left of values that went through bfloat16.
+
+    Args:
+        x: any floating-point dtype.
+
+    Returns:
+        bf16 or float32, same shape: the same values. Beyond bf16's range they are inf.
+    """
+    if not torch.compiler.is_compiling():
+        return x.to(torch.bfloat16)
+    # Inductor takes two conversions in a row for none, so it is done by integers: half of the last
+    # place that stays is added, less one where that is even, and what is below it is cut off.
+    bits = x.float().view(torch.int32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    return torch.where(x.isnan(), torch.nan, rounded)
+
+
 def round_in_range(x: Tensor, format: FloatFormat) -> Tensor:
     """Round float32 values that are already within ±`format.max`.
 

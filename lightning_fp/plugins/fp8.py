@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from lightning_fp.layers import AutoScaling, FormatLike, Frozen, LinearFormat
 from lightning_fp.layers.backends import BackendLike, read_backend
-from lightning_fp.layers.scaling import ScalingLike, read_scaling
+from lightning_fp.layers.format import QuantiseLike
+from lightning_fp.layers.scaling import ScalingLike, layers_quantised_like, read_scaling
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.base_precision import BaseLike, read_base
@@ -43,6 +44,8 @@ class FP8Precision(LayerPrecision):
             scaling only below the budget at which it is known to fail late (about 200B).
         frozen: "stored" keeps of frozen weights in FP8 layers only their cast, a byte per element,
             as beside LoRA; "kept" keeps them whole.
+        quantise_like: "bf16-export" casts FP8 weights from the values that their bf16 export has,
+            as an inference engine does after a weight sync; None: as the formats say.
 
     Raises:
         ValueError: for an unknown or contradictory option; at setup for a rule that matches
@@ -60,6 +63,7 @@ class FP8Precision(LayerPrecision):
         loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
         frozen: Frozen = "kept",
+        quantise_like: QuantiseLike | None = None,
     ) -> None:
         base, backend = read_base(base), read_backend(backend)
         if base == "16-true":
@@ -67,7 +71,8 @@ class FP8Precision(LayerPrecision):
                 "base must not be '16-true' with FP8 layers, which cast from the float32 weights;"
                 " take '16-mixed'"
             )
-        self._scaling, self._tokens = read_scaling(scaling), tokens
+        self._scaling = read_scaling(scaling).quantised_like(quantise_like)
+        self._tokens = tokens
         if tokens is not None and not self._scaling.auto:
             raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
         self._scaling.check_backend(backend)
@@ -76,7 +81,7 @@ class FP8Precision(LayerPrecision):
             self._scaling.format,
             base=base,
             backend=backend,
-            layers=layers,
+            layers=layers_quantised_like(layers, quantise_like),
             fp8_eval=fp8_eval,
             delayed=self._scaling.delayed,
             auto=AutoScaling(tokens=tokens) if self._scaling.auto else None,

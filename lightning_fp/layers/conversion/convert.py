@@ -25,7 +25,7 @@ from lightning_fp.layers.conversion.flops import (
     size,
 )
 from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
-from lightning_fp.layers.format import FormatLike
+from lightning_fp.layers.format import FormatLike, QuantiseLike
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
 from lightning_fp.layers.linear import (
     FPLinear,
@@ -39,7 +39,7 @@ from lightning_fp.layers.rules import (
     clean_named_modules,
     layer_rules,
 )
-from lightning_fp.layers.scaling import ScalingLike, read_scaling
+from lightning_fp.layers.scaling import ScalingLike, layers_quantised_like, read_scaling
 from lightning_fp.layers.stored import Frozen, decide_storing, saved_bytes
 from lightning_fp.numerics import DelayedScaling
 
@@ -53,6 +53,7 @@ def convert(
     fp8_eval: bool = False,
     delayed: DelayedScaling | None = None,
     frozen: Frozen = "kept",
+    quantise_like: QuantiseLike | None = None,
     example_input: Any = None,
 ) -> ConversionReport:
     """Convert the linear layers of a model in place, for plain loops and `configure_model`.
@@ -72,6 +73,8 @@ def convert(
             scaling later.
         frozen: "stored" keeps of frozen weights in FP8 layers only their cast, a byte per element;
             see `lightning_fp.layers.stored`. Convert before an optimizer is given the Parameters.
+        quantise_like: "bf16-export" casts FP8 weights from the values that their bf16 export has,
+            as an inference engine does after a weight sync; None: as the formats say.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
     Returns:
@@ -81,7 +84,8 @@ def convert(
         ValueError: if a rule matches nothing, a backend cannot run a format, or there is nothing
             to convert.
     """
-    scaling, backend = read_scaling(format), read_backend(backend)
+    scaling = read_scaling(format).quantised_like(quantise_like)
+    backend = read_backend(backend)
     scaling.check_backend(backend)
     if delayed is not None and scaling.delayed is not None:
         raise ValueError(
@@ -90,7 +94,7 @@ def convert(
         )
     conversion = Conversion(
         format=scaling.format,
-        rules=layer_rules(layers),
+        rules=layer_rules(layers_quantised_like(layers, quantise_like)),
         backend=backend,
         cuda_fp8=cuda_has_fp8(),
         frozen=frozen,

@@ -64,4 +64,9 @@ def _like(format: LinearFormat, rung: LinearFormat) -> LinearFormat:
     """
     high = "high" in (format.grad_weight, rung.grad_weight)
     base = format if rung.granularity == format.granularity else rung
-    return dataclasses.replace(base, scaling=rung.scaling, grad_weight="high" if high else "fp8")
+    return dataclasses.replace(
+        base,
+        scaling=rung.scaling,
+        grad_weight="high" if high else "fp8",
+        quantise_like=format.quantise_like,
+    )
