@@ -86,7 +86,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     if not evidence.affords(replay_step, SINGLE, reserve=0):
         return _unclear(SPENT)
     seen = evidence.answer(replay_step).seen
-    one_step = None if seen is None else judge_one_step(seen, case.anomaly)
+    one_step = None if seen is None else judge_one_step(seen, case.anomaly, case.healthy_error)
     gap = by_gap(evidence) if survey.finite else None
     high = high_stretch(survey)
     afforded = high is None or affordable(evidence, high)

@@ -66,13 +66,23 @@ def one_step(loss: float, high: float, **others: float | bool) -> OneStep:
         (one_step(4.0, 2.6), "precision"),
         (one_step(4.0, 3.9), "unclear"),
         (one_step(2.6, 2.4), "unclear"),  # no rise above the noise
-        (one_step(2.5, 2.5, grad_error=0.9), "unclear"),  # the loss alone convicts
+        (one_step(2.5, 2.5, grad_error=0.9), "unclear"),
+        (one_step(2.5, 2.5, grad_error=2.1), "precision"),  # no sound format makes such gradients
+        (one_step(2.5, 2.5, grad_error=2.1, floor=0.5), "unclear"),  # not the same twice
+        (one_step(2.8, 2.8, grad_error=50.0), "unclear"),  # on weights that are damaged
+        (one_step(2.5, 2.5, grad_error=math.inf, high_finite=False), "unclear"),
     ],
 )
 def test_one_step(seen: OneStep, expected: Finding) -> None:
     verdict = judge_one_step(seen, ANOMALY)
     assert verdict.finding == expected
     assert verdict.numbers["grad_error"] == seen.grad_error
+
+
+def test_near_a_minimum_large_errors_of_the_gradients_are_usual() -> None:
+    seen = one_step(2.5, 2.5, grad_error=5.0)
+    assert judge_one_step(seen, ANOMALY, usual=0.45).finding == "precision"
+    assert judge_one_step(seen, ANOMALY, usual=0.6).finding == "unclear"
 
 
 @pytest.mark.parametrize("anomaly", [UNKNOWN, Anomaly(baseline=math.nan, noise=NOISE)])
