@@ -36,6 +36,7 @@ from lightning_fp.stability.actions import (
     Surveyed,
 )
 from lightning_fp.stability.detect.detector import DivergenceDetector
+from lightning_fp.stability.detect.first_losses import learned, with_loss
 from lightning_fp.stability.judge.conviction import Conclusion
 from lightning_fp.stability.judge.evidence import Case
 from lightning_fp.stability.judge.inquiry import answered, open_case
@@ -193,11 +194,7 @@ class Stretch:
         with self.run.loop.as_trained():
             low = self.run.losses(batches)
         self.high.net.load_state_dict(self.run.net.state_dict())
-        return LossesCompared(
-            losses=low,
-            high_losses=self.high.losses(batches),
-            batch_norm=isinstance(self.run.net, BatchNormNet),
-        )
+        return LossesCompared(losses=low, high_losses=self.high.losses(batches))
 
 
 def healthy_run(
@@ -219,7 +216,7 @@ def healthy_run(
     run = Arm.of(kind, seed, rate, format)
     high = Arm.of(kind, seed, rate, None)
     detector = DivergenceDetector()
-    state = detector.init()
+    state, first = detector.init(), tuple[float, ...]()
     losses, convicted, findings = run.train(batches[:FIRST]), [], {}
     for pair in range(pairs):
         end = FIRST + window * (pair + 1)
@@ -227,9 +224,11 @@ def healthy_run(
             run, high, lambda: Arm.of(kind, seed, rate, format), batches[end - window : end]
         )
         for loss in [*losses, *stretch.record]:
+            first = with_loss(first, loss)
             state, decision = detector.step(state, loss=loss)
         losses = []
-        anomaly = Anomaly(baseline=decision.baseline, noise=decision.noise)
+        level = decision.baseline
+        anomaly = Anomaly(baseline=level, noise=decision.noise, learned=learned(first, level))
         case = Case(step=end, onset=end - window + 1, anomaly=anomaly, risen=pair % 2 == 1)
         finding, why = verdict(case, stretch, batches[:end])
         findings[finding] = findings.get(finding, 0) + 1

@@ -222,8 +222,6 @@ class LossesCompared(Answer):
     """In the run's formats, mean over ranks."""
 
     high_losses: tuple[float, ...] = ()
-    batch_norm: bool = False
-    """Whether layers normalise by the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.stored import is_stored
@@ -219,7 +218,6 @@ class Answers:
         return LossesCompared(
             losses=tuple(losses),
             high_losses=tuple(high_losses),
-            batch_norm=any(isinstance(m, _BatchNorm) for m in self._loop.model.modules()),
             replays=math.ceil(2 * FORWARD * len(losses)),
         )
 
@@ -232,7 +230,6 @@ class Answers:
         return CureChecked(
             losses=seen.losses,
             high_losses=seen.high_losses,
-            batch_norm=seen.batch_norm,
             grad_error=probed.error,
             replays=seen.replays + probed.replays,
         )

@@ -97,7 +97,14 @@ class Sentence:
         turn.enter(step, acquitted, "precision is not to blame" if firm else "no harm so far")
         state = turn.state
         if firm:
-            turn.state = replace(state, detected=self.detector.cleared(state.detected))
+            detected, cases = self.detector.cleared(state.detected), state.cases
+            if evidence.survey.low:
+                # It may be followed by a fault of precision: its batches are asked about.
+                rise = conclusion.finding == "not precision"
+                onset = evidence.case.onset if rise else step
+                level = evidence.case.anomaly.level if rise else None
+                cases = OpenCases().acquitted(cases, step, onset, level)
+            turn.state = replace(state, detected=detected, cases=cases)
             return
         # The error that raised the suspicion is as alarming as before; but what it does is asked of
         # the next batches forward, and of trajectories only after a while.

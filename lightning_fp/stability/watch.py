@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from lightning_fp.events import Event, Promotion
@@ -47,8 +48,9 @@ from lightning_fp.stability.actions import (
 from lightning_fp.stability.detect.cast_trigger import CastTrigger
 from lightning_fp.stability.detect.decision import Cause, Decision
 from lightning_fp.stability.detect.detector import DivergenceDetector
+from lightning_fp.stability.detect.first_losses import learned, with_loss
 from lightning_fp.stability.detect.overflow_watch import OverflowState, OverflowWatch
-from lightning_fp.stability.judge.by_gap import gap_of
+from lightning_fp.stability.judge.by_gap import explains, gap_of
 from lightning_fp.stability.judge.evidence import Case
 from lightning_fp.stability.judge.inquiry import Inquiry, answered, open_case
 from lightning_fp.stability.loss_scaling import LossScaling
@@ -187,12 +189,18 @@ class Watch:
             lr=signals.lr,
             skipped=signals.skipped,
         )
+        first = with_loss(state.first_losses, signals.loss)
         turn.state = replace(
             state,
             detected=detected,
             overflows=overflows,
             calm=decision.kind == "ok",
-            anomaly=Anomaly(baseline=decision.baseline, noise=decision.noise),
+            first_losses=first,
+            anomaly=Anomaly(
+                baseline=decision.baseline,
+                noise=decision.noise,
+                learned=learned(first, decision.baseline),
+            ),
         )
         self._count_skipped(turn, seen)
         clamping = signals.headroom is not None and signals.headroom < CLAMPING_BITS
@@ -257,9 +265,13 @@ class Watch:
         )
 
     def _looked(self, turn: Turn, look: Looked) -> None:
-        """Layers over their limits climb; not while the loss is up, which moves casts as well."""
-        fallback = turn.state.fallback
-        calm = turn.state.calm and look.at >= fallback.quiet_until
+        """Layers over their limits climb; not while the loss is up, which moves casts as well.
+
+        Nor while its level is being learned again, because the learning rate has risen, or because
+        something else has raised the loss.
+        """
+        state = turn.state
+        calm = state.calm and state.detected.loss.seen >= self.detector.armed
         if self.limits is not None and look.sound and calm and self._armed(turn):
             limits, climbing = self.limits.step(turn.state.limits, look.excesses, look.names)
             turn.state = replace(turn.state, limits=limits)
@@ -290,7 +302,7 @@ class Watch:
         if due and self._may_look(turn, BATCHES):
             turn.actions.append(CompareLosses(at=step, count=BATCHES))
             return
-        ready = fallback.phase in ("healthy", "probation") and step >= fallback.quiet_until
+        ready = fallback.phase in ("healthy", "probation")
         if self.probe is None or not (ready and state.calm and self.probe.due(state.probed, step)):
             return
         steps, probes = state.steps, state.probed.count
@@ -345,6 +357,7 @@ class Watch:
         risen: bool,
         overflow: str | None = None,
         batch: int | None = None,
+        anomaly: Anomaly | None = None,
     ) -> None:
         """Open a case, unless one is open."""
         if turn.state.inquiry is not None:
@@ -355,7 +368,7 @@ class Watch:
             budget=self.budget.left(steps=steps.attempted, replayed=steps.replayed),
             step=step,
             onset=step if onset is None else onset,
-            anomaly=turn.state.anomaly,
+            anomaly=turn.state.anomaly if anomaly is None else anomaly,
             healthy_error=(self.probe or Probe()).usual(turn.state.probed),
             risen=risen,
             overflow=overflow,
@@ -406,20 +419,43 @@ class Watch:
                 turn.events.append(tell.gap_suspicion(step, gap))
                 self._suspect(turn, step, question.batch, "a cast is unusual", question.batch)
             return
-        onset = self._open_cases.onset(state.cases, step)
-        turn.state = replace(state, cases=self._open_cases.looked(state.cases, step, gap))
-        if gap.convicts or (gap.alarming and step >= state.harmless_until):
+        rise, onset = self._rise(state), self._open_cases.onset(state.cases, step)
+        looked = self._open_cases.looked(state.cases, step, gap, fmean(answer.losses))
+        turn.state = replace(state, cases=looked)
+        if rise is not None:
+            # Weights that something else has damaged make every format's errors larger.
+            suspicious = gap.convicts and explains(answer, rise)
+        else:
+            suspicious = gap.convicts or (gap.alarming and step >= state.harmless_until)
+        if suspicious:
             turn.events.append(tell.gap_suspicion(step, gap))
-            self._suspect(turn, step, onset, "batches are out of the usual")
+            self._suspect(turn, step, onset, "batches are out of the usual", rise=rise)
+
+    @staticmethod
+    def _rise(state: WatchState) -> Anomaly | None:
+        """What is left to explain of a rise that was not precision's, while its case is open."""
+        cases = state.cases
+        if cases.began is None or cases.baseline is None:
+            return None
+        return replace(state.anomaly, baseline=cases.baseline, noise=cases.noise)
 
     def _suspect(
-        self, turn: Turn, step: int, onset: int, reason: str, batch: int | None = None
+        self,
+        turn: Turn,
+        step: int,
+        onset: int,
+        reason: str,
+        batch: int | None = None,
+        rise: Anomaly | None = None,
     ) -> None:
-        """Something other than the loss is suspicious."""
-        signals = Signals(step=step, armed=True, suspicious=True, onset=onset)
-        after, _ = self.fallback.step(turn.state.fallback, signals)
+        """Something other than the loss is suspicious; after an unclear verdict it waits."""
+        fallback = turn.state.fallback
+        waits = fallback.phase == "suspect" and step < fallback.quiet_until and batch is None
+        if waits or fallback.phase == "permanent":
+            return
+        after = self.fallback.suspected(fallback, step, onset)
         turn.enter(step, after, reason)
-        self._look_into(turn, step, after.onset, risen=False, batch=batch)
+        self._look_into(turn, step, after.onset, risen=rise is not None, batch=batch, anomaly=rise)
 
     def _evidence(self, turn: Turn, question: Question[Any], answer: Answer) -> None:
         inquiry = turn.state.inquiry

@@ -41,6 +41,9 @@ class WatchState:
     anomaly: Anomaly = field(default_factory=Anomaly)
     """Level and noise of the loss, as of the last step."""
 
+    first_losses: tuple[float, ...] = ()
+    """Those of the run's first steps: what it has learned is told from them."""
+
     misbehaving: bool = False
     """Whether it was said that high precision misbehaves too; a resumed run says it again."""
 
@@ -77,6 +80,7 @@ def to_plain(state: WatchState, detector: DivergenceDetector) -> dict[str, Any]:
         "skips": state.skips,
         "calm": state.calm,
         "anomaly": asdict(state.anomaly),
+        "first_losses": list(state.first_losses),
         "casts": None if state.casts is None else CastTrigger().state_dict(state.casts),
         "cases": asdict(state.cases),
         "harmless": [state.harmless, state.harmless_until],
@@ -106,6 +110,7 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
         skips=saved["skips"],
         calm=saved["calm"],
         anomaly=Anomaly(**saved["anomaly"]),
+        first_losses=tuple(saved.get("first_losses", ())),
         casts=None if casts is None else CastTrigger().load_state_dict(casts),
         cases=CasesState(**saved.get("cases", {})),
         harmless=harmless,

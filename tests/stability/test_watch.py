@@ -588,6 +588,123 @@ def test_a_rise_in_high_precision_too_is_acquitted_with_a_likeness() -> None:
     assert state.fallback.quiet_until == 160 + 50
 
 
+def _acquitted_rise(**options: Any) -> tuple[Watch, Loop, WatchState]:
+    """Something else has raised the loss, and the grace is to last until step 210."""
+    watch, loop = machine(**options), Loop()
+    state, _ = run(watch, loop, lambda _: 3.0, 160)
+    state, _ = tell(watch, state, Asked(at=160, onset=150), loop)
+    assert state.fallback.quiet_until == 160 + 50
+    loop.asked.clear()
+    return watch, loop, state
+
+
+def test_a_fault_that_follows_a_rise_of_another_kind_waits_for_no_grace() -> None:
+    watch, loop, state = _acquitted_rise(probe=Probe(every_n_steps=10_000))
+    state, events = run(watch, loop, lambda _: 3.4, 8, state, start=160)
+    assert [q.at for q in loop.asked if isinstance(q, CompareLosses)] == [164]
+    assert not kinds(events, Verdict)
+    loop.asked.clear()
+    loop.gap = loop.harm = 0.2
+    state, events = run(watch, loop, lambda _: 3.4, 8, state, start=168)
+    assert [(q.at, q.onset) for q in loop.asked if isinstance(q, Survey)] == [(172, 164)]
+    assert [event.step for event in kinds(events, Demotion)] == [172]
+
+
+def test_a_gap_that_is_a_small_part_of_what_rose_since_is_not_looked_into() -> None:
+    """Weights that something else goes on to damage make the errors of every format larger."""
+    watch, loop, state = _acquitted_rise(probe=Probe(every_n_steps=10_000))
+    state, _ = run(watch, loop, lambda _: 3.0, 8, state, start=160)
+    loop.gap, loop.risen = 0.2, 2.0
+    state, events = run(watch, loop, lambda _: 5.0, 40, state, start=168)
+    assert len([q for q in loop.asked if isinstance(q, CompareLosses)]) >= 2
+    assert not [q for q in loop.asked if isinstance(q, Survey)]
+    assert not kinds(events, Verdict)
+
+
+def test_a_probe_is_heard_in_a_grace() -> None:
+    watch, loop, state = _acquitted_rise()
+    loop.error, loop.harm = 0.9, 0.5
+    _, events = run(watch, loop, lambda _: 3.0, 50, state, start=160)
+    assert kinds(events, Demotion)[0].step < 210
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.2])
+def test_a_rise_that_goes_on_is_replayed_ever_less_often(gap: float) -> None:
+    """A learning rate that is far too high, with weights that make every format's errors larger."""
+    watch, loop = machine(budget=ReplayBudget(share=1.0)), Loop()
+
+    def rising(step: int) -> float:
+        loop.risen, loop.gap = 0.05 * max(0, step - 150), gap if step > 150 else 0.0
+        return 3.0 + loop.risen
+
+    _, events = run(watch, loop, rising, 2000)
+    asked = [q.at for q in loop.asked if isinstance(q, Survey)]
+    looks = [q for q in loop.asked if isinstance(q, CompareLosses)]
+    assert 3 <= len(asked) <= 7
+    assert len(looks) <= 12 * len(asked)
+    assert not kinds(events, Demotion)
+
+
+def test_after_an_unclear_verdict_looks_wait_as_well() -> None:
+    watch, loop, state = _acquitted_rise(probe=Probe(every_n_steps=10_000))
+    loop.gap, loop.fails = 0.2, True
+    unclear = replace(state.fallback, phase="suspect", onset=150, quiet_until=190)
+    look = CompareLosses(at=172, count=8)
+    seen = LossesCompared(losses=tuple(3.2 + 0.001 * i for i in range(8)), high_losses=(3.0,) * 8)
+    for fallback, surveys in ((unclear, 0), (replace(unclear, quiet_until=170), 1)):
+        state = replace(state, fallback=fallback)
+        loop.asked.clear()
+        tell(watch, state, Answered(question=look, answer=seen), loop)
+        assert len([q for q in loop.asked if isinstance(q, Survey)]) == surveys
+
+
+def test_no_layer_climbs_while_the_level_is_learned_again() -> None:
+    watch, loop = machine(), Loop()
+    state, _ = run(watch, loop, lambda _: 3.0, 100)
+    for step in range(100, 104):  # the learning rate has risen by a factor of 100
+        faster = replace(signals(step), lr=0.1)
+        state, _ = tell(watch, state, StepSeen(at=step + 1, signals=faster), loop)
+        state, _ = tell(watch, state, _over(step + 1), loop)
+    assert not [q for q in loop.asked if isinstance(q, Climb)]
+    for step in range(104, 170):
+        faster = replace(signals(step), lr=0.1)
+        state, _ = tell(watch, state, StepSeen(at=step + 1, signals=faster), loop)
+    for at in (170, 171, 172):
+        state, _ = tell(watch, state, _over(at), loop)
+    assert [q for q in loop.asked if isinstance(q, Climb)]
+
+
+def _over(at: int) -> Looked:
+    excess = Excess(
+        layer="head", operand="input", statistic="underflow_fraction", value=0.9, limit=0.25
+    )
+    return Looked(at=at, names=tuple(LOW), excesses={"head": excess})
+
+
+def test_a_rise_seen_in_the_trajectory_alone_overrules_a_gap() -> None:
+    """The detector has not noticed it: the loss is mostly noise, and both formats part in chaos."""
+    watch, loop = machine(), Loop(error=0.9, gap=0.2)
+    level = loop.answer
+
+    def answer(question: Question[Any]) -> Answer:
+        if isinstance(question, Survey):
+            told: Any = level(question)
+            losses = tuple(3.0 + 0.05 * max(0, i - 8) for i in range(len(told.losses)))
+            return replace(told, losses=losses)
+        if isinstance(question, ReplayStretch):
+            told = level(question)
+            losses = tuple(3.0 + 0.045 * max(0, i - 8) for i in range(len(told.losses)))
+            return replace(told, losses=losses)
+        return level(question)
+
+    loop.answer = answer  # type: ignore[method-assign]
+    _, events = run(watch, loop, lambda _: 3.0, 66)
+    verdicts = [(event.tier, event.verdict) for event in kinds(events, Verdict)]
+    assert ("gap", "precision") in verdicts
+    assert ("trajectory", "not precision") in verdicts
+    assert not kinds(events, Demotion)
+
+
 def test_an_acquittal_says_what_high_precision_cannot_heal() -> None:
     loop = Loop(harm=0.0, stored=2)
     state, _ = run(machine(), loop, lambda _: 3.0, 160)

@@ -29,9 +29,9 @@ def by_gap(evidence: Evidence) -> Judgement | None:
         count = more
     if gap.count == 0:
         return None
-    explains, known = _explains(seen, case.anomaly), case.anomaly.level is not None
-    finding: Finding = "precision" if gap.convicts and explains and known else "unclear"
-    reason = gap.sentence if explains else f"{gap.sentence}, a small part of the loss's rise"
+    explained, known = explains(seen, case.anomaly), case.anomaly.level is not None
+    finding: Finding = "precision" if gap.convicts and explained and known else "unclear"
+    reason = gap.sentence if explained else f"{gap.sentence}, a small part of the loss's rise"
     return Judgement(finding=finding, reason=reason, numbers=gap.numbers)
 
 
@@ -41,7 +41,7 @@ def _affords(evidence: Evidence, count: int) -> bool:
     return evidence.affords(question, 2 * FORWARD * count)
 
 
-def _explains(seen: LossesCompared, anomaly: Anomaly) -> bool:
+def explains(seen: LossesCompared, anomaly: Anomaly) -> bool:
     """Whether the gap is a good part of what the loss stands above its level, if it does."""
     pairs = zip(seen.losses, seen.high_losses, strict=True)
     finite = [(low, high) for low, high in pairs if math.isfinite(high)]
@@ -54,11 +54,5 @@ def _explains(seen: LossesCompared, anomaly: Anomaly) -> bool:
 
 
 def gap_of(seen: LossesCompared, anomaly: Anomaly) -> Gap:
-    """What the batches say, beside the noise of the run."""
-    noise = anomaly.noise
-    return measure_gap(
-        seen.losses,
-        seen.high_losses,
-        noise=noise if noise is not None and math.isfinite(noise) else 0.0,
-        batch_norm=seen.batch_norm,
-    )
+    """What the batches say, beside what is a small loss in this run."""
+    return measure_gap(seen.losses, seen.high_losses, least=anomaly.least)

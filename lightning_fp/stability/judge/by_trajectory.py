@@ -23,7 +23,12 @@ from lightning_fp.stability.replay.paired import (
     Paired,
     judge_paired,
 )
-from lightning_fp.stability.respond.verdict import Anomaly, Finding, Judgement, judge_trajectory
+from lightning_fp.stability.respond.verdict import (
+    Finding,
+    Judgement,
+    judge_trajectory,
+    level_at_first,
+)
 
 
 def high_stretch(survey: Surveyed) -> ReplayStretch | None:
@@ -48,19 +53,23 @@ def by_trajectory(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgem
     if not high.done:
         reason = "memory does not suffice for a replay in high precision"
         return Judgement(finding="unclear", reason=reason, numbers={})
-    # Where nothing has risen the detector may have learned a level that is too high already.
-    level = judge_trajectory(record, high.losses, case.anomaly if case.risen else Anomaly())
-    pair = judge_paired(record, high.losses)
+    least = case.anomaly.least
     if case.risen:
+        level = judge_trajectory(record, high.losses, case.anomaly)
         if level.finding == "precision" or "rise" in level.numbers:
             return level
+        pair = judge_paired(record, high.losses, least=least)
         return _candidate(pair) if _shows(pair) else level
+    # Where nothing has risen the detector may have learned a level that is too high already.
+    baseline, noise = level_at_first(record, high.losses) or (None, 0.0)
+    if case.anomaly.noise is not None and math.isfinite(case.anomaly.noise):
+        noise = max(noise, case.anomaly.noise)  # four steps may be alike by chance
+    pair = judge_paired(record, high.losses, baseline=baseline, noise=noise, least=least)
     if _shows(pair):
-        # Where the learning rate is far too high the two part by 2% in chaos, while both rise.
-        shared = level.finding == "not precision" and "rise" in level.numbers
-        return level if shared else _candidate(pair)
+        return _candidate(pair)
     # Nothing so far: a slow fault may come later, and is asked for again.
-    finding: Finding = "not precision" if pair.gain <= FLOOR else "unclear"
+    harmless = pair.finding == "no harm" or pair.gain <= FLOOR
+    finding: Finding = "not precision" if harmless else "unclear"
     return Judgement(finding=finding, reason=pair.reason, numbers=pair.numbers)
 
 
@@ -140,15 +149,15 @@ def proved(
     Returns:
         The control's judgement, and "unclear" where a placebo does as much.
     """
-    own = evidence.answer(asked).losses
+    own, least = evidence.answer(asked).losses, evidence.case.anomaly.least
     again = replace(asked, precision="placebo", until=None, steps=len(own))
     placebo = evidence.answer(again).losses if affordable(evidence, again) else None
     if "rise" in candidate.numbers or math.isinf(candidate.numbers.get("gain", 0.0)):
-        gain, moved = _tail(own, high.losses, placebo)
+        gain, moved = _tail(own, high.losses, placebo, least)
         proof, reason = gain > PLACEBO * moved, f"a placebo makes a difference of {moved:.3g}"
         numbers = {"placebo": moved}
     else:
-        pair = judge_paired(own, high.losses, placebo=placebo)
+        pair = judge_paired(own, high.losses, placebo=placebo, least=least)
         proof, reason, numbers = pair.finding == "harm", pair.reason, pair.numbers
     return Judgement(
         finding=control.finding if proof else "unclear",
@@ -158,17 +167,17 @@ def proved(
 
 
 def _tail(
-    own: Sequence[float], high: Sequence[float], placebo: Sequence[float] | None
+    own: Sequence[float], high: Sequence[float], placebo: Sequence[float] | None, least: float
 ) -> tuple[float, float]:
     """What high precision gains in the last steps, and how far the placebo is from the control.
 
     In losses; where some are not finite in the run's formats, in shares of such steps. Without a
-    placebo it counts as so far that 2% of the loss have to be gained.
+    placebo it counts as so far that 2% of the loss, or of `least`, have to be gained.
     """
     if placebo is None:
         finite = [loss for loss in high if math.isfinite(loss)]
-        least = WITHOUT_PLACEBO * abs(fmean(finite[-4:])) if finite else math.inf
-        return _tail(own, high, own)[0], least / PLACEBO
+        unit = max(abs(fmean(finite[-4:])), least) if finite else math.inf
+        return _tail(own, high, own, least)[0], WITHOUT_PLACEBO * unit / PLACEBO
     count = min(len(own), len(high), len(placebo))
     rows = list(zip(own[:count], high[:count], placebo[:count], strict=True))
     last = [row for row in rows[-max(4, count // 4) :] if math.isfinite(row[1])]

@@ -143,8 +143,10 @@ def _unclear(reason: str) -> Conclusion:
 
 
 def _rises_anyway(case: Case, trajectory: Judgement | None) -> bool:
-    """Whether what the case is about, a rise, comes in high precision as well."""
-    return case.risen and trajectory is not None and trajectory.finding == "not precision"
+    """Whether a rise, be it the case's or seen in its trajectory, comes in high precision too."""
+    if trajectory is None or trajectory.finding != "not precision":
+        return False
+    return case.risen or "rise" in trajectory.numbers
 
 
 def _of_one_moment(finding: Finding) -> str:

@@ -31,8 +31,9 @@ HARMLESS = 0.005
 ONE_BATCH = 0.03
 """Share of the loss at which a single batch convicts."""
 
-SMALL_LOSS = 5.0
-"""Times the noise below which a loss is too small to be divided by."""
+ONE_OF_A_SMALL_LOSS = 0.5
+"""The same of a small loss: single batches of healthy runs came to 4% of a regression's around
+zero, and to 8% in BatchNorm nets."""
 
 _LEAST_T = {4: 10.21, 5: 7.17, 6: 5.89, 7: 5.21, 8: 4.79, 16: 4.07, 32: 3.63}
 """By number of batches, Student's t that a harmless gap exceeds once in 1,000 looks, and once in
@@ -55,8 +56,8 @@ class Gap:
     worst: float
     """The largest of a single batch."""
 
-    one_tells: bool = True
-    """Whether a single batch may convict."""
+    one_batch: float = ONE_BATCH
+    """The share at which a single batch convicts."""
 
     @property
     def alarming(self) -> bool:
@@ -71,7 +72,7 @@ class Gap:
     @property
     def convicts(self) -> bool:
         """Whether precision does harm, on these weights, beyond doubt."""
-        if self.one_tells and self.worst > ONE_BATCH:
+        if self.worst > self.one_batch:
             return True
         # Between two counts the smaller one's bound, which is the stricter.
         most = max((count for count in _LEAST_T if count <= self.count), default=None)
@@ -114,28 +115,27 @@ def measure_gap(
     losses: Sequence[float],
     high_losses: Sequence[float],
     *,
-    noise: float = 0.0,
-    batch_norm: bool = False,
+    least: float = 0.0,
 ) -> Gap:
     """Compare the losses of the same batches, on the same weights.
 
     Args:
         losses: in the run's formats, by batch, mean over ranks.
         high_losses: in high precision. A batch that is not finite here says nothing.
-        noise: standard deviation of a healthy step's loss; 0 if that is not known.
-        batch_norm: whether layers normalise by the batch. Where such a net has a small loss, single
-            batches differ by up to 8%, and do not tell.
+        least: the loss from which on shares of it tell, see `Anomaly.least`; 0 if that is not
+            known, and no finite loss of a single batch convicts.
 
     Returns:
-        Shares of the mean loss, or of 5 times the noise if that is more.
+        Shares of the mean loss, or of `least` if that is more.
     """
     pairs = [
         (low, high) for low, high in zip(losses, high_losses, strict=True) if math.isfinite(high)
     ]
     if not pairs:
-        return Gap(count=0, mean=math.nan, error=math.inf, worst=math.nan, one_tells=False)
-    loss, least = abs(fmean(high for _, high in pairs)), SMALL_LOSS * noise
+        return Gap(count=0, mean=math.nan, error=math.inf, worst=math.nan)
+    loss = abs(fmean(high for _, high in pairs))
     unit = max(loss, least) or 1.0
+    one_batch = ONE_BATCH if loss >= least else ONE_OF_A_SMALL_LOSS
     gaps = [(low - high) / unit if math.isfinite(low) else math.inf for low, high in pairs]
     finite = all(map(math.isfinite, gaps))
     known = finite and len(gaps) > 1
@@ -144,5 +144,5 @@ def measure_gap(
         mean=fmean(gaps) if finite else math.inf,
         error=stdev(gaps) / math.sqrt(len(gaps)) if known else math.inf,
         worst=max(gaps),
-        one_tells=not batch_norm or (noise > 0 and loss >= least) or not finite,
+        one_batch=one_batch if least > 0 else math.nextafter(math.inf, 0.0),
     )

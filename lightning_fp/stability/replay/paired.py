@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Literal
 
 WINDOWS = (4, 8, 16, 32)
@@ -71,10 +71,14 @@ class Paired:
     wants_placebo: bool = False
     """Whether a placebo has to be run: the gain is large, and it may be chaos."""
 
+    rise: float | None = None
+    """By how much the loss has risen in both, if that is what was found."""
+
     @property
     def numbers(self) -> dict[str, float]:
         """For an event."""
-        return {"gain": self.gain, "window": float(self.window), "score": self.score}
+        numbers = {"gain": self.gain, "window": float(self.window), "score": self.score}
+        return numbers if self.rise is None else {**numbers, "rise": self.rise}
 
 
 def judge_paired(
@@ -84,41 +88,56 @@ def judge_paired(
     placebo: Sequence[float | None] | None = None,
     baseline: float | None = None,
     noise: float | None = None,
-    onset: int = 0,
+    least: float = 0.0,
 ) -> Paired:
     """Compare two trajectories as far as they have come.
-
-    Call it after each step, and stop when it is no longer "unclear"; only one that answers a probe
-    goes to its end, since a slow fault may come in the last steps.
 
     Args:
         control: losses in the run's formats, replayed; None where one is not known, not finite
             where a step was left out or blew up.
         high: the same steps in high precision.
         placebo: the same steps in the run's formats from weights that `perturb_` has moved.
-        baseline: level of the loss before it rose; None if that is not known, or nothing rose.
+        baseline: level of the loss before; None if that is not known. What rises from it in both
+            is no harm, whatever they part by on the way: at a learning rate that is far too high
+            that is 2%.
         noise: standard deviation of a healthy step's loss.
-        onset: index of the first anomalous step.
+        least: the loss from which on shares of it tell, see `Anomaly.least`.
 
     Returns:
-        What was found with the earliest step that decides.
+        What was found: of harm with the earliest step that decides, where it lasts to the end; of a
+        shared rise with the last.
     """
     best = Paired(finding="unclear", reason="too few steps to tell", gain=math.nan)
     pairs = _pairs(control, high)
+    shared = None if baseline is None else _shared_rise(pairs, baseline, noise or 0.0)
+    if shared is not None:
+        return shared
     for count in range(WINDOWS[0], len(pairs) + 1):
-        seen = _after(pairs[:count], placebo)
-        if seen.finding == "unclear" and baseline is not None and noise:
-            seen = _shared_rise(pairs[:count], baseline, noise, onset) or seen
-        if seen.finding != "unclear":
+        seen = _after(pairs[:count], placebo, least)
+        if seen.finding == "harm" and _lasts(pairs[count - seen.window :], seen.window, least):
             return seen
-        best = seen
+        best = seen if seen.finding == "unclear" else replace(seen, finding="unclear", decided=None)
     return best
 
 
 def has_shown(control: Sequence[float | None], high: Sequence[float | None]) -> bool:
     """Whether the last step decides that the run's formats do harm, without a placebo."""
     pairs = _pairs(control, high)
-    return len(pairs) >= WINDOWS[0] and _after(pairs, None).finding == "harm"
+    return len(pairs) >= WINDOWS[0] and _after(pairs, None, 0.0).finding == "harm"
+
+
+def _lasts(pairs: Sequence[_Pair], window: int, least: float) -> bool:
+    """Whether a gain is still there, from the window that shows it to the end.
+
+    Where two runs begin to part in chaos the first steps apart are many times what the steps before
+    differed by, and later ones go either way.
+    """
+    gains = [low - top for _, low, top in pairs]
+    if len(pairs) == window or not all(map(math.isfinite, gains)):
+        return True
+    unit = max(abs(fmean(top for _, _, top in pairs)), least) or 1.0
+    error = stdev(gains) / math.sqrt(len(gains))
+    return fmean(gains) > max(FLOOR * unit, 2 * error)
 
 
 _Pair = tuple[int, float, float]
@@ -135,7 +154,7 @@ def _pairs(control: Sequence[float | None], high: Sequence[float | None]) -> lis
     ]
 
 
-def _after(pairs: Sequence[_Pair], placebo: Sequence[float | None] | None) -> Paired:
+def _after(pairs: Sequence[_Pair], placebo: Sequence[float | None] | None, least: float) -> Paired:
     """The window that shows most, after these steps."""
     last = pairs[-1][0]
     lost = [index for index, low, _ in pairs[-WINDOWS[0] :] if not math.isfinite(low)]
@@ -149,7 +168,7 @@ def _after(pairs: Sequence[_Pair], placebo: Sequence[float | None] | None) -> Pa
     deviation = _deviation(gains)
     found: list[Paired] = []
     for window in (w for w in WINDOWS if w <= len(gains)):
-        unit = abs(fmean(top for _, _, top in finite[-window:])) or 1.0
+        unit = max(abs(fmean(top for _, _, top in finite[-window:])), least) or 1.0
         gain = fmean(gains[-window:]) / unit
         error = max(deviation / unit, LEAST_NOISE) / math.sqrt(window)
         chaos = _chaos(finite[-window:], placebo, unit)
@@ -202,15 +221,15 @@ def _deviation(gains: Sequence[float]) -> float:
     return math.sqrt(fmean(step * step for step in kept) / 2)
 
 
-def _shared_rise(
-    pairs: Sequence[_Pair], baseline: float, noise: float, onset: int
-) -> Paired | None:
-    """Whether what rose in the run's formats rose in high precision as well."""
-    since = [(low, top) for index, low, top in pairs if index >= onset and math.isfinite(low)]
-    tail = since[-WINDOWS[0] :]
-    if len(tail) < WINDOWS[0]:
+def _shared_rise(pairs: Sequence[_Pair], baseline: float, noise: float) -> Paired | None:
+    """Whether what rose in the run's formats rose in high precision as well.
+
+    In the last quarter, where the two have had time to part.
+    """
+    tail = pairs[-max(WINDOWS[0], len(pairs) // 4) :]
+    if len(tail) < WINDOWS[0] or not all(math.isfinite(low) for _, low, _ in tail):
         return None
-    low, top = fmean(pair[0] for pair in tail), fmean(pair[1] for pair in tail)
+    low, top = fmean(pair[1] for pair in tail), fmean(pair[2] for pair in tail)
     height = low - baseline
     if height <= RISE * noise or low - top >= SHARED * height:
         return None
@@ -221,4 +240,5 @@ def _shared_rise(
         gain=(low - top) / (abs(top) or 1.0),
         window=len(tail),
         decided=pairs[-1][0],
+        rise=height,
     )

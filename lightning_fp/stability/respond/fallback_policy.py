@@ -29,8 +29,9 @@ class FallbackPolicy:
     """
 
     grace: int = 50
-    """Steps after a verdict before the next investigation. After one against precision they are
-    doubled each time, up to 64-fold, until a run is quiet for as long; after an unclear one an
+    """Steps after a verdict before the loss alone is a reason for the next investigation; what
+    batches and gradients show meanwhile is looked into at once. After one against precision they
+    are doubled each time, up to 64-fold, until a run is quiet for as long; after an unclear one an
     eighth of them, then a quarter, a half, all: a fault that has just begun is soon clear, and
     every step counts."""
 
@@ -72,7 +73,7 @@ class FallbackState:
     """Incidents since everything was last in its own format; decides the scope of the next."""
 
     quiet_until: int = 0
-    """Step up to which suspicions are not investigated."""
+    """Step up to which what the loss shows is not investigated."""
 
     acquittals: int = 0
     """Verdicts against precision in a row."""
@@ -136,16 +137,29 @@ class Fallback:
             if step < state.quiet_until:
                 return state, "none"
             onset = step - signals.skips if signals.onset is None else signals.onset
-            if state.onset is not None:  # an open incident keeps its beginning
-                onset = min(onset, state.onset)
-            state = replace(_enter(state, "suspect", step), onset=onset)
-            return state, "investigate"
+            return self.suspected(state, step, onset), "investigate"
         if state.phase == "suspect" and step >= state.quiet_until:
             back: Phase = "probation" if state.demoted else "healthy"
             return replace(_enter(state, back, step), onset=None, doubts=0), "none"
         if state.phase == "probation" and step - state.since >= self.hold(state):
             return state, "promote"
         return state, "none"
+
+    def suspected(self, state: FallbackState, step: int, onset: int) -> FallbackState:
+        """Something is suspicious, and is looked into at once.
+
+        What replays have shown, and not the loss, waits for no grace.
+
+        Args:
+            state: where the fallback stands.
+            step: this step.
+            onset: the first anomalous one.
+        """
+        if state.phase == "permanent":
+            return state
+        if state.onset is not None:  # an open incident keeps its beginning
+            onset = min(onset, state.onset)
+        return replace(_enter(state, "suspect", step), onset=onset)
 
     # -- what an investigation says -------------------------------------------------------------
 
@@ -194,8 +208,8 @@ class Fallback:
         Args:
             state: where the fallback stands.
             step: the step of the verdict.
-            firm: whether that is for good; else it has done no harm so far, and a rise of the loss
-                is looked into at once.
+            firm: whether there was something else to blame, which may go on raising the loss; else
+                precision has done no harm so far, and a rise is looked into at once.
         """
         back: Phase = "probation" if state.demoted else "healthy"
         if not firm:

@@ -1,10 +1,11 @@
-"""Acquittals of "no harm yet": the case stays open, and is asked again.
+"""Acquittals are provisional: the case stays open, and is asked again.
 
 A slow fault is probed before it has done harm, and acquitted. Taking that for good cost 32% of the
-loss, and a grace after it let a rise at step 135 wait until step 228. So an acquittal is
-provisional: the question comes again after 4, 8, 16 steps and so on, and at once if the loss rises.
-It is asked by a forward gap, not by ever longer trajectories (16 forward passes against 192 to 256
-steps). What began since the last look that was calm can be traced from there.
+loss, and a grace after it let a rise at step 135 wait until step 228. Where something else has
+raised the loss, a fault of precision may follow. So the question comes again after 4, 8, 16 steps
+and so on, and sooner while the loss is up. It is asked by a forward gap, not by ever longer
+trajectories (16 forward passes against 192 to 256 steps). What began since the last look that was
+calm can be traced from there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ class CasesState:
     doubted: bool = False
     """Whether the last look was not calm."""
 
+    baseline: float | None = None
+    """Where the loss had risen, for a reason that was not precision's: its level at the last calm
+    look, or from before. What stands above that is left to explain; None where nothing had."""
+
+    noise: float | None = None
+    """Of a healthy step's loss, around that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenCases:
@@ -56,31 +64,51 @@ class OpenCases:
         """No case."""
         return CasesState()
 
-    def looked(self, state: CasesState, step: int, gap: Gap) -> CasesState:
+    def looked(
+        self, state: CasesState, step: int, gap: Gap, loss: float | None = None
+    ) -> CasesState:
         """A forward gap was measured, for whatever reason.
 
         After a doubtful look a single calm one does not count: weights that adapt to a fault take
         the gap through zero.
+
+        Args:
+            state: what was seen before.
+            step: the step.
+            gap: what was measured.
+            loss: mean of the batches in the run's formats, if that is known.
         """
         calm = gap.calm and not state.doubted
         state = replace(
             state,
             calm_at=step if calm else state.calm_at,
             doubted=not gap.calm,
+            baseline=loss if calm and state.baseline is not None else state.baseline,
         )
         if state.began is None:
             return state
-        state = replace(state, asked=step, wait=2 * state.wait if calm else self.first)
+        # After a rise of another kind errors are larger as long as it lasts, and that is no news.
+        longer = calm or state.baseline is not None
+        state = replace(state, asked=step, wait=2 * state.wait if longer else self.first)
         return self.closed(state) if state.wait > self.longest else state
 
-    def acquitted(self, state: CasesState, step: int, onset: int) -> CasesState:
+    def acquitted(
+        self,
+        state: CasesState,
+        step: int,
+        onset: int,
+        level: tuple[float, float] | None = None,
+    ) -> CasesState:
         """Precision has done no harm yet: ask again, each time after twice as long.
 
         Args:
             state: what was seen before.
             step: the step of the verdict.
             onset: the first anomalous step.
+            level: baseline and noise of the loss from before it rose; None where it had not.
         """
+        if level is not None and state.baseline is None:
+            state = replace(state, baseline=level[0], noise=level[1])
         if state.began is None:
             return replace(state, began=onset, asked=step, wait=self.first)
         wait = state.wait if state.calm_at == step else 2 * state.wait
@@ -93,11 +121,12 @@ class OpenCases:
         Args:
             state: what was seen before.
             step: the step.
-            risen: whether the loss is above its level.
+            risen: whether the loss is above its level: then eight times as often.
         """
         if state.began is None:
             return False
-        return step - state.asked >= (self.first if risen else state.wait)
+        wait = max(self.first, state.wait // 8) if risen else state.wait
+        return step - state.asked >= wait
 
     def onset(self, state: CasesState, step: int) -> int:
         """Where the harm that shows now began at the earliest.

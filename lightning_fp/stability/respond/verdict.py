@@ -32,6 +32,16 @@ RECOVERED = 0.35
 SAME = 0.35
 """Share of an anomaly that high precision may take away while the two still count as alike."""
 
+SMALL_LOSS = 5.0
+"""Times the noise below which a loss is small. A policy gradient's, or the likelihood of a density,
+is around zero or crosses it, and a share of it means nothing: whoever adds a constant to the loss
+changes all shares, and neither the noise nor what was learned."""
+
+SHARE_LEARNED = 0.1
+"""Share of what the loss has fallen by since the run began, below which it is small. Where a fit
+comes to nothing, as a regression's or a small BatchNorm net's, so does its noise, and the roundings
+of any format are a large share of what is left."""
+
 LARGE = 4.0
 """A rise of so many times the noise is none of it: two unrelated means of four healthy steps
 differ by two thirds of that (`1 - RECOVERED`) once in 10 000 times."""
@@ -68,6 +78,20 @@ class Anomaly:
 
     noise: float | None = None
     """Standard deviation of a healthy step's loss around that level."""
+
+    learned: float = 0.0
+    """What the loss has fallen by since the run began."""
+
+    @property
+    def least(self) -> float:
+        """The loss from which on shares of it tell: of a smaller one, shares of this count.
+
+        0 as long as the noise is not known.
+        """
+        if self.noise is None or not math.isfinite(self.noise):
+            return 0.0
+        learned = self.learned if math.isfinite(self.learned) else 0.0
+        return max(SMALL_LOSS * self.noise, SHARE_LEARNED * learned)
 
     @property
     def level(self) -> tuple[float, float] | None:
@@ -177,24 +201,38 @@ def judge_trajectory(
             finding="not precision" if alike else "unclear", reason=reason, numbers=numbers
         )
     if anomaly.level is None:
-        return _judge_by_beginning(pairs)
+        return _judge_by_beginning(pairs, anomaly.least)
     baseline, noise = anomaly.level
     least_rise = max(noise, 3 * noise / math.sqrt(len(tail)))
-    return _judge_by_level(pairs, baseline, noise, least_rise=least_rise)
+    return _judge_by_level(pairs, baseline, noise, least_rise=least_rise, least=anomaly.least)
 
 
-def _judge_by_beginning(pairs: _Pairs) -> Judgement:
-    """Take level and noise from the first four steps: of the run, or the replay if that blew up.
+def level_at_first(
+    losses: Sequence[float | None], high_losses: Sequence[float | None]
+) -> tuple[float, float] | None:
+    """Level and noise of a stretch's first four steps: of the run, or the replay if that blew up.
 
-    They are little to go by, so the replay must not have risen by half of what it gains.
+    Args:
+        losses: see `judge_trajectory`.
+        high_losses: see there.
+
+    Returns:
+        None where neither is finite, or there are fewer than 8 steps to be judged by them.
     """
+    both = zip(losses, high_losses)  # noqa: B905 - a replay may end early
+    pairs = [(a, b) for a, b in both if a is not None and b is not None]
     begun = [run for run in _runs(pairs[:4]) if all(map(math.isfinite, run))]
-    if len(pairs) < 8 or not begun:
+    return None if len(pairs) < 8 or not begun else (fmean(begun[0]), max(map(stdev, begun)))
+
+
+def _judge_by_beginning(pairs: _Pairs, least: float) -> Judgement:
+    """By its first steps: little to go by, so the replay must not rise by half of what it gains."""
+    begun = level_at_first(*_runs(pairs))
+    if begun is None:
         reason = "nothing is known of the loss before, and too few steps were replayed to tell"
         return Judgement(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
-    baseline = fmean(begun[0])
-    noise = max(map(stdev, begun))
-    verdict = _judge_by_level(pairs, baseline, noise, least_rise=LARGE * noise)
+    baseline, noise = begun
+    verdict = _judge_by_level(pairs, baseline, noise, least_rise=LARGE * noise, least=least)
     risen = verdict.numbers["high_loss"] - baseline
     if verdict.finding != "precision" or risen <= verdict.numbers["gain"] / 2:
         return verdict
@@ -203,11 +241,12 @@ def _judge_by_beginning(pairs: _Pairs) -> Judgement:
 
 
 def _judge_by_level(
-    pairs: _Pairs, baseline: float, noise: float, *, least_rise: float
+    pairs: _Pairs, baseline: float, noise: float, *, least_rise: float, least: float
 ) -> Judgement:
     """The replay is finite in the last quarter, and the level before is known.
 
-    A rise of up to `least_rise` is none: not more than the mean of a few steps may be off.
+    A rise of up to `least_rise` is none: not more than the mean of a few steps may be off. A gain
+    is a share of the loss, or of `least` if that is more.
     """
     tail = _tail(len(pairs))
     live, high = _runs(pairs[-tail:])
@@ -221,15 +260,15 @@ def _judge_by_level(
     gains = [a - b for a, b in zip(live, high, strict=True)]
     gain = fmean(gains)
     error = stdev(gains) / math.sqrt(tail) * (1 + 3 / (tail - 1))  # more for few, as Student's t
-    least = LEAST_GAIN * abs(level)
-    worth = gain > max(3 * error, least + 2 * error)
+    least_gain = LEAST_GAIN * max(abs(level), least)
+    worth = gain > max(3 * error, least_gain + 2 * error)
     numbers.update(gain=gain, gain_error=error)
     height = numbers["loss"] - baseline
     if height <= least_rise:  # nothing to explain: does low precision cost anything worth it?
         if worth:
             reason = f"high precision learns the same batches to a loss {gain:.3g} lower"
             return Judgement(finding="precision", reason=reason, numbers=numbers)
-        if gain + 3 * error < least:
+        if gain + 3 * error < least_gain:
             reason = f"high precision learns the same batches no better (loss lower by {gain:.3g})"
             return Judgement(finding="not precision", reason=reason, numbers=numbers)
         reason = f"high precision lowers the loss by {gain:.3g}, within the noise"

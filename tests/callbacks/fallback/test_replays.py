@@ -414,11 +414,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]], dict[str, Any
 @pytest.mark.filterwarnings("ignore:.*Please also save or load the state:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_verdict_that_is_not_precision_leaves_the_run_as_it_was(
-    case: str, tmp_path: Path, request: pytest.FixtureRequest
+    case: str, tmp_path: Path
 ) -> None:
-    if case == "clipping":
-        # A loss around zero: a share of it is large, and a gap of one batch convicts.
-        request.applymarker(pytest.mark.xfail(strict=False, reason="gaps of a loss around zero"))
     make, callbacks, options = CASES[case]
     plain_callbacks, same_callbacks = callbacks(), callbacks()
     plain = train(make(), plain_callbacks, **options)
