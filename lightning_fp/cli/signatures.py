@@ -130,6 +130,34 @@ def mismatch(
     return run(factory, formats, rollout, layers, batch, length, device, json=json)
 
 
+def export(
+    checkpoint: str,
+    *,
+    format: Literal["hf-fp8-block", "compressed-tensors-fp8"] = "hf-fp8-block",
+    output: str = "exported",
+    config: str | None = None,
+    prefix: str = "",
+    requantise: bool = False,
+    json: bool = False,
+) -> int:
+    """Write a checkpoint's weights as FP8 safetensors that inference engines load.
+
+    Args:
+        checkpoint: a Trainer's checkpoint, a sharded one too, or a run, of which the newest is
+            taken
+        format: hf-fp8-block for scales per tensor and per block of 128x128, as DeepSeek-V3 has
+            them; compressed-tensors-fp8 for those and scales per row
+        output: DIR: where to; without safetensors files so far
+        config: FILE: the model's config.json, which is completed
+        prefix: what names begin with and is left out, e.g. `model.` of a LightningModule
+        requantise: cast layers anew whose scales the format cannot hold; an error otherwise
+        json: print JSON
+    """
+    from lightning_fp.cli.commands.export import run
+
+    return run(checkpoint, format, output, config, prefix, requantise=requantise, json=json)
+
+
 def demo(
     *,
     output: str = "runs/demo",
@@ -315,6 +343,7 @@ COMMANDS: Commands = {
         },
     ),
     "mismatch": mismatch,
+    "export": export,
     "demo": demo,
     "baseline": baseline,
     "stats": stats,

@@ -7,6 +7,8 @@ from lightning_fp._lazy import lazy_names
 if TYPE_CHECKING:
     from lightning_fp.rl.causes import Cause, Causes, mismatch_causes
     from lightning_fp.rl.corrections import CORRECTIONS, Correction, correction
+    from lightning_fp.rl.engine.export import Exported, export_model
+    from lightning_fp.rl.engine.quantised import quantised_state_dict
     from lightning_fp.rl.importance_weights import (
         masked_importance_weights,
         truncated_importance_weights,
@@ -31,6 +33,10 @@ __all__ = [
     "Causes",
     "SampleOrigin",
     "mismatch_causes",
+    # to the engine
+    "Exported",
+    "export_model",
+    "quantised_state_dict",
     # what goes in
     "Level",
     "check_tokens",

@@ -264,7 +264,12 @@ class ScaleHistory(DelayedScales):
     def state_dict(self) -> dict[str, Any]:
         """See `DelayedScales.state_dict`; scales follow from histories."""
         rows, names = self._in_full(), list(self._layers)
-        return {"layers": [names[row] for row in rows], "history": self._history[rows].clone()}
+        return {
+            "layers": [names[row] for row in rows],
+            "history": self._history[rows].clone(),
+            # for who reads a checkpoint without the run's options
+            "config": dataclasses.asdict(self.config),
+        }
 
     def _load(self, state: Mapping[str, Any]) -> None:
         rows = dict(zip(state["layers"], state["history"], strict=True))

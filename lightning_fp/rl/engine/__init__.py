@@ -1,0 +1,1 @@
+"""Weights on their way to an inference engine: cast as in training, handed over, or written."""
