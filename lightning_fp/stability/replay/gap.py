@@ -35,6 +35,11 @@ ONE_OF_A_SMALL_LOSS = 0.5
 """The same of a small loss: single batches of healthy runs came to 4% of a regression's around
 zero, and to 8% in BatchNorm nets."""
 
+SCATTER = 3.0
+"""Times as far as any batch is in the other direction, that a single one must be up to convict.
+Where a step samples from what the model says, as a policy's does, a rounding now and then changes
+the sample, and batches are up and down by 10%."""
+
 _LEAST_T = {4: 10.21, 5: 7.17, 6: 5.89, 7: 5.21, 8: 4.79, 16: 4.07, 32: 3.63}
 """By number of batches, Student's t that a harmless gap exceeds once in 1,000 looks, and once in
 2,000 where it is a second or third question. Of fewer than 4 batches only a single one tells."""
@@ -56,6 +61,9 @@ class Gap:
     worst: float
     """The largest of a single batch."""
 
+    lowest: float = 0.0
+    """The smallest; below 0 where high precision has the higher loss in some batch."""
+
     one_batch: float = ONE_BATCH
     """The share at which a single batch convicts."""
 
@@ -72,7 +80,7 @@ class Gap:
     @property
     def convicts(self) -> bool:
         """Whether precision does harm, on these weights, beyond doubt."""
-        if self.worst > self.one_batch:
+        if self.worst > max(self.one_batch, -SCATTER * self.lowest):
             return True
         # Between two counts the smaller one's bound, which is the stricter.
         most = max((count for count in _LEAST_T if count <= self.count), default=None)
@@ -144,5 +152,6 @@ def measure_gap(
         mean=fmean(gaps) if finite else math.inf,
         error=stdev(gaps) / math.sqrt(len(gaps)) if known else math.inf,
         worst=max(gaps),
+        lowest=min(gaps),
         one_batch=one_batch if least > 0 else math.nextafter(math.inf, 0.0),
     )

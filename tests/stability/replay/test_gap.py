@@ -99,6 +99,13 @@ def test_around_zero_batches_that_scatter_convict_nobody() -> None:
     assert not gap.alarming
 
 
+def test_batches_that_go_either_way_convict_nobody_by_one() -> None:
+    """A policy samples another action where a rounding makes the difference."""
+    shares = [-0.1, 0.13, 0.0, 0.01, -0.08, 0.002, 0.0, 0.02]
+    assert not shifted(*shares).convicts
+    assert shifted(*[max(share, -0.01) for share in shares]).convicts
+
+
 def test_inf_or_nan_in_the_formats_alone_convicts_of_any_loss() -> None:
     for bad in (math.inf, math.nan):
         gap = measure_gap([*LOSSES[:7], bad], LOSSES)
