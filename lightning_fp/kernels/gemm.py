@@ -1,8 +1,9 @@
 """FP8 products: `torch._scaled_mm` where the hardware has it, exact emulation elsewhere.
 
 Emulation multiplies the very FP8 values in a wider dtype that holds them exactly, accumulates in
-float32 and applies the scales once, after the sum, as the hardware does. Where that dtype is bf16
-torch rounds the sum to it first, so a bf16 result is rounded twice (52.6 dB, once would be 55.6).
+float32, applies the scales once, after the sum, as the hardware does, and rounds to the result's
+dtype after that. Where a GPU emulates in bf16 torch rounds the sum first, so a bf16 result is
+rounded twice there (52.6 dB in place of 55.6).
 """
 
 from __future__ import annotations
@@ -100,6 +101,38 @@ def emulated_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a @ b
 
 
+def _scaled_in_bf16(a: Tensor, b: Tensor, unscale: Tensor) -> Tensor:
+    return torch.addmm(a.new_empty(b.shape[1]), a, b, beta=0, alpha=unscale.item())
+
+
+_scaled_in_bf16_compiled = torch.library.custom_op(
+    "lightning_fp::scaled_in_bf16", _scaled_in_bf16, mutates_args=()
+)
+
+
+@_scaled_in_bf16_compiled.register_fake
+def _(a: Tensor, b: Tensor, unscale: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def scaled_in_bf16(a: Tensor, b: Tensor, unscale: Tensor) -> Tensor:
+    """`(a @ b) * unscale` on the CPU, rounded once: the GEMM scales what it has summed in float32.
+
+    It takes the factor as a number, which neither dynamo nor a fake tensor has.
+
+    Args:
+        a: [M, K], bf16.
+        b: [K, N], bf16.
+        unscale: float32 scalar.
+
+    Returns:
+        [M, N], bf16.
+    """
+    if torch.compiler.is_compiling() or type(unscale) is not Tensor:
+        return _scaled_in_bf16_compiled(a, b, unscale)
+    return _scaled_in_bf16(a, b, unscale)
+
+
 def forward_products(
     x: Tensor, w: Tensor, unscale_x: Tensor, unscale_w: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -187,8 +220,10 @@ def multiply(
             use_fast_accum=fast_accumulation,
         )
         return product.to(out_dtype)
-    product = emulated_product(a, b, out_dtype).float()
     both = unscale_a * unscale_b
+    if a.device.type == "cpu" and out_dtype is a.dtype is torch.bfloat16:
+        return scaled_in_bf16(a, b, both)
+    product = emulated_product(a, b, out_dtype).float()
     if torch.compiler.is_compiling():
         return (product * both).to(out_dtype)
     return product.mul_(both).to(out_dtype)
