@@ -32,11 +32,17 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=150, help="seconds for one test")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS[1:]])
     parser.add_argument("--rooms", nargs="+", help="only these directories of tests_pytorch")
+    parser.add_argument("--without", help="leave out tests in whose names this expression is found")
     parser.add_argument("--compare", action="store_true", help="run nothing, compare what there is")
     options = parser.parse_args()
     results = options.results or Path(tempfile.gettempdir()) / "lightning_fp_peer_suite"
     suite = Suite(
-        options.path, results, python=options.python, timeout=options.timeout, only=options.rooms
+        options.path,
+        results,
+        python=options.python,
+        timeout=options.timeout,
+        only=options.rooms,
+        without=options.without,
     )
     arms = [arm for arm in ARMS[1:] if options.arms is None or arm.name in options.arms]
     if not options.compare:

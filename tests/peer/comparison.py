@@ -54,7 +54,9 @@ def reason(arm: Arm, result: Result, under_high: Result | None) -> str:
     known = [why for word, why in KNOWN if word in result.message]
     if known:
         return known[0]
-    if arm.format != "high" and under_high is not None and under_high.outcome == "passed":
+    compared = result.message.startswith(("AssertionError", "assert ")) or "close" in result.message
+    high_passes = under_high is not None and under_high.outcome == "passed"
+    if arm.format != "high" and high_passes and compared:
         return "rounding, which vanishes under `high`"
     words = re.sub(r"\s+", " ", result.message or result.outcome).split(" + where")[0]
     return re.sub(r"(?<=\s|')/[\w/.\-]+/", "", words)[:120].replace("|", "/")

@@ -14,6 +14,7 @@ connectors by hand has Lightning's.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -47,10 +48,7 @@ class Connector(_AcceleratorConnector):
         if self.ours:
             trainers += 1
             if FORMAT:
-                from lightning_fp import FP8Precision
-
-                plugin = FP8Precision(FORMAT, base="32-true")
-                options["plugins"] = [*as_list(options.get("plugins")), plugin]
+                options["plugins"] = [*as_list(options.get("plugins")), precision(FORMAT)]
         super().__init__(**options)
 
 
@@ -67,6 +65,19 @@ class Callbacks(_CallbackConnector):
 
 trainer_module._AcceleratorConnector = Connector  # type: ignore[misc]
 trainer_module._CallbackConnector = Callbacks  # type: ignore[misc]
+
+
+def precision(format: Any) -> Precision:
+    """All linear layers in a format, as small as those of Lightning's test models are.
+
+    Without such a layer the plugin alone is tried: by default that is refused, and a rule for "*"
+    takes in what the defaults leave in high precision.
+    """
+    from lightning_fp import FP8Precision
+
+    plugin = FP8Precision(format, base="32-true", layers={"*": format})
+    plugin.configured = dataclasses.replace(plugin.configured, empty=True)
+    return plugin
 
 
 def names_no_precision(options: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Suite:
         python: an interpreter that has what Lightning's tests need.
         timeout: seconds for one test.
         only: the directories to run; None for all.
+        without: a regular expression; tests with a name in which it is found are left out.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Suite:
         python: str,
         timeout: float,
         only: list[str] | None = None,
+        without: str | None = None,
     ) -> None:
         self.checkout = checkout.resolve()
         self.tests = self.checkout / "tests" / "tests_pytorch"
@@ -79,6 +82,7 @@ class Suite:
             )
         self.results, self.python, self.timeout = results.resolve(), python, timeout
         self.only = only
+        self.without = None if without is None else re.compile(without)
         self.results.mkdir(parents=True, exist_ok=True)
 
     def rooms(self) -> list[str]:
@@ -133,6 +137,8 @@ class Suite:
     def _run_room(self, arm: Arm, room: str, wanted: list[str] | None) -> None:
         """Until each test has a result: the process may die in one."""
         wanted = self._collect(room) if wanted is None else wanted
+        if self.without is not None:
+            wanted = [test for test in wanted if self.without.search(test) is None]
         while left := [test for test in wanted if test not in self.read(arm)]:
             before = len(self.read(arm))
             self._pytest(arm, room, left)
