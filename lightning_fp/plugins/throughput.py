@@ -35,7 +35,10 @@ def tell_throughput_monitors(trainer: Any, dtype: torch.dtype) -> None:
         return
     for monitor in trainer.callbacks:
         if isinstance(monitor, ThroughputMonitor):
-            flops = get_available_flops(trainer.strategy.root_device, dtype)
+            device = trainer.strategy.root_device
+            flops = get_available_flops(device, dtype)
+            if flops is None and device.type == "cpu":  # unknown: what somebody has set stays
+                continue
             monitor.available_flops = flops
             for throughput in monitor._throughputs.values():
                 throughput.available_flops = flops
