@@ -142,23 +142,26 @@ class Guard:
         """The optimizer runs the closure when and as often as it likes, as without a guard.
 
         Sharpness-aware optimizers do so twice, at different weights. Gradients that are not finite
-        end the step at its first pass. Later the optimizer must put its weights back, so it goes
-        on, with gradients of zero.
+        end the step at its first pass. An optimizer that has moved its weights by then, as later
+        ones have, must put them back, so it goes on, with gradients of zero.
 
         Returns:
             The optimizer's output, the norm of the last pass, whether the step was left out.
         """
         norms: list[Tensor] = []
         skipped = False
+        self.scaler.unscale(optimizer)  # what is accumulated so far: it may look at it first
+        start = _versions(optimizer)
 
         def guarded() -> Any:
             nonlocal skipped
+            moved = bool(norms) or _versions(optimizer) != start
             result = closure()
             norm, finite = look()
             norms.append(norm)
             if self.skip_nonfinite and not bool(finite):
                 skipped = True
-                if len(norms) == 1:
+                if not moved:
                     raise _LeftOutError(result)
                 for gradient in gradients_of(optimizer):
                     gradient.zero_()
@@ -208,6 +211,11 @@ class Guard:
             self.overflowed[step] = layer
         while len(self.overflowed) > MOST_NAMED:
             del self.overflowed[next(iter(self.overflowed))]
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    """What tells that an optimizer has written to its Parameters, unless by `.data`."""
+    return [p._version for group in optimizer.param_groups for p in group["params"]]
 
 
 class _LeftOutError(Exception):

@@ -26,6 +26,10 @@ class NoScaler:
     must_skip = False
     """Whether steps with inf or NaN gradients are left out in any case."""
 
+    def scale(self) -> float:
+        """By what losses are multiplied now; waits for the device."""
+        return 1.0
+
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call backward on, which has to follow."""
         return loss
@@ -76,6 +80,10 @@ class LossScaler(NoScaler):
     def state(self) -> LossScalingState:
         """Where the scale stands, on its device."""
         return self._state
+
+    @override
+    def scale(self) -> float:
+        return float(self._state.scale) if self.active else 1.0
 
     @override
     def scaled(self, loss: Tensor) -> Tensor:

@@ -30,6 +30,10 @@ OFF: list[dict[str, Any]] = [
     {"limit_train_batches": 0},
     {"max_epochs": 0},
     {"num_sanity_val_steps": 0, "limit_val_batches": 0},
+    {"gradient_clip_val": 0},
+    {"max_steps": 0},
+    {"max_time": "00:00:00:00"},
+    {"overfit_batches": 1},
 ]
 
 
@@ -250,6 +254,12 @@ def test_products_with_the_hessian_are_those_of_the_plain_model(
     assert error(ours.products / scale, plain.products) < 0.15
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
+def test_derivatives_of_gradients_under_a_large_loss_scale_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"loss scale of 65536: derivatives.*static\(128\)"):
+        fit(made(Curved), FP16Precision(), tmp_path, limit_train_batches=1)
+
+
 class Elsewhere(L.Callback):
     """A later Trainer of another precision is to have its own."""
 
@@ -258,6 +268,50 @@ class Elsewhere(L.Callback):
             module.body[0](module.example),
             torch.nn.functional.linear(module.example, module.body[0].weight, module.body[0].bias),
         )
+
+
+class Clipped(Program):
+    """Writes to weights between the micro-batches of a step, in a way that no version shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        layer = self.body[0]
+        exact = torch.nn.functional.linear(batch, layer.weight.float(), layer.bias.float())
+        self.seen.append(error(layer(batch).detach(), exact.detach()))
+        return self.loss(batch)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.body[0].weight.data.mul_(0.5)
+
+
+@pytest.mark.compatibility(
+    "loops",
+    "writes through `.data` between the micro-batches of one step, delayed scaling",
+    "works with a note",
+    "eager mode casts a weight once a step, and sees them from the next on; write under `no_grad`",
+)
+def test_writes_between_micro_batches_are_seen_where_a_version_shows_them(tmp_path: Path) -> None:
+    seen = {}
+    for scaling, accumulated in (("dynamic", 4), ("delayed", 1), ("delayed", 4)):
+        module = made(Clipped)
+        fit(
+            module,
+            FP8Precision(scaling),
+            tmp_path,
+            accumulate_grad_batches=accumulated,
+            max_epochs=2,
+        )
+        seen[scaling, accumulated] = module.seen
+    late = seen.pop(("delayed", 4))
+    assert all(max(errors) < 0.08 for errors in seen.values())
+    assert late[4] < 0.08 < late[5]  # the first of a step, and the second
+    ours = made(Clipped)
+    ours.on_train_batch_end = lambda *_: torch.no_grad()(ours.body[0].weight.mul_)(0.5)
+    fit(ours, FP8Precision("delayed"), tmp_path, accumulate_grad_batches=4, max_epochs=2)
+    assert max(ours.seen) < 0.08
 
 
 @pytest.mark.compatibility("loops", "the same model in a later Trainer without a plugin", "works")

@@ -87,6 +87,72 @@ def test_a_closure_is_called_as_often_as_the_optimizer_likes(
     assert error(weights(ours), weights(plain)) < 0.01
 
 
+class Ahead(torch.optim.Optimizer):
+    """Moves to another point before it asks for the gradient there, as schedule-free ones do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        [group] = self.param_groups
+        start = [parameter.clone() for parameter in group["params"]]
+        for parameter in group["params"]:
+            parameter.mul_(1.5)
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for parameter, before in zip(group["params"], start, strict=True):
+            parameter.copy_(before).sub_(parameter.grad, alpha=group["lr"])
+        return loss
+
+
+class Behind(torch.optim.SGD):
+    """Steps by what has been accumulated so far, and then runs the closure."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        return closure()
+
+
+class Looking(Program):
+    optimizer: Any = Ahead
+    bad = -1
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.loss(batch) * (torch.inf if batch_idx == self.bad else 1)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+WATCHED = [
+    lambda: (high(), PrecisionFallback()),
+    lambda: (FP16Precision(),),
+    lambda: (FP16Precision("16-true"),),
+]
+
+
+@pytest.mark.compatibility("optimizers", "schedule-free: weights move before the closure", "works")
+@pytest.mark.parametrize("watched", WATCHED, ids=["high", "16-mixed", "16-true"])
+def test_a_step_left_out_ends_where_the_optimizer_began(tmp_path: Path, watched: Any) -> None:
+    plain, ours = made(Looking), made(Looking, bad=2)
+    plugin, *callbacks = watched()
+    without = torch.cat([rows(32)[:16], rows(32)[24:]])
+    fit(plain, PLAIN, tmp_path, data=DataLoader(without, batch_size=8))
+    fit(ours, plugin, tmp_path, *callbacks)
+    assert error(weights(ours), weights(plain)) < 1e-3
+
+
+@pytest.mark.parametrize("plugin", [high, FP16Precision], ids=["high", "16-mixed"])
+def test_gradients_that_an_optimizer_looks_at_first_are_without_the_loss_scale(
+    tmp_path: Path, plugin: Any
+) -> None:
+    plain, ours = made(Looking, optimizer=Behind), made(Looking, optimizer=Behind)
+    fit(plain, PLAIN, tmp_path, accumulate_grad_batches=2)
+    fit(ours, plugin(), tmp_path, accumulate_grad_batches=2)
+    assert error(weights(ours), weights(plain)) < 1e-3
+
+
 class Newton(Program):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
