@@ -108,6 +108,8 @@ class FPLinear(nn.Linear):
         """
         evaluating = self.evaluating
         kernel, memory = self.kernel, self._memory_on(input.device)
+        if kernel.records and self._after_its_trainer:
+            memory = None  # nobody advances a history there, and its scales would only age
         record, collect = self.record and not evaluating, self.collect and not evaluating
         if isinstance(weight, StoredWeight) and (
             transformed() or not kernel.takes_stored(weight.format)
@@ -127,6 +129,12 @@ class FPLinear(nn.Linear):
             scales = None if memory is None else memory.scales
             return observe(output, input, weight, kernel, scales, self.statistics)
         return output
+
+    @property
+    def _after_its_trainer(self) -> bool:
+        """Whether this forward trains in a loop of one's own that came after a Trainer."""
+        phase = self.phase
+        return self.training and phase.evaluating is None and phase.away is not None
 
     def _memory_on(self, device: torch.device) -> KernelMemory | None:
         """The memory, where this forward computes.
@@ -210,9 +218,17 @@ class FPLinear(nn.Linear):
             " hand it a plain copy: `plain = copy.deepcopy(model); revert(plain)`"
         )
 
+    def _get_name(self) -> str:
+        return "Linear" if self._is_plain else super()._get_name()
+
     def extra_repr(self) -> str:
-        """nn.Linear's, with the format."""
-        return f"{super().extra_repr()}, format={self.format.name}"
+        """nn.Linear's, with the format; nothing more where it computes as nn.Linear does."""
+        own = super().extra_repr()
+        return own if self._is_plain else f"{own}, format={self.format.name}"
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.format == NAMED_FORMATS["high"]
 
 
 class LazyFPLinear(nn.LazyLinear, FPLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -228,7 +244,9 @@ _ATTRIBUTES = tuple(name for name in FPLinear.__annotations__)
 
 # TorchScript compiles nn.Linear's forward in place of this one, and so in high precision.
 FPLinear.__jit_ignored_attributes__ = list(_ATTRIBUTES)  # pyright: ignore
-FPLinear.__jit_unused_properties__ = ["evaluating", "qconfig"]  # pyright: ignore
+FPLinear.__jit_unused_properties__ = [  # pyright: ignore
+    name for name, value in vars(FPLinear).items() if isinstance(value, property)
+]
 FPLinear.forward.__wrapped__ = nn.Linear.forward  # pyright: ignore
 
 
@@ -242,8 +260,8 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_switchable_linear(module: nn.Module) -> TypeGuard[FPLinear]:
-    """Whether `module` is an FPLinear, with or without FSDP2's class mix-in."""
-    return _without_fsdp(type(module)) in _PLAIN
+    """Whether `module` is an FPLinear, under FSDP2's class mix-in or a parametrization too."""
+    return _bare(type(module)) in _PLAIN
 
 
 def why_it_stays(linear: nn.Linear) -> str | None:
@@ -253,9 +271,19 @@ def why_it_stays(linear: nn.Linear) -> str | None:
             "its instance has a forward of its own, which would go on as it is; wrap it after the"
             " conversion, or by a hook"
         )
-    if linear.weight.dtype not in CAST_DTYPES:
-        return f"{str(linear.weight.dtype).removeprefix('torch.')}, which autocast leaves alone too"
+    dtype = first_parameter(linear).dtype
+    if dtype not in CAST_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')}, which autocast leaves alone too"
     return None
+
+
+def first_parameter(linear: nn.Linear) -> Tensor:
+    """The weight, or what a parametrization keeps in its place.
+
+    To ask for a parametrized weight is to make it, and spectral_norm's vectors then move on.
+    """
+    first = next(linear.parameters(), None)
+    return linear.weight if first is None else first
 
 
 def has_formats(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -267,7 +295,7 @@ def has_formats(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
     """Turn an nn.Linear into an FPLinear in place; it computes what it did until `switch`."""
-    plain = _without_fsdp(type(linear))
+    plain = _bare(type(linear))
     linear.__class__ = _swap_base(type(linear), plain, _SWITCHABLE[plain])
     if not is_switchable_linear(linear):  # for the type checker; the line above made it so
         raise TypeError(f"{fqn!r} could not be converted")
@@ -291,7 +319,7 @@ def make_plain(linear: FPLinear) -> nn.Linear:
     linear.unstore()
     for name in _ATTRIBUTES:
         delattr(linear, name)
-    switchable = _without_fsdp(type(linear))
+    switchable = _bare(type(linear))
     linear.__class__ = _swap_base(type(linear), switchable, _PLAIN[switchable])
     return linear
 
@@ -303,9 +331,19 @@ def _without_fsdp(cls: type) -> type:
     return cls
 
 
+def _bare(cls: type) -> type:
+    """The class that `fully_shard`, or torch.nn.utils.parametrize, has made a subclass of."""
+    base = _without_fsdp(cls).__bases__[0]
+    return base if _is_parametrized(cls, base) else _without_fsdp(cls)
+
+
+def _is_parametrized(cls: type, base: type) -> bool:
+    return cls.__name__ == f"Parametrized{base.__name__}"
+
+
 @cache
 def _swap_base(cls: type, old: type, new: type) -> type:
-    """`new` for `old`; where FSDP2 mixed itself into `old`, the same mix-in into `new`."""
+    """`new` for `old`; a subclass that FSDP2 or a parametrization made of it is made again."""
     if cls is old:
         return new
     namespace = {
@@ -313,4 +351,6 @@ def _swap_base(cls: type, old: type, new: type) -> type:
         for name, value in cls.__dict__.items()
         if name not in ("__dict__", "__weakref__", "__doc__")
     }
+    if _is_parametrized(cls, old):
+        return type(f"Parametrized{new.__name__}", (new,), namespace)
     return type(f"FSDP{new.__name__}", (FSDPModule, new), namespace)

@@ -65,6 +65,13 @@ def test_a_copy_of_a_warm_model_scales_by_its_own_inputs(tmp_path: Path, scaling
     assert output_error(copy.deepcopy(module), rows(8) * 100) < 0.08
 
 
+@pytest.mark.compatibility("wrappers", "a loop of one's own, after a Trainer", "works")
+def test_a_loop_of_ones_own_after_a_trainer_scales_by_its_own_inputs(tmp_path: Path) -> None:
+    module = made(Program)
+    fit(module, FP8Precision("delayed"), tmp_path, max_epochs=2)
+    assert output_error(module, rows(8) * 100) < 0.08
+
+
 def test_formats_of_high_precision_go_on_after_revert() -> None:
     module = made(Program)
     table: PrecisionMap = convert(module, "fp8-delayed").precision_map

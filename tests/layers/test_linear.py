@@ -321,6 +321,29 @@ def test_weights_of_a_parametrization_are_made_once_a_call(
         assert torch.equal(model.state_dict()[name], value), name
 
 
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.compatibility("layers", "parametrizations, made after the conversion too", "works")
+def test_a_layer_parametrized_after_the_conversion_stays_one_of_the_table() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(32, 16))
+    model = copy.deepcopy(plain)
+    convert(model, "fp8-dynamic", {"*": "fp8-dynamic"})
+    for each in (plain, model):
+        nn.utils.parametrize.register_parametrization(each[0], "weight", Doubled())
+    x = torch.randn(8, 32)
+    report = convert(model, "fp8-rowwise", {"*": "fp8-rowwise"})  # another table takes it over
+    assert [row.format for row in report.layers if row.name == "0"] == ["fp8-rowwise"]
+    assert 20 < sqnr_db(plain(x), model(x)) < 60
+    assert revert(model) == 1
+    assert torch.equal(model(x), plain(x))
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.compatibility(
     "wrappers",
     "`torch.ao.quantization`",

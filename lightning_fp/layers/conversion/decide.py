@@ -15,7 +15,13 @@ from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.layers.backends import Backend, Resolved, read_backend, resolve
 from lightning_fp.layers.conversion.flops import CONVOLUTIONS, multiplies
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
-from lightning_fp.layers.linear import CAST_DTYPES, has_formats, is_plain_linear, why_it_stays
+from lightning_fp.layers.linear import (
+    CAST_DTYPES,
+    first_parameter,
+    has_formats,
+    is_plain_linear,
+    why_it_stays,
+)
 from lightning_fp.layers.rules import (
     Rule,
     check_rules_apply,
@@ -106,7 +112,7 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
     check_rules_apply(conversion.rules, [*linears, *other_dtypes], fixed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decisions = {
-        name: _decide_one(name, linear, conversion, tied=id(linear.weight) in embeddings)
+        name: _decide_one(name, linear, conversion, tied=id(first_parameter(linear)) in embeddings)
         for name, linear in linears.items()
     }
     _check_something_to_do(decisions, multiplying)
@@ -150,7 +156,7 @@ def _decide_one(
     )
     # Emulated blocks may be ragged: only hardware leaves such layers alone by default.
     multiple = max(chosen.alignment, ALIGNMENT)
-    if is_lazy(linear.weight) and chosen.kernel.runs_on_fp8_hardware:
+    if is_lazy(first_parameter(linear)) and chosen.kernel.runs_on_fp8_hardware:
         reason = _LAZY
     else:
         reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
@@ -162,7 +168,7 @@ def _decide_one(
 
 def _check_runs(name: str, linear: nn.Linear, chosen: Resolved) -> None:
     """An explicit rule overrules the defaults, but not the hardware."""
-    if is_lazy(linear.weight) and chosen.kernel.runs_on_fp8_hardware:
+    if is_lazy(first_parameter(linear)) and chosen.kernel.runs_on_fp8_hardware:
         raise ValueError(f"layer {name!r} cannot run {chosen.format.name!r}: {_LAZY}")
     check_alignment(
         name,
