@@ -15,6 +15,7 @@ from lightning_fp.cli.commands.mismatch_sides import (
     training_logprobs,
 )
 from lightning_fp.layers import linear_format
+from lightning_fp.records import MismatchWriter
 
 FACTORIES = """
 import torch
@@ -171,3 +172,42 @@ def test_refused(
 ) -> None:
     factory, *options = args
     assert message in refused(capsys, f"{factories}:{factory}", *options)
+
+
+class TestRun:
+    """Of a run's records, in the place of a factory."""
+
+    def run(self, directory: Path, *, causes: bool = True) -> str:
+        writer = MismatchWriter(directory)
+        for step in range(1, 10):
+            grown = 1 if step < 7 else 20
+            writer.append(step, {"logprob_abs_diff_mean": 1e-3 * grown, "k3_kl": 1e-6 * grown**2})
+            if causes:
+                stale = 0.1 if step < 7 else 0.9
+                writer.append_causes(step, {"precision": 1 - stale, "staleness": stale})
+        return str(directory)
+
+    def test_says_why_and_what_to_do(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["mismatch", self.run(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        assert "steps 7-9" in printed
+        assert "of k3: staleness" in printed
+        assert "at the end mostly staleness: synchronise the weights more often" in printed
+        assert "routing" not in printed
+
+    def test_json(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["mismatch", self.run(tmp_path), "--json"]) == 0
+        parts = json.loads(capsys.readouterr().out)["parts"]
+        assert [part["main"] for part in parts] == ["precision", "precision", "staleness"]
+        assert parts[2]["k3_kl"] == pytest.approx(4e-4)
+        assert parts[2]["shares"] == {"precision": pytest.approx(0.1), "staleness": 0.9}
+
+    def test_without_causes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["mismatch", self.run(tmp_path, causes=False)]) == 0
+        assert "causes were not told apart" in capsys.readouterr().out
+
+    def test_nothing_measured(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["mismatch", str(tmp_path)]) != 0
+        assert "has measured no mismatch" in capsys.readouterr().err

@@ -110,12 +110,14 @@ def mismatch(
     device: str = "auto",
     json: bool = False,
 ) -> int:
-    """Compare formats by how far training and rollout are apart in them, on one batch.
+    """Compare formats by how far training and rollout are apart; or tell why they were in a run.
 
     Args:
         factory: package.module:factory or path/to/file.py:factory; returns a model,
             (model, tokens) or (model, tokens, decode): model(tokens) gives logits [batch, tokens,
-            vocabulary], and decode(model, tokens) the same as the rollout engine computes them
+            vocabulary], and decode(model, tokens) the same as the rollout engine computes them. Or
+            the directory of a run, whose mismatch is printed with its causes; no option but
+            --json has a meaning then
         formats: of training, the first one to compare with
         rollout: FORMAT: format of the engine; training's if it is not given
         layers: PATTERN=FORMAT: a layer rule for the formats below 16 bits, may be repeated, the
@@ -125,8 +127,11 @@ def mismatch(
         device: cpu, cuda, or auto: cuda if there is one
         json: print everything as JSON
     """
+    from lightning_fp.cli.commands import mismatch_run
     from lightning_fp.cli.commands.mismatch import run
 
+    if mismatch_run.is_run(factory):
+        return mismatch_run.run(factory, json=json)
     return run(factory, formats, rollout, layers, batch, length, device, json=json)
 
 

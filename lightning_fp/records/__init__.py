@@ -37,7 +37,11 @@ if TYPE_CHECKING:
         read_steps,
         write_loss,
     )
-    from lightning_fp.records.mismatch_rows import MismatchWriter, read_mismatch
+    from lightning_fp.records.mismatch_rows import (
+        MismatchWriter,
+        read_mismatch,
+        read_mismatch_causes,
+    )
     from lightning_fp.records.parity import read_parity
     from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
     from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
@@ -55,6 +59,7 @@ __all__ = [
     "read_events",
     "read_loss",
     "read_mismatch",
+    "read_mismatch_causes",
     "read_parity",
     "read_run",
     "read_statistics",

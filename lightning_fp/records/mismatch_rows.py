@@ -1,4 +1,4 @@
-"""How far training was from the rollout engine, step by step: `mismatch.csv`."""
+"""How far training was from the rollout engine, step by step: `mismatch.csv`, and why."""
 
 from __future__ import annotations
 
@@ -20,8 +20,26 @@ COLUMNS = ("step", *VALUES, *COUNTS)
 update; docs/training-inference-mismatch.md defines every name."""
 
 
+CAUSES_FILE = "mismatch_causes.csv"
+"""Name of the file with what the mismatch came from, where that is told apart."""
+
+CAUSES = ("precision", "sampling", "routing", "staleness")
+"""The causes, whose shares of the sum of k3 are columns."""
+
+CAUSE_COLUMNS = (
+    "step",
+    *CAUSES,
+    "stale_tokens",
+    "staleness_mean",
+    "staleness_max",
+    "k3_rest",
+    "rerouted_tokens_max",
+)
+"""Its columns: the step as in `mismatch.csv`, and the numbers of `lightning_fp.rl.Causes`."""
+
+
 class MismatchWriter:
-    """Appends rows to `<run_dir>/mismatch.csv`, as `StepRows` does.
+    """Appends rows to `<run_dir>/mismatch.csv` and `mismatch_causes.csv`, as `StepRows` does.
 
     Args:
         run_dir: the run's directory; made if it is not there.
@@ -29,6 +47,7 @@ class MismatchWriter:
 
     def __init__(self, run_dir: str | Path) -> None:
         self._rows = StepRows(Path(run_dir) / FILE, COLUMNS)
+        self._causes = StepRows(Path(run_dir) / CAUSES_FILE, CAUSE_COLUMNS)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add a row; it is in the file when this returns.
@@ -39,6 +58,31 @@ class MismatchWriter:
                 out.
         """
         self._rows.append([(step, *(values.get(name) for name in COLUMNS[1:]))])
+
+    def append_causes(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a row of what the mismatch came from.
+
+        Args:
+            step: optimizer steps done.
+            values: by the names in `CAUSE_COLUMNS`; others are left out.
+        """
+        self._causes.append([(step, *(values.get(name) for name in CAUSE_COLUMNS[1:]))])
+
+
+def read_mismatch_causes(run_dir: str | Path) -> pa.Table:
+    """What the mismatch of a run's steps came from.
+
+    Args:
+        run_dir: the directory that MismatchMonitor or a loop wrote to.
+
+    Returns:
+        A table with the columns of `CAUSE_COLUMNS`, null where nothing was known; empty if nothing
+        was ever told apart.
+
+    Raises:
+        ValueError: if the file is not one of these.
+    """
+    return read_step_rows(newest_run(run_dir) / CAUSES_FILE, CAUSE_COLUMNS)
 
 
 def read_mismatch(run_dir: str | Path) -> pa.Table:

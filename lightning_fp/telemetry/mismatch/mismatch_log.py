@@ -237,14 +237,17 @@ class MismatchLog:
         all_values = {**values, **told}
         named_values = {n if n in named else f"mismatch/{n}": v for n, v in all_values.items()}
         run.show(named_values, begun + 1)
-        self._write(begun + 1, values)
+        self._write(begun + 1, values, told)
         self.warning.judge(self._owner, self._log, begun + 1, values, self.causes)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, float], causes: Mapping[str, float]) -> None:
         """Only rank 0 has a writer."""
         if self._writer is not None:
             try:
                 self._writer.append(step, values)
+                if causes:
+                    shares = {name.removeprefix("cause/"): x for name, x in causes.items()}
+                    self._writer.append_causes(step, shares)
             except OSError:
                 self._writer = None
                 log.exception("mismatch.csv cannot be written; the training goes on without it")

@@ -22,7 +22,7 @@ from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.plugins.base import LayerPrecision
-from lightning_fp.records import read_events, read_mismatch
+from lightning_fp.records import read_events, read_mismatch, read_mismatch_causes
 from lightning_fp.rl import SampleOrigin, correction
 from lightning_fp.stability import MismatchDetector
 from lightning_fp.telemetry.mismatch.mismatch_remedy import raised_formats, write_formats
@@ -242,6 +242,9 @@ def test_tightens_what_precision_would_not_heal(tmp_path: Path, cause: str) -> N
         tightened = tightened.tightened()
     assert (monitor.correction.low, monitor.correction.high) == (tightened.low, tightened.high)
     assert not read_events(tmp_path, kinds=["format"])
+    told = read_mismatch_causes(tmp_path)
+    assert told["step"].to_pylist() == list(range(1, 33))
+    assert told[cause].to_pylist()[-1] == pytest.approx(monitor.causes.share[cause])
 
     resumed = MismatchMonitor(act="by-cause", correction="icepop")
     resumed.load_state_dict(monitor.state_dict())
