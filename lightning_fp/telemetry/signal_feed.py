@@ -24,6 +24,7 @@ class SignalFeed:
         self._queue = SignalQueue()
         self._on_arrival = on_arrival
         self._readers: list[SignalReader] = []
+        self._failed = False
 
     def reader(self) -> SignalReader:
         """One who reads all signals from here on."""
@@ -52,7 +53,12 @@ class SignalFeed:
             headroom=headroom,
             lr=record.lr,
             device=device,
+            failed=self._failed,
         )
+
+    def fail(self) -> None:
+        """Who watches has failed on this rank: all ranks hear of it with the next signals."""
+        self._failed = True
 
     def arrive(self, *, all: bool = False) -> None:
         """Hand on what can be read without waiting; all, and wait for it, if asked to."""
@@ -73,6 +79,10 @@ class SignalReader:
         self.seen: deque[StepSignals] = deque(maxlen=MOST_KEPT)
         """What has arrived."""
         self._feed = feed
+
+    def fail(self) -> None:
+        """See `SignalFeed.fail`."""
+        self._feed.fail()
 
     def take(self, *, all: bool = False) -> list[StepSignals]:
         """The steps that can be read without waiting, oldest first.

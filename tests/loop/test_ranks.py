@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_fp.events import WatchFailed
+from lightning_fp.records import read_events
 from tests.two_ranks import run_on_two_ranks
 
 
@@ -25,3 +27,15 @@ def test_both_ranks_decide_alike(compiled: bool, tmp_path: Path) -> None:
         assert kinds.count("skip") == 1
         assert "demote" not in kinds
         assert "rehearsal" in kinds
+
+
+def test_a_watch_that_fails_on_one_rank_ends_on_both_and_nobody_waits(tmp_path: Path) -> None:
+    run_on_two_ranks("tests.loop.failing_rank", tmp_path, timeout=100)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    for part, one in first.items():
+        other = second[part]
+        assert one["failed"] is not None, part
+        assert one["failed"] == other["failed"], part
+        assert all(map(torch.equal, one["weights"], other["weights"])), part
+        (failed,) = (e for e in read_events(tmp_path / part) if isinstance(e, WatchFailed))
+        assert "on another rank" in failed.reason

@@ -43,6 +43,9 @@ class StepSignals:
     skipped: bool
     """Whether the step was left out, on any rank."""
 
+    failed: bool = False
+    """Whether who watches has failed, on any rank."""
+
 
 @dataclass(frozen=True)
 class _Pending:
@@ -73,6 +76,7 @@ class SignalQueue:
         headroom: Tensor | None,
         lr: float | None,
         device: torch.device,
+        failed: bool = False,
     ) -> None:
         """Add a step; one collective if distributed.
 
@@ -84,6 +88,7 @@ class SignalQueue:
             headroom: float32 [layers, operands] in bits.
             lr: of the first parameter group.
             device: where collectives run.
+            failed: whether who watches has failed on this rank.
         """
         # Whatever is missing has a value all the same, and one shape: each rank takes part in the
         # collective below, whether its step had a loss or not. A maximum keeps a NaN.
@@ -100,6 +105,7 @@ class SignalQueue:
             if not skipped
             else torch.stack([s.to(device) for s in skipped]).any().float(),
             torch.full_like(nothing, loss is not None),  # a fill: copying from the host waits
+            torch.full_like(nothing, failed),
         ]
         values = torch.stack(parts)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -143,7 +149,7 @@ def _over_ranks(values: Tensor) -> Tensor:
 
 
 def _read(pending: _Pending) -> StepSignals:
-    loss, norm, headroom, skipped, has_loss = pending.values.tolist()
+    loss, norm, headroom, skipped, has_loss, failed = pending.values.tolist()
     return StepSignals(
         step=pending.step,
         loss=loss if has_loss else None,
@@ -151,4 +157,5 @@ def _read(pending: _Pending) -> StepSignals:
         lr=pending.lr,
         headroom=None if headroom == -math.inf else -headroom,
         skipped=bool(skipped),
+        failed=bool(failed),
     )

@@ -22,6 +22,10 @@ class Signals(Protocol):
         """The steps that can be read without waiting; all, and wait for them, if asked to."""
         ...
 
+    def fail(self) -> None:
+        """All ranks are to hear, with the next step, that the watch has failed on this one."""
+        ...
+
 
 class Looks(Protocol):
     """What looks at the layers in sampled steps."""
@@ -59,6 +63,10 @@ class Looks(Protocol):
         ...
 
 
+class WatchFailedError(Exception):
+    """The watch has failed on some rank, and ends on all."""
+
+
 class Arrivals:
     """Brings together what comes by different ways, each late in its own way.
 
@@ -86,6 +94,10 @@ class Arrivals:
         self._signals = signals
         self._waiting: list[StepSignals] = []
 
+    def fail(self) -> None:
+        """The watch has failed on this rank."""
+        self._signals.fail()
+
     def after_step(self) -> None:
         """A step has been counted."""
         if self.looks is not None:
@@ -94,8 +106,14 @@ class Arrivals:
             self.casts.after_step(self._count.done - 1)
 
     def take(self, step: int) -> Generator[Happening, None, None]:
-        """Between two steps: everything, and that it is all."""
+        """Between two steps: everything, and that it is all.
+
+        Raises:
+            WatchFailedError: if the watch has failed on some rank.
+        """
         seen, self._waiting = self._all(), []
+        if any(signals.failed for signals in seen):
+            raise WatchFailedError("it has failed on another rank")
         for signals in seen:
             self._ring.set_results(
                 signals.step,

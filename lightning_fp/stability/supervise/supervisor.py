@@ -25,12 +25,18 @@ from lightning_fp.stability.actions import (
     HighPrecisionTried,
     Question,
     Settled,
+    TakeSnapshot,
 )
 from lightning_fp.stability.incident_events import not_healed
 from lightning_fp.stability.keep.batch_ring import Hyperparameters, MicroBatch, RecordedStep
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stability.keep.random_state import RandomState
-from lightning_fp.stability.supervise.arrivals import Arrivals, Looks, Signals
+from lightning_fp.stability.supervise.arrivals import (
+    Arrivals,
+    Looks,
+    Signals,
+    WatchFailedError,
+)
 from lightning_fp.stability.supervise.carry_out import CarryOut
 from lightning_fp.stability.supervise.cast_watch import CastWatch
 from lightning_fp.stability.supervise.demotion import AUTHOR
@@ -83,7 +89,9 @@ class Supervisor:
         """Where the watch stands."""
         self.snapshots, self.ring = options.make_snapshots(), options.make_ring()
         self.failed_at: int | None = None
-        """The step at which the watch itself has failed; nobody watches since."""
+        """The step at which the watch itself has failed; nobody watches since, on any rank."""
+        self._broken: Exception | None = None
+        """What has failed on this rank alone, until all ranks know."""
         self.open = False
         """Whether a step has begun, and not ended."""
         self.log = IncidentLog(log, count)
@@ -165,9 +173,9 @@ class Supervisor:
         """
         if not self._recording:
             self._recording = True
-            self.safely(self._begin_record)
+            self._alone(self._begin_record)
         rng = RandomState.capture()
-        self.safely(lambda: self.ring.add(batch, batch_idx, rng, position=position))
+        self._alone(lambda: self.ring.add(batch, batch_idx, rng, position=position))
         if self._preflight:
             self._preflight = False
             micro = MicroBatch(batch=batch, batch_idx=batch_idx, rng=rng, position=position)
@@ -193,7 +201,8 @@ class Supervisor:
         if global_step == self._began_at:
             return
         self.count.ended(global_step)
-        self.safely(self._end_step, stepped_with)
+        self._alone(self._end_record, stepped_with)
+        self.safely(self._arrivals.after_step)
         self.open = False
 
     def _begin_record(self) -> None:
@@ -204,10 +213,9 @@ class Supervisor:
         scales, formats = table.scale_history.in_force(), self._formats[1]
         self.ring.begin(self.count.done, groups, formats=formats, scales=scales)
 
-    def _end_step(self, stepped_with: Hyperparameters | None) -> None:
+    def _end_record(self, stepped_with: Hyperparameters | None) -> None:
         if stepped_with is not None:
             self.ring.set_hyperparameters(stepped_with)
-        self._arrivals.after_step()
         self.ring.end()
 
     # -- between two steps ----------------------------------------------------------------------
@@ -230,8 +238,11 @@ class Supervisor:
         while actions:
             action = actions.pop(0)
             if isinstance(action, Question):
+                self._agree()
                 answer = self.hands.answer(action)
                 actions = [*self._heard(Answered(question=action, answer=answer)), *actions]
+            elif isinstance(action, TakeSnapshot):  # memory may be short on one rank
+                self._alone(self.hands.do, action)
             else:
                 self.hands.do(action)
 
@@ -256,7 +267,10 @@ class Supervisor:
             return
         if changed:
             rehearsal.changed(step)
-        if rehearsal.due(step) and (event := rehearsal(step)) is not None:
+        if not rehearsal.due(step):
+            return
+        self._agree()
+        if (event := rehearsal(step)) is not None:
             self.hands.answers.reach = event.outcome
             self._rehearsed = rehearsal.state_dict()
             self.log.write(event)
@@ -289,10 +303,37 @@ class Supervisor:
         try:
             function(*args)
         except Exception as error:
-            self.failed_at = at = self.count.done
-            log.exception("the watch has failed; the training goes on, unwatched from here")
-            reason = f"the watch has failed, the run goes on unprotected: {error}"
-            self.log.write(WatchFailed(step=at, reason=reason))
+            self._fail(error)
+
+    def _alone(self, function: Callable[..., object], *args: Any) -> None:
+        """What may fail on one rank alone: it follows the others until all of them know."""
+        if self.failed_at is not None or self._broken is not None:
+            return
+        try:
+            function(*args)
+        except Exception as error:
+            if self.loop.state.single:
+                self._fail(error)
+                return
+            self._broken = error
+            log.exception("the watch has failed on this rank")
+            self._arrivals.fail()
+
+    def _agree(self) -> None:
+        """Before a replay: where the watch has failed on one rank, no other may wait for it.
+
+        Raises:
+            WatchFailedError: if it has, on all ranks.
+        """
+        if not self.loop.all(self._broken is None):
+            raise WatchFailedError("it has failed on another rank")
+
+    def _fail(self, error: Exception) -> None:
+        self.failed_at = at = self.count.done
+        why = error if self._broken is None else self._broken
+        log.error("the watch has failed; the training goes on, unwatched from here", exc_info=error)
+        reason = f"the watch has failed, the run goes on unprotected: {why}"
+        self.log.write(WatchFailed(step=at, reason=reason))
 
     # -- the end --------------------------------------------------------------------------------
 
