@@ -7,8 +7,9 @@ graphs hold.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -129,13 +130,30 @@ def _after_step_without_contents(optimizer: Optimizer) -> int:
     shell.param_groups, shell.state = groups, defaultdict(dict)
     shell._optimizer_step_pre_hooks = OrderedDict()
     shell._optimizer_step_post_hooks = OrderedDict()
-    # The class's step: a scheduler has put one into the instance that is bound to the optimizer
-    # itself (`LRScheduler`'s `patch_track_step_called`), and would step the run's weights.
-    type(optimizer).step(shell)
+    step = _bare_step(type(optimizer))
+    if step is None:
+        return 0
+    with torch.no_grad():
+        step(shell)
     tensors = [leaf for leaf in tree_leaves(list(shell.state.values())) if _is_tensor(leaf)]
     collected = TensorCollector()
     collected.tree(tensors)
     return Layout.of(collected.tensors).nbytes
+
+
+def _bare_step(optimizer: type[Optimizer]) -> Callable[[Optimizer], object] | None:
+    """The class's own arithmetic, and nothing around it that hears of a step; None if unknown.
+
+    Torch wraps it for hooks, global ones too, and for profilers. What has taken its place since,
+    as a mock does, is not called. An instance's step is none of this: a scheduler puts one there
+    that is bound to the optimizer itself (`LRScheduler`'s `patch_track_step_called`), and would
+    step the run's weights.
+    """
+    step = optimizer.step
+    if not getattr(step, "hooked", False):
+        return None
+    step = inspect.unwrap(step)
+    return step if inspect.isfunction(step) else None
 
 
 def _without_contents(parameter: Tensor) -> nn.Parameter:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +22,10 @@ from torch import Tensor, UntypedStorage, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_fp import convert
@@ -582,6 +588,31 @@ class TestMemory:
         assert not run.optimizer.state
         assert not called
         assert torch.equal(torch.get_rng_state(), drawn)
+
+    def test_nobody_hears_of_looking_at_the_state_to_come(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = Run("adamw")
+        heard: list[Any] = []
+        handles = [
+            register(lambda *_: heard.append("hook"))
+            for register in (
+                register_optimizer_step_pre_hook,
+                register_optimizer_step_post_hook,
+            )
+        ]
+        try:
+            assert stated_bytes(run.parts, stepped=True) > stated_bytes(run.parts)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert not heard
+        own = type(run.optimizer).step
+        for other in (Mock(), lambda *_: heard.append("step"), functools.wraps(own)(Mock())):
+            monkeypatch.setattr(type(run.optimizer), "step", other)
+            stated_bytes(run.parts, stepped=True)
+            assert not getattr(other, "called", False)
+        assert not heard
 
     def test_dropped(self) -> None:
         run = Run()
