@@ -69,6 +69,7 @@ class HostMemory:
         """uint8, all that is kept."""
         self.pinned = pinned
         self._events: list[Any] = []
+        self._copies: list[tuple[Any, Any]] = []
         if pinned:
             _pin(self)
         self._arrange(layout)
@@ -105,6 +106,7 @@ class HostMemory:
             (view, _as_copied(tensor)) for view, tensor in zip(self._views, tensors, strict=True)
         ]
         on_cuda = _on_cuda(tensors)
+        self._copies = []
         if not on_cuda:
             _copy(pairs)
             return
@@ -118,11 +120,26 @@ class HostMemory:
             alone = set(beside)
             _copy([pairs[index] for index in indices if index not in alone])
             side.wait_stream(present)
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record(side)
             with torch.cuda.stream(side):
                 _copy([pairs[index] for index in beside])
+            ended.record(side)
+            self._copies.append((began, ended))
             for index in beside:  # freed memory must wait for the copy
                 tensors[index].record_stream(side)
-            self._events.append(side.record_event())
+            self._events.append(ended)
+
+    @property
+    def copy_seconds(self) -> float | None:
+        """What the last copy from CUDA took, beside the run; None where there was none.
+
+        Waits until it is done.
+        """
+        if not self._copies:
+            return None
+        self.synchronize()
+        return sum(began.elapsed_time(ended) for began, ended in self._copies) / 1e3
 
     @torch.no_grad()
     def load(self, tensors: Sequence[tuple[Tensor, int]]) -> None:

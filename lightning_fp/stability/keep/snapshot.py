@@ -75,6 +75,11 @@ class Snapshot:
         return list(self.trees)
 
     @property
+    def copy_seconds(self) -> float | None:
+        """See `HostMemory.copy_seconds`; None where it was dropped."""
+        return None if self._memory is None else self._memory.copy_seconds
+
+    @property
     def memory(self) -> HostMemory:
         """The tensors.
 

@@ -30,6 +30,7 @@ from lightning_fp.stability.actions import (
 from lightning_fp.stability.incident_events import not_healed
 from lightning_fp.stability.keep.batch_ring import Hyperparameters, MicroBatch, RecordedStep
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
+from lightning_fp.stability.keep.pace import SHARE, SnapshotPace
 from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.supervise.arrivals import (
     Arrivals,
@@ -110,6 +111,7 @@ class Supervisor:
             self._rehearsal = Rehearsal(loop, self.ring, self.snapshots)
         self._rehearsed: dict[str, Any] | None = None
         self._options, self._preflight = options, options.preflight
+        self._pace, self._said_interval = SnapshotPace(self.snapshots, loop.mean), False
         self._began_at, self._recording = 0, False
         self._groups = self._group_counts()
         self._formats: tuple[int, dict[str, str]] = -1, {}
@@ -241,10 +243,27 @@ class Supervisor:
                 self._agree()
                 answer = self.hands.answer(action)
                 actions = [*self._heard(Answered(question=action, answer=answer)), *actions]
-            elif isinstance(action, TakeSnapshot):  # memory may be short on one rank
-                self._alone(self.hands.do, action)
+            elif isinstance(action, TakeSnapshot):
+                self._take(action)
             else:
                 self.hands.do(action)
+
+    def _take(self, order: TakeSnapshot) -> None:
+        """Memory may be short on one rank alone; what copies cost decides on the next ones."""
+        before = self.snapshots.kept[:1]
+        seconds = before[0].copy_seconds if before else None
+        self._alone(self.hands.do, order)
+        if not self._pace.taken(order.at, seconds):
+            return
+        every = self.snapshots.every_n_steps
+        self._options = replace(self._options, snapshot_every_n_steps=every)
+        self.watch = self._options.watch(self.loop)  # longer trajectories may be replayed
+        if not self._said_interval:
+            self._said_interval = True
+            self.note(
+                f"a snapshot every {every} steps, so that copies take at most {SHARE:.0%} of the"
+                " time"
+            )
 
     def _heard(self, happening: Happening) -> list[Action]:
         self.state, actions, events = self.watch.step(self.state, happening)
