@@ -45,7 +45,13 @@ class LoRA(nn.Module):
 
 
 class Experts(nn.Module):
-    """Every token goes to its best expert; the router, in fp32, chooses."""
+    """Every token goes to its best expert; the router, in fp32, chooses, unless it is told."""
+
+    chosen: Tensor | None = None
+    """Of the last forward, [batch, tokens]."""
+
+    replay: Tensor | None = None
+    """To choose in the next ones."""
 
     def __init__(self, width: int, experts: int = 4) -> None:
         super().__init__()
@@ -55,9 +61,10 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             weights = F.linear(x.float(), self.router.weight.float()).softmax(dim=-1)
-        best = weights.argmax(dim=-1)
-        chosen = [(best == i).unsqueeze(-1) * expert(x) for i, expert in enumerate(self.experts)]
-        return sum(chosen) * weights.amax(dim=-1, keepdim=True).to(x.dtype)
+        best = weights.argmax(dim=-1) if self.replay is None else self.replay
+        self.chosen = best
+        outputs = [(best == i).unsqueeze(-1) * expert(x) for i, expert in enumerate(self.experts)]
+        return sum(outputs) * weights.gather(-1, best.unsqueeze(-1)).to(x.dtype)
 
 
 def mlp(width: int) -> nn.Sequential:
