@@ -73,6 +73,8 @@ def engine_in(policy: Policy, format: str) -> Policy:
     engine = engine_of(plain, DTYPES.get(format, torch.bfloat16)).eval()
     if format not in DTYPES:
         convert(engine, format, fp8_eval=True)
+    for router in routers(engine).values():
+        router.replay = None  # the engine chooses
     return engine
 
 
@@ -186,18 +188,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--pretraining", type=int, default=60)
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # these matrices are too small for more
     arms = MOE_ARMS if args.variant == "moe" else ARMS
-    settings = {"variant": args.variant, "steps": args.steps, "batch": args.batch}
+    settings = {name: getattr(args, name) for name in ("variant", "steps", "batch", "pretraining")}
     runs = {
         name: [train(arm, **settings, seed=seed) for seed in range(args.seeds)]
         for name, arm in arms.items()
     }
     report(runs)
     if args.variant == "dense":
-        apart = quantiser_alone()
+        apart = quantiser_alone(pretraining=args.pretraining)
         print(f"\nk3 of the quantiser alone, where it casts other values: {apart:.2e}")
 
 

@@ -18,6 +18,10 @@ PROMISES = {
     "fallback.py": (["--steps", "240"], "demoted: {'blocks.1.mlp.down': ('fp8-dynamic', 'fp32')}"),
     "rollout.py": (["--steps", "60"], "The run ended in stage cooldown."),
     "fp16_rl_mismatch.py": (["--steps", "4", "--batch", "8"], "early warning:"),
+    "rl_matched_precision.py": (
+        ["--steps", "4", "--batch", "8", "--pretraining", "4"],
+        "k3 of the quantiser alone, where it casts other values:",
+    ),
     "lora.py": (["--steps", "4"], "merged into 2 layers: FPLinear, format fp8-dynamic"),
     "te_backend.py": ([], "backend: auto\n"),
     "pretraining_loop.py": (

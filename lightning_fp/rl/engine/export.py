@@ -189,14 +189,20 @@ def _parts(
 
 
 def _others(parts: Sequence[Part], layers: Mapping[str, object]) -> list[str]:
-    """Modules with a matrix that is not in FP8: linear layers left alone, and embeddings."""
+    """Modules with weights that are not in FP8: linear layers left alone, embeddings, experts.
+
+    Experts are 3-D Parameters of any name, and readers make FP8 experts of what is not listed.
+    """
     others: list[str] = []
     for part in parts:
         for name, (_, shape) in part.tensors.items():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and len(shape) == 2 and module not in layers:
+            if len(shape) == 2 and kind == "weight" and module not in layers:
                 others.append(module)
-    return others
+            inside = any(layer.startswith(f"{module}.") for layer in layers)
+            if len(shape) == 3 and module and not inside:
+                others.append(module)
+    return list(dict.fromkeys(others))
 
 
 def _write(out: Path, parts: Sequence[Part], shard: int) -> list[str]:

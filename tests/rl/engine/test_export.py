@@ -179,6 +179,14 @@ class TestFiles:
             "modules_to_not_convert": ["embedding", "head"],
         }
 
+    def test_experts_are_listed(self, tmp_path: Path) -> None:
+        model = net()
+        model.experts = nn.Module()
+        model.experts.up = nn.Parameter(torch.randn(2, 16, 16))
+        model.experts.down = nn.Parameter(torch.randn(2, 16, 16))
+        exported = export_model(model, tmp_path, HF)
+        assert exported.high == ("embedding", "head", "experts")
+
     def test_config_of_compressed_tensors(self, tmp_path: Path) -> None:
         export_model(net(down="fp8-rowwise", up="fp8-block"), tmp_path, COMPRESSED)
         config = config_of(tmp_path)
