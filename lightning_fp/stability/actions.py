@@ -208,10 +208,13 @@ class StepReplayed(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayStep(Question[StepReplayed]):
-    """Run the last batch twice in the run's formats and once in high precision."""
+    """Run one batch twice in the run's formats and once in high precision."""
 
     weights: int | None = None
     """Step of the snapshot to do it on; None takes the weights of now."""
+
+    batch: int | None = None
+    """The step of the batch; None for the last."""
 
 
 @dataclass(frozen=True, kw_only=True)

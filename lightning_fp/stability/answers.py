@@ -70,9 +70,9 @@ class Answers:
         match question:
             case Survey():
                 return self._survey(question)
-            case ReplayStep(weights=weights):
+            case ReplayStep(weights=weights, batch=batch):
                 with self._on(weights):
-                    return self._replay_step()
+                    return self._replay_step(batch)
             case CompareLosses(count=count, batch=batch):
                 return self._compare_losses(self._batches(count, batch))
             case ReplayHigh(batch=batch, weights=weights):
@@ -169,9 +169,10 @@ class Answers:
             return None
         return self._loop.replay(step, backward=backward)
 
-    def _replay_step(self) -> StepReplayed:
+    def _replay_step(self, batch: int | None) -> StepReplayed:
         """Twice in the current formats, for the noise, and once in high precision."""
-        run = self._run(self._ring.last)
+        steps = self._batches(1, batch)
+        run = self._run(steps[-1] if steps else None)
         if run is None:
             return StepReplayed(seen=None)
         current, again = _done(run({})), _done(run({}))

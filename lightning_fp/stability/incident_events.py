@@ -78,6 +78,12 @@ def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
     )
 
 
+def skip_suspicion(step: int, batch: int) -> Suspicion:
+    """A single step was left out."""
+    reason = f"step {batch} was left out: inf or NaN"
+    return Suspicion(step=step, reason=reason, action="replay in high precision")
+
+
 def gap_suspicion(step: int, gap: Gap) -> Suspicion:
     """Batches on the weights of now, out of the usual."""
     action = "replay in high precision"

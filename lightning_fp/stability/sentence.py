@@ -146,7 +146,14 @@ class Sentence:
         turn.events += tell.changed(step, "demote", after.phase, "for good" if final else hold)
         turn.state = replace(turn.state, fallback=after)
         cases = OpenCases().closed(turn.state.cases)
-        turn.state = replace(turn.state, cases=cases, harmless=0, harmless_until=0)
+        turn.state = replace(
+            turn.state,
+            cases=cases,
+            harmless=0,
+            harmless_until=0,
+            skip_looks=0,
+            skip_look_next=step,
+        )
         if not self.dry_run:
             turn.formats_changed(self.detector, self.limits, after.demoted)
             turn.state = replace(turn.state, skips=0)

@@ -59,6 +59,12 @@ class WatchState:
     harmless_until: int = 0
     """Step up to which a probe's suspicion asks for no trajectory."""
 
+    skip_looks: int = 0
+    """Single steps that were left out, and whose batches did not blame precision, in a row."""
+
+    skip_look_next: int = 0
+    """Step from which on the next one is looked into."""
+
     inquiry: Inquiry | None = None
     """The case being asked; never in a checkpoint, since it is closed before the next step."""
 
@@ -84,6 +90,7 @@ def to_plain(state: WatchState, detector: DivergenceDetector) -> dict[str, Any]:
         "casts": None if state.casts is None else CastTrigger().state_dict(state.casts),
         "cases": asdict(state.cases),
         "harmless": [state.harmless, state.harmless_until],
+        "skip_looks": [state.skip_looks, state.skip_look_next],
     }
 
 
@@ -96,6 +103,7 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
     saved = check_version(plain, VERSION, "the watch's state must have version")
     casts: dict[str, Any] | None = saved.get("casts")
     harmless, harmless_until = saved.get("harmless", (0, 0))
+    skip_looks, skip_look_next = saved.get("skip_looks", (0, 0))
     overflows = OverflowState(**saved.get("overflows", {}))
     limits: Mapping[str, Any] = saved.get("limits") or {"over": {}, "resting": {}, "climbs": 0}
     return WatchState(
@@ -115,4 +123,6 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
         cases=CasesState(**saved.get("cases", {})),
         harmless=harmless,
         harmless_until=harmless_until,
+        skip_looks=skip_looks,
+        skip_look_next=skip_look_next,
     )

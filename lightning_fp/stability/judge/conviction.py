@@ -82,11 +82,13 @@ def conclude(evidence: Evidence) -> Conclusion:
         return _unclear("the weights are not finite, and there is no snapshot to go back to")
     if case.overflow is not None:
         return _overflow(evidence, case.overflow)
-    replay_step = ReplayStep(weights=_weights(survey))
+    replay_step = ReplayStep(weights=_weights(survey), batch=case.batch)
     if not evidence.affords(replay_step, SINGLE, reserve=0):
         return _unclear(SPENT)
     seen = evidence.answer(replay_step).seen
     one_step = None if seen is None else judge_one_step(seen, case.anomaly, case.healthy_error)
+    if case.left_out:
+        return _left_out(evidence, seen, one_step)
     gap = by_gap(evidence) if survey.finite else None
     high = high_stretch(survey)
     afforded = high is None or affordable(evidence, high)
@@ -135,6 +137,17 @@ def conclude(evidence: Evidence) -> Conclusion:
         high=taken,
         made=0 if stretch is None else stretch.made,
     )
+
+
+def _left_out(evidence: Evidence, seen: OneStep | None, one_step: Judgement | None) -> Conclusion:
+    """A step that was left out because of inf or NaN: its batch says all, and nothing is undone."""
+    if seen is None or one_step is None:
+        return Conclusion(finding="unclear")
+    if one_step.finding == "precision" and not seen.finite:
+        attribution = _attribute(evidence)
+        return Conclusion(finding="precision", one_step=one_step, attribution=attribution)
+    again = _of_one_moment("not reproducible") if seen.finite else "inf or NaN comes from elsewhere"
+    return Conclusion(finding="not precision", one_step=one_step, likeness=again)
 
 
 def _unclear(reason: str) -> Conclusion:

@@ -45,6 +45,9 @@ class Case:
     batch: int | None = None
     """The step of the batch that shows it, if one alone does."""
 
+    left_out: bool = False
+    """Whether that step was left out because something was inf or NaN."""
+
     unusual: tuple[int, ...] = ()
     """Steps of the last batches whose casts were most unusual, worst first."""
 
