@@ -172,7 +172,8 @@ class Stretch:
                 return StepReplayed(
                     seen=OneStep(
                         loss=both.losses[0], high_loss=both.high_losses[0], grad_norm_ratio=1.0,
-                        finite=True, high_finite=True, grad_error=0.0, floor=0.0,
+                        finite=True, high_finite=True, grad_error=0.0, worst_error=0.0,
+                        floor=0.0,
                     )
                 )  # fmt: skip
             case ReplayHigh(batch=which):

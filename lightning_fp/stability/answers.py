@@ -191,6 +191,7 @@ class Answers:
             finite=self._is_finite(current),
             high_finite=self._is_finite(high),
             grad_error=gap.all.error,
+            worst_error=gradient_error(gap),
             floor=floor if math.isfinite(floor) else 0.0,  # NaN differs from itself
         )
         return StepReplayed(seen=seen, replays=3)

@@ -46,6 +46,7 @@ class Overflows(Loop):
             finite=self.sound,
             high_finite=self.high_sound,
             grad_error=0.05,
+            worst_error=0.05,
             floor=0.0,
         )
         return StepReplayed(seen=seen, replays=3)

@@ -144,6 +144,7 @@ class Loop:
                     finite=True,
                     high_finite=True,
                     grad_error=self.error,
+                    worst_error=self.error,
                     floor=0.0,
                 )
                 return StepReplayed(seen=same, replays=3)
@@ -297,6 +298,17 @@ def test_a_conviction_needs_a_control_that_repeats_the_harm(
     assert bool(kinds(events, Demotion)) is bool(kinds(events, Rollback)) is convicted
     dropped = any(isinstance(order, DropRecords) for order in loop.done)
     assert dropped is (verdict == "not reproducible")
+
+
+@pytest.mark.parametrize("risen", [False, True])
+def test_gradients_that_are_wrong_convict_before_the_loss_has_suffered(risen: bool) -> None:
+    """Not where the loss has risen, and rises in high precision as well."""
+    loop = Loop(error=3.0)
+    state, _ = run(machine(probe=None), loop, lambda _: 3.0, 150)
+    _, events = tell(machine(), state, Asked(at=150, onset=130, risen=risen), loop)
+    first, *_ = kinds(events, Verdict)
+    assert (first.tier, first.verdict) == ("one step", "precision")
+    assert bool(kinds(events, Demotion)) is not risen
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     trajectory = None if stretch is None else by_trajectory(case, survey, stretch)
     if not afforded:
         trajectory = _unclear(f"{SPENT}: no trajectory").one_step
-    finding = _together(one_step, trajectory)
+    finding = _together(one_step, trajectory, risen=case.risen)
     at_once = one_step is not None and one_step.finding == finding == "precision"
     if gap is not None and gap.finding == "precision" and not _rises_anyway(case, trajectory):
         # Of a rise the control must show its share: what has damaged weights, as launches gone
@@ -176,10 +176,13 @@ def _weights(survey: Surveyed) -> int | None:
     return None if survey.finite else survey.start
 
 
-def _together(one_step: Judgement | None, trajectory: Judgement | None) -> Finding:
-    """The trajectory weighs more; one step alone acquits only where there is no trajectory."""
+def _together(one_step: Judgement | None, trajectory: Judgement | None, *, risen: bool) -> Finding:
+    """The trajectory weighs more; one step alone acquits only where there is no trajectory.
+
+    Where no loss has risen, one that does no harm yet does not acquit gradients that are wrong.
+    """
     first = "unclear" if one_step is None else one_step.finding
-    if trajectory is None:
+    if trajectory is None or (first == "precision" and not risen):
         return first
     second = trajectory.finding
     if second == "unclear":

@@ -47,11 +47,13 @@ LARGE = 4.0
 differ by two thirds of that (`1 - RECOVERED`) once in 10 000 times."""
 
 
-WRONG = 2.0
+WRONG = 1.0
 """Error of the gradients that no sound format makes while the loss is where it was: casts to e4m3
-and e5m2 make 0.05 to 0.15, 0.79 in warm restarts, 0.65 where one channel hides the others. A
-multiple of the usual error besides (`OUT_OF_USUAL`): near a minimum gradients vanish, and what is
-left of them is rounding."""
+and e5m2 make 0.05 to 0.15, 0.79 in warm restarts, 0.65 where one channel hides the others."""
+
+WRONG_IN_A_LAYER = 2.0
+"""The same of the worst layer's own; and it must be ten times the usual (`OUT_OF_USUAL`): near a
+minimum gradients vanish, and what is left of them is rounding."""
 
 OUT_OF_USUAL = 10.0
 
@@ -121,6 +123,9 @@ class OneStep:
     grad_error: float
     """Norm of the gradients' difference over the norm in high precision."""
 
+    worst_error: float
+    """The largest `grad_error` of all gradients together, or of one layer's own."""
+
     floor: float
     """`grad_error` of the current formats against themselves: what means nothing."""
 
@@ -136,12 +141,13 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly, usual: float = 0.15) -> Judg
     Args:
         seen: the replays.
         anomaly: what there is to explain.
-        usual: `grad_error` while the run was healthy.
+        usual: `worst_error` while the run was healthy.
     """
     numbers = {
         "loss": seen.loss,
         "high_loss": seen.high_loss,
         "grad_error": seen.grad_error,
+        "worst_error": seen.worst_error,
         "grad_norm_ratio": seen.grad_norm_ratio,
         "floor": seen.floor,
     }
@@ -157,11 +163,14 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly, usual: float = 0.15) -> Judg
         if height > LARGE * noise and gap > (1 - RECOVERED) * height:
             reason = f"high precision takes {gap / height:.0%} of the loss's rise away at once"
             return Judgement(finding="precision", reason=reason, numbers=numbers)
-        wrong = max(WRONG, OUT_OF_USUAL * max(usual, seen.floor))
-        if height <= LARGE * noise and seen.high_finite and seen.grad_error > wrong:
+        least = max(WRONG, OUT_OF_USUAL * seen.floor)
+        in_a_layer = max(WRONG_IN_A_LAYER, OUT_OF_USUAL * usual)
+        wrong = seen.grad_error > least and seen.worst_error > in_a_layer
+        if height <= LARGE * noise and seen.high_finite and wrong:
             reason = (
                 f"the gradients are wrong: they differ from high precision's by"
-                f" {seen.grad_error:.3g} times the norm of those, usual is {usual:.2g}"
+                f" {seen.grad_error:.3g} times the norm of those, in the worst layer by"
+                f" {seen.worst_error:.3g}, usual is {usual:.2g}"
             )
             return Judgement(finding="precision", reason=reason, numbers=numbers)
     reason = "one step in high precision does not tell"

@@ -52,7 +52,7 @@ def finding(live: Sequence[float | None], high: Sequence[float | None], a: Anoma
 
 def one_step(loss: float, high: float, **others: float | bool) -> OneStep:
     values = {"finite": math.isfinite(loss), "high_finite": math.isfinite(high), **others}
-    numbers = {"grad_norm_ratio": 1.0, "grad_error": 0.05, "floor": 0.0}
+    numbers = {"grad_norm_ratio": 1.0, "grad_error": 0.05, "worst_error": 0.1, "floor": 0.0}
     return OneStep(loss=loss, high_loss=high, **{**numbers, **values})  # pyright: ignore
 
 
@@ -67,10 +67,16 @@ def one_step(loss: float, high: float, **others: float | bool) -> OneStep:
         (one_step(4.0, 3.9), "unclear"),
         (one_step(2.6, 2.4), "unclear"),  # no rise above the noise
         (one_step(2.5, 2.5, grad_error=0.9), "unclear"),
-        (one_step(2.5, 2.5, grad_error=2.1), "precision"),  # no sound format makes such gradients
-        (one_step(2.5, 2.5, grad_error=2.1, floor=0.5), "unclear"),  # not the same twice
-        (one_step(2.8, 2.8, grad_error=50.0), "unclear"),  # on weights that are damaged
-        (one_step(2.5, 2.5, grad_error=math.inf, high_finite=False), "unclear"),
+        # no sound format makes such gradients
+        (one_step(2.5, 2.5, grad_error=1.1, worst_error=2.1), "precision"),
+        (one_step(2.5, 2.5, grad_error=0.9, worst_error=9.0), "unclear"),  # of one layer alone
+        (one_step(2.5, 2.5, grad_error=1.1, worst_error=1.9), "unclear"),
+        (one_step(2.5, 2.5, grad_error=2.1, worst_error=3.0, floor=0.5), "unclear"),  # once only
+        (one_step(2.8, 2.8, grad_error=50.0, worst_error=60.0), "unclear"),  # damaged weights
+        (
+            one_step(2.5, 2.5, grad_error=math.inf, worst_error=math.inf, high_finite=False),
+            "unclear",
+        ),
     ],
 )
 def test_one_step(seen: OneStep, expected: Finding) -> None:
@@ -80,7 +86,7 @@ def test_one_step(seen: OneStep, expected: Finding) -> None:
 
 
 def test_near_a_minimum_large_errors_of_the_gradients_are_usual() -> None:
-    seen = one_step(2.5, 2.5, grad_error=5.0)
+    seen = one_step(2.5, 2.5, grad_error=5.0, worst_error=5.0)
     assert judge_one_step(seen, ANOMALY, usual=0.45).finding == "precision"
     assert judge_one_step(seen, ANOMALY, usual=0.6).finding == "unclear"
 
