@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from torch import nn
@@ -143,7 +143,7 @@ class ParityLog:
         step: int,
         shown_at: int | None,
     ) -> None:
-        began, table = time.perf_counter(), owner.precision_map
+        began, table = perf_counter(), owner.precision_map
         high, worst = owner.high_precision, self.options.worst
         self.results[step] = parity = measure_parity(run, model, table, high, worst=worst)
         while len(self.results) > _MOST_KEPT:
@@ -153,7 +153,7 @@ class ParityLog:
         if not is_first():
             return
         if directory is not None:
-            seconds = time.perf_counter() - began
+            seconds = perf_counter() - began
             append_parity(directory, {"step": step, "seconds": seconds, **asdict(parity)})
         shown = _metrics(parity, self.options.named(owner))
         telemetry.log_metrics(shown, step if shown_at is None else shown_at)

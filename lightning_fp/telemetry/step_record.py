@@ -6,8 +6,8 @@ in manual optimization all optimizers that step within one training step.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class StepRecorder:
         self._losses: list[Tensor] = []
         self._given: list[Tensor] = []
         self._optimizers: list[OptimizerStep] = []
-        self._mark = time.perf_counter()
+        self._mark = perf_counter()
 
     def begin(self, step: int) -> None:
         """A micro-batch begins.
@@ -123,7 +123,7 @@ class StepRecorder:
         losses, given, optimizers = self._losses, self._given, tuple(self._optimizers)
         self._step, self._losses, self._given, self._optimizers = None, [], [], []
         loss = torch.stack(losses).mean() if losses else None
-        now = time.perf_counter()
+        now = perf_counter()
         seconds, self._mark = now - self._mark, now
         return StepRecord(
             step=begun,

@@ -196,6 +196,22 @@ def test_manual_optimization_makes_the_steps_that_plain_lightning_makes(tmp_path
         assert error(weights(ours), weights(plain)) < 0.02
 
 
+class Strange:
+    """An attribute that answers to everything, as mocks and proxies do."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+def test_attributes_that_answer_to_everything_are_left_alone(tmp_path: Path) -> None:
+    plain, ours = made(Program), made(Program, strange=Strange())
+    fit(plain, PLAIN, tmp_path)
+    fit(ours, high(), tmp_path, PrecisionFallback())
+    assert torch.equal(weights(ours), weights(plain))
+
+
 class Penalised(Program):
     """A gradient penalty: a backward through the backward."""
 

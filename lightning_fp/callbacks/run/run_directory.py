@@ -34,7 +34,7 @@ def run_directories(
         kept: by key, where the checkpoint says that a callback wrote to.
     """
     found: list[Path] = []
-    if trainer.is_global_zero:
+    if trainer.global_rank == 0:  # whose answer is broadcast
         begins = not trainer.global_step and not trainer.ckpt_path
         given = next((Path(path) for _, path in named if path is not None), None)
         by_base: dict[Path, Path] = {}

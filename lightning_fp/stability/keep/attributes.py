@@ -79,7 +79,9 @@ def _is_plain(value: Any, depth: int) -> bool:
         free = value.grad_fn is None and not value.is_inference()
         return free and value.layout is torch.strided
     if kind not in _CONTAINERS:
-        return getattr(value, "nbytes", 0) <= _MOST_BYTES and OwnState.of(value) is not None
+        size: object = getattr(value, "nbytes", 0)  # of anything, so it may be anything
+        large = isinstance(size, int) and size > _MOST_BYTES
+        return not large and OwnState.of(value) is not None
     if depth == 0 or len(value) > _MOST_ITEMS:
         return False
     keys = list(value) if isinstance(value, dict) else []

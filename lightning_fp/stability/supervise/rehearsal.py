@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from itertools import cycle, islice
+from time import perf_counter
 from typing import Any
 
 from lightning_fp.events import Rehearsed
@@ -167,7 +167,7 @@ class Rehearsal:
         return self._event(step, [why], None, {})
 
     def _rehearse(self, step: int, start: Snapshot, steps: Sequence[RecordedStep]) -> Rehearsed:
-        began = time.perf_counter()
+        began = perf_counter()
         numbers: dict[str, float] = {"incident_bytes": float(self._loop.state.stated_bytes())}
         # Hashes see far more than a snapshot holds, and cost no memory. What a snapshot does hold
         # can be put back.
@@ -183,7 +183,7 @@ class Rehearsal:
         lines = [*one_step, *trajectory]
         if self.reach != outcome:
             lines.append(ELSEWHERE)
-        seconds = time.perf_counter() - began
+        seconds = perf_counter() - began
         numbers |= {
             "replayed": float(self._replayed),
             "seconds": seconds,
