@@ -294,6 +294,12 @@ def test_many_gradients_at_once(format: str) -> None:
     assert sqnr_db(*results) > 70
 
 
+@pytest.mark.compatibility(
+    "wrappers",
+    "`is_grads_batched=True`, `vectorize=True` over a backward in FP8",
+    "refused",
+    "the error names the layer and the rule to write; torch.func works",
+)
 @pytest.mark.parametrize("format", CASTS)
 def test_many_gradients_at_once_of_casts_are_refused(format: str) -> None:
     model = network()
