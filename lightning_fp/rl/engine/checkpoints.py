@@ -117,7 +117,8 @@ def _delayed_scale(history: Tensor, format: LinearFormat, config: DelayedScaling
 
 
 def _stored(value: Tensor) -> Stored:
-    return Stored(shape=tuple(value.shape), dtype=value.dtype, load=lambda: value)
+    shape = tuple(value.shape)
+    return Stored(shape=shape, dtype=value.dtype, load=lambda: value, address=value.data_ptr())
 
 
 def _is_sharded(path: Path) -> bool:

@@ -132,6 +132,7 @@ def export_weights(
     scaled: dict[str, Scaled] = {
         name: scaled_by(layer.format) or target.anew for name, layer in layers.items()
     }
+    _check_not_tied(weights, layers, prefix)
     parts = _parts(weights, layers, scaled, target, prefix)
     others = _others(parts, layers)
     entry = target.config(scaled, others)  # refuses names that it cannot tell apart
@@ -150,6 +151,19 @@ def export_weights(
         requantised=tuple(name for name in layers if layers[name] is not before[name]),
         bytes=sum(part.bytes for part in parts),
     )
+
+
+def _check_not_tied(weights: Weights, layers: Mapping[str, LayerWeight], prefix: str) -> None:
+    """Readers tie weights again, and would take an embedding's values for those of its head."""
+    fp8 = {f"{prefix}{layer}.weight" for layer in layers}
+    others = {each.address: name for name, each in weights.tensors.items() if name not in fp8}
+    for name in fp8 & weights.tensors.keys():
+        stored = weights.tensors[name]
+        if stored.address and stored.address in others:
+            raise ValueError(
+                f"{name!r} must not be in FP8 while it is tied to {others[stored.address]!r}, which"
+                " is not: readers tie them again; leave the layer in high precision"
+            )
 
 
 def _parts(

@@ -33,6 +33,9 @@ class Stored:
     load: Callable[[], Tensor]
     """Its values, whole; in a sharded model a collective."""
 
+    address: int = 0
+    """Where its memory begins, by which tied weights are known; 0 where that is not known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeight:
@@ -121,7 +124,15 @@ def _stored(value: object) -> Stored:
         plain = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return plain.detach()
 
-    return Stored(shape=tuple(tensor.shape), dtype=tensor.dtype, load=load)
+    shape = tuple(tensor.shape)
+    return Stored(shape=shape, dtype=tensor.dtype, load=load, address=address_of(tensor))
+
+
+def address_of(tensor: Tensor) -> int:
+    """See `Stored.address`."""
+    if isinstance(tensor, StoredWeight):
+        return 0
+    return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
 
 
 def _clean(name: str) -> str:

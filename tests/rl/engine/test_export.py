@@ -220,6 +220,16 @@ class TestFiles:
         with pytest.raises(ValueError, match="directory must be without safetensors files"):
             export_model(net(), tmp_path, HF)
 
+    def test_tied_weights(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"embedding": nn.Embedding(32, 64), "out": nn.Linear(64, 32)})
+        model["out"].weight = model["embedding"].weight  # pyright: ignore
+        convert(model, "fp8-block", layers={"out": "fp8-block"})
+        with pytest.raises(
+            ValueError, match=r"'out.weight' must not be in FP8 while it is tied"
+        ):
+            export_model(model, tmp_path, HF)
+
     def test_names_that_readers_confuse(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
         inner = nn.ModuleDict({"fc": nn.Linear(64, 64)})
