@@ -225,9 +225,7 @@ class TestFiles:
         model = nn.ModuleDict({"embedding": nn.Embedding(32, 64), "out": nn.Linear(64, 32)})
         model["out"].weight = model["embedding"].weight  # pyright: ignore
         convert(model, "fp8-block", layers={"out": "fp8-block"})
-        with pytest.raises(
-            ValueError, match=r"'out.weight' must not be in FP8 while it is tied"
-        ):
+        with pytest.raises(ValueError, match=r"'out.weight' must not be in FP8 while it is tied"):
             export_model(model, tmp_path, HF)
 
     def test_names_that_readers_confuse(self, tmp_path: Path) -> None:
