@@ -163,7 +163,7 @@ CORRECTIONS: Mapping[str, Correction] = {
     "slime": Correction(
         kind="truncated",
         high=2.0,
-        source="slime, backends/training_utils/loss.py: vanilla_tis_function, tis_clip=2.0",
+        source="slime, utils/arguments.py: --tis-clip 2.0, --tis-clip-low 0 (vanilla_tis_function)",
     ),
     "openrlhf": Correction(
         kind="truncated",
