@@ -28,6 +28,10 @@ PROMISES = {
         ["--steps", "4", "--no-compile", "--output", "run"],
         "More: lightning-fp report run",
     ),
+    "policy_gradient.py": (
+        ["--steps", "4", "--high-until", "2", "--batch", "8", "--output", "run"],
+        "ratios at unchanged weights are exactly 1: True",
+    ),
     "fabric/gpt.py": (["--steps", "4", "--output", "run"], "held-out loss, in high precision:"),
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
 }

@@ -1,7 +1,7 @@
 """Parts: who measures and who acts in a plain loop, at each moment of a step.
 
-The order is that of the Trainer's callbacks: the watch decides before anybody has seen the batch,
-then what the steps before have shown is here, then stages may change formats.
+Between two steps the watch decides, then what the steps before have shown is here, then stages may
+change formats; nothing that changes weights or formats comes later than that.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Parts:
             precision.base.check_can_fall_back(loop.model)
         self.staging = None if options.recipe is None else self._staging(options.recipe)
         self._loaded: Mapping[str, Any] = {}
-        self._published = 0
+        self._published, self._settled, self._said = 0, -1, False
 
     def _staging(self, recipe: RolloutRecipe) -> Staging:
         options = self._options
@@ -147,14 +147,12 @@ class Parts:
 
     # -- a run ----------------------------------------------------------------------------------
 
-    def start(self, compute_loss: ComputeLoss | None, step: int) -> None:
+    def start(self, step: int) -> None:
         """Before the first step of this process.
 
         Args:
-            compute_loss: of that step; None where steps are made in blocks.
             step: optimizer steps done.
         """
-        self._loop.compute_loss = compute_loss
         precision, records, options = self._precision, self._records, self._options
         run, directory, device = records.run, records.directory, self._device
         if self.casts is not None:
@@ -185,16 +183,40 @@ class Parts:
         if self._loaded:
             watching.load_state_dict(self._loaded)
         self._published = watching.state.fallback.demotions
-        watching.start()
         return watching
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def begin_step(self, compute_loss: ComputeLoss | None, batch: Any, step: int) -> None:
-        """Between two steps, before anybody has seen the next batch.
+    def settle(self, step: int) -> None:
+        """Between two steps: all that changes weights or formats before the next does so, once.
+
+        The order is that of the Trainer's callbacks.
 
         Args:
-            compute_loss: of the step to come; None where it is made in a block.
+            step: optimizer steps done.
+        """
+        if step == self._settled:
+            return
+        self._settled, watching, run = step, self.watching, self._records.run
+        phase = ""
+        if watching is not None:
+            watching.settle()
+            phase = watching.state.fallback.phase
+            # At every step, 0 too: a gate without data would hold a rollout.
+            demotions = watching.state.fallback.demotions
+            new, self._published = demotions - self._published, demotions
+            run.board.publish(FALLBACKS, step, float(new))
+        run.signals.arrive()
+        if self.staging is not None:
+            held, over = held_by_fallback(phase)
+            self.staging.settle(step, held=held, over=over)
+        self._precision.boundary()
+
+    def begin_step(self, compute_loss: ComputeLoss | None, batch: Any, step: int) -> None:
+        """A step begins, before anybody has seen its batch.
+
+        Args:
+            compute_loss: of it; None where it is made in a block.
             batch: its first micro-batch.
             step: optimizer steps done.
 
@@ -202,13 +224,12 @@ class Parts:
             ValueError: where a step in a block is to be compared with high precision.
         """
         self._loop.compute_loss = compute_loss
-        watching, run = self.watching, self._records.run
-        if watching is not None:
-            watching.begin(step)
-            # At every step, 0 too: a gate without data would hold a rollout.
-            demotions = watching.state.fallback.demotions
-            new, self._published = demotions - self._published, demotions
-            run.board.publish(FALLBACKS, step, float(new))
+        if self.watching is not None and not self._said:
+            self._said = True
+            self.watching.start()
+        self.settle(step)
+        if self.watching is not None:
+            self.watching.begin(step)
         if self.parity is not None:
             self._compare(self.parity, batch, step)
 
@@ -248,14 +269,11 @@ class Parts:
                 watching.record(batch, index, {} if device is None else {"device": device})
             watching.before_forward()
         run.recorder.begin(step)
-        run.signals.arrive()
         if self.casts is not None:
             self.casts.before_batch(step)
         self.mismatch.before_batch(step)
         if self.staging is not None:
-            phase = "" if watching is None else watching.state.fallback.phase
-            held, over = held_by_fallback(phase)
-            self.staging.before_batch(batch, step, held=held, over=over)
+            self.staging.count(batch)
 
     def after_backward(self) -> None:
         """A micro-batch's backward is done."""

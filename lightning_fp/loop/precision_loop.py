@@ -7,8 +7,8 @@ guard, clipping and the optimizer's step, in formats that change between steps a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -315,14 +315,18 @@ class PrecisionLoop:
         """
         return self._precision.evaluation()
 
-    def as_trained(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def as_trained(self) -> Generator[None, None, None]:
         """Forwards as the coming training step's, save for dropout; no trace in any history.
 
         Old log-probabilities of a policy computed here equal those of the training forward bit for
         bit while the weights are the same: ratios are exactly 1. In `evaluation` they would be of
-        another precision.
+        another precision. What the watch and the recipe do between two steps they do here, so call
+        it alike on all ranks.
         """
-        return self._precision.as_trained()
+        self._steps.settle()
+        with self._precision.as_trained():
+            yield
 
     def log(self, name: str, value: float) -> None:
         """Publish a measurement of yours, alike on all ranks: to loggers, and gates of a recipe.

@@ -32,7 +32,8 @@ def as_trained(
         forward: stands around a forward in the base precision.
     """
     table = owner.precision_map
-    if not table.frozen:
+    within_step = table.phase.evaluating is False
+    if not (table.frozen or within_step):
         owner.boundary()  # what waits for the coming step is in force in it
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers()]

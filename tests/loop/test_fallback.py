@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_fp.demo.faults import CASES
+from lightning_fp import PrecisionFallback, StagedRollout
+from lightning_fp.demo.faults import CASES, fault_plugin, fault_run
 from lightning_fp.demo.faults.base import Fault
 from lightning_fp.demo.faults.innocent import DataFault
 from lightning_fp.demo.faults.run import TinyByteGPT
 from lightning_fp.demo.faults.trial import HEALTHY
 from lightning_fp.events import Rehearsed
+from lightning_fp.recipes import RolloutRecipe, Stage
 from lightning_fp.records import read_events
 from tests.loop.faulty import (
     INNOCENT,
@@ -26,6 +29,7 @@ from tests.loop.faulty import (
     in_own_loop,
     in_the_trainer,
     kinds,
+    loss_of,
     own_parts,
     same,
     told,
@@ -145,3 +149,64 @@ def test_blocks_are_watched_and_cannot_be_made_again(tmp_path: Path) -> None:
     said = [event.sentence() for event in events]
     assert any("cannot be run again" in line for line in said)
     assert loop.steps.attempted == 6
+
+
+def test_a_step_is_recorded_in_the_formats_it_ran_in(tmp_path: Path) -> None:
+    """A stage begins when the batch has come and been recorded."""
+    stages = (
+        Stage(name="high", layers={"*": "high"}, until={"steps": 2}),
+        Stage(name="low", layers={"*": "configured"}),
+    )
+    recipe = RolloutRecipe(name="two", stages=stages)
+    fallback = PrecisionFallback(dirpath=tmp_path / "trainer")
+    seen: dict[str, list[tuple[Any, Any]]] = {"trainer": [], "plain": []}
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            plugin: Any = trainer.precision_plugin
+            assert fallback.supervisor is not None
+            last = fallback.supervisor.ring.last
+            assert last is not None
+            seen["trainer"].append((last.formats, plugin.precision_map.formats()))
+
+    staged = StagedRollout(recipe, dirpath=tmp_path / "trainer")
+    callbacks = [fallback, staged, Looks()]
+    fault_run(None, fault_plugin("fp8-delayed"), callbacks, steps=4, blocks=1)
+    _, loop = own_parts(None, "fp8-delayed", tmp_path / "plain", more={"recipe": recipe}, blocks=1)
+    for batch in batches(None, 4):
+        loop.step(loss_of(loop.model), batch)
+        watching = loop._parts.watching
+        assert watching is not None
+        assert watching.ring.last is not None
+        seen["plain"].append((watching.ring.last.formats, loop.precision_map.formats()))
+    loop.close()
+    for pairs in seen.values():
+        assert [set(ran.values()) for _, ran in pairs] == [{"fp32"}] * 2 + [{"fp8-delayed"}] * 2
+        assert all(recorded == ran for recorded, ran in pairs)
+
+
+def test_ratios_are_one_where_a_stage_begins(tmp_path: Path) -> None:
+    """What is due before the coming step is done when it is asked for its forward."""
+    stages = (
+        Stage(name="high", layers={"*": "high"}, until={"steps": 2}),
+        Stage(name="low", layers={"*": "configured"}),
+    )
+    recipe = RolloutRecipe(name="two", stages=stages)
+    model, loop = own_parts(None, "fp8-delayed", tmp_path, more={"recipe": recipe}, blocks=1)
+    for batch in batches(None, 5):
+        with loop.as_trained(), torch.no_grad():
+            old = model(batch[0])
+        seen: list[Tensor] = []
+
+        def compute_loss(given: Any, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(model(given[0]).detach())
+            return model._loss(given)
+
+        loop.step(compute_loss, batch)
+        assert torch.equal(old, seen[0])
+    assert loop.stage == "low"
+    assert loop.steps.attempted == 5
+    with loop.as_trained():
+        pass
+    assert loop.steps.attempted == 5
+    loop.close()

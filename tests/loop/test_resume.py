@@ -143,7 +143,7 @@ def in_the_trainer(story: Story, directory: Path, interrupt: int | None) -> Whol
         run = fault_run(
             make(),
             plugin,
-            [*more, *staged, fallback],
+            [*staged, fallback, *more],
             steps=story.steps,
             blocks=1,
             default_root_dir=directory,

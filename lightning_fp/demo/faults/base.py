@@ -125,14 +125,23 @@ class Fault(L.Callback):
     def _start_clock(self, module: nn.Module) -> None:
         buffer = f"{type(self).__name__}_clock"
         module.register_buffer(buffer, torch.zeros((), dtype=torch.int64))
+        depth = 0
 
         def tick(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module.training:
+            # Lightning's DDP enters the module for its training step, which enters it once more.
+            nonlocal depth
+            depth += 1
+            if module.training and depth == 1:
                 clock: Tensor = getattr(module, buffer)
                 clock += 1
                 self._now = int(clock)
 
+        def leave(*_: Any) -> None:
+            nonlocal depth
+            depth -= 1
+
         self._keep(module.register_forward_pre_hook(tick))
+        self._keep(module.register_forward_hook(leave, always_call=True))
         self._undo.append(lambda: delattr(module, buffer))
 
     def _keep(self, handle: _Removable) -> None:

@@ -75,8 +75,6 @@ class TrainingSteps:
         def before(index: int) -> None:
             if not losses:  # in an optimizer's later passes all are known
                 self._parts.before_batch(micro_batches[index], index, self.done)
-                if index == 0:
-                    self._precision.boundary()
 
         def forward_backward() -> Tensor:
             history.drop_weight_casts()
@@ -104,7 +102,6 @@ class TrainingSteps:
             )
         self._begin(None, batch)
         self._parts.before_batch(batch, 0, self.done)
-        self._precision.boundary()
         optimizer.zero_grad()
         self._in_block = losses = []
         try:
@@ -140,17 +137,26 @@ class TrainingSteps:
         if self.closed:
             raise ValueError("this loop is closed; make another PrecisionLoop")
         if not self.begun:
-            self._start(compute_loss)
+            self._start()
         self._parts.begin_step(compute_loss, batch, self.done)
 
-    def _start(self, compute_loss: ComputeLoss | None) -> None:
+    def settle(self) -> None:
+        """All that changes weights or formats before the coming step does so now."""
+        within_step = self._precision.precision_map.phase.evaluating is False
+        if self.closed or within_step:
+            return
+        if not self.begun:
+            self._start()
+        self._parts.settle(self.done)
+
+    def _start(self) -> None:
         """Before the first step of this process."""
         self.begun = True
         run = self._records.run
         run.loggers = [self._logger] if self._logger is not None and is_first() else []
         run.step = self.done
         self._records.open(self.done, self._steps.model)
-        self._parts.start(compute_loss, self.done)
+        self._parts.start(self.done)
 
     def _name_overflow(self) -> None:
         self._steps.guard.name_overflow(self._steps.model, self.done)

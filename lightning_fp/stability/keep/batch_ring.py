@@ -196,6 +196,11 @@ class BatchRing:
         if self._open is not None:
             self._open = replace(self._open, hyperparameters=hyperparameters)
 
+    def set_formats(self, formats: Mapping[str, str], scales: StepScales | None) -> None:
+        """What the step runs in, if that was decided after `begin`."""
+        if self._open is not None:
+            self._open = replace(self._open, formats=formats, scales=scales)
+
     def end(
         self,
         *,

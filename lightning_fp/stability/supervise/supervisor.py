@@ -112,7 +112,7 @@ class Supervisor:
         self._rehearsed: dict[str, Any] | None = None
         self._options, self._preflight = options, options.preflight
         self._pace, self._said_interval = SnapshotPace(self.snapshots, loop.mean), False
-        self._began_at, self._recording = 0, False
+        self._began_at, self._recording, self._settled = 0, False, -1
         self._groups = self._group_counts()
         self._formats: tuple[int, dict[str, str]] = -1, {}
         self._changes_seen = len(loop.table.changes)  # what was before this run
@@ -155,13 +155,19 @@ class Supervisor:
 
     # -- steps ----------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Between two steps: judge, act, take a snapshot; once, however often it is called."""
+        if self._settled != self.count.done:
+            self._settled = self.count.done
+            self.safely(self._boundary, self.count.done)
+
     def begin(self, global_step: int) -> None:
-        """Between two steps: judge, act, take a snapshot; before anybody has seen the next batch.
+        """A step begins, before anybody has seen its batch; `settle` comes before.
 
         Args:
             global_step: steps of all optimizers.
         """
-        self.safely(self._boundary, self.count.done)
+        self.settle()
         self.open, self._began_at, self._recording = True, global_step, False
         self.state, _, _ = self.watch.step(self.state, Attempted())
 
@@ -190,6 +196,7 @@ class Supervisor:
 
     def after_backward(self) -> None:
         """Take in what backward recorded."""
+        self.safely(self._see_formats)
         if (looks := self._arrivals.looks) is not None:
             self.safely(looks.after_backward)
 
@@ -214,6 +221,13 @@ class Supervisor:
             self._formats = len(table.changes), table.formats()
         scales, formats = table.scale_history.in_force(), self._formats[1]
         self.ring.begin(self.count.done, groups, formats=formats, scales=scales)
+
+    def _see_formats(self) -> None:
+        """Others may have written to the table after the record began, and before the forward."""
+        table = self.loop.table
+        if len(table.changes) != self._formats[0]:
+            self._formats = len(table.changes), table.formats()
+            self.ring.set_formats(self._formats[1], table.scale_history.in_force())
 
     def _end_record(self, stepped_with: Hyperparameters | None) -> None:
         if stepped_with is not None:

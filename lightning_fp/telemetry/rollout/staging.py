@@ -109,7 +109,7 @@ class Staging:
     # -- steps ----------------------------------------------------------------------------------
 
     def before_batch(self, batch: Any, step: int, *, held: str = "", over: str = "") -> None:
-        """At the begin of a micro-batch; between two steps: gather, decide, write to the table.
+        """At the begin of a micro-batch: count its tokens, and `settle` if it is a step's first.
 
         Args:
             batch: to count its tokens.
@@ -117,22 +117,35 @@ class Staging:
             held: why no stage may begin or end now.
             over: why none may ever again.
         """
-        if self.run is None:
-            return
-        # Outside of `_boundary`: tokens that cannot be counted are an error of the first batch, and
-        # no stage that never ends.
-        if self.tokens is not None:
+        # First: tokens that cannot be counted are an error of the first batch, and no stage that
+        # never ends.
+        self.count(batch)
+        self.settle(step, held=held, over=over)
+
+    def count(self, batch: Any) -> None:
+        """Count the tokens of a micro-batch."""
+        if self.run is not None and self.tokens is not None:
             self.tokens.add(batch)
-        if self._open is None:
-            try:
-                if self.moves is not None:
-                    self._boundary(self.moves, step, held, over)
-            except Exception as error:
-                self.run = None
-                log.exception("StagedRollout failed; the training goes on in the formats of now")
-                text = f"the rollout has failed in stage {self.stage}, the run goes on: {error}"
-                self._log.write(Note(step=self.state.last, reason=text))
-            self._open = step
+
+    def settle(self, step: int, *, held: str = "", over: str = "") -> None:
+        """Between two steps: gather, decide, write to the table; once in a step.
+
+        Args:
+            step: optimizer steps done.
+            held: why no stage may begin or end now.
+            over: why none may ever again.
+        """
+        if self.run is None or self._open is not None:
+            return
+        try:
+            if self.moves is not None:
+                self._boundary(self.moves, step, held, over)
+        except Exception as error:
+            self.run = None
+            log.exception("StagedRollout failed; the training goes on in the formats of now")
+            text = f"the rollout has failed in stage {self.stage}, the run goes on: {error}"
+            self._log.write(Note(step=self.state.last, reason=text))
+        self._open = step
 
     def after_batch(self, step: int, interval: int, device: torch.device) -> float | None:
         """At the end of a step: count its tokens, and show the stage.
