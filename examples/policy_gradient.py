@@ -71,8 +71,6 @@ def main() -> None:
         if first:  # later the weights are others than the engine's
             loop.mismatch.update(sampled, logprobs.detach())
         ratios = (logprobs - old).exp()
-        if first:
-            exact.append(bool((ratios == 1).all()))
         clipped = ratios.clamp(1 - CLIP, 1 + CLIP)
         return -torch.minimum(ratios * advantages, clipped * advantages).mean()
 
@@ -82,8 +80,11 @@ def main() -> None:
         right = (tokens[:, -LENGTH:] == prompts[:, :-1] + TO_UPPER).float()
         with loop.as_trained(), torch.no_grad():  # not in eval(), which would be in bf16
             old = logprobs_of(policy, tokens)
+        advantages = right - right.mean()
         for first in (True, False):
-            loop.step(compute_loss, (tokens, sampled, old, right - right.mean(), first))
+            loss = loop.step(compute_loss, (tokens, sampled, old, advantages, first))
+            if first:  # with ratios of 1 nothing but the advantages is left
+                exact.append(loss.item() == -advantages.mean().item())
         if loop.global_step % 6 == 0 and loop.mismatch.latest is not None:
             size = loop.mismatch.latest["logprob_abs_diff_mean"]
             formats = sorted(set(loop.precision_map.formats().values()))

@@ -53,6 +53,7 @@ class PlainLoop(TableLoop):
         self._precision, self._steps, self._device = precision, steps, device
         self._others = tuple(others)
         self._again = StepsAgain(precision, steps)
+        self._in_blocks = False  # nothing is known of the first step before it is made
         self.state = _state_of(precision, steps)
         """See `SupervisedLoop.state`."""
 
@@ -64,6 +65,7 @@ class PlainLoop(TableLoop):
     @compute_loss.setter
     def compute_loss(self, compute_loss: ComputeLoss | None) -> None:
         self._again.compute_loss = compute_loss
+        self._in_blocks = compute_loss is None
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ class PlainLoop(TableLoop):
 
     def unreplayable(self) -> str:
         """See `SupervisedLoop.unreplayable`."""
-        return IN_BLOCKS if self.compute_loss is None else ""
+        return IN_BLOCKS if self._in_blocks else ""
 
     def replay(
         self, step: RecordedStep, *, backward: bool = True, recompute: bool = True
