@@ -25,7 +25,7 @@ from lightning_fp.records import read_events
 
 Own = Literal["plain", "fabric"]
 
-TOLD = ("suspect", "verdict", "demote", "promote", "rollback", "skip", "climb", "rehearsal")
+TOLD = ("suspect", "verdict", "demote", "promote", "rollback", "skip", "limit", "rehearsal")
 """Kinds of events that must be the same in every loop."""
 
 START = 24

@@ -112,7 +112,7 @@ def test_every_kind_of_fault_ends_as_in_the_trainer(
     assert told(tmp_path) == told(directory)
     assert same(ours, weights)
     precision = known is not None and known.cause == "precision"
-    assert ("demote" in kinds(tmp_path) or "climb" in kinds(tmp_path)) == precision
+    assert ("demote" in kinds(tmp_path) or "limit" in kinds(tmp_path)) == precision
 
 
 class Recipe:

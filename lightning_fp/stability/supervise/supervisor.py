@@ -196,7 +196,7 @@ class Supervisor:
 
     def after_backward(self) -> None:
         """Take in what backward recorded."""
-        self.safely(self._see_formats)
+        self._alone(self._see_formats)
         if (looks := self._arrivals.looks) is not None:
             self.safely(looks.after_backward)
 
