@@ -6,6 +6,7 @@ Each fault of precision is run from every seed in high precision and in FP8 unde
 innocent one, and healthy runs, under the fallback. Beside the fallback: FP8 unprotected; leaving
 out steps that are not finite; going back at every suspicion without touching a format; a switch to
 high precision, layer by layer, as soon as a cast loses much. Nets, faults and arms are in `proof/`.
+With `--loop plain` the same faults meet the fallback of a loop without a Trainer.
 Every run that has ended is a line of the journal and is not run again: who is killed goes on.
 """
 
@@ -37,16 +38,17 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.proof.tries import attempt
 
     quiet()
-    row = asdict(attempt(work["case"], work["arm"], work["seed"]))
+    row = asdict(attempt(work["case"], work["arm"], work["seed"], loop=work["loop"]))
     return {**row, "revision": work["revision"]}
 
 
-def key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["case"], row["arm"], row["seed"]
+def key(row: dict[str, Any]) -> tuple[str, str, int, str]:
+    return row["case"], row["arm"], row["seed"], row.get("loop", "trainer")
 
 
 def main() -> None:
     from benchmarks.proof.cases import CASES, HEALTHY, OTHER, PRECISION
+    from benchmarks.proof.plain import runs_plainly
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
@@ -54,9 +56,14 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     arms = ["fallback", *LESS_MEMORY, *RIVALS]
     parser.add_argument("--arms", nargs="*", default=arms, choices=arms)
+    loops = ["trainer", "plain"]
+    parser.add_argument("--loop", choices=loops, default="trainer", help="what trains in FP8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--journal", type=Path, default=JOURNAL)
     options = parser.parse_args()
+    if options.loop == "plain":
+        options.arms = [arm for arm in options.arms if arm in ("fallback", "unprotected")]
+        options.cases = [name for name in options.cases if runs_plainly(CASES[name])]
 
     revision = _revision()
     work: list[dict[str, Any]] = []
@@ -68,7 +75,9 @@ def main() -> None:
     work = [{**each, "case": _shared(each["case"], each["arm"])} for each in work]
     for each in work:
         each["revision"] = revision
+        each["loop"] = "trainer" if each["arm"] == HIGH else options.loop
     rows = measure(options.journal, work, run, jobs=options.jobs, key=key)
+    rows = [row for row in rows if row["arm"] == HIGH or key(row)[-1] == options.loop]
 
     reference = {(r["case"], r["seed"]): r["final_loss"] for r in rows if r["arm"] == HIGH}
     reference |= {

@@ -10,12 +10,15 @@ from typing import Any
 import lightning as L
 import pytest
 
-from benchmarks.proof.cases import OTHER, PRECISION
+from benchmarks.proof import arms
+from benchmarks.proof.activation_bound import ActivationBound
+from benchmarks.proof.cases import CASES, OTHER, PRECISION
 from benchmarks.proof.faults import Growing
 from benchmarks.proof.innocents import first_time
 from benchmarks.proof.journal import measure, measured
 from benchmarks.proof.nets import Batches
 from benchmarks.proof.pairs import healthy_run
+from benchmarks.proof.plain import runs_plainly
 from benchmarks.proof.table import rate, summary, wilson
 from benchmarks.proof.tries import attempt
 from lightning_fp import FP8Precision
@@ -124,3 +127,35 @@ def test_a_healthy_pair_is_acquitted_and_a_format_that_is_too_coarse_convicted()
     assert sum(healthy.findings.values()) == 2
     coarse = healthy_run("vit", "e5m0", 1.0, 0, pairs=2, window=16)
     assert coarse.convicted
+
+
+def test_in_a_plain_loop_there_are_the_cases_without_a_trainers_part() -> None:
+    plain = {name for name, case in CASES.items() if runs_plainly(case)}
+    assert {"aligned-pair", "one-in-20", "gpt stuck-scale", "vit healthy"} <= plain
+    assert not plain & {"two-optimizers", "one noisy rank", "flipped bit"}
+
+
+@pytest.mark.slow
+def test_a_plain_loop_saves_what_the_trainer_saves() -> None:
+    one, other = (attempt("one-in-20", "fallback", 0, loop=loop) for loop in ("trainer", "plain"))
+    assert one.changed
+    assert one.changed == other.changed
+    assert one.first_change == other.first_change
+    assert one.final_loss == other.final_loss
+
+
+@pytest.mark.slow
+def test_with_memory_for_fp8_alone_a_run_is_saved_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[ActivationBound] = []
+
+    class Bound(ActivationBound):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            bounds.append(self)
+
+    monkeypatch.setattr(arms, "ActivationBound", Bound)
+    one = attempt("one-in-20", "fallback", 0)
+    other = attempt("one-in-20", "fallback, FP8 memory", 0)
+    assert bounds[-1].seen.refused > 0
+    assert one.changed == other.changed
+    assert one.final_loss == pytest.approx(other.final_loss, rel=1e-3)

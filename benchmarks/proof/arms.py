@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from benchmarks.proof.activation_bound import ActivationBound
 from lightning_fp import PrecisionFallback
 from lightning_fp.layers import LinearFormat
 from lightning_fp.numerics.statistics import shares
@@ -29,9 +30,12 @@ Arm = Literal[
     "cast error",
     "fallback",
     "fallback, depth 1",
+    "fallback, FP8 memory",
 ]
 RIVALS: tuple[Arm, ...] = ("unprotected", "skip-step", "rollback", "cast error")
-LESS_MEMORY: tuple[Arm, ...] = ("fallback, depth 1",)
+LESS_MEMORY: tuple[Arm, ...] = ("fallback, depth 1", "fallback, FP8 memory")
+"""One snapshot in 200 steps; room for the activations of the run's formats and a tenth more, so
+that replays in high precision compute those of blocks again."""
 
 MOST_UNDERFLOW, MOST_ERROR = 0.05, 1e-4
 """Share of non-zero elements that a cast makes zero, and its mean squared error as a share of the
@@ -50,6 +54,8 @@ def protection(arm: Arm, directory: Path) -> list[L.Callback]:
         return [PrecisionFallback(dirpath=directory)]
     if arm == "fallback, depth 1":
         return [PrecisionFallback(dirpath=directory, snapshots=1, snapshot_every_n_steps=200)]
+    if arm == "fallback, FP8 memory":
+        return [ActivationBound(of_first=1.1), PrecisionFallback(dirpath=directory)]
     return []
 
 

@@ -7,17 +7,21 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
 from benchmarks.proof.arms import Arm, protection
 from benchmarks.proof.cases import CASES, Case
 from benchmarks.proof.nets import Batches, Net
+from benchmarks.proof.plain import in_a_plain_loop
 from lightning_fp import FP8Precision, PrecisionFallback
 from lightning_fp.demo.faults import fault_run
+from lightning_fp.layers import PrecisionMap
 from lightning_fp.records import read_events
 from lightning_fp.records.events import FormatChange, Rollback, SkippedStep
+
+Loop = Literal["trainer", "plain"]
 
 LAST_STEPS = 30
 """Steps that the loss at the end is averaged over."""
@@ -49,6 +53,9 @@ class Try:
     seconds: float
     """Processor time."""
 
+    loop: Loop = "trainer"
+    """What has trained."""
+
     def gap(self, high: Try) -> float:
         """By what share the final loss is higher than another run's; inf if it is not finite."""
         gap = self.final_loss / high.final_loss - 1
@@ -66,10 +73,15 @@ class _Losses(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self.losses.append(float(outputs["loss"]))
         plugin = trainer.precision_plugin
-        if isinstance(plugin, FP8Precision):
-            formats = plugin.precision_map.formats()
+        table = plugin.precision_map if isinstance(plugin, FP8Precision) else None
+        self.step(float(outputs["loss"]), table)
+
+    def step(self, loss: float, table: PrecisionMap | None) -> None:
+        """A batch has been trained on."""
+        self.losses.append(loss)
+        if table is not None:
+            formats = table.formats()
             self.first = getattr(self, "first", formats)
             same = [formats[name] == format for name, format in self.first.items()]
             self.kept.append(sum(same) / len(same))
@@ -77,7 +89,9 @@ class _Losses(L.Callback):
                 self.changed_at = len(self.losses) - 1
 
 
-def attempt(name: str, arm: Arm, seed: int, directory: Path | None = None) -> Try:
+def attempt(
+    name: str, arm: Arm, seed: int, directory: Path | None = None, loop: Loop = "trainer"
+) -> Try:
     """Run one.
 
     Args:
@@ -85,6 +99,7 @@ def attempt(name: str, arm: Arm, seed: int, directory: Path | None = None) -> Tr
         arm: what protects it.
         seed: of weights and batches.
         directory: where the records of the run go, to be read afterwards; by default nowhere.
+        loop: what trains; in a plain loop there are the fallback alone, and none.
     """
     case = CASES[name]
     began = time.process_time()
@@ -92,11 +107,14 @@ def attempt(name: str, arm: Arm, seed: int, directory: Path | None = None) -> Tr
     losses = _Losses()
     with tempfile.TemporaryDirectory() as passing:
         records = Path(passing) if directory is None else directory
-        callbacks = protection(arm, records)
+        callbacks = protection(arm, records) if loop == "trainer" else []
         plugin = None
         if arm != "high precision":
             plugin = FP8Precision(case.scaling, base="32-true", layers={"*": case.scaling})
-        if case.net is None:
+        replayed = 0
+        if loop == "plain":
+            replayed = in_a_plain_loop(case, seed, losses.step, records, fallback=arm == "fallback")
+        elif case.net is None:
             fault_run(case.make(), plugin, [*callbacks, losses], seed=seed)
         else:
             _train(case, case.net(seed, case.rate), plugin, [*callbacks, losses], seed)
@@ -116,8 +134,9 @@ def attempt(name: str, arm: Arm, seed: int, directory: Path | None = None) -> Tr
         kept=sum(losses.kept) / len(losses.kept) if losses.kept else 0.0,
         skipped=sum(isinstance(event, SkippedStep) for event in events),
         rolled_back=sum(e.step - e.to_step for e in events if isinstance(e, Rollback)),
-        replayed=0 if fallback is None else fallback.steps.replayed,
+        replayed=replayed if fallback is None else fallback.steps.replayed,
         seconds=round(time.process_time() - began, 2),
+        loop=loop,
     )
 
 

@@ -503,7 +503,7 @@ class Watch:
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self, state: WatchState) -> dict[str, Any]:
-        """As plain numbers, strings, lists and dicts, for a checkpoint; between two steps."""
+        """For a checkpoint, between two steps: what `torch.load(weights_only=True)` takes."""
         return to_plain(state, self.detector)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> WatchState:

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fp.events import (
@@ -824,6 +826,85 @@ def test_a_saved_state_decides_as_the_one_that_was_saved(
         loaded, again = tell(watch, loaded, happening, loop)
         assert str([e.sentence() for e in told]) == str([e.sentence() for e in again])
     assert str(watch.state_dict(state)) == str(watch.state_dict(loaded))
+
+
+@st.composite
+def _script(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Pieces of a run: for some steps a loss, a rate, values that are cast, a loop that answers."""
+    piece = st.fixed_dictionaries(
+        {
+            "steps": st.integers(1, 12),
+            "loss": st.sampled_from([3.0, 3.0, 3.0, 3.4, 6.0, 0.0, math.nan]),
+            "lr": st.sampled_from([1e-3, 1e-3, 3e-3]),
+            "amax": st.sampled_from([None, 1.0, 64.0]),
+            "skipped": st.booleans(),
+            "over": st.booleans(),
+            "harm": st.sampled_from([0.0, 0.0, 0.2, 0.6]),
+            "gap": st.sampled_from([0.0, 0.0, 0.2]),
+            "error": st.sampled_from([0.05, 0.9]),
+            "eager": st.sampled_from([1.0, 0.0]),
+        }
+    )
+    return draw(st.lists(piece, min_size=1, max_size=4))
+
+
+def _happenings(at: int, piece: dict[str, Any], *, last: bool) -> list[Happening]:
+    """Of one step, as they come in a run."""
+    skipped = piece["skipped"] and at % 7 == 0
+    seen = replace(signals(at - 1, piece["loss"], skipped=skipped), lr=piece["lr"])
+    happenings: list[Happening] = [Attempted(), StepSeen(at=at, signals=seen)]
+    if piece["over"] and at % 5 == 0:
+        happenings.append(_over(at))
+    if piece["amax"] is not None:
+        amax = torch.ones(len(LOW), 2)
+        amax[0, 0] = piece["amax"] if at % 9 == 0 else 1.0
+        happenings.append(AmaxSeen(at=at, step=at - 1, amax=amax))
+    happenings += [Boundary(at=at), Settled(at=at)]
+    return [*happenings, Ended(at=at)] if last else happenings
+
+
+@cache
+def _armed() -> WatchState:
+    """After a healthy beginning; states are never changed, so all examples begin with this one."""
+    state, _ = run(_short(), Loop(), lambda _: 3.0, 66)
+    return state
+
+
+def _short() -> Watch:
+    return machine(policy=FallbackPolicy(grace=10, hold=20))
+
+
+@settings(max_examples=20, deadline=None)
+@given(_script(), st.floats(0, 1))
+def test_a_run_that_is_resumed_anywhere_decides_and_acts_as_without(
+    script: list[dict[str, Any]], part: float
+) -> None:
+    """And so do two ranks, which see the same reduced signals: all of a decision is its state."""
+    answers = ("harm", "gap", "error", "eager")
+    loops, watches = (Loop(), Loop()), (_short(), _short())
+    states = [_armed(), _armed()]
+    length = 66 + sum(piece["steps"] for piece in script)
+    resumed, at = 66 + int(part * (length - 66)), 66
+    for piece in script:
+        for loop in loops:
+            vars(loop).update({name: piece[name] for name in answers})
+        for _ in range(piece["steps"]):
+            if at == resumed:  # the other begins anew from a checkpoint
+                file = BytesIO()
+                torch.save(watches[1].state_dict(states[1]), file)
+                file.seek(0)
+                states[1] = _short().load_state_dict(torch.load(file, weights_only=True))
+            at += 1
+            for happening in _happenings(at, piece, last=at == length):
+                told = []
+                for which, (watch, loop) in enumerate(zip(watches, loops, strict=True)):
+                    states[which], events = tell(watch, states[which], happening, loop)
+                    told.append([(type(event), event.sentence()) for event in events])
+                assert told[0] == told[1]
+    assert loops[0].asked == loops[1].asked
+    assert str(loops[0].done) == str(loops[1].done)
+    first, second = (str(w.state_dict(s)) for w, s in zip(watches, states, strict=True))
+    assert first == second
 
 
 def test_a_state_of_another_version_is_refused() -> None:

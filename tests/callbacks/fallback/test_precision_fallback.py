@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
+from benchmarks.proof.activation_bound import ActivationBound
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback
 from lightning_fp.demo import ByteBatches
 from lightning_fp.records.events import (
@@ -30,7 +31,6 @@ from lightning_fp.stability.actions import Asked, Climb, Climbed
 from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.supervise.supervisor import Supervisor
-from tests.activation_bound import ActivationBound
 from tests.helper import (
     CONTEXT,
     LanguageModel,

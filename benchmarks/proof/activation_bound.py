@@ -17,13 +17,14 @@ class ActivationBound(L.Callback):
 
     Args:
         max_bytes: of distinct tensors that are no Parameters; None only counts.
+        of_first: so many times what the first step keeps is the bound, if given.
     """
 
-    def __init__(self, max_bytes: int | None = None) -> None:
-        self.max_bytes = max_bytes
-        self.seen = SimpleNamespace(most=0, refused=0)
-        """The most bytes that a step has kept, and how many times there was no room. In an object
-        of its own: a replay puts back the plain attributes of callbacks."""
+    def __init__(self, max_bytes: int | None = None, *, of_first: float | None = None) -> None:
+        self.of_first = of_first
+        self.seen = SimpleNamespace(most=0, refused=0, limit=max_bytes)
+        """The most bytes that a step has kept, how many times there was no room, and what room
+        there is. In an object of its own: a replay puts back the plain attributes of callbacks."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step: Any = pl_module.training_step
@@ -37,7 +38,7 @@ class ActivationBound(L.Callback):
                 if storage.data_ptr() not in aside:
                     kept[storage.data_ptr()] = storage.nbytes()
                 total = sum(kept.values())
-                if self.max_bytes is not None and total > self.max_bytes:
+                if self.seen.limit is not None and total > self.seen.limit:
                     self.seen.refused += 1
                     raise torch.OutOfMemoryError(f"no room for {total} bytes of activations")
                 return tensor
@@ -45,6 +46,8 @@ class ActivationBound(L.Callback):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 output = step(*args, **kwargs)
             self.seen.most = max(self.seen.most, sum(kept.values()))
+            if self.of_first is not None and self.seen.limit is None:
+                self.seen.limit = int(self.of_first * self.seen.most)
             return output
 
         pl_module.training_step = bounded  # pyright: ignore[reportAttributeAccessIssue]
