@@ -45,7 +45,7 @@ class WatchState:
     """Those of the run's first steps: what it has learned is told from them."""
 
     misbehaving: bool = False
-    """Whether it was said that high precision misbehaves too; a resumed run says it again."""
+    """Whether it was said that high precision misbehaves too."""
 
     casts: CastState | None = None
     """The largest values that were cast in the last steps; None before the first."""
@@ -85,6 +85,7 @@ def to_plain(state: WatchState, detector: DivergenceDetector) -> dict[str, Any]:
         "steps": asdict(state.steps),
         "skips": state.skips,
         "calm": state.calm,
+        "misbehaving": state.misbehaving,
         "anomaly": asdict(state.anomaly),
         "first_losses": list(state.first_losses),
         "casts": None if state.casts is None else CastTrigger().state_dict(state.casts),
@@ -117,6 +118,7 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
         steps=Accounting(**saved["steps"]),
         skips=saved["skips"],
         calm=saved["calm"],
+        misbehaving=saved.get("misbehaving", False),
         anomaly=Anomaly(**saved["anomaly"]),
         first_losses=tuple(saved.get("first_losses", ())),
         casts=None if casts is None else CastTrigger().load_state_dict(casts),
