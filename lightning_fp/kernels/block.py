@@ -69,7 +69,7 @@ class BlockKernel(Kernel):
     """8-bit format of the gradient of the output."""
 
     length: int = BLOCK
-    """Values along the summed dimension that share a scale."""
+    """Values along the summed dimension that share a scale; a power of two."""
 
     square_weight: bool = True
     """Whether the weight's blocks are square: one cast then serves output and grad_input alike."""
@@ -82,6 +82,12 @@ class BlockKernel(Kernel):
 
     through_bf16: bool = False
     """Whether weights are rounded to bf16 before they are cast, as an engine receives them."""
+
+    def __post_init__(self) -> None:
+        if self.length.bit_count() != 1:
+            raise ValueError(
+                f"length must be a power of two, got {self.length}; take {BLOCK} or {MX_BLOCK}"
+            )
 
     @property
     def name(self) -> str:

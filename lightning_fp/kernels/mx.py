@@ -65,12 +65,16 @@ class TorchaoMXKernel(Kernel):
         """See `Kernel.runs_on_fp8_hardware`."""
         return self.cuda_mx
 
+    def emulates(self, input: Tensor) -> bool:
+        """Whether the products with this input are emulated."""
+        return not (self.cuda_mx and input.is_cuda)
+
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         dtype = compute_dtype(input)
-        emulate = not (self.cuda_mx and input.is_cuda)
+        emulate = self.emulates(input)
         if emulate and not has_dtype(MX_EMULATION.input, input.device):
             own = dataclasses.replace(MX_EMULATION, high_grad_weight=self.high_grad_weight)
             return own(input, weight, bias, layer)

@@ -55,12 +55,14 @@ def spread_blocks(factors: Tensor, block: Block, shape: torch.Size) -> Tensor:
 
     Args:
         factors: one per block, as `block_amax`.
-        block: its rows and columns.
+        block: its rows and columns; in compiled code powers of two.
         shape: [rows, columns] of the matrix.
 
     Returns:
         [rows, columns].
     """
+    if torch.compiler.is_compiling():
+        return _picked(_picked(factors, 0, block[0], shape[0]), 1, block[1], shape[1])
     whole = factors[:, None, :, None].expand(-1, block[0], -1, block[1])
     whole = whole.reshape(factors.shape[0] * block[0], factors.shape[1] * block[1])
     return whole[: shape[0], : shape[1]]
@@ -83,6 +85,19 @@ def amax_to_e8m0(amax: Tensor, limit: float) -> Tensor:
     """
     exponent = (amax / limit).log2().ceil().clamp(-E8M0_MAX, E8M0_MAX)
     return torch.where(exponent == -E8M0_MAX, 1.0, torch.exp2(-exponent))
+
+
+def _picked(factors: Tensor, dimension: int, length: int, size: int) -> Tensor:
+    """`spread_blocks` along one dimension, by an index that Inductor does not see through.
+
+    Where the last block is ragged and it sees the division, it splits the loop over `size` into
+    whole blocks, and leaves the rest of the result as it was in memory (torch 2.13 and 2.14 on a
+    CPU, `CppScheduling.try_loop_split`).
+    """
+    if length == 1:
+        return factors
+    block = torch.arange(size, device=factors.device) >> (length.bit_length() - 1)
+    return factors.index_select(dimension, block)
 
 
 def _grouped(x: Tensor, block: Block) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
-from lightning_fp.kernels import NativeKernel, TorchaoKernel
+from lightning_fp.kernels import MX_EMULATION, Kernel, NativeKernel, TorchaoKernel, TorchaoMXKernel
 
 NAMES = [argument.name for argument in torch.ops.aten._scaled_mm.default._schema.arguments]
 
@@ -24,6 +27,40 @@ class TorchaoOnHardware(TorchaoKernel):
 
     def emulates(self, input: Tensor) -> bool:
         return False
+
+
+class MXOnHardware(TorchaoMXKernel):
+    """torchao's op for MX formats, likewise: given what hardware is given, and then emulated.
+
+    torch has no product of them on a CPU, so that what stands in is the whole op.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        op, (_, emulated) = self._op, (self._options[False], self._options[True])
+
+        def checked(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+            for each in (x, weight):
+                assert each.dtype is torch.bfloat16
+                assert each.is_contiguous()
+                assert each.shape[0] % 32 == each.shape[1] % 32 == 0, each.shape
+            return op(x, weight, **emulated)
+
+        object.__setattr__(self, "_op", checked)
+
+    def emulates(self, input: Tensor) -> bool:
+        return False
+
+
+def on_hardware(kernel: Kernel) -> Kernel:
+    """The kernel that multiplies the same format on FP8 hardware, of one that emulates it."""
+    if isinstance(kernel, NativeKernel):
+        fields = {each.name: getattr(kernel, each.name) for each in dataclasses.fields(kernel)}
+        return OnHardware(**{**fields, "cuda_fp8": True})
+    if isinstance(kernel, TorchaoKernel):
+        return TorchaoOnHardware(config=kernel.config, cuda_fp8=True)
+    assert kernel == MX_EMULATION
+    return MXOnHardware(cuda_mx=True)
 
 
 class CudaRules:
@@ -74,3 +111,23 @@ class CudaRules:
         assert scale_b.is_contiguous()
         assert b.dtype is torch.float8_e4m3fn
         assert out is torch.bfloat16, f"out_dtype {out}, which needs sm90 and cuBLAS 12.9"
+
+
+class _Ruled(torch.fx.Interpreter):
+    """Runs a graph, its FP8 products behind the rules."""
+
+    rules = CudaRules()
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten._scaled_mm.default:
+            return self.rules(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def ruled() -> Any:
+    """A backend for torch.compile that runs the graphs of forward and backward as they are."""
+
+    def run(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(_Ruled(graph).run)
+
+    return aot_autograd(fw_compiler=run, bw_compiler=run)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_fp.kernels import MX_EMULATION, BlockKernel, Kernel, NativeKernel, hardware
-from lightning_fp.numerics import amax_to_e8m0, amax_to_scale
 from tests.helper import kept_bytes, saved_tensors, sqnr_db
+from tests.kernels.quantised import rounded
 
 BLOCK = BlockKernel()
 POWERS = BlockKernel(scales="power_of_two")
@@ -50,24 +48,6 @@ def run(kernel: Kernel | None, tensors: list[Tensor], compiled: bool = False) ->
 
 
 # -- the products, exactly ------------------------------------------------------------------------
-
-
-def rounded(x: Tensor, block: tuple[int, int], scales: str) -> Tensor:
-    """float64: cast block by block with numpy and ml_dtypes, scales undone exactly."""
-    result = np.empty(x.shape)
-    for i in range(0, x.shape[0], block[0]):
-        for j in range(0, x.shape[1], block[1]):
-            part = x[i : i + block[0], j : j + block[1]].float()
-            amax = part.abs().max()
-            scale = (
-                amax_to_e8m0(amax, 448.0)
-                if scales == "e8m0"
-                else amax_to_scale(amax, 448.0, power_of_two=scales == "power_of_two")
-            ).numpy()
-            scaled = np.clip(part.numpy() * scale, -448, 448)
-            cast = scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
-            result[i : i + block[0], j : j + block[1]] = cast / np.float64(scale)
-    return torch.from_numpy(result)
 
 
 @pytest.mark.parametrize("shape", [(256, 128, 128), (150, 200, 72), (1, 33, 5)])
