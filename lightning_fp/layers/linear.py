@@ -127,7 +127,8 @@ class FPLinear(nn.Linear):
         )
         if collect and self.statistics is not None:
             scales = None if memory is None else memory.scales
-            return observe(output, input, weight, kernel, scales, self.statistics)
+            statistics = self._statistics_on(self.statistics, input.device)
+            return observe(output, input, weight, kernel, scales, statistics)
         return output
 
     @property
@@ -148,6 +149,15 @@ class FPLinear(nn.Linear):
         there = memory.on(device)
         if there is not memory:
             self.memory = there
+        return there
+
+    def _statistics_on(
+        self, statistics: OperandStatistics, device: torch.device
+    ) -> OperandStatistics:
+        """Likewise."""
+        there = statistics.on(device)
+        if there is not statistics:
+            self.statistics = there
         return there
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FPLinear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ ROWS = ("input", "weight", "output")
 
 @dataclass
 class Sampling:
-    """Which rows SQNR and the error split are computed on; shared by all layers."""
+    """Which rows SQNR and the error split are computed on; shared by all layers of a device."""
 
     stride: int
     """Distance between sampled rows."""
@@ -45,6 +45,24 @@ class Sampling:
 
     what_if: bool = False
     """Whether to compute what other scalings would have done."""
+
+    elsewhere: dict[torch.device, Sampling] = field(default_factory=dict, repr=False)
+    """Its likes on other devices, which have these too."""
+
+    def on(self, device: torch.device) -> Sampling:
+        """Itself, or its like on another device."""
+        if self.offset.device == device:
+            return self
+        if device not in self.elsewhere:
+            offset = self.offset.to(device)
+            self.elsewhere[device] = Sampling(self.stride, offset, self.what_if, self.elsewhere)
+        return self.elsewhere[device]
+
+    def turn_to(self, turn: int) -> None:
+        """Begin at another row, on all devices."""
+        for each in (self, *self.elsewhere.values()):
+            # Another tensor: a graph of an earlier step may still go backward with its own.
+            each.offset = torch.full_like(each.offset, turn)
 
     def rows(self, x: Tensor) -> Tensor | None:
         """Indices of the rows of an operand to sample; None for all."""
@@ -65,6 +83,11 @@ class OperandStatistics(OperandRecord):
     def __init__(self, sampling: Sampling) -> None:
         super().__init__(len(ROWS), len(STATISTICS), sampling.offset.device)
         self.sampling = sampling
+
+    def on(self, device: torch.device) -> OperandStatistics:
+        """Itself, or its like on another device; what was recorded stays behind."""
+        there = self.sampling.on(device)
+        return self if there is self.sampling else OperandStatistics(there)
 
 
 def observe(

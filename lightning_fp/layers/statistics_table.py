@@ -23,6 +23,8 @@ OPERANDS = ("input", "weight", "output", "grad_output")
 class StatisticsTable:
     """Collects `[layers, operands, statistics]` on the device; the host reads it when it likes.
 
+    Each layer collects where it computes, which need not be where its weight is between steps.
+
     Args:
         layers: the layers to observe, by name.
         stride: SQNR and the error split look at every `stride`-th row; all else at all rows.
@@ -59,8 +61,7 @@ class StatisticsTable:
         for layer in self._layers.values():
             layer.collect = on and not layer.format.is_high_precision
         if on:
-            # Another tensor: a graph of an earlier step may still go backward with its own.
-            self._sampling.offset = torch.full_like(self._sampling.offset, turn)
+            self._sampling.turn_to(turn)
 
     def collecting(self) -> list[bool]:
         """Which layers collect now, in the order of `take`."""
@@ -73,20 +74,25 @@ class StatisticsTable:
     @torch.no_grad()
     def fold(self) -> None:
         """After a backward: take in the statistics of grad_output."""
-        fold_gradients(self._records(), self._gradients)
+        records = self._records()
+        if records and self._gradients.device != records[0].recorded.device:  # the first one's
+            device = records[0].recorded.device
+            self._gradients = self._gradients.to(device, wide_dtype(device))
+        fold_gradients(records, self._gradients)
 
     @torch.no_grad()
     def take(self) -> Tensor:
         """All that was collected on this rank since the last time; then start anew.
 
         Returns:
-            float64 [layers, operands, statistics], on the device.
+            float64 [layers, operands, statistics], where the first layer computes.
         """
         self.fold()
         recorded = [record.recorded for record in self._records()]
         if not recorded:
             return self._gradients.new_zeros(0, len(OPERANDS), len(STATISTICS))
-        table = torch.cat([torch.stack(recorded), self._gradients.unsqueeze(1)], dim=1)
+        here = torch.stack([each.to(self._gradients.device) for each in recorded])
+        table = torch.cat([here, self._gradients.unsqueeze(1)], dim=1)
         torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
         self._gradients.zero_()
         return table
