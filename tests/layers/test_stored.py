@@ -18,7 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from lightning_fp import ConversionReport, convert, revert, unstore
 from lightning_fp.kernels.stored.weight import StoredWeight
 from lightning_fp.layers.stored import is_stored
+from lightning_fp.numerics import devices
 from tests.helper import saved_tensors, sqnr_db
+from tests.kernels.test_float8_free import FLOAT8, Without
 
 FORMATS = ["fp8-delayed", "fp8-dynamic", "fp8-dynamic[weight=e5m2]"]
 
@@ -87,6 +89,32 @@ def test_outputs_and_gradients_are_those_of_the_unstored_layer_bit_for_bit(
         report.precision_map.step()
     a, b = table.state_dict()["scales"], report.precision_map.state_dict()["scales"]
     assert str(a) == str(b)
+
+
+@pytest.mark.parametrize("converted_there", [False, True], ids=["moved there", "converted there"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_float8_dtypes_it_is_the_same(
+    format: str, dtype: torch.dtype, converted_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below sm89 and on MPS; Lightning converts on the host and moves then."""
+    expected = run(stored(format)[0], dtype=dtype)
+    if converted_there:
+        monkeypatch.setattr(devices, "CPU_STANDS_IN_FOR", "sm80")
+        with Without(FLOAT8):
+            kept, _ = stored(format)
+    else:
+        kept, _ = stored(format)
+        monkeypatch.setattr(devices, "CPU_STANDS_IN_FOR", "sm80")
+        kept._apply(torch.clone)
+    with Without(FLOAT8):
+        found = run(kept, dtype=dtype)
+        kept.load_state_dict(kept.state_dict())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    weight = kept.get_submodule("0.base_layer").weight
+    assert isinstance(weight, StoredWeight)
+    assert weight.cast.dtype is torch.uint8
 
 
 def test_a_layer_takes_a_byte_per_weight() -> None:

@@ -99,6 +99,6 @@ class StoredLinear(torch.autograd.Function):
             if ctx.slot is not None:
                 grad_leaf = in_slot(amax_row(grad_output, amax_g, True), ctx.slot)
         if differentiated_again() and grad_input is not None:
-            weight = dequantised(w8, scale_w, amax_w, ctx.dtype)
+            weight = dequantised(w8, scale_w, amax_w, ctx.dtype, kernel.weight)
             grad_input, _ = gradients_again(grad_input, None, grad_output, None, weight)
         return grad_input, None, None, None, None, grad_leaf, None, None, None, None, None

@@ -4,6 +4,9 @@ To whoever asks it is a Parameter with the dtype that it had, of a byte per elem
 take the cast as it is; everything else computes with its values, rounded, in that dtype. What would
 write to it is an error: what was written would be rounded away. Only `copy_`, by which checkpoints
 are loaded, casts what it is given, and gives back bit for bit what it was cast from itself.
+
+Where torch has no float8 dtype, or compiled code cannot store it (MPS, NVIDIA below sm89), the cast
+is its bytes. It becomes that, and the dtype again, where it is moved between such devices.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_fp.kernels.gemm import cast_operand, widen
-from lightning_fp.numerics import FloatFormat, amax_to_scale, format_of_dtype, tensor_amax
+from lightning_fp.numerics import FloatFormat, amax_to_scale, tensor_amax
+from lightning_fp.numerics.devices import has_dtype
 
 aten: Any = torch.ops.aten
 
@@ -25,16 +29,18 @@ class StoredWeight(Tensor):
     """An FP8 tensor with one scale that looks like the tensor it was cast from.
 
     Args:
-        cast: FP8 [out_features, in_features].
+        cast: [out_features, in_features], in the format's dtype, or its bytes.
         scale: float32 scalar, what the weight was multiplied with before the cast.
         amax: float32 scalar, the weight's.
         dtype: the weight's.
+        format: the 8-bit format of the cast.
         layer: its layer's name, for errors.
     """
 
     cast: Tensor
     scale: Tensor
     amax: Tensor
+    format: FloatFormat
     layer: str
 
     @staticmethod
@@ -44,6 +50,7 @@ class StoredWeight(Tensor):
         scale: Tensor,
         amax: Tensor,
         dtype: torch.dtype,
+        format: FloatFormat,
         layer: str = "",
     ) -> StoredWeight:
         wrapper: Any = Tensor._make_wrapper_subclass(  # pyright: ignore
@@ -52,9 +59,16 @@ class StoredWeight(Tensor):
         return wrapper
 
     def __init__(
-        self, cast: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, layer: str = ""
+        self,
+        cast: Tensor,
+        scale: Tensor,
+        amax: Tensor,
+        dtype: torch.dtype,
+        format: FloatFormat,
+        layer: str = "",
     ) -> None:
-        self.cast, self.scale, self.amax, self.layer = cast, scale, amax, layer
+        self.cast, self.scale, self.amax = cast, scale, amax
+        self.format, self.layer = format, layer
 
     @classmethod
     @torch.no_grad()
@@ -62,17 +76,13 @@ class StoredWeight(Tensor):
         """What is kept of a weight: the cast of `fp8-dynamic`, by the tensor's own amax."""
         amax = tensor_amax(weight)
         scale = amax_to_scale(amax, format.max)
-        cast, _ = cast_operand(weight.detach(), scale, format, None)
-        return cls(cast, scale, amax, weight.dtype, layer)
-
-    @property
-    def format(self) -> FloatFormat:
-        """The 8-bit format that it is kept in."""
-        return format_of_dtype(self.cast.dtype)
+        wide = None if has_dtype(format, weight.device) else torch.float32
+        cast, _ = cast_operand(weight.detach(), scale, format, wide)
+        return cls(cast, scale, amax, weight.dtype, format, layer)
 
     def dequantised(self) -> Tensor:
         """Its values, in the dtype that it had; see `dequantised`."""
-        return dequantised(self.cast, self.scale, self.amax, self.dtype)
+        return dequantised(self.cast, self.scale, self.amax, self.dtype, self.format)
 
     # -- as a Parameter --------------------------------------------------------------------------
 
@@ -140,34 +150,40 @@ class StoredWeight(Tensor):
         plain: Any = tree_map_only(StoredWeight, StoredWeight.dequantised, (args, kwargs))
         return func(*plain[0], **plain[1])
 
-    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, FloatFormat]]:
         # Without the name: code compiled for one block would not serve the next.
-        return ["cast", "scale", "amax"], self.dtype
+        return ["cast", "scale", "amax"], (self.dtype, self.format)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: Mapping[str, Tensor], dtype: torch.dtype, size: object, stride: object
+        inner: Mapping[str, Tensor],
+        kind: tuple[torch.dtype, FloatFormat],
+        size: object,
+        stride: object,
     ) -> StoredWeight:
-        return StoredWeight(inner["cast"], inner["scale"], inner["amax"], dtype)
+        return StoredWeight(inner["cast"], inner["scale"], inner["amax"], *kind)
 
 
-def dequantised(cast: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantised(
+    cast: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, format: FloatFormat
+) -> Tensor:
     """The values that a cast stands for.
 
     The largest come out as the amax itself, which the quotient may miss by a rounding: so to cast
     these values again gives the same cast and scale, and a run resumes bit for bit.
 
     Args:
-        cast: FP8, any shape.
+        cast: FP8 or its bytes, any shape.
         scale: float32 scalar.
         amax: float32 scalar.
         dtype: of the result.
+        format: of the cast.
 
     Returns:
         The shape of `cast`.
     """
-    exact = widen(cast, format_of_dtype(cast.dtype), torch.float32)
-    largest = exact.abs() == format_of_dtype(cast.dtype).max
+    exact = widen(cast, format, torch.float32)
+    largest = exact.abs() == format.max
     values = torch.where(largest, torch.copysign(amax, exact), exact * scale.reciprocal())
     return values.to(dtype)
 
@@ -178,8 +194,15 @@ _Operator = Callable[..., Any]
 
 
 def _each(weight: StoredWeight, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-    parts = change(weight.cast), change(weight.scale), change(weight.amax)
-    return StoredWeight(*parts, dtype, weight.layer)
+    # Moved as bytes, which every device has.
+    cast = _as_held(change(weight.cast.view(torch.uint8)), weight.format)
+    return StoredWeight(
+        cast, change(weight.scale), change(weight.amax), dtype, weight.format, weight.layer
+    )
+
+
+def _as_held(cast: Tensor, format: FloatFormat) -> Tensor:
+    return cast.view(format.dtype) if has_dtype(format, cast.device) else cast
 
 
 def _same(func: Any) -> _Operator:
@@ -202,14 +225,15 @@ def _empty(weight: StoredWeight, *, dtype: torch.dtype | None = None, **kwargs: 
 
 def _copy(weight: StoredWeight, source: Tensor, non_blocking: bool = False) -> StoredWeight:
     """What is given is cast anew; another of its kind is taken over."""
-    same = isinstance(source, StoredWeight) and source.cast.dtype is weight.cast.dtype
+    same = isinstance(source, StoredWeight) and source.format == weight.format
     if same or not source.is_floating_point():
         other = source
     else:
         other = StoredWeight.of(source.to(weight.dtype).expand(weight.shape), weight.format)
     if not isinstance(other, StoredWeight):
         raise ValueError(f"layer {weight.layer!r}: its weight must be real, got {source.dtype}")
-    for name in ("cast", "scale", "amax"):
+    weight.cast.view(torch.uint8).copy_(other.cast.view(torch.uint8), non_blocking=non_blocking)
+    for name in ("scale", "amax"):
         getattr(weight, name).copy_(getattr(other, name), non_blocking=non_blocking)
     return weight
 

@@ -220,7 +220,8 @@ class DelayedScales(ABC):
     def _amax_record(self) -> AmaxRecord:
         rows, names = self._in_full(), list(self._layers)
         formats = [self._formats[row] for row in rows]
-        return AmaxRecord([names[row] for row in rows], formats, self._recorded[rows])
+        picked = self._recorded.index_select(0, torch.tensor(rows, device=self._recorded.device))
+        return AmaxRecord([names[row] for row in rows], formats, picked)
 
     def _in_full(self) -> list[int]:
         """Rows of the layers of which all is recorded."""

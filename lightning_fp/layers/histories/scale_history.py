@@ -64,7 +64,8 @@ class ScaleHistory(DelayedScales):
             for index, name in enumerate(self._layers)
             if layers.get(name) is self._layers[name] and name not in self._amax_only
         }
-        device = first_device(layers.values())
+        # Where they were: under CPU offload weights are elsewhere between steps.
+        device = self._history.device if self._layers else first_device(layers.values())
         history = torch.zeros(len(layers), 3, self.config.history_len, device=device)
         for index, name in enumerate(layers):
             if name in kept:

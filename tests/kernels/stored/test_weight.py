@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_fp.kernels.stored.weight import StoredWeight
-from lightning_fp.numerics import FORMATS
+from lightning_fp.numerics import FORMATS, devices
 
 E4M3 = FORMATS["e4m3"]
 
@@ -120,3 +120,22 @@ def test_copies_and_moves() -> None:
     narrow = stored.to(torch.bfloat16)
     assert (narrow.dtype, narrow.cast.dtype) == (torch.bfloat16, torch.float8_e4m3fn)
     assert stored.to("meta").device.type == stored.to("meta").cast.device.type == "meta"
+
+
+def test_without_float8_dtypes_it_is_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS and below sm89; it becomes that, and float8 again, where it is moved."""
+    weight = torch.randn(4, 8)
+    stored = parameter(weight)
+    monkeypatch.setattr(devices, "CPU_STANDS_IN_FOR", "sm80")
+    made, moved = parameter(weight), stored.to(torch.bfloat16).float()
+    assert [each.cast.dtype for each in (made, moved)] == [torch.uint8] * 2
+    assert same(made, stored)
+    assert same(moved, stored)
+    assert torch.equal(made.dequantised(), stored.dequantised())
+    with torch.no_grad():
+        made.copy_(stored)
+    assert same(made, stored)
+    monkeypatch.setattr(devices, "CPU_STANDS_IN_FOR", None)
+    back = made.clone()
+    assert (back.cast.dtype, back.format) == (torch.float8_e4m3fn, E4M3)
+    assert same(back, stored)
