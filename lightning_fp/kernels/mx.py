@@ -4,7 +4,8 @@ torchao's op takes contiguous bf16 (emulated: or float32) and whole blocks only,
 drops the bias (pytorch/ao#4846). So the bias is added here, dtypes are made what it takes, and
 where it is emulated zeros fill the last blocks, which changes no scale and adds nothing to a sum.
 It keeps input and weight for backward, in the dtype it was given: under mixed precision that is a
-bf16 copy of the weight. The emulation of `BlockKernel` keeps neither, and gives the same bits.
+bf16 copy of the weight. The emulation of `BlockKernel` keeps neither, and gives the same bits: in
+compiled code, and where torch has no float8 dtype, it takes the place of torchao's.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ class TorchaoMXKernel(Kernel):
             return F.linear(input, weight, bias)
         dtype = compute_dtype(input)
         emulate = self.emulates(input)
-        if emulate and not has_dtype(MX_EMULATION.input, input.device):
+        # Compiled for a CPU, torchao's emulation has what was in memory in some gradients of ragged
+        # batches (torch 2.13, torchao 0.18).
+        theirs = has_dtype(MX_EMULATION.input, input.device) and not torch.compiler.is_compiling()
+        if emulate and not theirs:
             own = dataclasses.replace(MX_EMULATION, high_grad_weight=self.high_grad_weight)
             return own(input, weight, bias, layer)
         rows = input.reshape(-1, input.shape[-1])

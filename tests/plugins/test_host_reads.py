@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,11 +35,14 @@ from lightning_fp.kernels.memory import (
     in_slot,
 )
 from lightning_fp.layers.statistics_table import StatisticsTable
+from lightning_fp.loop import PrecisionLoop
 from lightning_fp.numerics import statistics
+from lightning_fp.stepping.guard import Guard
 from tests.helper import make_trainer
 
 PACKAGE = "lightning_fp"
 READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero"}
+READS |= {"unique_dim", "unique_consecutive", "bincount", "repeat_interleave.Tensor"}
 METHODS = {"tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__", "__index__"}
 FROM_HOST = {"tensor", "as_tensor"}
 
@@ -47,15 +51,15 @@ ALLOWED = {
     "stepping/guard.py",
     # On CUDA they read what was copied asynchronously, a step late.
     "stability/detect/signals.py",
-    "plugins/late_flags.py",
+    "stepping/late_flags.py",
 }
 
 
 class Watch:
     """Counts the package's reads, by file and line, while it is on."""
 
-    def __init__(self) -> None:
-        self.on = False
+    def __init__(self, allowed: set[str]) -> None:
+        self.on, self.allowed = False, allowed
         self.found: Counter[str] = Counter()
 
     def see(self, what: str) -> None:
@@ -67,7 +71,7 @@ class Watch:
         if not ours or any("/torch/optim/" in frame.filename for frame in below):
             return  # torch's optimizers count their steps on the host
         place = Path(ours[-1].filename.split(f"/{PACKAGE}/")[-1])
-        if str(place) not in ALLOWED:
+        if str(place) not in self.allowed:
             self.found[f"{place}:{ours[-1].lineno} {what}"] += 1
 
 
@@ -79,8 +83,12 @@ class Dispatched(TorchDispatchMode):
         self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.removeprefix("aten::") in READS:
+        if str(func).removeprefix("aten.").removesuffix(".default") in READS:
             self.watch.see(func._schema.name)
+        if func._schema.name in ("aten::index", "aten::index_put_"):
+            for index in args[1]:  # how many a mask picks has to be known first
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    self.watch.see("a mask as an index")
         return func(*args, **(kwargs or {}))
 
 
@@ -111,8 +119,8 @@ class Operations(TorchDispatchMode):
 
 
 @contextmanager
-def watched() -> Iterator[Watch]:
-    watch = Watch()
+def watched(allowed: set[str] = ALLOWED) -> Iterator[Watch]:
+    watch = Watch(allowed)
     with Dispatched(watch), Called(watch):
         yield watch
 
@@ -126,8 +134,9 @@ def _as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 class Sometimes(L.LightningModule):
     """Layers that run always, in every other batch, and never; one optimizer or two."""
 
-    def __init__(self, optimizers: int = 1) -> None:
+    def __init__(self, optimizers: int = 1, make: Any = torch.optim.SGD) -> None:
         super().__init__()
+        self.make = make
         self.always, self.other, self.never = (nn.Linear(16, 16) for _ in range(3))
         self.count = optimizers
         self.automatic_optimization = optimizers == 1
@@ -145,7 +154,7 @@ class Sometimes(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         layers = (self.always, self.other) if self.count == 2 else (self,)
-        made = [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in layers]
+        made = [self.make(layer.parameters(), lr=0.01) for layer in layers]
         return made if self.count == 2 else made[0]
 
 
@@ -163,7 +172,7 @@ class FromStep(L.Callback):
 
 
 def train(watch: Watch, plugin: FP8Precision, callbacks: list[L.Callback], **options: Any) -> None:
-    model = Sometimes(options.pop("optimizers", 1))
+    model = Sometimes(options.pop("optimizers", 1), options.pop("make", torch.optim.SGD))
     # While a layer has not run its scales are looked for, after steps 0, 2, 6, 14, 30, ...
     per_batch = model.count
     callbacks = [FromStep(watch, 16 * per_batch, 30 * per_batch), *callbacks]
@@ -175,7 +184,7 @@ def train(watch: Watch, plugin: FP8Precision, callbacks: list[L.Callback], **opt
 Callbacks = Callable[[Path], list[L.Callback]]
 
 CALLBACKS: dict[str, Callbacks] = {
-    "plugin": lambda _: [],
+    "plugin": lambda _: [],  # with its guard
     "fallback": lambda path: [PrecisionFallback(dirpath=path, probe_every_n_steps=None)],
 }
 
@@ -197,6 +206,46 @@ def test_a_step_reads_nothing(
     plugin = FP8Precision(scaling, base="32-true", layers={"*": f"fp8-{scaling}"})
     with watched() as watch:
         train(watch, plugin, CALLBACKS[callbacks](tmp_path), **options)
+    assert not watch.found
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_a_fused_optimizer_reads_nothing(
+    optimizers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what the guard finds as a flag, of which the host hears a batch late."""
+    monkeypatch.setattr(Guard, "_takes_flag", staticmethod(lambda *_: True))
+    make = partial(torch.optim.AdamW, fused=True)
+    plugin = FP8Precision("delayed", base="32-true", layers={"*": "fp8-delayed"})
+    with watched(ALLOWED - {"stepping/guard.py"}) as watch:
+        train(watch, plugin, CALLBACKS["fallback"](tmp_path), make=make, optimizers=optimizers)
+    assert not watch.found
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "delayed"])
+def test_a_step_of_a_plain_loop_reads_nothing(scaling: str, tmp_path: Path) -> None:
+    model = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loop = PrecisionLoop(
+        model,
+        optimizer,
+        scaling,
+        base="32-true",
+        layers={"*": f"fp8-{scaling}"},
+        fallback={"probe_every_n_steps": None},
+        monitor=False,
+        dirpath=tmp_path,
+    )
+
+    def loss(batch: tuple[Tensor, bool]) -> Tensor:
+        hidden = model[1](batch[0]) if batch[1] else batch[0]
+        return (model[0](hidden) - batch[0]).square().mean()
+
+    with watched() as watch:
+        for step in range(30):
+            watch.on = step >= 16
+            loop.step(loss, (torch.randn(2, 16), step % 2 == 0))
+        watch.on = False
     assert not watch.found
 
 

@@ -134,6 +134,8 @@ class ScaleHistory(DelayedScales):
     def _hand_out(self, scales: Tensor) -> None:
         if any(memory.captured for memory in self._memory):
             self._scales.copy_(scales)
+            for memory, row in zip(self._memory, scales.unbind(0), strict=True):
+                memory.scales.copy_(row)  # no view of ours on another device, or where it has moved
             return
         self._scales = scales
         for memory, row in zip(self._memory, scales.unbind(0), strict=True):

@@ -106,6 +106,8 @@ class MismatchTally:
         """
         # First of all whether everybody can go on: `compute` has collectives of its own, and a rank
         # that is missing there keeps the others waiting.
+        if ranks() == 1 and not (failed or self._updates):
+            return None  # nobody else could have any, and to ask would wait for the device
         device = self._metric.token_sums.device
         own = float(failed), float(self._updates), float(self._sums is not None)
         told = total(torch.tensor(own, device=device))

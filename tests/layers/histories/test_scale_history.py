@@ -183,6 +183,19 @@ class TestStepsBetweenForwardAndBackward:
         assert model.memory.scales is before
         assert before[INPUT].item() == pytest.approx(448 / (4 * x).abs().amax().item())
 
+    def test_a_graph_captured_where_a_layer_has_moved_reads_new_scales(self) -> None:
+        """A layer that has moved, or is on another device, has a copy of its scales and no view."""
+        model = layer()
+        table = delayed(model)
+        x, g = torch.randn(8, 32), torch.randn(8, 16)
+        for _ in range(2):
+            step(model, x, g, table)
+        model.memory.scales = before = model.memory.scales.clone()
+        model.memory.captured = True
+        step(model, 4 * x, g, table)
+        assert model.memory.scales is before
+        assert before[INPUT].item() == pytest.approx(448 / (4 * x).abs().amax().item())
+
     def test_two_optimizers_one_forward_of_the_generator(self) -> None:
         class Adversaries(L.LightningModule):
             def __init__(self) -> None:
