@@ -34,6 +34,10 @@ from parts.results import clocks, write_results  # noqa: E402
 SPARE = 5.0
 """Seconds before its limit at which a part ends by itself, between two rows."""
 
+LEAST = 60.0
+"""Seconds that every part has, if they are left: to import torch for the first time, from a slow
+disk and with all of CUDA, takes longer than what small parts measure."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -54,7 +58,7 @@ def main() -> int:
     for index, group in enumerate(groups):
         left = end - time.monotonic()
         weights = [sum(SHARES[name] for name in each) for each in groups[index:]]
-        limit = left * weights[0] / sum(weights)
+        limit = max(left * weights[0] / sum(weights), min(LEAST, left))
         print(f"{', '.join(group)}: {limit:.0f} s at most", flush=True)
         seen.update(dict.fromkeys(group, clocks()))
         why = run(group, limit, out, dry=options.dry)

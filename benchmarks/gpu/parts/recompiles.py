@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from parts.card import Card
-from parts.formats import converted
+from parts.formats import converted, first_line
 from parts.llama import compile_blocks, make_llama, make_step
-from parts.rows import Rows
+from parts.rows import NotHereError, Rows
 
 
 def measure(card: Card, rows: Rows) -> None:
     # Other parts have compiled the same blocks, and a cached compilation costs nothing.
     torch._inductor.config.force_disable_caches = True
+    _check_compiles(card)
     for format in ("fp8-dynamic",) if card.small else ("fp8-dynamic", "fp8-delayed"):
         torch._dynamo.reset()
         model, shape = make_llama(card, 4)
@@ -39,6 +41,16 @@ def measure(card: Card, rows: Rows) -> None:
         resumed.load_state_dict(table.state_dict())
         step = make_step(again, shape, card, resumed)
         _timed(card, rows, f"{format}: first step after a resume in the same process", step)
+
+
+def _check_compiles(card: Card) -> None:
+    """A machine without a compiler for the host compiles nothing, which is no fault to report."""
+    layer = nn.Linear(16, 16, device=card.device, dtype=card.dtype)
+    card.compile(layer)
+    try:
+        layer(torch.ones(16, 16, device=card.device, dtype=card.dtype)).sum().backward()
+    except Exception as error:
+        raise NotHereError(f"nothing compiles here: {first_line(error)}") from error
 
 
 def _timed(card: Card, rows: Rows, what: str, step: Callable[[], object]) -> None:
