@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -27,7 +27,22 @@ def check_model(model: nn.Module, delayed: Iterable[str]) -> None:
             "backend 'transformer-engine' must not be used under FSDP1, which flattens the weights;"
             " use FSDP2 (ModelParallelStrategy, fully_shard) or DDP"
         )
+    delayed = list(delayed)
+    _check_one_device(model, delayed)
     check_delayed_is_eager(model, delayed)
+
+
+def _check_one_device(model: nn.Module, delayed: Sequence[str]) -> None:
+    """Under delayed scaling it gathers the amaxes of all layers in one tensor."""
+    places = {name: model.get_submodule(name).weight.device for name in delayed}
+    for name, device in places.items():
+        first = places[delayed[0]]
+        if device != first:
+            raise ValueError(
+                f"backend 'transformer-engine' needs all layers under 'fp8-delayed' on one device,"
+                f" got {delayed[0]!r} on {first} and {name!r} on {device}; take 'fp8-dynamic', or"
+                " backend='auto'"
+            )
 
 
 def check_delayed_is_eager(model: nn.Module | None, layers: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_fp import convert, revert
 from lightning_fp.kernels import NativeKernel
@@ -90,6 +91,15 @@ def test_an_old_device_is_refused() -> None:
 def test_another_device_is_refused(library: Any) -> None:
     with pytest.raises(ValueError, match="needs the model on a cpu device, got 'cuda'"):
         check_device("cuda")
+
+
+def test_delayed_scaling_over_several_devices_is_refused(library: Any) -> None:
+    with FakeTensorMode():
+        layers = [nn.Linear(32, 32, device=f"cuda:{index}") for index in (0, 0, 1)]
+        module = nn.Sequential(*layers)
+        with pytest.raises(ValueError, match="got '0' on cuda:0 and '2' on cuda:1; take 'fp8-dyn"):
+            converted({"*": "fp8-delayed"}, module)
+        converted({"2": "fp8-dynamic", "*": "fp8-delayed"}, module)
 
 
 def test_the_older_autocast_is_called_by_its_own_names() -> None:
