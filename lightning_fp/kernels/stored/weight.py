@@ -202,7 +202,8 @@ def _each(weight: StoredWeight, change: Callable[[Tensor], Tensor], dtype: torch
 
 
 def _as_held(cast: Tensor, format: FloatFormat) -> Tensor:
-    return cast.view(format.dtype) if has_dtype(format, cast.device) else cast
+    dtype = format.dtype if has_dtype(format, cast.device) else None
+    return cast if dtype is None else cast.view(dtype)
 
 
 def _same(func: Any) -> _Operator:
