@@ -220,7 +220,8 @@ class DelayedScales(ABC):
     def _amax_record(self) -> AmaxRecord:
         rows, names = self._in_full(), list(self._layers)
         formats = [self._formats[row] for row in rows]
-        picked = self._recorded.index_select(0, torch.tensor(rows, device=self._recorded.device))
+        index = torch.tensor(rows, dtype=torch.int64, device=self._recorded.device)
+        picked = self._recorded.index_select(0, index)
         return AmaxRecord([names[row] for row in rows], formats, picked)
 
     def _in_full(self) -> list[int]:

@@ -95,8 +95,10 @@ def test_another_device_is_refused(library: Any) -> None:
 
 def test_delayed_scaling_over_several_devices_is_refused(library: Any) -> None:
     with FakeTensorMode():
-        layers = [nn.Linear(32, 32, device=f"cuda:{index}") for index in (0, 0, 1)]
-        module = nn.Sequential(*layers)
+        module = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
+        for layer, index in zip(module, (0, 0, 1), strict=True):
+            weight = torch.empty(32, 32, device=f"cuda:{index}")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
         with pytest.raises(ValueError, match="got '0' on cuda:0 and '2' on cuda:1; take 'fp8-dyn"):
             converted({"*": "fp8-delayed"}, module)
         converted({"2": "fp8-dynamic", "*": "fp8-delayed"}, module)
