@@ -36,7 +36,8 @@ def trained(table: precision_map.PrecisionMap, model: TinyGPT, steps: int = 2) -
 def test_no_kernel_and_no_keeper_is_asked_for_its_type(module: object) -> None:
     calls = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Call)]
     asked = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "isinstance"]
-    assert {call for call in asked if call != "isinstance(weight, StoredWeight)"} == set()
+    others = {"isinstance(weight, StoredWeight)", "isinstance(value, property)"}
+    assert set(asked) <= others
 
 
 def test_a_memory_waits_while_another_kernel_runs() -> None:
