@@ -159,7 +159,8 @@ class Suite:
             "PEER_RESULTS": str(self.file(arm)),
             "PEER_ONLY": str(chosen),
         }
-        self._call([room, "-q", f"--timeout={self.timeout}"], environment)
+        options = ["-q", f"--timeout={self.timeout}", "--continue-on-collection-errors"]
+        self._call([room, *options], environment)
 
     def _call(self, arguments: list[str], environment: dict[str, str]) -> str:
         """Run pytest in the suite's own directory, with its own configuration."""
