@@ -85,11 +85,12 @@ def scope(suite: Suite, tests: set[str]) -> str:
     """Which part of the suite was run."""
     rooms = {test.split("/")[0].split("::")[0] for test in tests}
     missing = [room for room in suite.all_rooms() if room not in rooms]
+    without = f" Left out: tests of the name `{suite.without.pattern}`." if suite.without else ""
     if not missing:
-        return "All of its directories were run."
+        return f"All of its directories were run.{without}"
     return (
         f"Run so far, in whole or in part: {', '.join(sorted(rooms))};"
-        f" not run: {', '.join(missing)}."
+        f" not run: {', '.join(missing)}.{without}"
     )
 
 
