@@ -152,7 +152,7 @@ def export(
             taken
         format: hf-fp8-block for scales per tensor and per block of 128x128, as DeepSeek-V3 has
             them; compressed-tensors-fp8 for those and scales per row
-        output: DIR: where to; without safetensors files so far
+        output: DIR: where to; without safetensors files and config.json so far
         config: FILE: the model's config.json, which is completed
         prefix: what names begin with and is left out, e.g. `model.` of a LightningModule
         requantise: cast layers anew whose scales the format cannot hold; an error otherwise

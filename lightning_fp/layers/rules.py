@@ -43,8 +43,21 @@ def clean_named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     A wrapper and what it wraps have the same name, in this order.
     """
+    for _, name, module in modules_by_both_names(model):
+        yield name, module
+
+
+def modules_by_both_names(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """Each module with its name in `model.named_modules()` and the name that a user knows.
+
+    Args:
+        model: any, with its wrappers.
+        remove_duplicate: whether a module that is in several places has its first name only.
+    """
     seen: dict[str, tuple[str, nn.Module]] = {}
-    for fqn, module in model.named_modules():
+    for fqn, module in model.named_modules(remove_duplicate=remove_duplicate):
         parent, _, part = fqn.rpartition(".")
         name = ""
         if fqn:
@@ -52,7 +65,7 @@ def clean_named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             dropped = part in _WRAPPERS or (part == "module" and isinstance(owner, _CALL_IT_MODULE))
             name = name if dropped else f"{name}.{part}".removeprefix(".")
         seen[fqn] = name, module
-        yield name, module
+        yield fqn, name, module
 
 
 @dataclass(frozen=True)

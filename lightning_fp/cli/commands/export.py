@@ -29,14 +29,13 @@ def run(
         ValueError: if there is no such checkpoint, or it cannot be exported so.
     """
     place = find_checkpoint(checkpoint)
-    exported = export_weights(
-        weights_in(place),
-        output,
-        format,
-        config=None if config is None else _read(config),
-        prefix=prefix,
-        requantise=requantise,
-    )
+    weights, completed = weights_in(place), None if config is None else _read(config)
+    try:
+        exported = export_weights(
+            weights, output, format, config=completed, prefix=prefix, requantise=requantise
+        )
+    except OSError as error:
+        raise ValueError(f"--output must be writable, got {output!r}: {error}") from error
     if json:
         print_json({"checkpoint": str(place), "output": output, **asdict(exported)})
         return 0

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lightning_fp.kernels.memory import WEIGHT
 from lightning_fp.layers import LinearFormat, linear_format
+from lightning_fp.layers.rules import clean_name
 from lightning_fp.numerics import DelayedScaling, float_format, history_scale
-from lightning_fp.rl.engine.weights import LayerWeight, Stored, Weights, of_format
+from lightning_fp.rl.engine.weights import LayerWeight, Stored, Weights, of_format, stored
 
 STATE_KEY = "lightning_fp.precision"
 """Where the plugin keeps its state, see `lightning_fp.plugins.base`."""
@@ -62,20 +63,15 @@ def weights_in(path: str | Path, formats: Mapping[str, str] | None = None) -> We
         ValueError: if it is no checkpoint of a run of this package, or no layer is in FP8.
     """
     place = find_checkpoint(path)
-    state: dict[str, Any]
-    if _is_sharded(place):
-        tensors = _sharded(place)
-        meta = place / _META
-        state = torch.load(meta, map_location="cpu", weights_only=True) if meta.is_file() else {}
-    else:
-        try:
-            state = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise ValueError(
-                f"path must be a checkpoint that loads with weights_only=True, got {str(place)!r}:"
-                f" {type(error).__name__}: {error}"
-            ) from error
-        tensors = {name: _stored(value) for name, value in state.get("state_dict", {}).items()}
+    try:
+        read, state = _sharded(place) if _is_sharded(place) else _whole(place)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"path must be a checkpoint that loads with weights_only=True, got {str(place)!r}:"
+            f" {what}"
+        ) from error
+    tensors = {clean_name(name): value for name, value in read.items()}
     table = state.get(STATE_KEY)
     if table is None and formats is None:
         raise ValueError(
@@ -116,16 +112,18 @@ def _delayed_scale(history: Tensor, format: LinearFormat, config: DelayedScaling
     return history_scale(history[WEIGHT], limit, config)
 
 
-def _stored(value: Tensor) -> Stored:
-    shape = tuple(value.shape)
-    return Stored(shape=shape, dtype=value.dtype, load=lambda: value, address=value.data_ptr())
-
-
 def _is_sharded(path: Path) -> bool:
     return (path / ".metadata").is_file()
 
 
-def _sharded(path: Path) -> dict[str, Stored]:
+def _whole(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The model's tensors of a file, and all that is in it."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {name: stored(value) for name, value in state.get("state_dict", {}).items()}, state
+
+
+def _sharded(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The model's tensors of a directory, and what is beside them."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -137,7 +135,10 @@ def _sharded(path: Path) -> dict[str, Stored]:
         shape, dtype = tuple(entry.size), entry.properties.dtype
         load: Callable[[], Tensor] = partial(_load, path, key, shape, dtype)
         tensors[key.removeprefix(_STATE)] = Stored(shape=shape, dtype=dtype, load=load)
-    return tensors
+    meta = path / _META
+    return tensors, torch.load(
+        meta, map_location="cpu", weights_only=True
+    ) if meta.is_file() else {}
 
 
 def _load(path: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

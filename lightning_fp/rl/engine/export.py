@@ -44,9 +44,10 @@ class Exported:
 
     def lines(self) -> list[str]:
         """In words."""
+        layers, files = len(self.fp8), len(self.files)
         lines = [
-            f"{len(self.fp8)} layers in FP8, {self.bytes / 2**20:,.1f} MiB in"
-            f" {len(self.files)} file{'s' if len(self.files) > 1 else ''}"
+            f"{layers} layer{'s' * (layers > 1)} in FP8, {self.bytes / 2**20:,.1f} MiB in"
+            f" {files} file{'s' * (files > 1)}"
         ]
         if self.requantised:
             names = ", ".join(fold_names(self.requantised))
@@ -70,7 +71,7 @@ def export_model(
     Args:
         model: converted by `convert`, a precision plugin or a loop. Under FSDP2 call it on all
             ranks; each writes the same, so give only one of them a directory that stays.
-        directory: where to; without safetensors files so far.
+        directory: where to; without safetensors files and config.json so far.
         format: "hf-fp8-block" or "compressed-tensors-fp8".
         config: the model's config.json, to be completed; None writes what concerns the format.
         prefix: what names begin with and is to be left out, e.g. "model." of a LightningModule;
@@ -113,9 +114,15 @@ def export_weights(
     """
     check_choice("format", format, FORMATS)
     target, out = FORMATS[format], Path(directory)
-    if any(out.glob("*.safetensors")):
+    if any(out.glob("*.safetensors")) or (out / "config.json").exists():
         raise ValueError(
-            f"directory must be without safetensors files, got {str(out)!r}; give another one"
+            f"directory must be without safetensors files and config.json, got {str(out)!r}; give"
+            " another one, and the model's config.json as config"
+        )
+    if not weights.layers:
+        raise ValueError(
+            "model must have layers in FP8, got one with all of them in high precision; save its"
+            " state_dict as it is"
         )
     layers = {
         name.removeprefix(prefix): decide(

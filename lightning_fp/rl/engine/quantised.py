@@ -31,7 +31,8 @@ def quantised_state_dict(
     """A model's state for a weight sync, tensor by tensor.
 
     Layers in FP8 give the codes that their next training forward multiplies, and the scale that
-    makes values of them again. All else that is floating-point goes as bf16.
+    makes values of them again. All else that is floating-point goes as bf16: the whole model where
+    a recipe or the fallback has all layers in high precision.
 
     >>> from lightning_fp import convert
     >>> model = nn.Sequential(nn.Linear(256, 128, bias=False))
@@ -52,7 +53,7 @@ def quantised_state_dict(
         high precision.
 
     Raises:
-        ValueError: if no layer is in FP8, or one has no such cast.
+        ValueError: if the model was not converted, or a layer has no such cast.
     """
     weights = weights_of(model)
     casts = {

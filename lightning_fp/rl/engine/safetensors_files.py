@@ -78,17 +78,21 @@ def write_safetensors(path: Path, parts: Sequence[Part]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for part in parts:
-            for (name, said), tensor in zip(part.tensors.items(), part.make(), strict=True):
-                if said != (tensor.dtype, tuple(tensor.shape)):
-                    raise ValueError(
-                        f"{name!r} must be {said}, got {(tensor.dtype, tuple(tensor.shape))}"
-                    )
-                file.write(_bytes(tensor))
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for part in parts:
+                for (name, said), tensor in zip(part.tensors.items(), part.make(), strict=True):
+                    if said != (tensor.dtype, tuple(tensor.shape)):
+                        raise ValueError(
+                            f"{name!r} must be {said}, got {(tensor.dtype, tuple(tensor.shape))}"
+                        )
+                    file.write(_bytes(tensor))
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

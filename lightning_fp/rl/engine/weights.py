@@ -16,12 +16,10 @@ from lightning_fp.kernels.memory import WEIGHT
 from lightning_fp.kernels.stored.weight import StoredWeight
 from lightning_fp.kernels.transformer_engine.kernel import TransformerEngineKernel
 from lightning_fp.layers import LinearFormat
+from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.layers.linear import FPLinear, is_switchable_linear
-from lightning_fp.layers.rules import clean_named_modules
+from lightning_fp.layers.rules import clean_name, modules_by_both_names
 from lightning_fp.rl.engine.weight_casts import WeightCast, scaled_by, weight_cast, why_none
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-"""What torch.compile and wrappers put into the names of a state_dict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +50,27 @@ class LayerWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A model's state, in its order."""
+    """A model's state, in its order.
+
+    Raises:
+        ValueError: if a layer in FP8 has no weight in it: it would go out as something else.
+    """
 
     tensors: Mapping[str, Stored]
     """By name."""
 
     layers: Mapping[str, LayerWeight]
     """Layers in FP8, by name."""
+
+    def __post_init__(self) -> None:
+        without = [
+            name for name in self.layers if f"{name}.weight".removeprefix(".") not in self.tensors
+        ]
+        if without:
+            raise ValueError(
+                f"state_dict must have the weights of all layers in FP8, got none of"
+                f" {', '.join(fold_names(without))}; undo what renames them"
+            )
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -68,18 +80,28 @@ def weights_of(model: nn.Module) -> Weights:
         model: converted by `convert`, a precision plugin or a loop; with FSDP2 too.
 
     Raises:
-        ValueError: if no layer of it is in FP8.
+        ValueError: if it was not converted.
     """
+    converted = False
+    names: dict[str, str] = {}
     layers: dict[str, LayerWeight] = {}
-    for name, module in clean_named_modules(model):
-        if is_switchable_linear(module) and not module.format.is_high_precision:
-            layers[name] = _of_layer(module)
-    if not layers:
+    # a module in two places is twice in the state_dict
+    for fqn, name, module in modules_by_both_names(model, remove_duplicate=False):
+        names[fqn] = name
+        if is_switchable_linear(module):
+            converted = True
+            if not module.format.is_high_precision:
+                layers[name] = _of_layer(module)
+    if not converted:
         raise ValueError(
             "model must have layers in FP8, got one without; convert(model, 'fp8-block'), or hand"
             " it over while it trains"
         )
-    tensors = {_clean(name): _stored(tensor) for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Stored] = {}
+    for key, value in model.state_dict().items():
+        # wrappers may leave their own part out of a state_dict
+        place, _, last = key.rpartition(".")
+        tensors[f"{names.get(place, clean_name(place))}.{last}".removeprefix(".")] = stored(value)
     return Weights(tensors=tensors, layers=layers)
 
 
@@ -112,7 +134,12 @@ def _of_layer(layer: FPLinear) -> LayerWeight:
     return of
 
 
-def _stored(value: object) -> Stored:
+def stored(value: object) -> Stored:
+    """A tensor of a state_dict.
+
+    Raises:
+        ValueError: if it is none.
+    """
     if not isinstance(value, Tensor):
         raise ValueError(
             f"state_dict must have tensors only, got a {type(value).__name__}; leave"
@@ -133,9 +160,3 @@ def address_of(tensor: Tensor) -> int:
     if isinstance(tensor, StoredWeight):
         return 0
     return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
-
-
-def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_fp import FP8Precision, convert
 from lightning_fp.cli import main
@@ -20,6 +21,7 @@ from lightning_fp.layers.linear import is_switchable_linear
 from lightning_fp.rl import export_model, quantised_state_dict
 from lightning_fp.rl.engine.checkpoints import find_checkpoint, weights_in
 from lightning_fp.rl.engine.export import export_weights
+from lightning_fp.rl.engine.safetensors_files import Part, write_safetensors
 from lightning_fp.rl.engine.weight_casts import weight_cast
 from lightning_fp.rl.engine.weights import weights_of
 from tests.helper import LanguageModel, fit
@@ -112,6 +114,46 @@ class TestIterator:
         model = net()
         model.up = torch.compile(model.up)  # pyright: ignore[reportAttributeAccessIssue]
         assert set(values_of(model)) == set(net().state_dict())
+
+    def test_names_in_wrappers(self) -> None:
+        plain = net()
+        averaged = AveragedModel(plain)
+        averaged.module.load_state_dict(plain.state_dict())
+        values = values_of(averaged)
+        assert set(values) == {*plain.state_dict(), "n_averaged"}
+        expected = values_of(plain)
+        assert all(torch.equal(values[name], expected[name]) for name in expected)
+
+    def test_a_module_in_two_places(self) -> None:
+        inner = nn.Linear(64, 64)
+        model = nn.ModuleDict({"a": inner, "b": inner, "c": nn.Linear(64, 64)})
+        convert(model, "fp8-block")
+        dtypes = {name: tensor.dtype for name, tensor, _ in quantised_state_dict(model)}
+        assert dtypes["a.weight"] == dtypes["b.weight"] == torch.float8_e4m3fn
+
+    def test_all_in_high_precision_for_now(self, tmp_path: Path) -> None:
+        """A weight sync goes on where a recipe or the fallback has no layer in FP8."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64))
+        table = convert(model, "fp8-block").precision_map
+        table.set("*", "bf16", reason="a stage")
+        table.apply()
+        synced = {name: (tensor, scale) for name, tensor, scale in quantised_state_dict(model)}
+        tensor, scale = synced["0.weight"]
+        assert scale is None
+        assert torch.equal(tensor, model[0].weight.bfloat16())
+        with pytest.raises(ValueError, match="got one with all of them in high precision"):
+            export_model(model, tmp_path, HF)
+
+    def test_weights_under_other_names(self) -> None:
+        model = net()
+
+        def rename(module: Any, state: dict[str, Any], prefix: str, meta: Any) -> None:
+            state["renamed"] = state.pop("up.weight")
+
+        model.register_state_dict_post_hook(rename)
+        with pytest.raises(ValueError, match="all layers in FP8, got none of up; undo"):
+            quantised_state_dict(model)
 
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match="model must have layers in FP8, got one without"):
@@ -220,6 +262,19 @@ class TestFiles:
         with pytest.raises(ValueError, match="directory must be without safetensors files"):
             export_model(net(), tmp_path, HF)
 
+    def test_a_config_that_is_there_stays(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("theirs")
+        with pytest.raises(ValueError, match=r"without safetensors files and config.json, got"):
+            export_model(net(), tmp_path, HF)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["theirs"]
+
+    def test_nothing_is_left_of_a_file_that_failed(self, tmp_path: Path) -> None:
+        tensors = {"a": (torch.float32, (2,)), "b": (torch.float32, (3,))}
+        part = Part(tensors=tensors, make=lambda: [torch.zeros(2), torch.zeros(2)])
+        with pytest.raises(ValueError, match="'b' must be"):
+            write_safetensors(tmp_path / "model.safetensors", [part])
+        assert not list(tmp_path.iterdir())
+
     def test_tied_weights(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = nn.ModuleDict({"embedding": nn.Embedding(32, 64), "out": nn.Linear(64, 32)})
@@ -258,6 +313,23 @@ class TestCheckpoints:
         assert {f"model.{name}" for name in found} == set(expected)
         for name, value in found.items():
             assert np.array_equal(value, expected[f"model.{name}"].numpy()), name
+
+    def test_of_a_module_with_a_compiled_part(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Its checkpoint has "_orig_mod" in its names, the table does not."""
+        module = fit(FP8Precision("block", layers={"*head*": "bf16"}), LanguageModel(), max_steps=1)
+        module.model = torch.compile(module.model)  # pyright: ignore[reportAttributeAccessIssue]
+        module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+        assert all(name.startswith("model._orig_mod.") for name in module.state_dict())
+        weights = weights_in(tmp_path / "last.ckpt")
+        exported = export_weights(weights, tmp_path / "out", HF, prefix="model.")
+        written = read_directory(tmp_path / "out")
+        assert {f"{layer}.weight_scale_inv" for layer in exported.fp8} <= written.keys()
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        assert main(["export", str(tmp_path / "last.ckpt"), "--output", str(blocked)]) == 2
+        assert "--output must be writable" in capsys.readouterr().err
 
     def test_sharded(self, tmp_path: Path) -> None:
         """As Lightning writes it: torch's distributed checkpoint, and beside it the rest."""
