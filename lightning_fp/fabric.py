@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_fp.layers import ConversionReport, FormatLike, PrecisionMap
 from lightning_fp.layers.backends import BackendLike
+from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.loop.loop_precision import LoopPrecision, device_of
 from lightning_fp.stability.loss_scaling import LossScaling
@@ -49,6 +50,7 @@ class FP8Precision(Precision):
         fp8_eval: whether evaluation runs in the layers' formats as well.
         loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
         tokens: see `lightning_fp.FP8Precision`.
+        quantise_like: see there.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class FP8Precision(Precision):
         fp8_eval: bool = False,
         loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
+        quantise_like: QuantiseLike | None = None,
     ) -> None:
         self.precision: Any = read_base(base)
         self._scaling = scaling
@@ -71,6 +74,7 @@ class FP8Precision(Precision):
             "fp8_eval": fp8_eval,
             "loss_scaling": loss_scaling,
             "tokens": tokens,
+            "quantise_like": quantise_like,
         }
         self._ours: LoopPrecision | None = None
         self._guard: Guard | None = None

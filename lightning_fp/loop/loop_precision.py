@@ -21,8 +21,9 @@ from lightning_fp.layers import (
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.conversion.configured_layers import ConfiguredLayers
 from lightning_fp.layers.conversion.flops import example_flops
+from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.rules import layer_rules
-from lightning_fp.layers.scaling import ScalingLike, read_scaling
+from lightning_fp.layers.scaling import ScalingLike, layers_quantised_like, read_scaling
 from lightning_fp.loop.batches import with_dtype
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.as_trained import as_trained, modes
@@ -48,6 +49,7 @@ class LoopPrecision(BaseAnswers):
         loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
         tokens: see `FP8Precision`.
         frozen: see `FP8Precision`.
+        quantise_like: see `FP8Precision`.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
     Raises:
@@ -66,16 +68,18 @@ class LoopPrecision(BaseAnswers):
         loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
         frozen: Frozen = "kept",
+        quantise_like: QuantiseLike | None = None,
         example_input: Any = None,
     ) -> None:
         self.model, self.name = model, read_base(base)
-        read, backend = read_scaling(scaling), read_backend(backend)
+        read = read_scaling(scaling).quantised_like(quantise_like)
+        backend = read_backend(backend)
         read.check_backend(backend)
         if tokens is not None and not read.auto:
             raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
         configured = ConfiguredLayers(
             format=read.format,
-            rules=layer_rules(layers),
+            rules=layer_rules(layers_quantised_like(layers, quantise_like)),
             backend=backend,
             empty=read.format.is_high_precision,
             frozen=frozen,

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import ConversionReport, FormatLike, Frozen, PrecisionMap
 from lightning_fp.layers.backends import BackendLike
+from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.loop.loop_mismatch import Mismatch
 from lightning_fp.loop.loop_precision import LoopPrecision, device_of
@@ -99,6 +100,8 @@ class PrecisionLoop:
         fp8_eval: whether `evaluation` runs in the layers' formats as well.
         frozen: "stored" keeps of frozen weights in FP8 layers only their cast, as in
             `FP8Precision`.
+        quantise_like: "bf16-export" casts FP8 weights from the values that their bf16 export has,
+            as in `FP8Precision`.
         tokens: with "auto", the tokens that the whole training will see.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
@@ -133,6 +136,7 @@ class PrecisionLoop:
         backend: BackendLike = "auto",
         fp8_eval: bool = False,
         frozen: Frozen = "kept",
+        quantise_like: QuantiseLike | None = None,
         tokens: float | None = None,
         example_input: Any = None,
     ) -> None:
@@ -165,6 +169,7 @@ class PrecisionLoop:
             loss_scaling=loss_scaling,
             tokens=tokens,
             frozen=frozen,
+            quantise_like=quantise_like,
             example_input=example_input,
         )
         device = device_of(model)

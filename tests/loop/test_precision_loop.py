@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -391,3 +392,25 @@ def test_frozen_weights_are_stored() -> None:
         for batch in text_rows(32).split(8)
     ]
     assert losses[-1] < losses[0]
+
+
+def test_weights_are_cast_from_their_bf16_export() -> None:
+    """The keyword is the format's name, for rules too."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    other = copy.deepcopy(one)
+    keyword = PrecisionLoop(
+        one,
+        torch.optim.SGD(one.parameters(), lr=0.1),
+        "block",
+        layers={"1": "fp8-dynamic"},
+        quantise_like="bf16-export",
+    )
+    names = {"0": "fp8-block", "1": "fp8-dynamic"}
+    matched = {layer: f"{name}[quantise_like=bf16-export]" for layer, name in names.items()}
+    name = PrecisionLoop(other, torch.optim.SGD(other.parameters(), lr=0.1), layers=matched)
+    assert keyword.precision_map.formats() == name.precision_map.formats() == matched
+    batch = torch.randn(4, 32)
+    for loop, model in ((keyword, one), (name, other)):
+        loop.step(lambda x, model=model: model(x).square().mean(), batch)
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))

@@ -76,6 +76,14 @@ def test_a_plugin_of_fabrics_makes_the_loops_steps(scaling: Any, base: Any) -> N
     assert not torch.equal(high, low)
 
 
+def test_weights_are_cast_from_their_bf16_export() -> None:
+    plugin = lightning_fp.fabric.FP8Precision("block", quantise_like="bf16-export")
+    fabric = L.Fabric(accelerator="cpu", devices=1, plugins=plugin)
+    model = network()
+    fabric.setup(model, torch.optim.AdamW(model.parameters()))
+    assert set(plugin.precision_map.formats().values()) == {"fp8-block[quantise_like=bf16-export]"}
+
+
 def test_fp16_leaves_steps_out_and_a_state_goes_through_a_checkpoint() -> None:
     scaling = LossScaling(init_scale=2.0**24)
     plugin = lightning_fp.fabric.FP16Precision(loss_scaling=scaling)
