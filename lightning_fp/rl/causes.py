@@ -105,6 +105,7 @@ def cause_sums(
     stale, behind = nowhere, torch.zeros(3, dtype=r.dtype, device=r.device)
     if staleness is not None:
         lag = torch.where(valid, staleness.to(r.device, r.dtype), 0.0)
+        _check_order(lag)
         stale = lag > 0
         largest = lag.max() if lag.numel() else lag.new_zeros(())
         behind = torch.stack([valid.sum().to(r.dtype), lag.sum(), largest])
@@ -128,6 +129,15 @@ def cause_sums(
         sampling=frozenset(origin.unequal_sampling),
         known=frozenset(name for name, is_known in given.items() if is_known),
     )
+
+
+def _check_order(lag: Tensor) -> None:
+    """Refuse weights that training does not have yet; on the CPU, where nothing has to wait."""
+    if lag.device.type == "cpu" and bool((lag < 0).any()):
+        raise ValueError(
+            "rollout_version must be train_version or earlier, got one that is"
+            f" {-lag.min().item():g} later; count both in synchronisations, or both in steps"
+        )
 
 
 def merged(parts: Sequence[CauseSums]) -> CauseSums:

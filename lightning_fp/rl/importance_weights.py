@@ -42,7 +42,7 @@ def truncated_importance_weights(
             update.
         mask: [batch, tokens], 0 for prompt and padding, which may then hold anything; None counts
             all.
-        cap: the largest weight, above 0.
+        cap: the largest weight, above 0; with inf weights end at the largest number of their dtype.
         level: what shares a weight, see `Level`.
         floor: the smallest weight inside of the mask; 0 leaves small ones as they are.
         detach: whether weights are constants to the gradient, as importance sampling has it. If
@@ -57,9 +57,10 @@ def truncated_importance_weights(
         ValueError: for bounds out of order, shapes that differ, or values that are no
             log-probabilities (seen on the CPU alone, where nothing has to wait for a device).
     """
-    if not 0 <= floor <= cap or not 0 < cap < math.inf:
+    floor, cap = _number("floor", floor), _number("cap", cap)
+    if not 0 <= floor <= cap or not cap > 0:
         raise ValueError(
-            "floor and cap must be 0 <= floor <= cap, cap above 0 and finite, got"
+            "floor and cap must be 0 <= floor <= cap, cap above 0, got"
             f" floor={floor} and cap={cap}; 2 is usual for cap"
         )
     ratios = log_ratios(rollout_logprobs, train_logprobs, mask, level, detach=detach)
@@ -100,7 +101,8 @@ def masked_importance_weights(
     Raises:
         ValueError: as `truncated_importance_weights`.
     """
-    low, high = 0.0 if low is None else low, math.inf if high is None else high
+    low = 0.0 if low is None else _number("low", low)
+    high = math.inf if high is None else _number("high", high)
     if not 0 <= low <= high or not high > 0:
         raise ValueError(
             f"low and high must be 0 <= low <= high, high above 0, got low={low} and high={high};"
@@ -110,6 +112,13 @@ def masked_importance_weights(
     weights = _weights(ratios)
     inside = (weights >= low) & (weights <= high)
     return _in_mask(torch.where(inside, weights, 0.0), ratios)
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number, got {value!r}") from error
 
 
 def _weights(ratios: LogRatios) -> Tensor:

@@ -148,7 +148,13 @@ def check_tokens(rollout_tokens: Tensor, train_tokens: Tensor, mask: Tensor | No
 
 
 def _check_shapes(rollout: Tensor, train: Tensor, mask: Tensor | None) -> None:
-    for name, logprobs in {"rollout_logprobs": rollout, "train_logprobs": train}.items():
+    sides = {"rollout_logprobs": rollout, "train_logprobs": train}
+    for name, given in {**sides, **({} if mask is None else {"mask": mask})}.items():
+        if not isinstance(given, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"{name} must be a Tensor, got a {type(given).__name__}; torch.as_tensor makes one"
+            )
+    for name, logprobs in sides.items():
         if not logprobs.is_floating_point():
             raise ValueError(f"{name} must be floating-point, got {logprobs.dtype}")
         if logprobs.dim() != 2:

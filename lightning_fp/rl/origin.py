@@ -77,6 +77,13 @@ class SampleOrigin:
                     "rollout_experts and train_experts must have the same layers, got"
                     f" {', '.join(sorted(alone))} on one side only"
                 )
+        for side in ("rollout_sampling", "train_sampling"):
+            for name, value in (getattr(self, side) or {}).items():
+                if not isinstance(value, (int, float)):
+                    raise ValueError(
+                        f"{side} must be numbers by name, got {name}={value!r}; leave parameters"
+                        " out that change no log-probability"
+                    )
 
     def check(self, mask: Tensor | None) -> None:
         """Refuse tokens that differ, see `check_tokens`."""
@@ -93,7 +100,7 @@ class SampleOrigin:
             [batch, tokens] or broadcastable to it; None if nothing is known.
 
         Raises:
-            ValueError: if versions have another shape, or are later than training's.
+            ValueError: if versions have another shape.
         """
         if self.rollout_version is None or self.train_version is None:
             return None

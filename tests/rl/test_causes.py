@@ -149,6 +149,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match="must have the same layers, got b on one side only"):
             SampleOrigin(rollout_experts={"a": layer, "b": layer}, train_experts={"a": layer})
 
+    def test_weights_that_training_does_not_have_yet(self) -> None:
+        with pytest.raises(ValueError, match="must be train_version or earlier, got one that is 2"):
+            found(0.1, rollout_version=torch.where(STALE, 9, 7), train_version=7)
+
+    def test_sampling_parameters_that_are_no_numbers(self) -> None:
+        with pytest.raises(ValueError, match="train_sampling must be numbers by name, got stop="):
+            SampleOrigin(train_sampling={"stop": "."})  # pyright: ignore[reportArgumentType]
+
     def test_shapes(self) -> None:
         with pytest.raises(ValueError, match="rollout_version must be one number, "):
             found(0.1, rollout_version=torch.zeros(3), train_version=1)

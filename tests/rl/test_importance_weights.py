@@ -205,6 +205,15 @@ class TestEdges:
         assert open_side.isfinite().all()
         assert open_side[0, 0] > 1e38
 
+    def test_no_cap(self) -> None:
+        """Without a cap both kinds are the plain ratio."""
+        rollout = torch.tensor([[-9.0, -1.0, -800.0]])
+        train = torch.tensor([[-1.0, -9.0, -1.0]])
+        open_sides = masked_importance_weights(rollout, train, None, low=None, high=None)
+        uncapped = truncated_importance_weights(rollout, train, None, cap=math.inf)
+        assert torch.equal(uncapped, open_sides)
+        assert uncapped.isfinite().all()
+
     @pytest.mark.parametrize("floor", [0.0, 0.5])
     def test_floor(self, floor: float) -> None:
         rollout, train = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-9.0, -1.2]])
@@ -275,7 +284,7 @@ class TestRefusals:
             of(*batch, None, level="token")
         assert not of(*batch, torch.zeros(2, 3), level="token").any()
 
-    @pytest.mark.parametrize("cap", [0.0, -1.0, math.inf, math.nan])
+    @pytest.mark.parametrize("cap", [0.0, -1.0, math.nan])
     def test_caps(self, cap: float) -> None:
         with pytest.raises(ValueError, match="floor and cap must be"):
             truncated_importance_weights(self.x, self.x, None, cap=cap)
@@ -284,6 +293,19 @@ class TestRefusals:
     def test_bands(self, band: tuple[float, float]) -> None:
         with pytest.raises(ValueError, match="low and high must be"):
             masked_importance_weights(self.x, self.x, None, low=band[0], high=band[1])
+
+    def test_what_are_no_numbers(self) -> None:
+        with pytest.raises(ValueError, match="cap must be a number, got None"):
+            truncated_importance_weights(self.x, self.x, None, cap=None)  # pyright: ignore
+        with pytest.raises(ValueError, match="low must be a number, got 'a'"):
+            masked_importance_weights(self.x, self.x, None, low="a", high=2)  # pyright: ignore
+
+    @pytest.mark.parametrize("of", BOUNDS)
+    def test_what_are_no_tensors(self, of: Callable[..., Tensor]) -> None:
+        with pytest.raises(ValueError, match="rollout_logprobs must be a Tensor, got a list; torc"):
+            of(self.x.tolist(), self.x, None, level="token")
+        with pytest.raises(ValueError, match="mask must be a Tensor, got a ndarray"):
+            of(self.x, self.x, self.x.numpy(), level="token")
 
 
 class TestTokens:
