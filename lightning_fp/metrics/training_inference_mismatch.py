@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_fp.choices import did_you_mean
 from lightning_fp.metrics.base import Float64Metric
 from lightning_fp.metrics.log_histogram import BINS, histogram
+from lightning_fp.metrics.log_probabilities import ROUNDING, check_sides, not_logprobs
 from lightning_fp.metrics.log_ratio import PERPLEXITY_TERMS, SAFETY_BOUND, TERMS, TOKEN_TERMS, Term
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
 from lightning_fp.metrics.mismatch_values import (
@@ -27,10 +28,6 @@ from lightning_fp.metrics.moments import merge_moments, moments_of, no_moments
 EXTREME = 0.9
 """Difference of probabilities that counts as extreme disagreement: one side is all but sure of a
 token that the other all but excludes."""
-
-ROUNDING = 1e-3
-"""What a log-probability may exceed 0 by: more than fp32 rounds by, less than what probabilities of
-sampled tokens are."""
 
 
 class TrainingInferenceMismatch(Float64Metric):
@@ -112,14 +109,14 @@ class TrainingInferenceMismatch(Float64Metric):
         Raises:
             ValueError: if shapes differ, or if values are above 0 and thus no log-probabilities.
         """
-        self._check_shapes(rollout_logprobs, train_logprobs, mask)
+        check_sides(rollout_logprobs, train_logprobs, mask)
         if rollout_logprobs.numel() == 0:
             return
         rollout, train = rollout_logprobs.detach().double(), train_logprobs.detach().double()
         counted = torch.ones_like(train, dtype=torch.bool) if mask is None else mask != 0
         positive = (torch.maximum(rollout, train) > ROUNDING) & counted
         if self.validate_args and positive.device.type == "cpu" and bool(positive.any()):
-            raise _not_logprobs(f"{torch.maximum(rollout, train)[positive][0].item():.4g}")
+            raise not_logprobs(f"{torch.maximum(rollout, train)[positive][0].item():.4g}")
 
         valid = counted & (train - rollout).isfinite()
         rollout, train = torch.where(valid, rollout, 0.0), torch.where(valid, train, 0.0)
@@ -133,23 +130,6 @@ class TrainingInferenceMismatch(Float64Metric):
         moments = moments_of(torch.stack([value.flatten() for value in values]), valid.flatten())
         self.moments = merge_moments(torch.stack([self.moments, moments]))
         self.magnitudes = self.magnitudes + histogram(r.abs().flatten(), valid.flatten())
-
-    def _check_shapes(self, rollout: Tensor, train: Tensor, mask: Tensor | None) -> None:
-        named = {"rollout_logprobs": rollout, "train_logprobs": train}
-        for name, logprobs in named.items():
-            if not logprobs.is_floating_point():
-                raise ValueError(f"{name} must be floating-point, got {logprobs.dtype}")
-            if logprobs.dim() != 2:
-                raise ValueError(
-                    f"{name} must be [batch, tokens], got shape {tuple(logprobs.shape)}; add the"
-                    " missing dimension with unsqueeze(0), or gather the sampled tokens"
-                )
-        for name, other in {"train_logprobs": train, "mask": mask}.items():
-            if other is not None and other.shape != rollout.shape:
-                raise ValueError(
-                    f"{name} must have the shape of rollout_logprobs, {tuple(rollout.shape)}, got"
-                    f" {tuple(other.shape)}; leave the prompt out of both or in both"
-                )
 
     def _add_tokens(
         self, r: Tensor, difference: Tensor, valid: Tensor, counted: Tensor, positive: Tensor
@@ -193,7 +173,7 @@ class TrainingInferenceMismatch(Float64Metric):
         token = dict(zip(PER_TOKEN, self.token_sums, strict=True))
         sequence = dict(zip(PER_SEQUENCE, self.sequence_sums, strict=True))
         if self.validate_args and token["positive"] > 0:
-            raise _not_logprobs(f"{int(token['positive'])} values above it")
+            raise not_logprobs(f"{int(token['positive'])} values above it")
         tokens, sequences = token["count"], sequence["count"]
         largest = torch.where(tokens > 0, self.largest, torch.nan)
         collected = Collected(
@@ -214,10 +194,3 @@ def _sums(terms: dict[str, Term], ratios: Tensor, valid: Tensor, threshold: floa
     limit = math.log(threshold)
     # One after the other: each is as large as the batch.
     return [torch.where(valid, term(ratios, limit), 0.0).sum() for term in terms.values()]
-
-
-def _not_logprobs(got: str) -> ValueError:
-    return ValueError(
-        f"rollout_logprobs and train_logprobs must be log-probabilities, 0 or less, got {got};"
-        " take the logarithm of probabilities, and mask what is no sampled token"
-    )

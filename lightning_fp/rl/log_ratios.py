@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from lightning_fp.choices import check_choice
+from lightning_fp.metrics.log_probabilities import (
+    ROUNDING,
+    check_same_shape,
+    check_sides,
+    not_logprobs,
+)
 
 Level = Literal["token", "sequence", "geometric"]
 """What shares a weight: each token has its own; the tokens of a sequence share the product of their
 ratios ("sequence") or its geometric mean."""
-
-ROUNDING = 1e-3
-"""What a log-probability may exceed 0 by: more than bf16 rounds 1 by on its way through a softmax,
-less than what the probabilities of sampled tokens are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def log_ratios(
             device.
     """
     check_choice("level", level, get_args(Level))
-    _check_shapes(rollout_logprobs, train_logprobs, mask)
+    check_sides(rollout_logprobs, train_logprobs, mask)
     if detach:
         rollout_logprobs, train_logprobs = rollout_logprobs.detach(), train_logprobs.detach()
     wide = torch.float32 if train_logprobs.device.type == "mps" else torch.float64
@@ -132,7 +134,7 @@ def check_tokens(rollout_tokens: Tensor, train_tokens: Tensor, mask: Tensor | No
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"{name} must be token ids, integers, got {tokens.dtype}")
     others = {"train_tokens": train_tokens, "mask": mask}
-    _check_same_shape("rollout_tokens", rollout_tokens, others)
+    check_same_shape("rollout_tokens", rollout_tokens, others)
     differ = rollout_tokens != train_tokens.to(rollout_tokens.device)
     if mask is not None:
         differ = differ & (mask != 0).to(differ.device)
@@ -147,41 +149,10 @@ def check_tokens(rollout_tokens: Tensor, train_tokens: Tensor, mask: Tensor | No
     )
 
 
-def _check_shapes(rollout: Tensor, train: Tensor, mask: Tensor | None) -> None:
-    sides = {"rollout_logprobs": rollout, "train_logprobs": train}
-    for name, given in {**sides, **({} if mask is None else {"mask": mask})}.items():
-        if not isinstance(given, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(
-                f"{name} must be a Tensor, got a {type(given).__name__}; torch.as_tensor makes one"
-            )
-    for name, logprobs in sides.items():
-        if not logprobs.is_floating_point():
-            raise ValueError(f"{name} must be floating-point, got {logprobs.dtype}")
-        if logprobs.dim() != 2:
-            raise ValueError(
-                f"{name} must be [batch, tokens], got shape {tuple(logprobs.shape)}; add the"
-                " missing dimension with unsqueeze(0), or gather the sampled tokens"
-            )
-    _check_same_shape("rollout_logprobs", rollout, {"train_logprobs": train, "mask": mask})
-
-
-def _check_same_shape(name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
-    for other, tensor in others.items():
-        if tensor is not None and tensor.shape != first.shape:
-            raise ValueError(
-                f"{other} must have the shape of {name}, {tuple(first.shape)}, got"
-                f" {tuple(tensor.shape)}; leave the prompt out of both or in both"
-            )
-
-
 def _check_logprobs(rollout: Tensor, train: Tensor, counted: Tensor) -> None:
     if rollout.device.type != "cpu" or torch.compiler.is_compiling():
         return
     largest = torch.maximum(rollout.detach(), train.detach())
     positive = counted & (largest > ROUNDING)
     if bool(positive.any()):
-        raise ValueError(
-            "rollout_logprobs and train_logprobs must be log-probabilities, 0 or less, got"
-            f" {largest[positive][0].item():.4g}; take the logarithm of probabilities, and mask"
-            " what is no sampled token"
-        )
+        raise not_logprobs(f"{largest[positive][0].item():.4g}")
