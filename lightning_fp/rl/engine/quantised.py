@@ -32,7 +32,8 @@ def quantised_state_dict(
 
     Layers in FP8 give the codes that their next training forward multiplies, and the scale that
     makes values of them again. All else that is floating-point goes as bf16: the whole model where
-    a recipe or the fallback has all layers in high precision.
+    a recipe or the fallback has all layers in high precision. Formats are those in force;
+    inside of `as_trained()` what was written for the coming step is too.
 
     >>> from lightning_fp import convert
     >>> model = nn.Sequential(nn.Linear(256, 128, bias=False))

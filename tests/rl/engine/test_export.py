@@ -18,6 +18,7 @@ from lightning_fp import FP8Precision, convert
 from lightning_fp.cli import main
 from lightning_fp.layers import linear_format
 from lightning_fp.layers.linear import is_switchable_linear
+from lightning_fp.loop import PrecisionLoop
 from lightning_fp.rl import export_model, quantised_state_dict
 from lightning_fp.rl.engine.checkpoints import find_checkpoint, weights_in
 from lightning_fp.rl.engine.export import export_weights
@@ -144,6 +145,18 @@ class TestIterator:
         assert torch.equal(tensor, model[0].weight.bfloat16())
         with pytest.raises(ValueError, match="got one with all of them in high precision"):
             export_model(model, tmp_path, HF)
+
+    def test_what_is_due_with_the_coming_step(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loop = PrecisionLoop(model, optimizer, "delayed", fallback=False, monitor=False)
+        loop.step(lambda x: model(x).square().mean(), torch.randn(4, 64))
+        loop.precision_map.set("0", "bf16", reason="a stage")
+        with loop.as_trained():
+            scales = {name: scale for name, _, scale in quantised_state_dict(model)}
+        assert scales["0.weight"] is None
+        assert scales["1.weight"] is not None
 
     def test_weights_under_other_names(self) -> None:
         model = net()
