@@ -24,6 +24,7 @@ from lightning_fp.records.events import (
     SkippedStep,
     Started,
     StateChange,
+    Suspicion,
 )
 
 log = logging.getLogger("lightning_fp.fallback")
@@ -31,8 +32,9 @@ log = logging.getLogger("lightning_fp.fallback")
 _QUIET = (StateChange, SkippedStep, Replayed, Started)
 """Events that are no warning; nor is a gate that passes."""
 
-_WAITING = (Started, Note, StateChange)
-"""Events that open no file where a log waits until something happens."""
+_WAITING = (Started, Note, StateChange, Rehearsed, Suspicion)
+"""Events that open no file where a log waits until something happens: a model in high precision is
+watched for the day on which it gets another, and until then no suspicion is of a format."""
 
 
 class EventLog:
