@@ -98,12 +98,11 @@ class Sentence:
         state = turn.state
         if firm:
             detected, cases = self.detector.cleared(state.detected), state.cases
-            if evidence.survey.low:
-                # It may be followed by a fault of precision: its batches are asked about.
-                rise = conclusion.finding == "not precision"
-                onset = evidence.case.onset if rise else step
-                level = evidence.case.anomaly.level if rise else None
-                cases = OpenCases().acquitted(cases, step, onset, level)
+            if evidence.survey.low and conclusion.finding == "not precision":
+                # It may be followed by a fault of precision: its batches are asked about. Not where
+                # something of one moment has damaged the weights, which makes every error larger.
+                case = evidence.case
+                cases = OpenCases().acquitted(cases, step, case.onset, case.anomaly.level)
             turn.state = replace(state, detected=detected, cases=cases)
             return
         # The error that raised the suspicion is as alarming as before; but what it does is asked of

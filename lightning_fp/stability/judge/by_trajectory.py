@@ -61,10 +61,9 @@ def by_trajectory(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgem
         pair = judge_paired(record, high.losses, least=least)
         return _candidate(pair) if _shows(pair) else level
     # Where nothing has risen the detector may have learned a level that is too high already.
-    baseline, noise = level_at_first(record, high.losses) or (None, 0.0)
-    if case.anomaly.noise is not None and math.isfinite(case.anomaly.noise):
-        noise = max(noise, case.anomaly.noise)  # four steps may be alike by chance
-    pair = judge_paired(record, high.losses, baseline=baseline, noise=noise, least=least)
+    # The error of the mean of four steps is half their deviation; twice that, as they are few.
+    baseline, error = level_at_first(record, high.losses) or (None, 0.0)
+    pair = judge_paired(record, high.losses, baseline=baseline, error=error, least=least)
     if _shows(pair):
         return _candidate(pair)
     # Nothing so far: a slow fault may come later, and is asked for again.

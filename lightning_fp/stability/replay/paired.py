@@ -39,8 +39,8 @@ WITHOUT_PLACEBO = 0.02
 LEAST_NOISE = 5e-4
 """Standard deviation of one step's gain, at least: the smallest that was seen."""
 
-RISE = 4.0
-"""Times the noise of the loss that makes a rise."""
+RISE = 3.0
+"""Standard errors of the loss's level, before and now, that make a rise."""
 
 SHARED = 0.35
 """Share of a rise that high precision may take away while it counts as shared."""
@@ -87,7 +87,7 @@ def judge_paired(
     *,
     placebo: Sequence[float | None] | None = None,
     baseline: float | None = None,
-    noise: float | None = None,
+    error: float = 0.0,
     least: float = 0.0,
 ) -> Paired:
     """Compare two trajectories as far as they have come.
@@ -100,7 +100,7 @@ def judge_paired(
         baseline: level of the loss before; None if that is not known. What rises from it in both
             is no harm, whatever they part by on the way: at a learning rate that is far too high
             that is 2%.
-        noise: standard deviation of a healthy step's loss.
+        error: what `baseline` may be off by.
         least: the loss from which on shares of it tell, see `Anomaly.least`.
 
     Returns:
@@ -109,7 +109,7 @@ def judge_paired(
     """
     best = Paired(finding="unclear", reason="too few steps to tell", gain=math.nan)
     pairs = _pairs(control, high)
-    shared = None if baseline is None else _shared_rise(pairs, baseline, noise or 0.0)
+    shared = None if baseline is None else _shared_rise(pairs, baseline, error)
     if shared is not None:
         return shared
     for count in range(WINDOWS[0], len(pairs) + 1):
@@ -221,17 +221,20 @@ def _deviation(gains: Sequence[float]) -> float:
     return math.sqrt(fmean(step * step for step in kept) / 2)
 
 
-def _shared_rise(pairs: Sequence[_Pair], baseline: float, noise: float) -> Paired | None:
+def _shared_rise(pairs: Sequence[_Pair], baseline: float, error: float) -> Paired | None:
     """Whether what rose in the run's formats rose in high precision as well.
 
-    In the last quarter, where the two have had time to part.
+    In the last quarter, where the two have had time to part. A single step's noise is no measure of
+    a rise: where the learning rate is too high the steps scatter as far as the level has risen.
     """
     tail = pairs[-max(WINDOWS[0], len(pairs) // 4) :]
     if len(tail) < WINDOWS[0] or not all(math.isfinite(low) for _, low, _ in tail):
         return None
     low, top = fmean(pair[1] for pair in tail), fmean(pair[2] for pair in tail)
     height = low - baseline
-    if height <= RISE * noise or low - top >= SHARED * height:
+    spread = _deviation([pair[1] for pair in tail])
+    now = spread / math.sqrt(len(tail)) * (1 + 3 / (len(tail) - 1))  # more for few, as Student's t
+    if height <= RISE * math.hypot(error, now) or low - top >= SHARED * height:
         return None
     reason = f"the loss rises in high precision as well ({(top - baseline) / height:.0%} of it)"
     return Paired(

@@ -82,7 +82,7 @@ def test_a_rise_that_high_precision_shares_is_none_of_precision() -> None:
     high = [2.0 + 0.01 * (-1) ** step + 0.15 * max(0, step - 19) for step in range(32)]
     low = dearer(high, lambda _: 0.0, sd=0.002)
     for steps in (24, 32):  # four steps of evidence are enough
-        seen = judge_paired(low[:steps], high[:steps], baseline=2.0, noise=0.02)
+        seen = judge_paired(low[:steps], high[:steps], baseline=2.0, error=0.02)
         assert seen.finding == "no harm"
         assert seen.decided == steps - 1
     assert judge_paired(low, high).finding == "unclear"  # nothing to explain
@@ -93,9 +93,9 @@ def test_runs_that_part_while_both_rise_show_no_harm() -> None:
     high = [2.0 + 0.01 * (-1) ** step + 0.05 * max(0, step - 7) for step in range(32)]
     low = dearer(high, lambda step: 0.03 * (step >= 4), sd=0.001)
     assert judge_paired(low, high).finding == "harm"
-    assert judge_paired(low, high, baseline=2.0, noise=0.02).finding == "no harm"
+    assert judge_paired(low, high, baseline=2.0, error=0.02).finding == "no harm"
     lost = [*low[:28], *[math.nan] * 4]
-    assert judge_paired(lost, high, baseline=2.0, noise=0.02).finding == "harm"
+    assert judge_paired(lost, high, baseline=2.0, error=0.02).finding == "harm"
 
 
 def test_gains_of_a_small_loss_are_shares_of_what_is_small() -> None:
