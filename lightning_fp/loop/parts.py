@@ -48,7 +48,7 @@ class PartOptions:
 
     casts: CastOptions | None
     watch: WatchOptions | None
-    mismatch: MismatchOptions
+    mismatch: MismatchOptions | None
     parity: ParityOptions | None
     recipe: RolloutRecipe | None
     tokens_per_step: int | None
@@ -58,7 +58,9 @@ class PartOptions:
 
     def periods(self) -> dict[str, int]:
         """By each option that measures, the steps from one measurement to the next."""
-        found = {"mismatch": self.mismatch.every_n_steps}
+        found: dict[str, int] = {}
+        if self.mismatch is not None:
+            found["mismatch"] = self.mismatch.every_n_steps
         if self.watch is not None:
             found["fallback"] = 1
         if self.casts is not None:
@@ -106,7 +108,8 @@ class Parts:
         self._options, self._precision, self._records = options, precision, records
         self._loop, self._device = loop, device
         self.casts = None if options.casts is None else CastLog(options.casts, "the monitor")
-        self.mismatch = MismatchLog(options.mismatch, "loop.mismatch.update", "the mismatch")
+        measured = MismatchOptions() if options.mismatch is None else options.mismatch
+        self.mismatch = MismatchLog(measured, "loop.mismatch.update", "the mismatch")
         self.parity = None if options.parity is None else ParityLog(options.parity)
         self.watching: Supervisor | None = None
         """The watch, from the first step on."""
@@ -159,7 +162,8 @@ class Parts:
             self.casts.open(
                 precision, run, directory, step=step, interval=options.interval, device=device
             )
-        self.mismatch.begin(precision, run, records.log, directory, device)
+        if options.mismatch is not None:
+            self.mismatch.begin(precision, run, records.log, directory, device)
         if self.staging is not None:
             self.staging.begin(run, records.log, options.max_steps or math.inf)
         if options.watch is not None:
@@ -305,7 +309,17 @@ class Parts:
         mask: Tensor | None,
         origin: SampleOrigin | None = None,
     ) -> None:
-        """Take in log-probabilities; not in a replay, whose tokens would count twice."""
+        """Take in log-probabilities; not in a replay, whose tokens would count twice.
+
+        Raises:
+            ValueError: if the mismatch is not measured in this loop.
+        """
+        if self._options.mismatch is None:
+            raise ValueError(
+                "mismatch must be True, or its options, for loop.mismatch.update; got none: where"
+                " several ranks train they would meet for it in every step. Give"
+                " PrecisionLoop(mismatch=True)"
+            )
         if not self._precision.precision_map.frozen:
             self.mismatch.add((rollout, train, mask, origin))
 

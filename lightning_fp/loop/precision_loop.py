@@ -48,7 +48,7 @@ from lightning_fp.state_version import check_version
 from lightning_fp.stepping.base_precision import BaseLike
 from lightning_fp.telemetry.casts.cast_log import CastOptions
 from lightning_fp.telemetry.mismatch.mismatch_log import MismatchOptions
-from lightning_fp.telemetry.over_ranks import is_first
+from lightning_fp.telemetry.over_ranks import is_first, ranks
 from lightning_fp.telemetry.parity_log import ParityOptions
 from lightning_fp.telemetry.run_telemetry import Logger
 
@@ -84,7 +84,8 @@ class PrecisionLoop:
             options measure, and what `log` publishes.
         parity: whether to compare a step with high precision now and then, as `ParityProbe` does;
             or its options, `{"every_n_steps": 500}`.
-        mismatch: options of `loop.mismatch`, as `MismatchMonitor` takes them.
+        mismatch: whether `loop.mismatch` measures, or its options, as `MismatchMonitor` takes them;
+            None: where one process trains. Several meet for it in every measured step.
         fabric: a Lightning Fabric that has set up model and optimizer, in its default precision:
             backward goes through it.
         dirpath: where records go, for `lightning-fp report`; None writes nothing.
@@ -124,7 +125,7 @@ class PrecisionLoop:
         monitor: bool | Mapping[str, Any] = True,
         recipe: RolloutRecipe | str | Path | None = None,
         parity: bool | Mapping[str, Any] = False,
-        mismatch: Mapping[str, Any] | None = None,
+        mismatch: bool | Mapping[str, Any] | None = None,
         fabric: Fabric | None = None,
         dirpath: str | Path | None = None,
         logger: Logger | None = None,
@@ -147,11 +148,12 @@ class PrecisionLoop:
         check_frozen(frozen, model, optimizers)
         if fabric is not None:
             check_fabric(fabric)
+        measures = ranks() == 1 if mismatch is None else mismatch
         watch: WatchOptions | None = part_options("fallback", fallback, WatchOptions)
         options = PartOptions(
             casts=part_options("monitor", monitor, CastOptions),
             watch=watch,
-            mismatch=part_options("mismatch", mismatch or True, MismatchOptions),
+            mismatch=part_options("mismatch", measures, MismatchOptions),
             parity=part_options("parity", parity, ParityOptions),
             recipe=None if recipe is None else read(recipe),
             tokens_per_step=tokens_per_step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_fp.loop import PrecisionLoop
@@ -53,3 +54,20 @@ def test_stale_weights_tighten_the_bounds(tmp_path: Path) -> None:
     (event,) = read_events(tmp_path, kinds=["suspect"])
     assert "versions behind): synchronise" in event.reason
     assert event.action == "truncated token weights in [0, 2] -> [0, 1.41]"
+
+
+def test_one_process_measures_by_default_and_what_is_off_says_so() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    logs = torch.full((2, 4), -1.0)
+    loop = PrecisionLoop(model, optimizer, "dynamic", mismatch=False, fallback=False)
+    with pytest.raises(ValueError, match="mismatch must be True, or its options"):
+        loop.mismatch.update(logs, logs)
+    loop.close()
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with PrecisionLoop(model, optimizer, "dynamic", fallback=False) as loop:
+        with loop.training_step():
+            loop.mismatch.update(logs, logs)
+            loop.backward(next_byte_loss(model, next(iter(text_loader()))))
+        assert loop.mismatch.latest is not None

@@ -21,6 +21,9 @@ def test_both_ranks_decide_alike(compiled: bool, tmp_path: Path) -> None:
         assert all(map(torch.equal, one["weights"], other["weights"])), kind
         assert all(bool(w.isfinite().all()) for w in one["weights"])
         assert one["formats"] == other["formats"]
+        # Nobody asked for it, so no step meets for a mismatch.
+        assert "mismatch must be True" in one["mismatch"]
+        assert one["mismatch"] == other["mismatch"]
         assert one["formats"]["blocks.0.fc1"] == "fp8-dynamic"
         assert one["skipped"] == other["skipped"] == 1
         kinds = [kind for _, kind, _ in one["told"]]
