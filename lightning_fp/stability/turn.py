@@ -23,6 +23,11 @@ class Turn:
     actions: list[Action] = field(default_factory=list[Action])
     events: list[Event] = field(default_factory=list[Event])
 
+    @property
+    def armed(self) -> bool:
+        """Whether formats may be blamed: the level is known, and not all was tried in vain."""
+        return self.state.fallback.phase not in ("warmup", "permanent")
+
     def enter(self, step: int, fallback: FallbackState, reason: str) -> None:
         """The fallback's next state, told if it is another phase."""
         before = self.state.fallback.phase

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 from lightning_fp.events import Event, Promotion
@@ -35,7 +34,6 @@ from lightning_fp.stability.actions import (
     HighPrecisionTried,
     LookAgain,
     Looked,
-    LossesCompared,
     Probed,
     ProbeStep,
     Promote,
@@ -45,40 +43,30 @@ from lightning_fp.stability.actions import (
     StepSeen,
     TakeSnapshot,
 )
-from lightning_fp.stability.detect.cast_trigger import CastTrigger
 from lightning_fp.stability.detect.decision import Cause, Decision
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.first_losses import learned, with_loss
 from lightning_fp.stability.detect.overflow_watch import OverflowState, OverflowWatch
-from lightning_fp.stability.judge.by_gap import explains, gap_of
-from lightning_fp.stability.judge.evidence import Case
-from lightning_fp.stability.judge.inquiry import Inquiry, answered, open_case
+from lightning_fp.stability.judge.inquiry import Inquiry, answered
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.replay.budget import ReplayBudget
-from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.respond.fallback_policy import (
-    MOST_DOUBLINGS,
     Fallback,
     FallbackPolicy,
     Signals,
 )
 from lightning_fp.stability.respond.limits import LayerLimit, LimitWatch
 from lightning_fp.stability.respond.open_cases import OpenCases
-from lightning_fp.stability.respond.probe import FIRST, Probe
+from lightning_fp.stability.respond.probe import Probe
 from lightning_fp.stability.respond.verdict import Anomaly
 from lightning_fp.stability.sentence import Sentence
+from lightning_fp.stability.suspicions import Suspicions
 from lightning_fp.stability.turn import Turn
 from lightning_fp.stability.watch_state import WatchState, from_plain, to_plain
 
 CLAMPING_BITS = -1.0
 """Headroom below which a step under delayed scaling asks for statistics of the next: its largest
 value was twice what the scale holds."""
-
-SKIP_LOOK = 5
-"""What it takes to look at one batch, as batches forward: three whole steps."""
-
-WORST = 2
-"""Batches of the most unusual casts that an attribution looks at besides the last."""
 
 
 class Watch:
@@ -117,7 +105,7 @@ class Watch:
         self.loss_scaling = loss_scaling
         self.dry_run = dry_run
         self._open_cases = OpenCases()
-        self._trigger = CastTrigger()
+        self._suspicions = Suspicions(self.fallback, probe, self.budget)
         self._sentence = Sentence(
             self.fallback,
             self.detector,
@@ -156,19 +144,19 @@ class Watch:
             case Looked():
                 self._looked(turn, happening)
             case AmaxSeen():
-                self._amax_seen(turn, happening)
+                self._suspicions.amax_seen(turn, happening)
             case Boundary(at=at, sound=sound):
-                if self.limits is not None and sound and self._armed(turn):
+                if self.limits is not None and sound and turn.armed:
                     watching = self.limits.watching(turn.state.limits)
                     turn.actions += [LookAgain()] if watching else []
-                self._look_or_probe(turn, at)
+                self._suspicions.look_or_probe(turn, at)
             case Settled(at=at):
                 # A state with the fault in it is no place to go back to.
                 if turn.state.calm and turn.state.fallback.phase != "suspect":
                     keep_from = self._open_cases.keep_from(turn.state.cases)
                     turn.actions.append(TakeSnapshot(at=at, keep_from=keep_from))
             case Asked(at=at, onset=onset, risen=risen):
-                self._look_into(turn, at, onset, risen=risen)
+                self._suspicions.look_into(turn, at, onset, risen=risen)
             case HighPrecisionTried(at=at, outcome=outcome):
                 turn.count(replayed=1)
                 turn.events.append(tell.tried_high_precision(at, outcome))
@@ -211,26 +199,7 @@ class Watch:
         if clamping and self.limits is not None:
             turn.actions.append(LookAgain())
         self._follow_policy(turn, seen, decision, overflow)
-        self._look_at_skip(turn, seen)
-
-    def _look_at_skip(self, turn: Turn, seen: StepSeen) -> None:
-        """A single step was left out: does its batch have inf or NaN in high precision too?
-
-        Where a format overflows now and then, no loss rises; the run merely loses these steps, one
-        in ten of them 2% of a loss. Under FP16 a loss scale that is tried does the same.
-        """
-        state = turn.state
-        alone = seen.signals.skipped and state.skips == 1 and not seen.half
-        ready = self._armed(turn) and seen.at >= state.skip_look_next
-        if not (alone and ready and self._may_look(turn, SKIP_LOOK)):
-            return
-        wait = FIRST * 2 ** min(state.skip_looks, MOST_DOUBLINGS)
-        turn.state = replace(state, skip_looks=state.skip_looks + 1, skip_look_next=seen.at + wait)
-        step = seen.signals.step
-        turn.events.append(tell.skip_suspicion(seen.at, step))
-        after = self.fallback.suspected(turn.state.fallback, seen.at, step)
-        turn.enter(seen.at, after, "a step was left out")
-        self._look_into(turn, seen.at, step, risen=False, batch=step, left_out=True)
+        self._suspicions.left_out(turn, seen)
 
     def _count_skipped(self, turn: Turn, seen: StepSeen) -> None:
         if not seen.signals.skipped:
@@ -268,7 +237,7 @@ class Watch:
             onset = after.onset
             if onset is not None and turn.state.cases.began is not None:
                 onset = min(onset, self._open_cases.onset(turn.state.cases, step))
-            self._look_into(turn, step, onset, risen=True, overflow=overflow)
+            self._suspicions.look_into(turn, step, onset, risen=True, overflow=overflow)
         elif before.phase == "permanent" and suspicious and not turn.state.misbehaving:
             turn.events.append(tell.still_misbehaves(step, decision))
             turn.state = replace(turn.state, misbehaving=True)
@@ -296,7 +265,7 @@ class Watch:
         """
         state = turn.state
         calm = state.calm and state.detected.loss.seen >= self.detector.armed
-        if self.limits is not None and look.sound and calm and self._armed(turn):
+        if self.limits is not None and look.sound and calm and turn.armed:
             limits, climbing = self.limits.step(turn.state.limits, look.excesses, look.names)
             turn.state = replace(turn.state, limits=limits)
             turn.actions += [
@@ -304,103 +273,7 @@ class Watch:
                 for each in climbing
             ]
 
-    def _amax_seen(self, turn: Turn, seen: AmaxSeen) -> None:
-        """A step whose casts are out of the usual: compare its batch."""
-        state = turn.state
-        before = self._trigger.init(len(seen.amax)) if state.casts is None else state.casts
-        if before.recent.shape[1:] != seen.amax.shape:
-            before = self._trigger.init(len(seen.amax))
-        casts, jumps = self._trigger.step(before, seen.step, seen.amax)
-        turn.state = replace(state, casts=casts)
-        if jumps and self.probe is not None and self._armed(turn) and self._may_look(turn, 1):
-            turn.actions.append(CompareLosses(at=seen.at, batch=seen.step))
-
-    @staticmethod
-    def _armed(turn: Turn) -> bool:
-        return turn.state.fallback.phase not in ("warmup", "permanent")
-
-    def _look_or_probe(self, turn: Turn, step: int) -> None:
-        """Ask again about an open case, or compare one step's gradients, if it is time."""
-        state, fallback = turn.state, turn.state.fallback
-        due = self._open_cases.due(state.cases, step, risen=not state.calm)
-        if due and self._may_look(turn, BATCHES):
-            turn.actions.append(CompareLosses(at=step, count=BATCHES))
-            return
-        ready = fallback.phase in ("healthy", "probation")
-        if self.probe is None or not (ready and state.calm and self.probe.due(state.probed, step)):
-            return
-        steps, probes = state.steps, state.probed.count
-        if self.budget.affords_probe(steps=steps.attempted, replayed=steps.replayed, probes=probes):
-            turn.actions.append(ProbeStep(at=step))
-
-    def _may_look(self, turn: Turn, batches: int) -> bool:
-        """Whether the budget has room for a look that no case asks for."""
-        steps = turn.state.steps
-        return self.budget.affords_look(
-            steps=steps.attempted, replayed=steps.replayed, batches=batches
-        )
-
-    def _probed(self, turn: Turn, step: int, probed: Probed) -> None:
-        probe, state, error = self.probe or Probe(), turn.state, probed.error
-        before = state.probed
-        turn.state = replace(state, probed=probe.seen(before, step, error))
-        if error is None:
-            return
-        if not probe.suspicious(before, error):
-            # A format that was too coarse from the first step on has the errors that are usual, but
-            # may cost loss all the same.
-            if self._is_dear(state, probed) and self._may_look(turn, BATCHES):
-                turn.actions.append(CompareLosses(at=step, count=BATCHES))
-            return
-        if step < state.harmless_until:
-            if self._may_look(turn, BATCHES):
-                turn.actions.append(CompareLosses(at=step, count=BATCHES))
-            return
-        turn.events.append(tell.probe_suspicion(step, error, probe.usual(before)))
-        # Between two probes nobody has looked: it may have begun right after the last good one.
-        onset = step if before.healthy is None else before.healthy
-        self._suspect(turn, step, onset, "a probe is out of the usual")
-
-    @staticmethod
-    def _is_dear(state: WatchState, probed: Probed) -> bool:
-        """Whether the batch's loss is far from high precision's."""
-        if probed.losses is None:
-            return False
-        low, high = probed.losses
-        one = LossesCompared(losses=(low,), high_losses=(high,))
-        return gap_of(one, state.anomaly).alarming
-
     # -- a case ---------------------------------------------------------------------------------
-
-    def _look_into(
-        self,
-        turn: Turn,
-        step: int,
-        onset: int | None,
-        *,
-        risen: bool,
-        overflow: str | None = None,
-        batch: int | None = None,
-        left_out: bool = False,
-        anomaly: Anomaly | None = None,
-    ) -> None:
-        """Open a case, unless one is open."""
-        if turn.state.inquiry is not None:
-            return
-        steps, casts = turn.state.steps, turn.state.casts
-        case = Case(
-            unusual=() if casts is None else self._trigger.worst(casts, WORST),
-            budget=self.budget.left(steps=steps.attempted, replayed=steps.replayed),
-            step=step,
-            onset=step if onset is None else onset,
-            anomaly=turn.state.anomaly if anomaly is None else anomaly,
-            healthy_error=(self.probe or Probe()).usual(turn.state.probed),
-            risen=risen,
-            overflow=overflow,
-            batch=batch,
-            left_out=left_out,
-        )
-        turn.ask(open_case(case))
 
     def _told(self, turn: Turn, question: Question[Any], answer: Answer) -> None:
         """An answer; what it is about follows from its question."""
@@ -417,71 +290,22 @@ class Watch:
             case CheckCure(at=at), Failed(error=error):
                 turn.events.append(tell.failed(at, error))
             case CompareLosses(), _ if not self._is_evidence(turn, question):
-                self._compared(turn, question, answer)
+                self._suspicions.compared(turn, question, answer)
             case Promote(at=at, reason=reason), Promoted(formats=formats):
                 turn.events.append(Promotion(step=at, reason=reason, formats=formats))
                 turn.enter(at, self.fallback.promoted(turn.state.fallback, at), reason)
                 turn.formats_changed(self.detector, self.limits)
             case ProbeStep(at=at), Probed():
-                self._probed(turn, at, answer)
+                self._suspicions.probed(turn, at, answer)
             case ProbeStep(at=at), Failed(error=error):
                 turn.events.append(tell.failed(at, error))
-                self._probed(turn, at, Probed(error=None))
+                self._suspicions.probed(turn, at, Probed(error=None))
             case _:
                 self._evidence(turn, question, answer)
 
     def _is_evidence(self, turn: Turn, question: Question[Any]) -> bool:
         inquiry = turn.state.inquiry
         return inquiry is not None and inquiry.question == question
-
-    def _compared(self, turn: Turn, question: CompareLosses, answer: Answer) -> None:
-        """A look at what was acquitted so far: by then, does it do harm?"""
-        state, step = turn.state, question.at
-        if not isinstance(answer, LossesCompared) or not answer.losses:
-            return
-        gap = gap_of(answer, state.anomaly)
-        if question.batch is not None:
-            if gap.convicts:
-                turn.events.append(tell.gap_suspicion(step, gap))
-                self._suspect(turn, step, question.batch, "a cast is unusual", question.batch)
-            return
-        rise, onset = self._rise(state), self._open_cases.onset(state.cases, step)
-        looked = self._open_cases.looked(state.cases, step, gap, fmean(answer.losses))
-        turn.state = replace(state, cases=looked)
-        if rise is not None:
-            # Weights that something else has damaged make every format's errors larger.
-            suspicious = gap.convicts and explains(answer, rise)
-        else:
-            suspicious = gap.convicts or (gap.alarming and step >= state.harmless_until)
-        if suspicious:
-            turn.events.append(tell.gap_suspicion(step, gap))
-            self._suspect(turn, step, onset, "batches are out of the usual", rise=rise)
-
-    @staticmethod
-    def _rise(state: WatchState) -> Anomaly | None:
-        """What is left to explain of a rise that was not precision's, while its case is open."""
-        cases = state.cases
-        if cases.began is None or cases.baseline is None:
-            return None
-        return replace(state.anomaly, baseline=cases.baseline, noise=cases.noise)
-
-    def _suspect(
-        self,
-        turn: Turn,
-        step: int,
-        onset: int,
-        reason: str,
-        batch: int | None = None,
-        rise: Anomaly | None = None,
-    ) -> None:
-        """Something other than the loss is suspicious; after an unclear verdict it waits."""
-        fallback = turn.state.fallback
-        waits = fallback.phase == "suspect" and step < fallback.quiet_until and batch is None
-        if waits or fallback.phase == "permanent":
-            return
-        after = self.fallback.suspected(fallback, step, onset)
-        turn.enter(step, after, reason)
-        self._look_into(turn, step, after.onset, risen=rise is not None, batch=batch, anomaly=rise)
 
     def _evidence(self, turn: Turn, question: Question[Any], answer: Answer) -> None:
         inquiry = turn.state.inquiry
