@@ -116,8 +116,9 @@ class Suspicions:
             return
         if not probe.suspicious(before, error):
             # A format that was too coarse from the first step on has the errors that are usual, but
-            # may cost loss all the same.
-            if self._is_dear(state, probed) and self._may_look(turn, BATCHES):
+            # may cost loss all the same: the first probe asks so of several batches.
+            dear = before.count == 0 or self._is_dear(state, probed)
+            if dear and self._may_look(turn, BATCHES):
                 turn.actions.append(CompareLosses(at=step, count=BATCHES))
             return
         if step < state.harmless_until:

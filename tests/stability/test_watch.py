@@ -250,7 +250,9 @@ def rises_at(step: int, loop: Loop) -> Callable[[int], float]:
 def test_nothing_wrong_asks_for_probes_and_snapshots_only() -> None:
     loop = Loop()
     state, events = run(machine(), loop, lambda _: 3.0, 300)
-    assert {type(question) for question in loop.asked} == {ProbeStep}
+    # and once, with the first probe, what the formats cost in several batches
+    assert {type(question) for question in loop.asked} == {ProbeStep, CompareLosses}
+    assert [q.at for q in loop.asked if isinstance(q, CompareLosses)] == [64]
     assert {type(order) for order in loop.done} == {TakeSnapshot}
     assert [event.kind for event in events] == ["state"]
     assert state.fallback.phase == "healthy"
@@ -392,12 +394,22 @@ def test_where_nothing_can_be_replayed_layers_climb_only_if_asked_to(act: bool) 
 
 def test_a_probe_whose_loss_is_dear_has_more_batches_compared() -> None:
     """A format that was too coarse from the first step on: its error is usual, nothing rises."""
-    loop, watch = Loop(error=0.1, probe_gap=0.06, gap=0.06), machine()
+    for dear in (False, True):
+        loop, watch = Loop(error=0.1, probe_gap=0.01), machine()
+        state, _ = run(watch, loop, lambda _: 3.0, 100)
+        loop.probe_gap = 0.06 if dear else 0.01
+        run(watch, loop, lambda _: 3.0, 40, state, start=100)
+        looks = [q.at for q in loop.asked if isinstance(q, CompareLosses)]
+        assert looks == ([64, 128] if dear else [64])
+
+
+def test_a_format_that_was_too_coarse_from_the_start_is_undone_to_the_start() -> None:
+    """Its errors are the usual ones, and one batch may not tell: the first look takes eight."""
+    loop, watch = Loop(error=0.1, probe_gap=0.0, gap=0.06, harm=0.06, length=100), machine()
     _, events = run(watch, loop, lambda _: 3.0, 100)
-    assert kinds(events, Demotion)
-    calm = Loop(error=0.1, probe_gap=0.01)
-    run(watch, calm, lambda _: 3.0, 100)
-    assert {type(question) for question in calm.asked} == {ProbeStep}
+    (first, *_) = kinds(events, Demotion)
+    assert first.step == 64
+    assert next(question.onset for question in loop.asked if isinstance(question, Survey)) == 0
 
 
 def test_no_layer_climbs_by_a_limit_while_the_loss_is_up() -> None:
@@ -536,9 +548,10 @@ def test_what_was_acquitted_and_shows_a_gap_later_is_convicted() -> None:
 
 
 def test_a_batch_whose_casts_jump_is_compared_at_once() -> None:
-    loop, watch = Loop(gap=0.2), machine(probe=Probe(every_n_steps=10_000))
+    loop, watch = Loop(), machine(probe=Probe(every_n_steps=10_000))
     state, events = run(watch, loop, lambda _: 3.0, 100)
     loop.asked.clear()
+    loop.gap = 0.2
     events = []
     for step in range(100, 140):
         amax = torch.ones(3, 2) * (1 + 0.1 * (step % 3))
@@ -577,7 +590,7 @@ def test_a_cure_is_asked_about_again_and_what_grew_is_convicted() -> None:
         state, _ = tell(watch, state, look, loop)
     state, events = run(watch, loop, lambda _: 3.0, 20, state, start=102)
     again = [question.at for question in loop.asked if isinstance(question, CompareLosses)]
-    assert again == [106, 114]
+    assert again == [64, 106, 114]
     assert not kinds(events, Demotion)
     loop.gap, loop.harm = 0.1, 0.1
     _, events = run(watch, loop, lambda _: 3.0, 20, state, start=122)

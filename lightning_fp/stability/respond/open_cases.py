@@ -133,10 +133,13 @@ class OpenCases:
 
         Args:
             state: what was seen before.
-            step: this step, where nothing else is known.
+            step: this step.
+
+        Returns:
+            0 where no look has shown anything else: a format may be too coarse from the start.
         """
         if state.began is None:
-            return step if state.calm_at is None else min(step, state.calm_at)
+            return 0 if state.calm_at is None else min(step, state.calm_at)
         return state.began if state.calm_at is None else max(state.began, state.calm_at)
 
     def keep_from(self, state: CasesState) -> int | None:
