@@ -60,6 +60,8 @@ class Blocks(L.Callback):
         self._block = self._step = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.precision_plugin.precision_map.frozen:  # a probe runs a step again, hooks too
+            return
         now, steps = time.process_time(), trainer.global_step - SKIP
         if steps > 0:
             self.steps.append(now - self._step)
