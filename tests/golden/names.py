@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ PROMISED = (
 )
 """What checks from outside call, whether or not a page shows it."""
 
+_REGISTER = "lightning_fp.register"
+
 _FROM = re.compile(r"from (lightning_fp[\w.]*) import (\([^)]*\)|[^\n#`]+)")
 _MODULE = re.compile(r"import (lightning_fp(?:\.\w+)*)")
 _CLASS_PATH = re.compile(r"class_path: *[\"']?(lightning_fp(?:\.\w+)+)")
@@ -56,7 +59,10 @@ def listed() -> str:
     names |= {*PROMISED}
     for page in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)}):
         names |= set(used(page.read_text(encoding="utf-8")))
+    registered = _REGISTER in sys.modules
     lines = [f"{name}{described(name)}" for name in sorted(names)]
+    if not registered:  # to import it patches Lightning, which looking at it must not
+        sys.modules.pop(_REGISTER).undo()
     return "\n".join([*lines, *_fields()]) + "\n"
 
 

@@ -39,14 +39,14 @@ def test_a_trace_tells_what_has_changed_where() -> None:
     assert list(differences(before, after)) == []
     after["weights"] = "0"
     kinds = [(event["step"], event["kind"]) for event in before["events"]]
-    skip, limit = kinds.index((80, "skip")), kinds.index((108, "limit"))
+    skip, limit = kinds.index((80, "skip")), kinds.index((134, "limit"))
     after["events"][limit]["numbers"]["limit"] += 1e-12
     del after["events"][skip]
     after["formats"].append([240, {"generator.0": "bf16"}])
     after["callbacks"]["New"] = {"version": 1}
     told = "\n".join(differences(before, after))
     assert f"events[{skip}] (step 80, skip): " in told
-    assert f"events[{limit}] (step 108, limit).numbers.limit: 0.01 -> 0.010000000001" in told
+    assert f"events[{limit}] (step 134, limit).numbers.limit: 0.01 -> 0.010000000001" in told
     assert '(step 240): [240, {"generator.0": "bf16"}] is new' in told
     assert f'weights: "{before["weights"]}" -> "0"' in told
     assert 'callbacks.New: {"version": 1} is new' in told
