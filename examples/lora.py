@@ -74,7 +74,7 @@ def main() -> None:
     # Merging writes to the frozen weights, so they must be whole again.
     given = lightning_fp.unstore(model)
     merged = model.network.merge_and_unload()
-    print(f"merged into {given} layers: {type(merged.up).__name__}, format {merged.up.format.name}")
+    print(f"merged into {given} layers: {merged.up}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PROMISES = {
         ["--steps", "4", "--batch", "8", "--pretraining", "4"],
         "k3 of the quantiser alone, where it casts other values:",
     ),
-    "lora.py": (["--steps", "4"], "merged into 2 layers: FPLinear, format fp8-dynamic"),
+    "lora.py": (["--steps", "4"], "format=fp8-dynamic)"),
     "te_backend.py": ([], "backend: auto\n"),
     "pretraining_loop.py": (
         ["--steps", "4", "--no-compile", "--output", "run"],

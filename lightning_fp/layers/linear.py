@@ -229,7 +229,8 @@ class FPLinear(nn.Linear):
         )
 
     def _get_name(self) -> str:
-        return "Linear" if self._is_plain else super()._get_name()
+        own = super()._get_name()
+        return own if self._is_plain else own.replace("Linear", "FPLinear")
 
     def extra_repr(self) -> str:
         """nn.Linear's, with the format; nothing more where it computes as nn.Linear does."""
@@ -246,6 +247,10 @@ class LazyFPLinear(nn.LazyLinear, FPLinear):  # pyright: ignore[reportIncompatib
 
     cls_to_become = FPLinear  # pyright: ignore[reportAssignmentType]
 
+
+# By name they are what they were made of: summaries, loggers and rules of other libraries that
+# compare `type(module).__name__` go on as before. Pickle, and repr(type(layer)), read __qualname__.
+FPLinear.__name__, LazyFPLinear.__name__ = nn.Linear.__name__, nn.LazyLinear.__name__
 
 _SWITCHABLE: dict[type, type] = {nn.Linear: FPLinear, nn.LazyLinear: LazyFPLinear}
 _PLAIN = {switchable: plain for plain, switchable in _SWITCHABLE.items()}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.data import DataLoader
 
 from lightning_fp import FP8Precision, FP16Precision, convert, revert
-from lightning_fp.layers import PrecisionMap
+from lightning_fp.layers import FPLinear, PrecisionMap
 from tests.cases.programs import Program, error, fit, made, rows
 
 
@@ -148,6 +150,24 @@ def test_a_model_converted_on_the_meta_device_trains(how: str, format: str) -> N
         output.sum().backward()
         report.precision_map.step()
     assert error(output.detach(), kept(rows(8)).detach()) < 0.1
+
+
+@pytest.mark.compatibility(
+    "wrappers", "summaries and rules that compare `type(module).__name__`", "works"
+)
+@pytest.mark.parametrize("format", ["high", "fp8-dynamic"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_layer_is_of_the_class_it_was_by_name(format: str, lazy: bool) -> None:
+    model = L.LightningModule()
+    model.layer = nn.LazyLinear(16) if lazy else nn.Linear(32, 16)
+    model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    names = [type(module).__name__ for module in model.modules()]
+    convert(model, layers={"*": format})
+    assert [type(module).__name__ for module in model.modules()] == names
+    assert isinstance(model.layer, FPLinear)
+    assert ("FPLinear(" in repr(model)) == (format != "high")
+    assert type(pickle.loads(pickle.dumps(model.layer))) is type(model.layer)
+    assert ModelSummary(model).layer_types == names[1:3]
 
 
 @pytest.mark.compatibility(

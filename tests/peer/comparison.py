@@ -11,12 +11,12 @@ from tests.peer.suite import ARMS, PLAIN, Arm, Result
 BAD = ("failed", "died")
 KNOWN = (
     ("lightning_fp.precision", "the key that the checkpoint has more"),
-    ("FPLinear", "the class in the summary"),
+    ("FPLinear", "the layer's format in what is printed of it"),
     ("left artifacts behind", "the records of the run"),
 )
 """What a message tells of a difference that is meant to be."""
 
-KNOWN_TESTS = (("test_multiple_pruning_callbacks", "the class in what pruning logs"),)
+KNOWN_TESTS = (("test_multiple_pruning_callbacks", "the layer's format in what is printed of it"),)
 """Tests of which the message does not tell."""
 
 

@@ -230,7 +230,7 @@ def test_true_fp16_computes_everything_in_it_with_float32_masters(
     model = Dtypes()
     plugin = FP16Precision(base, loss_scaling=LossScaling(init_scale=2.0**10))
     fit(plugin, model, max_steps=3)
-    assert {d for name, d in model.seen if name == "FPLinear"} == {torch.float16}
+    assert {d for name, d in model.seen if name == "Linear"} == {torch.float16}
     assert {d for name, d in model.seen if name == "LayerNorm"} == {norm}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
