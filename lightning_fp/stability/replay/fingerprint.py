@@ -15,6 +15,7 @@ import types
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Set
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
@@ -69,6 +70,8 @@ _MOST_VALUES = 100_000
 _MOST_GLOBAL_BYTES = 2**26
 """Tensors among globals that are larger are data."""
 
+_GLOBAL = "the global of "
+
 _OF_TORCH = frozenset(vars(nn.Module())) | frozenset(vars(Optimizer([torch.zeros(1)], {})))
 
 
@@ -101,6 +104,8 @@ class Fingerprint:
         self._seen: set[int] = set()
         self._left = _MOST_VALUES
         self._foreign = False
+        self.globals: dict[Item, object] = {}
+        """Copies of the plain containers among globals, to see what was merely appended to."""
         self.not_looked_at: dict[str, None] = {}
         """What could not be looked into, in words, in the order it was met."""
 
@@ -173,7 +178,7 @@ class Fingerprint:
         for name in dict.fromkeys(cls.__module__ for cls in classes):
             module = sys.modules.get(name)
             if module is not None:
-                self._vars("", f"the global of {name}", _data(vars(module)), _DEPTH, (), False)
+                self._vars("", f"{_GLOBAL}{name}", _data(vars(module)), _DEPTH, (), False)
 
     # -- how ------------------------------------------------------------------------------------
 
@@ -234,6 +239,8 @@ class Fingerprint:
         head = (type(value).__name__, len(value))
         if _is_plain(value, depth):
             self._put(item, lambda: (*head, zlib.crc32(_text(value))))
+            if is_global(item) and self._wanted(item):
+                self.globals[item] = deepcopy(value)
             return
         if len(value) > _MOST_ITEMS or not depth or isinstance(value, Set):
             parts = list(value)
@@ -268,6 +275,25 @@ class Fingerprint:
             else:
                 self._waiting.setdefault(part.device, []).append((item, _sums(part)))
         self._hashes[item] = (head, *parts)
+
+
+def is_global(item: Item) -> bool:
+    """Whether it is among the globals of a user's file."""
+    return item.what.startswith(_GLOBAL)
+
+
+def only_grown(before: object, after: object) -> bool:
+    """Whether lists have been appended to, here or in dicts, and all else is as it was.
+
+    >>> only_grown({"losses": [1.0]}, {"losses": [1.0, 2.0]})
+    True
+    """
+    if isinstance(before, list) and isinstance(after, list):
+        return before == after[: len(before)]
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        alike = before.keys() == after.keys()
+        return alike and all(only_grown(value, after[key]) for key, value in before.items())
+    return before == after
 
 
 def changed(before: Mapping[Item, Hashable], after: Mapping[Item, Hashable]) -> list[Item]:

@@ -27,6 +27,9 @@ CONSEQUENCES: Mapping[Outcome, str] = {
     "limits only": "nothing is replayed, only limits act and bad steps are left out",
 }
 
+NOTHING_ELSE = "replays leave nothing else behind here"
+"""What passes where all they do is append to a list that nothing depends on."""
+
 _MANY = 3
 """Changes that a line names; of more it gives the number."""
 

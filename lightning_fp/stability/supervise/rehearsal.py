@@ -14,11 +14,18 @@ from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
 from lightning_fp.stability.keep.snapshot import Snapshot
 from lightning_fp.stability.keep.snapshots import Snapshots
-from lightning_fp.stability.replay.fingerprint import Fingerprint, Item, changed
+from lightning_fp.stability.replay.fingerprint import (
+    Fingerprint,
+    Item,
+    changed,
+    is_global,
+    only_grown,
+)
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.replay.parity import Run
 from lightning_fp.stability.replay.rehearsal import (
     CONSEQUENCES,
+    NOTHING_ELSE,
     OUTCOMES,
     Outcome,
     changes,
@@ -77,6 +84,8 @@ class Rehearsal:
         self._replayed = 0
         self._put_back: dict[Item, tuple[str, str]] = {}
         """What hooks have written, and was as before afterwards."""
+        self._grown: dict[Item, tuple[str, str]] = {}
+        """Lists among globals that replays append to as well, and by which hook."""
 
     # -- when -----------------------------------------------------------------------------------
 
@@ -312,12 +321,17 @@ class Rehearsal:
         """
         items: list[Item] = []
         no_hooks = nullcontext(dict[Item, tuple[str, str]]())
-        seen = self._loop.hooks(_is_attribute) if watch else no_hooks
+        seen = self._loop.hooks(_is_told) if watch else no_hooks
         try:
             with seen as written:
                 lines = act()
-            items = changed(before.hashes(), self._look().hashes())
+            after = self._look()
+            items = changed(before.hashes(), after.hashes())
             self._put_back |= {i: by for i, by in written.items() if i not in items}
+            # A loss that depended on such a list would not be the same twice.
+            grown = [item for item in items if _has_only_grown(item, before, after)]
+            self._grown = {i: written.get(i, ("", "")) for i in grown} | self._grown
+            items = [item for item in items if item not in grown]
         except Exception as error:  # whatever a user's step may raise that is run again
             lines = [f"a step cannot be run again: {type(error).__name__}: {error}"]
         if not self._any(items):
@@ -346,22 +360,30 @@ class Rehearsal:
     ) -> Rehearsed:
         reach: Outcome = self.reach or "limits only"
         put_back = _by_hook(self._put_back)
+        grown = [f"{line}: replays append to it too" for line in _by_hook(self._grown)]
+        follows = NOTHING_ELSE if grown and reach == "passed" else CONSEQUENCES[reach]
         notes = [f"{line}, which is put back" for line in put_back[:_MANY]]
         if not self.eager_comparable:
             notes.append("eager not comparable with compiled")
         return Rehearsed(
             step=step,
-            reason="; ".join([*lines, CONSEQUENCES[reach], *notes]),
+            reason="; ".join([*lines, *grown, follows, *notes]),
             outcome=reach,
-            differs=tuple(lines),
+            differs=(*lines, *grown),
             put_back=tuple(put_back),
             not_looked_at=() if seen is None else tuple(seen.not_looked_at),
             numbers=numbers,
         )
 
 
-def _is_attribute(item: Item) -> bool:
-    return item.what.startswith("self.")
+def _is_told(item: Item) -> bool:
+    """Whether it is told which hook writes it, even where that does no harm."""
+    return item.what.startswith("self.") or is_global(item)
+
+
+def _has_only_grown(item: Item, before: Fingerprint, after: Fingerprint) -> bool:
+    both = item in before.globals and item in after.globals
+    return both and only_grown(before.globals[item], after.globals[item])
 
 
 def _by_hook(items: Mapping[Item, tuple[str, str]]) -> list[str]:

@@ -25,6 +25,7 @@ from lightning_fp.events import Rehearsed, Verdict
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.records import read_events
 from lightning_fp.stability.actions import Asked
+from lightning_fp.stability.replay.rehearsal import NOTHING_ELSE
 from tests.helper import make_trainer, same_weights, supervisor_of
 
 WIDTH = 8
@@ -323,15 +324,38 @@ class ObjectOfCallback(L.Callback):
         self.meter.add(torch.ones(()))
 
 
-SEEN: list[float] = []
+COUNTED: dict[str, Any] = {"steps": 0, "seen": []}
 
 
 class Global(Net):
-    """training_step of Global changes the global of tests.callbacks.fallback.test_rehearsal SEEN"""
+    """training_step of Global changes the global of tests.callbacks.fallback.test_rehearsal COUNTED"""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        COUNTED["steps"] += 1
+        return self.loss(batch)
+
+
+BANK: list[float] = []
+
+
+class GlobalBank(Net):
+    """training_step is not the same twice: loss"""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)
-        SEEN.append(loss.item())
+        BANK.append(loss.item())
+        return loss + 0.1 * sum(BANK)
+
+
+SEEN: dict[str, list[float]] = {"train": []}
+
+
+class GlobalLog(Net):
+    """training_step of GlobalLog changes the global of tests.callbacks.fallback.test_rehearsal SEEN"""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        SEEN["train"].append(loss.item())
         return loss
 
 
@@ -501,7 +525,7 @@ class NewParameter(Net):
 
 
 IN_A_STEP = [
-    *(OwnObject, ObjectOfCallback, Global, OfClass, Deep, GroupEntry, Momentum, Renormalises),
+    *(OwnObject, ObjectOfCallback, Global, GlobalBank, OfClass, Deep, GroupEntry, Momentum, Renormalises),
     *(ParameterAttribute, HiddenGenerator, Clock, Setting, Refuses, DataModule, NewParameter),
 ]
 AFTER_A_STEP = [OwnAverage, HiddenTeacher]
@@ -519,6 +543,15 @@ def test_a_side_effect_is_found_and_named(effect: type[Any], tmp_path: Path) -> 
     assert any(line.startswith(effect.__doc__) for line in event.differs), event.differs
     assert event.outcome == ("one step" if effect in AFTER_A_STEP else "limits only")
     assert event.differs[0] in event.sentence()
+
+
+def test_a_global_list_that_is_merely_appended_to_is_named_and_confines_nothing(
+    tmp_path: Path,
+) -> None:
+    event = rehearsed(GlobalLog(), tmp_path)
+    assert event.outcome == "passed"
+    assert event.differs == (f"{GlobalLog.__doc__}: replays append to it too",)
+    assert NOTHING_ELSE in event.reason
 
 
 # -- when, and what follows ----------------------------------------------------------------------
@@ -556,17 +589,17 @@ def test_the_watch_keeps_to_what_the_rehearsal_has_shown(
 
 
 def test_without_a_rehearsal_nothing_is_told(tmp_path: Path) -> None:
-    SEEN.clear()
+    COUNTED["steps"] = 0
     train(Global(), PrecisionFallback(dirpath=tmp_path, rehearse=False))
     assert read_events(tmp_path, kinds=["rehearsal"]) == []
-    assert len(SEEN) == STEPS
+    assert COUNTED["steps"] == STEPS
 
 
 def test_it_stops_with_the_first_step_that_leaves_something(tmp_path: Path) -> None:
     """One control, and one more to see in which hook."""
-    SEEN.clear()
+    COUNTED["steps"] = 0
     event = rehearsed(Global(), tmp_path)
-    assert len(SEEN) == STEPS + 2
+    assert COUNTED["steps"] == STEPS + 2
     assert event.numbers["replayed"] == 2
 
 
