@@ -340,6 +340,9 @@ class Probed(Answer):
     losses: tuple[float, float] | None = None
     """Of the batch, in the run's formats and in high precision."""
 
+    norm: float | None = None
+    """Of the gradients in high precision."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeStep(Question[Probed]):

@@ -192,6 +192,7 @@ class Answers:
             high_finite=self._is_finite(high),
             grad_error=gap.all.error,
             worst_error=gradient_error(gap),
+            high_norm=gap.all.norm,
             floor=floor if math.isfinite(floor) else 0.0,  # NaN differs from itself
         )
         return StepReplayed(seen=seen, replays=3)
@@ -259,7 +260,8 @@ class Answers:
         if current is None or high is None or not self._is_finite(high):
             return Probed(error=None)
         seen = self._compare(current, high)
-        return Probed(error=gradient_error(seen), losses=seen.losses, replays=2)
+        error = gradient_error(seen)
+        return Probed(error=error, losses=seen.losses, norm=seen.all.norm, replays=2)
 
     def _shown(self, question: Attribute) -> list[RecordedStep]:
         """The batches that may show who is at fault, the last one last."""

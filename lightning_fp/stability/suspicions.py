@@ -111,7 +111,7 @@ class Suspicions:
     def probed(self, turn: Turn, step: int, probed: Probed) -> None:
         probe, state, error = self._probe or Probe(), turn.state, probed.error
         before = state.probed
-        turn.state = replace(state, probed=probe.seen(before, step, error))
+        turn.state = replace(state, probed=probe.seen(before, step, error, probed.norm))
         if error is None:
             return
         if not probe.suspicious(before, error):
@@ -211,6 +211,7 @@ class Suspicions:
             onset=step if onset is None else onset,
             anomaly=turn.state.anomaly if anomaly is None else anomaly,
             healthy_error=(self._probe or Probe()).usual(turn.state.probed),
+            healthy_norm=turn.state.probed.norm,
             risen=risen,
             overflow=overflow,
             batch=batch,

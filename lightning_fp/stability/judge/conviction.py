@@ -86,7 +86,11 @@ def conclude(evidence: Evidence) -> Conclusion:
     if not evidence.affords(replay_step, SINGLE, reserve=0):
         return _unclear(SPENT)
     seen = evidence.answer(replay_step).seen
-    one_step = None if seen is None else judge_one_step(seen, case.anomaly, case.healthy_error)
+    one_step = (
+        None
+        if seen is None
+        else judge_one_step(seen, case.anomaly, case.healthy_error, case.healthy_norm)
+    )
     if case.left_out:
         return _left_out(evidence, seen, one_step)
     gap = by_gap(evidence) if survey.finite else None

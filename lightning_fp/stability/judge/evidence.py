@@ -36,6 +36,9 @@ class Case:
     healthy_error: float = HEALTHY_ERROR
     """Relative error of the gradients in these formats while the run was healthy."""
 
+    healthy_norm: float | None = None
+    """Norm of the gradients in high precision when the run was last healthy, if that is known."""
+
     risen: bool = True
     """Whether the loss has risen; if not, the question is whether it could be lower."""
 

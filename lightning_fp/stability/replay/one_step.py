@@ -60,6 +60,9 @@ class GradientGap:
     error: float
     """Norm of the difference over norm of the second; 0 for equal ones, also where both are 0."""
 
+    norm: float = 0.0
+    """Norm of the second."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -232,13 +235,14 @@ def _squared(gradient: Tensor) -> Tensor:
 def _gap(rows: Sequence[Sequence[float]]) -> GradientGap:
     a, b, difference = (sum(row[column] for row in rows) for column in range(3))
     if difference == 0:
-        return GradientGap(cosine=1.0, norm_ratio=1.0, error=0.0)
+        return GradientGap(cosine=1.0, norm_ratio=1.0, error=0.0, norm=b**0.5)
     # From the difference: exact where the two are close, which is where it matters.
     norms = (a * b) ** 0.5
     return GradientGap(
         cosine=(a + b - difference) / 2 / norms if norms > 0 else float("nan"),
         norm_ratio=(a / b) ** 0.5 if b > 0 else float("inf"),
         error=(difference / b) ** 0.5 if b > 0 else float("inf"),
+        norm=b**0.5,
     )
 
 

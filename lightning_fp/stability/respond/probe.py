@@ -45,6 +45,8 @@ class ProbeState:
     """Steps from the last one to the next."""
     errors: tuple[float, ...] = ()
     """Relative errors of the gradients, of probes that raised no suspicion."""
+    norm: float | None = None
+    """Of the gradients in high precision, when a probe last raised no suspicion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +68,26 @@ class Probe:
         """Whether an error is out of the usual; inf and NaN are."""
         return not error <= (min(LARGEST, TIMES * self.usual(state)) if state.errors else LARGE)
 
-    def seen(self, state: ProbeState, step: int, error: float | None) -> ProbeState:
-        """Take in a probe; None if it could not be done.
+    def seen(
+        self, state: ProbeState, step: int, error: float | None, norm: float | None = None
+    ) -> ProbeState:
+        """Take in a probe.
 
         What is suspicious is not learned as usual, or the next one would pass.
+
+        Args:
+            state: where the probes stand.
+            step: optimizer steps so far.
+            error: what it found; None if it could not be done.
+            norm: see `ProbeState.norm`.
         """
         wait = FIRST if state.count < OFTEN else 2 * state.wait
         wait = min(wait, self.every_n_steps)
         state = replace(state, last=step, count=state.count + 1, wait=wait)
         if error is None or self.suspicious(state, error):
             return state
-        return replace(state, healthy=step, errors=(*state.errors, error)[-_KEPT:])
+        errors = (*state.errors, error)[-_KEPT:]
+        return replace(state, healthy=step, errors=errors, norm=norm)
 
     def state_dict(self, state: ProbeState) -> dict[str, Any]:
         """Plain numbers."""

@@ -129,8 +129,13 @@ class OneStep:
     floor: float
     """`grad_error` of the current formats against themselves: what means nothing."""
 
+    high_norm: float = math.nan
+    """Norm of the gradients in high precision; NaN where nobody has asked."""
 
-def judge_one_step(seen: OneStep, anomaly: Anomaly, usual: float = 0.15) -> Judgement:
+
+def judge_one_step(
+    seen: OneStep, anomaly: Anomaly, usual: float = 0.15, usual_norm: float | None = None
+) -> Judgement:
     """What one batch says. It convicts only where nothing else can be the cause.
 
     Adam and its like scale every step by the gradients themselves, so that wrong ones harm the loss
@@ -142,6 +147,7 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly, usual: float = 0.15) -> Judg
         seen: the replays.
         anomaly: what there is to explain.
         usual: `worst_error` while the run was healthy.
+        usual_norm: `high_norm` when it last was, if that is known.
     """
     numbers = {
         "loss": seen.loss,
@@ -150,6 +156,7 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly, usual: float = 0.15) -> Judg
         "worst_error": seen.worst_error,
         "grad_norm_ratio": seen.grad_norm_ratio,
         "floor": seen.floor,
+        "high_norm": seen.high_norm,
     }
     if not seen.finite and seen.high_finite:
         reason = "the batch gives inf or NaN in the current formats and not in high precision"
@@ -163,10 +170,13 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly, usual: float = 0.15) -> Judg
         if height > LARGE * noise and gap > (1 - RECOVERED) * height:
             reason = f"high precision takes {gap / height:.0%} of the loss's rise away at once"
             return Judgement(finding="precision", reason=reason, numbers=numbers)
+        # Gradients that vanish, as where there is nothing left to learn, leave roundings larger
+        # than themselves: so beside what they were as well.
+        vanished = usual_norm is not None and seen.grad_error * seen.high_norm <= WRONG * usual_norm
         least = max(WRONG, OUT_OF_USUAL * seen.floor)
         in_a_layer = max(WRONG_IN_A_LAYER, OUT_OF_USUAL * usual)
         wrong = seen.grad_error > least and seen.worst_error > in_a_layer
-        if height <= LARGE * noise and seen.high_finite and wrong:
+        if height <= LARGE * noise and seen.high_finite and wrong and not vanished:
             reason = (
                 f"the gradients are wrong: they differ from high precision's by"
                 f" {seen.grad_error:.3g} times the norm of those, in the worst layer by"

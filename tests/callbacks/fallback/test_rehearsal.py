@@ -525,7 +525,17 @@ class NewParameter(Net):
 
 
 IN_A_STEP = [
-    *(OwnObject, ObjectOfCallback, Global, GlobalBank, OfClass, Deep, GroupEntry, Momentum, Renormalises),
+    *(
+        OwnObject,
+        ObjectOfCallback,
+        Global,
+        GlobalBank,
+        OfClass,
+        Deep,
+        GroupEntry,
+        Momentum,
+        Renormalises,
+    ),
     *(ParameterAttribute, HiddenGenerator, Clock, Setting, Refuses, DataModule, NewParameter),
 ]
 AFTER_A_STEP = [OwnAverage, HiddenTeacher]

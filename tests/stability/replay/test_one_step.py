@@ -411,6 +411,7 @@ def test_gaps_equal_a_computation_in_float64() -> None:
             cosine=torch.nn.functional.cosine_similarity(a, b, dim=0).item(),
             norm_ratio=(a.norm() / b.norm()).item(),
             error=((a - b).norm() / b.norm()).item(),
+            norm=b.norm().item(),
         )
         assert vars(gap) == pytest.approx(vars(expected), rel=1e-6)
     assert comparison.losses == (one.loss.item(), other.loss.item())

@@ -91,6 +91,13 @@ def test_near_a_minimum_large_errors_of_the_gradients_are_usual() -> None:
     assert judge_one_step(seen, ANOMALY, usual=0.6).finding == "unclear"
 
 
+def test_gradients_that_vanish_are_measured_by_what_they_were() -> None:
+    seen = one_step(2.5, 2.5, grad_error=5.0, worst_error=9.0, high_norm=0.01)
+    assert judge_one_step(seen, ANOMALY, usual_norm=0.01).finding == "precision"
+    assert judge_one_step(seen, ANOMALY, usual_norm=0.04).finding == "precision"
+    assert judge_one_step(seen, ANOMALY, usual_norm=0.06).finding == "unclear"
+
+
 @pytest.mark.parametrize("anomaly", [UNKNOWN, Anomaly(baseline=math.nan, noise=NOISE)])
 def test_without_a_baseline_one_step_convicts_only_what_is_not_finite(anomaly: Anomaly) -> None:
     assert judge_one_step(one_step(9.0, 2.6), anomaly).finding == "unclear"
