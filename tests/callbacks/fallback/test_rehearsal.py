@@ -324,14 +324,14 @@ class ObjectOfCallback(L.Callback):
         self.meter.add(torch.ones(()))
 
 
-COUNTED: dict[str, Any] = {"steps": 0, "seen": []}
+RUNS: dict[str, Any] = {"steps": 0, "seen": []}
 
 
 class Global(Net):
-    """training_step of Global changes the global of tests.callbacks.fallback.test_rehearsal COUNTED"""
+    """training_step of Global changes the global of tests.callbacks.fallback.test_rehearsal RUNS"""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        COUNTED["steps"] += 1
+        RUNS["steps"] += 1
         return self.loss(batch)
 
 
@@ -350,8 +350,8 @@ class GlobalBank(Net):
 SEEN: dict[str, list[float]] = {"train": []}
 
 
-class GlobalLog(Net):
-    """training_step of GlobalLog changes the global of tests.callbacks.fallback.test_rehearsal SEEN"""
+class Logs(Net):
+    """training_step of Logs changes the global of tests.callbacks.fallback.test_rehearsal SEEN"""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)
@@ -558,9 +558,9 @@ def test_a_side_effect_is_found_and_named(effect: type[Any], tmp_path: Path) -> 
 def test_a_global_list_that_is_merely_appended_to_is_named_and_confines_nothing(
     tmp_path: Path,
 ) -> None:
-    event = rehearsed(GlobalLog(), tmp_path)
+    event = rehearsed(Logs(), tmp_path)
     assert event.outcome == "passed"
-    assert event.differs == (f"{GlobalLog.__doc__}: replays append to it too",)
+    assert event.differs == (f"{Logs.__doc__}: replays append to it too",)
     assert NOTHING_ELSE in event.reason
 
 
@@ -599,17 +599,17 @@ def test_the_watch_keeps_to_what_the_rehearsal_has_shown(
 
 
 def test_without_a_rehearsal_nothing_is_told(tmp_path: Path) -> None:
-    COUNTED["steps"] = 0
+    RUNS["steps"] = 0
     train(Global(), PrecisionFallback(dirpath=tmp_path, rehearse=False))
     assert read_events(tmp_path, kinds=["rehearsal"]) == []
-    assert COUNTED["steps"] == STEPS
+    assert RUNS["steps"] == STEPS
 
 
 def test_it_stops_with_the_first_step_that_leaves_something(tmp_path: Path) -> None:
     """One control, and one more to see in which hook."""
-    COUNTED["steps"] = 0
+    RUNS["steps"] = 0
     event = rehearsed(Global(), tmp_path)
-    assert COUNTED["steps"] == STEPS + 2
+    assert RUNS["steps"] == STEPS + 2
     assert event.numbers["replayed"] == 2
 
 
