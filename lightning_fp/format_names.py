@@ -1,20 +1,23 @@
 """The one table of formats: what is known of each by its name.
 
 Kernels, layers, the safety ladder, options, help texts and reports look up here what they need of
-a format, and no two places can disagree. What has no row is simulated, as every e{X}m{Y} is, or a
-format of the table with changes, which shares its row: "fp8-dynamic[grad_output=e4m3]".
+a format, and no two places can disagree. What has no row is simulated, as every e{X}m{Y} is
+("e8m3", "e8m3-truncate", "e4m5-scaled-stochastic"), or a format of the table with changes, which
+shares its row: "fp8-dynamic[grad_output=e4m3]".
 
 Neither torch nor anything else is imported here, so that a command's help costs nothing.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Scaling = Literal["none", "dynamic", "delayed"]
 Granularity = Literal["tensor", "row", "block", "mx", "nv"]
 GradWeight = Literal["fp8", "high"]
+Rounding = Literal["nearest", "truncate", "stochastic"]
 Kind = Literal["delayed", "current", "block", "mxfp8", "nvfp4"]
 
 ALIGNMENT = 16
@@ -164,3 +167,41 @@ def base_row(scaling: Scaling, granularity: Granularity) -> FormatRow:
     """
     alike = (row for row in TABLE if (row.scaling, row.granularity) == (scaling, granularity))
     return next(alike, TABLE[0])
+
+
+_SIMULATED = re.compile(
+    r"(?P<number>e\d+m\d+[a-z]*)(?P<scaled>-scaled)?(-(?P<rounding>truncate|stochastic))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedName:
+    """What the name of a simulated format says: "e4m5-scaled-truncate".
+
+    >>> SimulatedName.read("e8m3-truncate")
+    SimulatedName(number='e8m3', scaled=False, rounding='truncate')
+    >>> str(SimulatedName("e4m5", scaled=True))
+    'e4m5-scaled'
+    """
+
+    number: str
+    """The number format of all operands."""
+
+    scaled: bool = False
+    """Whether each operand has a scale, from its own amax."""
+
+    rounding: Rounding = "nearest"
+    """How values between two representable ones are rounded."""
+
+    @classmethod
+    def read(cls, name: str) -> SimulatedName | None:
+        """What a name says; None if it is not of this kind."""
+        found = _SIMULATED.fullmatch(name)
+        if found is None:
+            return None
+        rounding: Any = found["rounding"] or "nearest"
+        return cls(found["number"], found["scaled"] is not None, rounding)
+
+    def __str__(self) -> str:
+        ending = "" if self.rounding == "nearest" else f"-{self.rounding}"
+        return f"{self.number}{'-scaled' if self.scaled else ''}{ending}"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lightning_fp.format_names import Rounding
 from lightning_fp.numerics import FloatFormat
 
 
@@ -39,6 +40,9 @@ class Kernel(Protocol):
     every_derivative: ClassVar[bool] = False
     """Whether torch.func's transforms and forward-mode derivatives see through it. For the others
     there is `lightning_fp.kernels.straight_through`."""
+
+    rounding: Rounding = "nearest"
+    """How its casts round."""
 
     @property
     def name(self) -> str:

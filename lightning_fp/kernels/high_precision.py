@@ -49,8 +49,19 @@ class HighPrecisionKernel(Kernel):
             return F.linear(input, weight, bias)
         out_dtype = self.dtype if torch.is_autocast_enabled(device) else input.dtype
         bias = None if bias is None else bias.to(self.dtype)
-        output = linear_without_autocast(input.to(self.dtype), weight.to(self.dtype), bias)
+        if weight.dtype is self.dtype:
+            output = linear_without_autocast(input.to(self.dtype), weight, bias)
+        else:
+            output = linear_without_autocast(input.to(self.dtype), weight, bias, self)
         return output.to(out_dtype)
+
+    def cast_weight(self, weight: Tensor, dtype: torch.dtype, seeds: Tensor | None) -> Tensor:
+        """See `CastsWeight`."""
+        return weight.to(dtype)
+
+    def weight_gradient_dtype(self, dtype: torch.dtype, weight: torch.dtype) -> torch.dtype:
+        """See `CastsWeight`; as nn.Linear of that dtype would."""
+        return dtype
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""

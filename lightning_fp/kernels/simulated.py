@@ -1,6 +1,11 @@
-"""Any e{X}m{Y}: operands are rounded to the format, products are computed in float32.
+"""Any e{X}m{Y}: operands are rounded to the format, products are computed in high precision.
 
-No float8 dtype is involved, so this runs on every device. For studies, not for speed.
+No float8 dtype is involved, so this runs on every device. Values of at most 7 mantissa bits are
+bf16 values too: they are multiplied in bf16 where that is the dtype of the layer and the hardware
+is fast in it, which is as exact as float32, since both sum in float32.
+
+Kept for backward are the rounded input and the parameter, which is rounded again there, alike: what
+rounds by chance keeps its seed.
 """
 
 from __future__ import annotations
@@ -11,18 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp.format_names import Rounding
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
+from lightning_fp.kernels.gemm import operand_dtype
+from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.plain_linear import (
     differentiated_again,
     linear_without_autocast,
     transformed,
 )
-from lightning_fp.numerics import FloatFormat, Rounding, round_to_format
+from lightning_fp.numerics import (
+    FORMATS,
+    FloatFormat,
+    amax_to_scale,
+    new_seed,
+    round_to_format,
+    tensor_amax,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedKernel(Kernel):
-    """Rounds input, weight and grad_output, each to its format; no scaling."""
+    """Rounds input, weight and grad_output, each to its format."""
 
     every_derivative = True
 
@@ -35,8 +50,14 @@ class SimulatedKernel(Kernel):
     grad_output: FloatFormat
     """Format of the gradient of the output."""
 
-    rounding: Rounding = "nearest"
+    rounding: Rounding = "nearest"  # pyright: ignore[reportIncompatibleVariableOverride]
     """How values between two representable ones are rounded."""
+
+    scaled: bool = False
+    """Whether an operand's amax is scaled to the largest value of its format."""
+
+    power_of_two: bool = False
+    """Whether scales are powers of two."""
 
     @property
     def name(self) -> str:
@@ -51,25 +72,75 @@ class SimulatedKernel(Kernel):
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
         input = input.to(compute_dtype(input))
+        seeds = None
+        if self.rounding == "stochastic":
+            # All in forward: what backward drew would depend on the order in which it runs.
+            seeds = torch.stack([new_seed(input.device) for _ in range(3)])
         with without_autocast(input.device.type):
-            x = _rounded(input, self.input, None, self.rounding)
-            w = _rounded(weight, self.weight, None, self.rounding)
-            output = linear_without_autocast(x, w)
-            output = _rounded(output, None, self.grad_output, self.rounding).to(input.dtype)
+            x = _rounded(input, self, INPUT, None, self.product_dtype(input), seeds)
+            output = linear_without_autocast(x, weight, None, self, seeds)
+            output = _rounded(output, self, None, GRAD_OUTPUT, output.dtype, seeds)
+            output = output.to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
+
+    def product_dtype(self, input: Tensor) -> torch.dtype:
+        """The dtype that holds the rounded operands and is multiplied in."""
+        bf16 = FORMATS["bf16"]
+        fits = all(
+            format.mantissa_bits <= bf16.mantissa_bits
+            for format in (self.input, self.weight, self.grad_output)
+        )
+        unscaled = not self.scaled or self.power_of_two
+        return operand_dtype(input) if fits and unscaled else torch.float32
+
+    def cast_weight(self, weight: Tensor, dtype: torch.dtype, seeds: Tensor | None) -> Tensor:
+        """See `CastsWeight`."""
+        if transformed() or differentiated_again():
+            return _rounded(weight, self, WEIGHT, None, dtype, seeds)
+        return self.rounded(WEIGHT, weight, dtype, seeds)
+
+    def weight_gradient_dtype(self, dtype: torch.dtype, weight: torch.dtype) -> torch.dtype:
+        """See `CastsWeight`; rounded no further than the gradient will be."""
+        return torch.promote_types(dtype, weight)
+
+    def rounded(self, operand: int, x: Tensor, dtype: torch.dtype, seeds: Tensor | None) -> Tensor:
+        """What is left of an operand.
+
+        Args:
+            operand: INPUT, WEIGHT or GRAD_OUTPUT.
+            x: any shape.
+            dtype: of the result.
+            seeds: int32 [3, 2], one per operand; None where nothing is rounded by chance.
+
+        Returns:
+            `dtype`, same shape.
+        """
+        seed = None if seeds is None else seeds[operand]
+        scale, format = self.cast_of(operand, x, None)
+        if not self.scaled:
+            return round_to_format(x, format, self.rounding, seed).to(dtype)
+        return (round_to_format(x.float() * scale, format, self.rounding, seed) / scale).to(dtype)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
         format = (self.input, self.weight, self.grad_output)[operand]
-        return torch.ones((), device=x.device), format
+        if not self.scaled:
+            return torch.ones((), device=x.device), format
+        amax = tensor_amax(x)
+        return amax_to_scale(amax, format.max, power_of_two=self.power_of_two), format
 
 
 def _rounded(
-    x: Tensor, forward: FloatFormat | None, backward: FloatFormat | None, rounding: Rounding
+    x: Tensor,
+    kernel: SimulatedKernel,
+    forward: int | None,
+    backward: int | None,
+    dtype: torch.dtype,
+    seeds: Tensor | None,
 ) -> Tensor:
-    """Rounded on the way forward, on the way back, or both; straight-through otherwise."""
+    """Rounded as an operand on the way forward, on the way back, or both; else as it is."""
     function = _TransformedRound if transformed() else _Round
-    return function.apply(x, forward, backward, rounding)
+    return function.apply(x, kernel, forward, backward, dtype, seeds)
 
 
 class _Round(torch.autograd.Function):
@@ -77,23 +148,26 @@ class _Round(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        forward: FloatFormat | None,
-        backward: FloatFormat | None,
-        rounding: Rounding,
+        kernel: SimulatedKernel,
+        forward: int | None,
+        backward: int | None,
+        dtype: torch.dtype,
+        seeds: Tensor | None,
     ) -> Tensor:
-        ctx.dtype, ctx.format, ctx.rounding = x.dtype, backward, rounding
-        return _once(x, forward, rounding)
+        if seeds is not None and backward is not None:
+            ctx.save_for_backward(seeds)
+        ctx.dtype, ctx.kernel, ctx.operand = x.dtype, kernel, backward
+        return _once(x, kernel, forward, dtype, seeds)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
-        if ctx.format is not None:
-            again = transformed() or differentiated_again()
-            grad = (
-                _rounded(grad, ctx.format, None, ctx.rounding)
-                if again
-                else round_to_format(grad, ctx.format, ctx.rounding)
-            )
-        return grad.to(ctx.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        if ctx.operand is not None:
+            seeds = ctx.saved_tensors[0] if ctx.saved_tensors else None
+            if transformed() or differentiated_again():
+                grad = _rounded(grad, ctx.kernel, ctx.operand, None, grad.dtype, seeds)
+            else:
+                grad = ctx.kernel.rounded(ctx.operand, grad, grad.dtype, seeds)
+        return grad.to(ctx.dtype), None, None, None, None, None
 
 
 class _TransformedRound(torch.autograd.Function):
@@ -103,13 +177,20 @@ class _TransformedRound(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, forward: FloatFormat | None, backward: FloatFormat | None, rounding: Rounding
+        x: Tensor,
+        kernel: SimulatedKernel,
+        forward: int | None,
+        backward: int | None,
+        dtype: torch.dtype,
+        seeds: Tensor | None,
     ) -> Tensor:
-        return _once(x, forward, rounding)
+        return _once(x, kernel, forward, dtype, seeds)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, ctx.format, ctx.rounding = inputs
+        x, ctx.kernel, _, ctx.operand, _, seeds = inputs
+        if seeds is not None and ctx.operand is not None:
+            ctx.save_for_backward(seeds)
         ctx.dtype, ctx.out_dtype = x.dtype, output.dtype
 
     backward = staticmethod(_Round.backward)  # pyright: ignore
@@ -119,7 +200,13 @@ class _TransformedRound(torch.autograd.Function):
         return tangent.to(ctx.out_dtype)
 
 
-def _once(x: Tensor, format: FloatFormat | None, rounding: Rounding) -> Tensor:
-    if format is None:
+def _once(
+    x: Tensor,
+    kernel: SimulatedKernel,
+    operand: int | None,
+    dtype: torch.dtype,
+    seeds: Tensor | None,
+) -> Tensor:
+    if operand is None:
         return x.clone()  # a view made in here could not be changed in place
-    return round_to_format(x, format, rounding)
+    return kernel.rounded(operand, x, dtype, seeds)

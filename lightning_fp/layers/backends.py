@@ -99,12 +99,14 @@ def kernel_for(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Ker
     if format.is_high_precision:
         dtype = None if format.input == "high" else float_format(format.input).dtype
         return HighPrecisionKernel(dtype=dtype)
-    if format.scaling == "none":
+    if format.is_simulated:
         return SimulatedKernel(
             input=float_format(format.input),
             weight=float_format(format.weight),
             grad_output=float_format(format.grad_output),
             rounding=format.rounding,
+            scaled=format.scaling == "dynamic",
+            power_of_two=format.power_of_two,
         )
     if backend == "transformer-engine":
         return _transformer_engine_kernel(format)

@@ -20,11 +20,13 @@ from lightning_fp.format_names import (
     FormatRow,
     GradWeight,
     Granularity,
+    Rounding,
     Scaling,
+    SimulatedName,
     base_row,
 )
 from lightning_fp.kernels.transformer_engine.recipe import GivenRecipe, is_recipe, read_recipe
-from lightning_fp.numerics import DelayedScaling, Rounding, float_format
+from lightning_fp.numerics import DelayedScaling, float_format
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
@@ -69,7 +71,8 @@ class LinearFormat:
     """Whether scales are powers of two, so that scaling itself rounds nothing."""
 
     rounding: Rounding = "nearest"
-    """How simulated formats round."""
+    """How values between two representable ones are rounded. Hardware knows "nearest"; the others
+    are simulated."""
 
     quantise_like: QuantiseLike = "master"
     """Which values of a weight are cast: its own ("master"), or those of its bf16 export, which is
@@ -92,6 +95,12 @@ class LinearFormat:
                 f"quantise_like must be 'master' where nothing is scaled, got"
                 f" {self.quantise_like!r}; it is for FP8 formats, whose weights are cast"
             )
+        if self.rounding != "nearest" and (self.scaling, self.granularity) not in _ROUNDED_AS_ASKED:
+            raise ValueError(
+                f"rounding must be 'nearest' with scaling {self.scaling!r} and granularity"
+                f" {self.granularity!r}, got {self.rounding!r}; simulated formats are scaled per"
+                " tensor, from the tensor itself, or not at all"
+            )
         if self.scaling == "delayed" and self.granularity != "tensor":
             raise ValueError(
                 f"granularity must be 'tensor' with delayed scaling, got {self.granularity!r};"
@@ -112,23 +121,36 @@ class LinearFormat:
                         f"{operand} must be 'e2m1' with granularity 'nv', got {format.name!r}"
                     )
                 continue
-            if self.scaling != "none" and format.bits != 8:
-                raise ValueError(
-                    f"{operand} must be an 8-bit format (e4m3, e5m2, e4m3fnuz, e5m2fnuz) where"
-                    f" scaling is {self.scaling!r}, got {format.name!r}; scaling='none' simulates"
-                    " other formats"
-                )
+            if self.scaling == "none" or format.bits == 8:
+                continue
+            if (self.scaling, self.granularity) in _ROUNDED_AS_ASKED and format.exponent_bits < 8:
+                continue
+            raise ValueError(
+                f"{operand} must be an 8-bit format (e4m3, e5m2, e4m3fnuz, e5m2fnuz) where"
+                f" scaling is {self.scaling!r}, got {format.name!r}; scaling='none' simulates"
+                " other formats, and 'dynamic' per tensor those of 2 to 7 exponent bits"
+            )
 
     @property
     def is_high_precision(self) -> bool:
         """Whether the layer runs nn.Linear: no scaling, 16 or 32 bits, and one format for all."""
         operands = {self.input, self.weight, self.grad_output}
-        return self.scaling == "none" and len(operands) == 1 and self.input in HIGH_PRECISION
+        plain = self.scaling == "none" and self.rounding == "nearest"
+        return plain and len(operands) == 1 and self.input in HIGH_PRECISION
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether no hardware has it: operands are rounded, and multiplied in high precision."""
+        if self.scaling == "none":
+            return not self.is_high_precision
+        operands = (float_format(name) for name in (self.input, self.weight, self.grad_output))
+        eight_bits = self.granularity == "nv" or all(each.bits == 8 for each in operands)
+        return self.rounding != "nearest" or not eight_bits
 
     @property
     def is_fp8(self) -> bool:
         """Whether operands are cast to a real, scaled format of 8 bits, or of 4."""
-        return self.scaling != "none"
+        return self.scaling != "none" and not self.is_simulated
 
     @property
     def row(self) -> FormatRow:
@@ -162,8 +184,14 @@ class DynamicScaling:
             )
 
 
-def _simulated(operand: str) -> LinearFormat:
-    return LinearFormat("none", "tensor", operand, operand, operand)
+_ROUNDED_AS_ASKED = (("none", "tensor"), ("dynamic", "tensor"))
+"""Scaling and granularity of what is simulated, in any number format and with any rounding."""
+
+
+def _simulated(name: SimulatedName) -> LinearFormat:
+    number = float_format(name.number).name
+    scaling = "dynamic" if name.scaled else "none"
+    return LinearFormat(scaling, "tensor", number, number, number, rounding=name.rounding)
 
 
 NAMED_FORMATS: dict[str, LinearFormat] = {
@@ -190,8 +218,14 @@ def _name_of(format: LinearFormat) -> str:
     for name, named in NAMED_FORMATS.items():
         if named == format:
             return name
-    if format.scaling == "none":
-        base, prefix = _simulated(format.input), format.input
+    if format.is_simulated:
+        number = float_format(format.input)
+        said = SimulatedName(number.name, format.scaling == "dynamic", format.rounding)
+        if str(said) in HIGH_PRECISION:  # "bf16[input=e8m3]"
+            base, prefix = NAMED_FORMATS[number.name], number.name
+        else:
+            said = dataclasses.replace(said, number=number.text)
+            base, prefix = _simulated(said), str(said)
     else:
         prefix = format.row.name
         base = NAMED_FORMATS[prefix]
@@ -236,10 +270,10 @@ def linear_format(value: FormatLike) -> LinearFormat:
         return NAMED_FORMATS[CANONICAL[value]]
     if found := _WITH_CHANGES.fullmatch(value):
         return _changed(linear_format(found["base"]), found["changes"], value)
-    if re.fullmatch(r"e\d+m\d+\w*", value):
-        return _simulated(float_format(value).name)
+    if simulated := SimulatedName.read(value):
+        return _simulated(simulated)
     short = [name for row in TABLE for name in row.aliases[:1]]
-    other = " or a simulated e{X}m{Y} such as 'e8m3'"
+    other = " or a simulated e{X}m{Y} such as 'e8m3' or 'e8m3-truncate'"
     raise unknown("format", value, tuple(NAMED_FORMATS), other=other, aliases=short)
 
 

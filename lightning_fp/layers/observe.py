@@ -119,14 +119,15 @@ def observe(
         rows, features = sampling.rows(x), sampling.rows(weight)
         scale_x, format_x = kernel.cast_of(INPUT, x, scales)
         scale_w, format_w = kernel.cast_of(WEIGHT, weight, scales)
-        casts_x = casts_of(x, scale_x, format_x, rows)
-        casts_w = casts_of(weight, scale_w, format_w, features)
+        casts_x = casts_of(x, scale_x, format_x, rows, kernel.rounding)
+        casts_w = casts_of(weight, scale_w, format_w, features, kernel.rounding)
         what_if_x = what_if_w = None
         if sampling.what_if:
             scale_h = (None, None) if scales is None else (scales[INPUT], scales[WEIGHT])
             what_if_x = what_if_statistics(x, format_x, scale_h[0], rows)
             what_if_w = what_if_statistics(weight, format_w, scale_h[1], features, (BLOCK, BLOCK))
-        some_w = casts_of(weight, scale_w, format_w, sampling.output_features(weight))
+        some = sampling.output_features(weight)
+        some_w = casts_of(weight, scale_w, format_w, some, kernel.rounding)
         statistics.record(
             operand_statistics(x, scale_x, format_x, casts_x, what_if_x, _work(kernel, x, weight)),
             operand_statistics(weight, scale_w, format_w, casts_w, what_if_w),
@@ -191,6 +192,6 @@ class _ObserveGradient(torch.autograd.Function):
             if sampling.what_if:
                 scale_h = None if scales is None else scales[GRAD_OUTPUT]
                 what_if = what_if_statistics(g, format, scale_h, rows)
-            casts = casts_of(g, scale, format, rows)
+            casts = casts_of(g, scale, format, rows, ctx.kernel.rounding)
             row = operand_statistics(g, scale, format, casts, what_if)
         return grad_output, in_slot(row, ctx.slot), None, None, None, None

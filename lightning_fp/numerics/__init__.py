@@ -13,8 +13,6 @@ if TYPE_CHECKING:
         times_blocks,
     )
     from lightning_fp.numerics.casting import (
-        Rounding,
-        round_to_format,
         saturating_cast,
         scaled_cast,
     )
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
         row_amax,
         tensor_amax,
     )
+    from lightning_fp.numerics.simulated import new_seed, random_bits, round_to_format
     from lightning_fp.numerics.statistics import (
         Casts,
         casts_of,
@@ -55,13 +54,15 @@ __all__ = [
     "float_format",
     "format_of_dtype",
     # casting
-    "Rounding",
     "as_float16",
     "round_in_range",
-    "round_to_format",
     "saturating_cast",
     "scaled_cast",
     "through_bf16",
+    # rounding to any format
+    "new_seed",
+    "random_bits",
+    "round_to_format",
     # scaling
     "AMAX_LOWER_BOUND",
     "amax_to_scale",

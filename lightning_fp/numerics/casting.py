@@ -1,4 +1,4 @@
-"""Casts that saturate, and casts that only round.
+"""Casts that saturate.
 
 The order matters everywhere: look for non-finite values first, then clamp, then cast. A clamp
 turns inf into the largest value, and torch itself saturates in some versions and formats and not
@@ -7,16 +7,10 @@ in others (e4m3 from torch 2.12 on, e5m2 never), so neither may be left to do it
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from lightning_fp.numerics.bits import round_bits
-from lightning_fp.numerics.devices import has_frexp
-from lightning_fp.numerics.formats import FloatFormat, format_of_dtype
-
-Rounding = Literal["nearest", "truncate"]
+from lightning_fp.numerics.formats import format_of_dtype
 
 
 def saturating_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,41 +57,3 @@ def clamp_into_new(x: Tensor, scale: Tensor, limit: float) -> Tensor:
     # copies of all others may.
     scaled = x * scale if x.dtype is torch.float32 else x.float().mul_(scale)
     return scaled.clamp_(-limit, limit)
-
-
-def round_to_format(x: Tensor, format: FloatFormat, rounding: Rounding = "nearest") -> Tensor:
-    """Round float32 values to a format of at most 8 exponent and 23 mantissa bits.
-
-    The result stays in float32, so no float8 dtype is needed: this is what the simulated formats
-    compute with, on any device.
-
-    Args:
-        x: any floating-point tensor; computed in float32.
-        format: the format to round to.
-        rounding: "nearest" (ties to even) or "truncate" (towards zero: clears mantissa bits, as
-            in arXiv 2405.18710; biased, so run both).
-
-    Returns:
-        float32, same shape. Finite values beyond `format.max` become ±`format.max`; inf and NaN
-        stay.
-    """
-    x = x.float()
-    nearest = rounding == "nearest"
-    if has_frexp(x.device):
-        rounded = _round_by_exponent(x, format, nearest)
-    else:
-        rounded = round_bits(x, format, nearest=nearest)
-    return torch.where(torch.isfinite(x), rounded.clamp(-format.max, format.max), x)
-
-
-def _round_by_exponent(x: Tensor, format: FloatFormat, nearest: bool) -> Tensor:
-    """Without a look at the bits, which `torch.func.vmap` does not allow."""
-    # Every value of the binade [2^e, 2^(e+1)) is a multiple of 2^(e - mantissa_bits); subnormals
-    # share the spacing of the smallest normal binade. Dividing by a power of two is exact.
-    _, exponent = torch.frexp(x)
-    exponent = (exponent - 1).clamp(min=1 - format.bias) - format.mantissa_bits
-    # ldexp multiplies by 2**exponent, which overflows float32 outside of ±126: two steps.
-    half = exponent // 2
-    steps = torch.ldexp(torch.ldexp(x, -half), half - exponent)
-    steps = steps.round() if nearest else steps.trunc()
-    return torch.ldexp(torch.ldexp(steps, half), exponent - half)

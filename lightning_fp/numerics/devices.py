@@ -34,11 +34,6 @@ def has_dtype(format: FloatFormat, device: torch.device) -> bool:
     return not (device.type == "cpu" and CPU_STANDS_IN_FOR)
 
 
-def has_frexp(device: torch.device) -> bool:
-    """Whether torch takes a number into mantissa and exponent there; MPS lacks it in torch 2.13."""
-    return device.type != "mps" and not (device.type == "cpu" and CPU_STANDS_IN_FOR == "mps")
-
-
 @torch.compiler.assume_constant_result
 def _cuda_has_float8(fnuz: bool) -> bool:
     return cuda_has_float8(fnuz)

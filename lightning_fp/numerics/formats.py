@@ -41,6 +41,12 @@ class FloatFormat:
     """The torch dtype that stores it, if there is one."""
 
     @property
+    def text(self) -> str:
+        """The name that says its widths: "e8m7" of bf16, and "e4m3fnuz"."""
+        widths = f"e{self.exponent_bits}m{self.mantissa_bits}"
+        return self.name if self.name.startswith(widths) else widths
+
+    @property
     def bits(self) -> int:
         """Storage width, sign included."""
         return 1 + self.exponent_bits + self.mantissa_bits

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_fp.format_names import Rounding
 from lightning_fp.numerics.bits import round_bits
-from lightning_fp.numerics.casting import round_to_format
 from lightning_fp.numerics.devices import has_dtype
 from lightning_fp.numerics.formats import FloatFormat
+from lightning_fp.numerics.simulated import round_to_format
 
 
 def through_bf16(x: Tensor) -> Tensor:
@@ -29,17 +30,21 @@ def through_bf16(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), torch.nan, rounded)
 
 
-def round_in_range(x: Tensor, format: FloatFormat) -> Tensor:
+def round_in_range(x: Tensor, format: FloatFormat, rounding: Rounding = "nearest") -> Tensor:
     """Round float32 values that are already within ±`format.max`.
 
     Args:
         x: float32; what becomes of NaN is not defined.
         format: the format to round to.
+        rounding: how; "stochastic" takes the same seed at every call.
 
     Returns:
         float32, same shape; in compiled code on a CPU a tie may go the other way, whose error is
         as large.
     """
+    if rounding != "nearest":
+        seed = torch.zeros(2, dtype=torch.int32, device=x.device)
+        return round_to_format(x, format, rounding, seed)
     if format.dtype is None:
         return round_to_format(x, format)
     if format.dtype.itemsize > 1:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fp.format_names import Rounding
 from lightning_fp.numerics.combining import COLUMN, STATISTICS, WHAT_IF, wide, wide_dtype
 from lightning_fp.numerics.formats import FloatFormat
 from lightning_fp.numerics.rounding import round_in_range
@@ -43,7 +44,13 @@ class Casts:
     """Clamped and rounded; any value where `values` has NaN."""
 
 
-def casts_of(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor | None = None) -> Casts:
+def casts_of(
+    x: Tensor,
+    scale: Tensor,
+    format: FloatFormat,
+    rows: Tensor | None = None,
+    rounding: Rounding = "nearest",
+) -> Casts:
     """What a cast makes of some rows.
 
     Args:
@@ -51,6 +58,7 @@ def casts_of(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor | None 
         scale: float32, scalar, [rows, 1] or [rows, columns]; NaN counts as 1.
         format: the format that `x * scale` is cast to.
         rows: int64 indices of the rows; None takes all.
+        rounding: how the cast rounds.
     """
     scale = torch.nan_to_num(scale, nan=1.0)
     if rows is not None:
@@ -59,7 +67,7 @@ def casts_of(x: Tensor, scale: Tensor, format: FloatFormat, rows: Tensor | None 
     values = x.detach().float()
     scaled = (values * scale).clamp_(-_LARGEST, _LARGEST)
     clamped = scaled.clamp(-format.max, format.max)
-    return Casts(values, scale, scaled, clamped, round_in_range(clamped, format))
+    return Casts(values, scale, scaled, clamped, round_in_range(clamped, format, rounding))
 
 
 def operand_statistics(

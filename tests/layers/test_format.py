@@ -15,6 +15,12 @@ from lightning_fp.layers import linear_format
 from lightning_fp.layers.format import HIGH_PRECISION, NAMED_FORMATS
 
 EIGHT_BITS = st.sampled_from(["e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"])
+SIMULATED_NAMES = (
+    "e8m3-truncate",
+    "e8m7-stochastic",
+    "e4m5-scaled",
+    "e4m3-scaled-stochastic",
+)
 ANY_FORMAT = st.sampled_from(["fp32", "bf16", "fp16", "e4m3", "e5m2", "e2m1", "e3m2", "e8m3"])
 SCALED = st.builds(
     LinearFormat,
@@ -50,20 +56,27 @@ SIMULATED = st.builds(
     weight=ANY_FORMAT,
     grad_output=ANY_FORMAT,
     grad_weight=st.sampled_from(["fp8", "high"]),
-    rounding=st.sampled_from(["nearest", "truncate"]),
+    rounding=st.sampled_from(["nearest", "truncate", "stochastic"]),
+)
+SIMULATED_SCALED = st.builds(
+    LinearFormat,
+    st.just("dynamic"),
+    input=st.sampled_from(["e4m3", "e5m2", "fp16", "e2m1", "e7m7"]),
+    weight=st.sampled_from(["e4m3", "e5m2", "fp16", "e2m1", "e7m7"]),
+    grad_output=EIGHT_BITS,
+    rounding=st.sampled_from(["nearest", "truncate", "stochastic"]),
+    power_of_two=st.booleans(),
 )
 
 
-@given(st.one_of(SCALED, MX, DELAYED, SIMULATED))
+@given(st.one_of(SCALED, MX, DELAYED, SIMULATED, SIMULATED_SCALED))
 def test_a_name_reads_back_to_its_format(format: LinearFormat) -> None:
     assert linear_format(format.name) == format
     assert linear_format(format) is format
     assert repr(format) == f"LinearFormat({format.name!r})"
 
 
-@pytest.mark.parametrize(
-    "name", [*NAMED_FORMATS, "e8m3", "e5m2", "e2m1", "e8m1[rounding=truncate]"]
-)
+@pytest.mark.parametrize("name", [*NAMED_FORMATS, "e8m3", "e5m2", "e2m1", *SIMULATED_NAMES])
 def test_names_are_canonical(name: str) -> None:
     assert linear_format(name).name == name
 
@@ -78,9 +91,14 @@ def test_kinds() -> None:
         format = linear_format(name)
         assert format.is_high_precision == (name in HIGH_PRECISION)
         assert format.is_fp8 == name.startswith(("fp8-", "mxfp8", "nvfp4"))
-    simulated = linear_format("e8m3")
-    assert not simulated.is_high_precision
-    assert not simulated.is_fp8
+    for name in ("e8m3", *SIMULATED_NAMES):
+        simulated = linear_format(name)
+        assert simulated.is_simulated
+        assert not simulated.is_high_precision
+        assert not simulated.is_fp8
+    assert linear_format("e8m3-truncate") == linear_format("e8m3[rounding=truncate]")
+    assert linear_format("e4m3-scaled") == linear_format("fp8-dynamic[grad_output=e4m3]")
+    assert linear_format("e4m3-scaled").is_fp8
     assert not linear_format("bf16[input=e8m3]").is_high_precision
 
 
@@ -128,7 +146,10 @@ def test_a_torchao_config_that_does_not_scale_is_refused() -> None:
         ({"scaling": "static"}, "scaling must be one of none, dynamic, delayed, got 'static'"),
         ({"granularity": "rows"}, "granularity must be one of tensor, row, block, mx, nv, got"),
         ({"grad_weight": "bf16"}, "grad_weight must be one of fp8, high, got 'bf16'"),
-        ({"scaling": "none", "rounding": "up"}, "rounding must be one of nearest, truncate, got"),
+        (
+            {"scaling": "none", "rounding": "up"},
+            "rounding must be one of nearest, truncate, stochastic, got",
+        ),
         (
             {"scaling": "delayed", "granularity": "row"},
             "granularity must be 'tensor' with delayed scaling, got 'row'",
@@ -137,6 +158,9 @@ def test_a_torchao_config_that_does_not_scale_is_refused() -> None:
             {"scaling": "delayed", "granularity": "block"},
             "granularity must be 'tensor' with delayed scaling, got 'block'",
         ),
+        ({"granularity": "row", "rounding": "truncate"}, "rounding must be 'nearest' with scaling"),
+        ({"scaling": "delayed", "rounding": "stochastic"}, "rounding must be 'nearest' with"),
+        ({"granularity": "row", "input": "e4m5"}, "input must be an 8-bit format"),
         ({"granularity": "mx"}, "power_of_two must be True with granularity 'mx', got False"),
         ({"input": "bf16"}, "input must be an 8-bit format (e4m3, e5m2, e4m3fnuz, e5m2fnuz)"),
         ({"grad_output": "e8m3"}, "grad_output must be an 8-bit format"),

@@ -139,6 +139,22 @@ def test_the_rehearsal_sees_whether_a_step_is_the_same_twice(counts: bool, tmp_p
     assert ("not the same twice" in event.reason) == counts
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_replay_repeats_what_was_rounded_by_chance(compiled: bool, tmp_path: Path) -> None:
+    model, loop = own_parts(None, "e8m3-stochastic", tmp_path, blocks=1)
+    assert "e8m3-stochastic" in loop.precision_map.formats().values()
+    loss = loss_of(model)
+    if compiled:
+        torch._dynamo.reset()
+        loss = torch.compile(loss, backend="aot_eager")
+    for batch in batches(None, 8):
+        loop.step(loss, batch)
+    loop.close()
+    (event,) = read_events(tmp_path, kinds=["rehearsal"])
+    assert isinstance(event, Rehearsed)
+    assert event.outcome == "passed"
+
+
 def test_blocks_are_watched_and_cannot_be_made_again(tmp_path: Path) -> None:
     model, loop = own_parts(None, "fp8-dynamic", tmp_path, blocks=1)
     for batch in batches(None, 6):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_fp.choices import check_choice
 from lightning_fp.demo.faults.base import Fault
 from lightning_fp.numerics import float_format
-from lightning_fp.numerics.casting import round_to_format
+from lightning_fp.numerics.simulated import round_to_format
 
 Kind = Literal["noise", "clamp", "zero", "round"]
 
