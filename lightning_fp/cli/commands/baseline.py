@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fp.callbacks import LossRecorder
 from lightning_fp.cli.loading import factory_error, find_factory
 from lightning_fp.cli.output import console, print_json
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import Baseline, RunInfo, read_baseline, read_run
+from lightning_fp.study.training_job import TrainingJob, read_job
 from lightning_fp.terminal import FittedTable
 
 _OURS = ("precision", "plugins", "max_steps", "max_epochs", "max_time", "fast_dev_run")
@@ -63,20 +62,7 @@ def run(factory: str, steps: int, output: str, precision: str, seed: int, *, jso
 # -- what is trained ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a factory gave."""
-
-    module: L.LightningModule
-
-    data: Mapping[str, Any]
-    """For `Trainer.fit`; empty if the module has its own."""
-
-    options: Mapping[str, Any]
-    """For the Trainer."""
-
-
-def build_job(reference: str) -> Job:
+def build_job(reference: str) -> TrainingJob:
     """Call a factory that returns what to train.
 
     Raises:
@@ -88,36 +74,14 @@ def build_job(reference: str) -> Job:
         built = factory()
     except Exception as error:
         raise factory_error(reference, error) from error
-    module, data, options, *rest = (
-        *(built if isinstance(built, tuple) else (built,)),
-        *(None, None, None),
-    )
-    if any(each is not None for each in rest) or not isinstance(module, L.LightningModule):
-        got = ", ".join(type(each).__name__ for each in built) if isinstance(built, tuple) else ""
-        raise ValueError(
-            f"{reference} must return a LightningModule, or one and its data, or both and Trainer"
-            f" options, got {got or type(built).__name__}"
-        )
-    options = {} if options is None else options
-    if not isinstance(options, Mapping):
-        raise ValueError(f"{reference}: Trainer options must be a mapping, got {options!r}")
-    if ours := [name for name in _OURS if name in options]:
-        raise ValueError(f"{reference}: the Trainer options must leave out {', '.join(ours)}")
-    if not is_overridden("training_step", module):
-        raise ValueError(f"{reference}: {type(module).__name__} must have a training_step")
-    if data is None and not is_overridden("train_dataloader", module):
-        raise ValueError(
-            f"{reference}: there is no training data: return (module, dataloader), or define"
-            f" {type(module).__name__}.train_dataloader"
-        )
-    kind = "datamodule" if isinstance(data, L.LightningDataModule) else "train_dataloaders"
-    return Job(module=module, data={} if data is None else {kind: data}, options=options)
+    return read_job(reference, built, _OURS)
 
 
-def _trainer(job: Job, steps: int, output: Path, precision: Any, *, progress: bool) -> L.Trainer:
+def _trainer(
+    job: TrainingJob, steps: int, output: Path, precision: Any, *, progress: bool
+) -> L.Trainer:
     given = dict(job.options)
-    callbacks: Any = given.pop("callbacks", None) or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    given.pop("callbacks", None)
     defaults: dict[str, Any] = {
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
         "devices": 1,
@@ -134,7 +98,7 @@ def _trainer(job: Job, steps: int, output: Path, precision: Any, *, progress: bo
             precision=precision,
             max_steps=steps,
             max_epochs=-1,
-            callbacks=[*callbacks, LossRecorder(output)],
+            callbacks=[*job.callbacks, LossRecorder(output)],
         )
     except TypeError as error:  # an option that it does not have
         raise ValueError(f"the Trainer options are refused: {error}") from error
