@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fp import __version__
-from lightning_fp.report.draw.parts import Chart
+from lightning_fp.report.draw.parts import Chart, Section
 from lightning_fp.report.read.cost import RunCost, run_cost
 from lightning_fp.report.read.run_records import RunRecords, names_of, read_records
 from lightning_fp.report.sections.compare import comparison
@@ -89,12 +89,8 @@ def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
         runs: their records.
         costs: what each cost.
     """
-    jinja2 = _jinja2()
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(_file("report.html"))
-    return template.render(
+    return _render(
+        "report.html",
         title=f"{', '.join(run.name for run in runs)}: run report",
         runs=list(zip(runs, costs, strict=True)),
         headline=headline,
@@ -102,6 +98,42 @@ def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
         key_figures=key_figures,
         sections=sections,
         comparison=comparison(runs, costs) if len(runs) > 1 else None,
+    )
+
+
+def render_sections(
+    *, kind: str, title: str, headline: str, sections: Sequence[Section], source: str
+) -> str:
+    """A page of sections, of something else than runs' records.
+
+    Args:
+        kind: what it is, after the product's name.
+        title: of the page.
+        headline: the answer.
+        sections: what it rests on.
+        source: what it was made from.
+    """
+    return _render(
+        "sections.html",
+        kind=kind,
+        title=title,
+        headline=headline,
+        sections=sections,
+        source=source,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    jinja2 = _jinja2()
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(
+        **values,
         charts=_Charts(),
         css=_file("report.css"),
         script=_file("charts.js"),

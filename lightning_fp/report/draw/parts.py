@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Chart: TypeAlias = Mapping[str, Any]
-"""What charts.js draws: "type" is "panels", "strips" or "heatmap"; all have "title" and "look". A
-"table" in it is shown beneath."""
+"""What charts.js draws: "type" is "panels", "strips", "heatmap" or "rates"; all have "title" and
+"look". A "table" in it is shown beneath."""
 
 
 @dataclass(frozen=True, kw_only=True)

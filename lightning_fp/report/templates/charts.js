@@ -1,5 +1,5 @@
 "use strict";
-// Draws every chart of the report: fields with lines, strips of formats, heatmaps. No library.
+// Draws every chart of the report: fields with lines, strips of formats, heatmaps, rates. No library.
 (() => {
   const charts = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
@@ -417,9 +417,44 @@
     });
   };
 
+  // -- rates with their intervals ----------------------------------------------------------------
+
+  const rates = (el, spec) => {
+    legend(el, spec.series.map((line) => ({ name: line.name, fill: color(line.color) })));
+    const width = el.clientWidth, height = 220, left = 60, many = spec.categories.length;
+    const inner = width - left - RIGHT, each = inner / many;
+    // Formats stand beside each other within a category, so that no bar hides another.
+    const x = (c, s) => left + each * (c + 0.5 + (s - (spec.series.length - 1) / 2) * Math.min(0.16, 0.7 / spec.series.length));
+    const y = (v) => 8 + (1 - v) * (height - 16);
+    const picture = svg("svg", { viewBox: `0 0 ${width} ${height + 22}`, height: height + 22, "aria-hidden": "true" }, el);
+    for (const v of [0, 0.25, 0.5, 0.75, 1]) {
+      svg("line", { class: "grid", x1: left, x2: width - RIGHT, y1: y(v), y2: y(v) }, picture);
+      svg("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, picture, `${v * 100}%`);
+    }
+    spec.categories.forEach((name, c) => svg("text", { x: left + each * (c + 0.5), y: height + 16, "text-anchor": "middle" }, picture, name));
+    spec.series.forEach((line, s) => {
+      const stroke = color(line.color);
+      const at = line.points.map((point, c) => point && [x(c, s), y(point.value)]);
+      svg("path", { class: "mean", d: path(at.map((p) => p && p[0]), at.map((p) => p && p[1])), stroke, opacity: 0.5 }, picture);
+      line.points.forEach((point, c) => {
+        if (!point) return;
+        svg("line", { x1: x(c, s), x2: x(c, s), y1: y(point.low), y2: y(point.high), stroke, "stroke-width": 2 }, picture);
+        svg("circle", { cx: x(c, s), cy: y(point.value), r: 4, fill: stroke }, picture);
+      });
+    });
+    const percent = (v) => `${Math.round(v * 100)}%`;
+    let c = 0;
+    const show = () => tell(el, left + each * (c + 0.5), 40, spec.categories[c], spec.series.filter((line) => line.points[c]).map(
+      (line) => [line.name, `${percent(line.points[c].value)} [${percent(line.points[c].low)}, ${percent(line.points[c].high)}]`]));
+    follow(el, {
+      at: (px) => { if (px !== null) { c = Math.max(0, Math.min(many - 1, Math.floor((px - left) / each))); show(); } },
+      move: (dx) => { c = Math.max(0, Math.min(many - 1, c + dx)); show(); return true; },
+    });
+  };
+
   // -- drawing, and drawing again ----------------------------------------------------------------
 
-  const kinds = { panels, strips, heatmap };
+  const kinds = { panels, strips, heatmap, rates };
   const draw = (el) => {
     if (!el.clientWidth) return;
     el.replaceChildren();
