@@ -13,10 +13,10 @@ def kept(options: Mapping[str, Any], started: float) -> str:
     """A clause about the files that a command has written so far.
 
     Args:
-        options: the command's; `output` is where it writes, if it writes.
+        options: the command's; `output` or `dir` is where it writes, if it writes.
         started: when it began, in seconds since the epoch.
     """
-    output = options.get("output")
+    output = options.get("output", options.get("dir"))
     if output is None:
         return "nothing was written"
     place = Path(output)

@@ -324,6 +324,59 @@ def study_clamp(
     )
 
 
+def study_sweep(
+    factory: str | None = None,
+    *,
+    preset: str | None = None,
+    formats: str = "bf16,fp8-dynamic,fp8-delayed",
+    lr: str = "1e-3,3e-3,1e-2",
+    seeds: int = 3,
+    steps: int = 200,
+    axis: tuple[str, ...] = (),
+    dir: str = "runs/sweep",
+    storage: str | None = None,
+    threads: int = 1,
+    json: bool = False,
+) -> int:
+    """Measure how often formats fail at which learning rates: many short runs, compared with BF16.
+
+    The same command again goes on where it was stopped or killed; started twice, it works twice as
+    fast.
+
+    Args:
+        factory: package.module:factory or file.py:factory; it takes lr, and seed, steps and further
+            axes if it wants them, and returns a LightningModule, or one and its data, or both and a
+            mapping of Trainer options
+        preset: tiny: a small byte-level GPT instead of a factory
+        formats: their names, with commas between; bf16 among them, to compare with
+        lr: learning rates, with commas between
+        seeds: how many; of weights and batches
+        steps: optimizer steps of each run
+        axis: NAME=VALUE,VALUE: a further axis: clip, fallback=on,off, recipe, base, layers=all, or
+            a parameter of the factory, e.g. batch_size=8,16; repeatable
+        dir: where all of it goes: cells.parquet, sweep.html, and a run's records for each cell
+        storage: URL: keep the table of cells there, for workers on many machines: any database
+            that SQLAlchemy knows; a SQLite file in DIR if it is not given
+        threads: of this worker; more workers are faster than more threads
+        json: print the findings as JSON
+    """
+    from lightning_fp.cli.commands.study_sweep import run
+
+    return run(
+        factory,
+        preset=preset,
+        formats=formats,
+        lr=lr,
+        seeds=seeds,
+        steps=steps,
+        axis=axis,
+        dir=dir,
+        storage=storage,
+        threads=threads,
+        json=json,
+    )
+
+
 def completion(shell: Literal["bash", "zsh", "tcsh"]) -> int:
     """Print the completion of this command line for a shell.
 
@@ -354,8 +407,9 @@ COMMANDS: Commands = {
     "stats": stats,
     "report": report,
     "study": (
-        "Answer a question about a run: `study clamp`: do loss spikes come from clamping?",
-        {"clamp": study_clamp},
+        "Answer a question by runs: `study sweep`: which formats fail, and where? `study clamp`:"
+        " do loss spikes come from clamping?",
+        {"sweep": study_sweep, "clamp": study_clamp},
     ),
     "completion": completion,
 }

@@ -1,0 +1,172 @@
+"""One cell trained: a Trainer with our plugin, records in its directory, a judge at every step."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from typing_extensions import override
+
+from lightning_fp.callbacks import LossRecorder, PrecisionFallback, StagedRollout
+from lightning_fp.callbacks.run.run import run_of
+from lightning_fp.plugins.base import LayerPrecision
+from lightning_fp.plugins.names import precision_plugin
+from lightning_fp.records import read_steps
+from lightning_fp.study.sweep.factory import CellFactory, weights
+from lightning_fp.study.sweep.grid import Cell
+from lightning_fp.study.sweep.verdict import LossJudge
+
+OnStep = Callable[[int], object]
+"""Is told of each step, with its number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRun:
+    """How cells are trained."""
+
+    factory: CellFactory
+    steps: int
+    directory: Path
+    """Of the sweep; each cell has one of its own below `cells`."""
+
+    def place(self, cell: Cell) -> Path:
+        """The directory of a cell's records."""
+        return self.directory / "cells" / cell.id
+
+    def __call__(
+        self, cell: Cell, on_step: OnStep, on_built: Callable[[str], object]
+    ) -> dict[str, Any]:
+        """Train a cell, from the beginning: what a killed run has left is removed.
+
+        Args:
+            cell: which.
+            on_step: is told of each step.
+            on_built: is told the hash of the weights before the first step.
+
+        Returns:
+            What it came to, as plain data.
+
+        Raises:
+            ValueError: if the factory gives something else, or no step was made.
+            OSError: if its records cannot be written.
+        """
+        place = self.place(cell)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        job = self.factory.job(cell, self.steps, place)
+        began = weights(job.module)
+        on_built(began)
+        ours = _callbacks(cell, place)
+        judge = LossJudge(self.steps)
+        # Whoever may heal a run is given the time for it.
+        watching = _Watching(place, judge, on_step, stops=not ours and not job.callbacks)
+        options: dict[str, Any] = dict(job.options)
+        options.pop("callbacks", None)
+        clip: Any = cell.axes.get("clip", options.pop("gradient_clip_val", None))
+        quiet: dict[str, Any] = {
+            "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "default_root_dir": place,
+        }
+        trainer = L.Trainer(
+            **{**quiet, **options},
+            gradient_clip_val=clip or None,
+            plugins=_plugin(cell),
+            max_steps=self.steps,
+            max_epochs=-1,
+            callbacks=[*job.callbacks, *ours, watching],
+        )
+        clock, processor = time.perf_counter(), time.process_time()
+        trainer.fit(job.module, **job.data)
+        seconds = time.perf_counter() - clock
+        processor = time.process_time() - processor
+        if not judge.losses:
+            raise ValueError(
+                f"{self.factory.reference}: the run left no loss: its loader must have batches, and"
+                " its training_step must return a loss"
+            )
+        if len(read_steps(place)) < len(judge.losses):
+            raise OSError(f"the records of {cell.id} could not be written to {place}")
+        return {
+            **judge.result(),
+            "seconds": round(seconds, 4),
+            "cpu_seconds": round(processor, 4),
+            "weights": began,
+            **watching.accounts(trainer),
+        }
+
+
+def _callbacks(cell: Cell, place: Path) -> list[L.Callback]:
+    found: list[L.Callback] = []
+    recipe = cell.axes.get("recipe", False)
+    if cell.axes.get("fallback", False):
+        found.append(PrecisionFallback(dirpath=place))
+    if recipe:
+        found.append(StagedRollout(str(recipe), dirpath=place))
+    return found
+
+
+def _plugin(cell: Cell) -> LayerPrecision:
+    options: dict[str, Any] = {}
+    if "base" in cell.axes:
+        options["base"] = cell.axes["base"]
+    if cell.axes.get("layers", "default") == "all":
+        options["layers"] = {"*": cell.format}
+    return precision_plugin(cell.format, **options)
+
+
+class _Watching(LossRecorder):
+    """Records every step and has it judged, and ends a run that is dead."""
+
+    # A callback of ours hears nothing of replays, which are no steps of the run.
+
+    def __init__(self, place: Path, judge: LossJudge, on_step: OnStep, *, stops: bool) -> None:
+        super().__init__(place)
+        self._judge, self._on_step, self._stops = judge, on_step, stops
+        self._first: dict[str, str] = {}
+        self._kept = self._seen = 0
+        self._at = -1
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        record = run_of(trainer).last
+        if record is None or record.loss is None or record.step == self._at:
+            return
+        self._at = record.step
+        norm = record.grad_norm
+        loss = float(record.loss)
+        self._judge.step(loss, None if norm is None else float(norm), record.lr)
+        self._look(trainer)
+        self._on_step(len(self._judge.losses))
+        if self._stops and self._judge.is_dead:
+            trainer.should_stop = True
+
+    def _look(self, trainer: L.Trainer) -> None:
+        """Count the layers that are in the format they began in."""
+        plugin = trainer.precision_plugin
+        if self._stops or not isinstance(plugin, LayerPrecision):
+            return
+        formats = plugin.precision_map.formats()
+        self._first = self._first or formats
+        self._kept += sum(formats[name] == format for name, format in self._first.items())
+        self._seen += len(self._first)
+
+    def accounts(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What became of the steps, where somebody stepped in."""
+        fallback = next((c for c in trainer.callbacks if isinstance(c, PrecisionFallback)), None)  # pyright: ignore[reportAttributeAccessIssue]
+        accounts: dict[str, Any] = {"skipped": 0, "rolled_back": 0, "replayed": 0}
+        if fallback is not None:
+            accounts = {name: getattr(fallback.steps, name) for name in accounts}
+        return {**accounts, "kept": round(self._kept / self._seen, 4) if self._seen else 1.0}
