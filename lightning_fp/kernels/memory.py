@@ -209,6 +209,26 @@ def in_slot(row: Tensor, slot: int) -> Tensor:
     return F.pad(returned.unsqueeze(0), (0, 0, slot, SLOTS - slot - 1))
 
 
+def for_leaf(ctx: Any, row: Tensor) -> Tensor:
+    """A backward's gradient for `grad_leaf`, which it was given as the last tensor of its forward.
+
+    torch.autograd.grad(loss, inputs) and loss.backward(inputs=...) leave out the leaves that they
+    were not asked for: there it is added to the leaf at once, or the next scales would clamp what
+    was never recorded. Compiled code may not write here, and loses it.
+
+    Args:
+        ctx: with the call's `slot`.
+        row: [width], what is recorded of grad_output.
+    """
+    gradient = in_slot(row, ctx.slot)
+    if not torch.compiler.is_compiling():
+        node = ctx.next_functions[-1][0]
+        if not torch._C._will_engine_execute_node(node):
+            leaf = node.variable
+            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+    return gradient
+
+
 def from_slots(gradient: Tensor) -> Tensor:
     """The record that the gradients of a leaf add up to.
 

@@ -42,7 +42,7 @@ from lightning_fp.kernels.memory import (
     WEIGHT,
     OperandMemory,
     amax_row,
-    in_slot,
+    for_leaf,
 )
 from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
@@ -283,7 +283,7 @@ class _NativeLinear(torch.autograd.Function):
             if saved_input is not None and kernel.high_grad_weight:
                 grad_weight = (grad_output.t() @ saved_input).to(weight_dtype)
             if ctx.slot is not None:
-                grad_leaf = in_slot(amax_row(grad_output, amax_g, True), ctx.slot)
+                grad_leaf = for_leaf(ctx, amax_row(grad_output, amax_g, True))
         if differentiated_again():
             x = saved_input
             if x is not None and not kernel.high_grad_weight:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_fp.kernels import Kernel
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.block import BLOCK
-from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandRecord, in_slot
+from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandRecord, for_leaf
 from lightning_fp.numerics import (
     STATISTICS,
     Casts,
@@ -136,7 +136,7 @@ def observe(
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
     leaf, slot = statistics.grad_leaf, statistics.next_slot()
-    return _ObserveGradient.apply(output, leaf, slot, kernel, scales, sampling)
+    return _ObserveGradient.apply(output, scales, leaf, slot, kernel, sampling)
 
 
 def _work(kernel: Kernel, x: Tensor, weight: Tensor) -> tuple[float, float]:
@@ -169,10 +169,10 @@ class _ObserveGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         output: Tensor,
+        scales: Tensor | None,
         leaf: Tensor,
         slot: int,
         kernel: Kernel,
-        scales: Tensor | None,
         sampling: Sampling,
     ) -> Tensor:
         ctx.save_for_backward(scales, sampling.offset)
@@ -194,4 +194,5 @@ class _ObserveGradient(torch.autograd.Function):
                 what_if = what_if_statistics(g, format, scale_h, rows)
             casts = casts_of(g, scale, format, rows, ctx.kernel.rounding)
             row = operand_statistics(g, scale, format, casts, what_if)
-        return grad_output, in_slot(row, ctx.slot), None, None, None, None
+            grad_leaf = for_leaf(ctx, row)
+        return grad_output, None, grad_leaf, None, None, None

@@ -232,6 +232,36 @@ def test_a_gradient_penalty_trains(tmp_path: Path, scaling: Any) -> None:
     assert error(weights(ours), weights(plain)) < 0.05
 
 
+class Explicit(Program):
+    """Gradients by torch.autograd.grad, the larger ones inside of the loss: meta-learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        hidden = self.body(batch)
+        inner = hidden.float().square().sum()
+        [slope] = torch.autograd.grad(inner, self.body[0].weight, create_graph=True)
+        parameters = list(self.body.parameters())
+        gradients = torch.autograd.grad(1e-4 * slope.square().sum(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizers().step()
+
+
+@pytest.mark.compatibility("loops", "gradients by `torch.autograd.grad` alone", "works")
+@pytest.mark.parametrize("scaling", ["high", "dynamic", "delayed", "rowwise"])
+def test_gradients_that_reach_no_parameter_are_scaled_as_others(
+    tmp_path: Path, scaling: Any
+) -> None:
+    start, plain, ours = made(Explicit), made(Explicit), made(Explicit)
+    fit(plain, PLAIN, tmp_path)
+    fit(ours, FP8Precision(scaling), tmp_path)
+    way = weights(plain) - weights(start)
+    assert error(weights(ours) - weights(start), way) < (0.3 if scaling != "high" else 1e-9)
+
+
 class Curved(Program):
     """Multiplies by the Hessian in a step, as second-order optimizers do."""
 

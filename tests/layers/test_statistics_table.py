@@ -143,6 +143,17 @@ def test_more_calls_than_slots() -> None:
     assert 1 <= (row[0] / g.abs().amax()).item() < 1.03
 
 
+@pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-delayed", "fp8-rowwise", "mxfp8"])
+def test_gradients_of_some_inputs_alone_are_seen(format: str) -> None:
+    layer = linear()
+    table, _ = observed(layer, format)
+    x, g = torch.randn(8, 32, requires_grad=True), torch.randn(8, 16)
+    torch.autograd.grad((layer(x) * g).sum(), x)
+    row = table.take()[0, OPERANDS.index("grad_output")]
+    assert row[COLUMN["numel"]] == g.numel()
+    torch.testing.assert_close(row[0].float(), g.abs().amax())
+
+
 def test_the_larger_amax_counts_over_backwards() -> None:
     layer = linear()
     table, _ = observed(layer)

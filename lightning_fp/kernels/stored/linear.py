@@ -18,7 +18,7 @@ from lightning_fp.kernels.gemm import (
     unscale,
     widen,
 )
-from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, amax_row, in_slot
+from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, amax_row, for_leaf
 from lightning_fp.kernels.plain_linear import (
     differentiated_again,
     linear_without_autocast,
@@ -97,7 +97,7 @@ class StoredLinear(torch.autograd.Function):
                 scale = unscale(scale_g, amax_g), unscale(scale_w, amax_w)
                 grad_input = multiply(g, widen(w8, kernel.weight, ctx.wide), *scale, ctx.dtype)
             if ctx.slot is not None:
-                grad_leaf = in_slot(amax_row(grad_output, amax_g, True), ctx.slot)
+                grad_leaf = for_leaf(ctx, amax_row(grad_output, amax_g, True))
         if differentiated_again() and grad_input is not None:
             weight = dequantised(w8, scale_w, amax_w, ctx.dtype, kernel.weight)
             grad_input, _ = gradients_again(grad_input, None, grad_output, None, weight)

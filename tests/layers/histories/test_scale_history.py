@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning as L
 import pytest
@@ -248,6 +249,29 @@ class TestHistories:
         table.step()
         expected = [y.abs().amax(), model.weight.abs().amax(), g.abs().amax()]
         torch.testing.assert_close(newest(table)[0], torch.stack(expected).detach())
+
+    @pytest.mark.parametrize("frozen", ["kept", "stored"])
+    @pytest.mark.parametrize("how", ["grad", "grad of a graph", "backward to inputs"])
+    def test_gradients_of_some_inputs_alone_are_recorded(self, how: str, frozen: Any) -> None:
+        found = []
+        for way in ("backward", how):
+            torch.manual_seed(0)
+            model = nn.Sequential(layer(32, 32), layer())
+            model.requires_grad_(frozen == "kept")
+            report = convert(model, "fp8-delayed", {"*": "fp8-delayed"}, frozen=frozen)
+            x, g = torch.randn(8, 32, requires_grad=True), torch.randn(8, 16)
+            for scale in (1.0, 100.0):
+                loss = (model(x) * g).sum() * scale
+                if way == "backward":
+                    loss.backward()
+                elif way == "backward to inputs":
+                    loss.backward(inputs=[x])
+                else:
+                    torch.autograd.grad(loss, x, create_graph=way == "grad of a graph")
+                report.precision_map.step()
+            found.append(histories(report.precision_map))
+        assert torch.equal(*found)
+        assert (found[0][..., :2] > 0).all()
 
     def test_a_layer_that_did_not_run_keeps_its_history(self) -> None:
         model = nn.ModuleList([layer(), layer()])
