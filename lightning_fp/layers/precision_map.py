@@ -387,6 +387,16 @@ class PrecisionMap:
 
     # -- state ----------------------------------------------------------------------------------
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to keep: all in high precision as configured, without histories.
+
+        A run goes on from the configuration alone, as from a checkpoint of the plain model.
+        """
+        high = all(layer.format.is_high_precision for layer in self._layers.values())
+        followed = self._pending or self._loaded or len(self.scale_history)
+        return high and not followed and self.formats() == self._configured
+
     def state_dict(self) -> dict[str, Any]:
         """The table as plain strings and tensors: formats, pending writes, amax histories."""
         return {

@@ -396,8 +396,13 @@ class LayerPrecision(GuardedPrecision):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save under a key of our own; Lightning's, the class name, would tie the state to it."""
-        checkpoint[STATE_KEY] = {**self.precision_map.state_dict(), **self.base.save(checkpoint)}
+        """Save under a key of our own; Lightning's, the class name, would tie the state to it.
+
+        As Lightning's plugins do, nothing where there is nothing to keep.
+        """
+        of_base = self.base.save(checkpoint)
+        if of_base or not self.precision_map.is_plain:
+            checkpoint[STATE_KEY] = {**self.precision_map.state_dict(), **of_base}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

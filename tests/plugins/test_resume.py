@@ -119,12 +119,18 @@ def test_a_checkpoint_is_plain_and_its_weights_are_the_plain_models(tmp_path: Pa
 
 
 def test_the_state_of_the_optimizer_is_lightnings(tmp_path: Path) -> None:
+    plugins = {
+        "fp8": FP8Precision(),
+        "high": FP8Precision("high"),
+        "plain": MixedPrecision("bf16-mixed", "cpu"),
+    }
     paths = []
-    for name, plugin in (("fp8", FP8Precision()), ("plain", MixedPrecision("bf16-mixed", "cpu"))):
+    for name, plugin in plugins.items():
         (tmp_path / name).mkdir()
         paths.append(checkpoint(tmp_path / name, plugin)[0])
-    ours, theirs = (torch.load(path, weights_only=True) for path in paths)
+    ours, high, theirs = (torch.load(path, weights_only=True) for path in paths)
     assert set(ours) - set(theirs) == {STATE_KEY}
+    assert list(high) == list(theirs)
     assert list(ours["state_dict"]) == list(theirs["state_dict"])
     for one, other in zip(ours["optimizer_states"], theirs["optimizer_states"], strict=True):
         assert one["state"].keys() == other["state"].keys()
