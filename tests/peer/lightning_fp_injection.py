@@ -32,8 +32,9 @@ FORMAT = os.environ.get("PEER_FORMAT", "")
 FALLBACK = os.environ.get("PEER_FALLBACK", "") == "1"
 RESULTS = Path(os.environ["PEER_RESULTS"])
 ONLY = os.environ.get("PEER_ONLY", "")
-OWN_PRECISION = ("fsdp", "deepspeed", "xla")
-"""Strategies that take no plugin but their own; this package refuses them by name."""
+OWN_PRECISION = ("fsdp", "deepspeed", "xla", "tpu")
+"""Strategies and accelerators that take no plugin but their own; this package refuses them by name.
+"""
 
 trainers = 0
 """How many Trainers without a precision the running test has made."""
@@ -83,10 +84,12 @@ def precision(format: Any) -> Precision:
 def names_no_precision(options: dict[str, Any]) -> bool:
     """Whether a Trainer leaves the precision to Lightning's default."""
     strategy = options.get("strategy")
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    own = any(part in name.lower() for part in OWN_PRECISION)
-    given = any(isinstance(plugin, Precision) for plugin in as_list(options.get("plugins")))
-    return options.get("precision") is None and not given and not own
+    chosen = strategy, options.get("accelerator")
+    names = [each if isinstance(each, str) else type(each).__name__ for each in chosen]
+    own = any(part in name.lower() for name in names for part in OWN_PRECISION)
+    given = [*as_list(options.get("plugins")), getattr(strategy, "_precision_plugin", None)]
+    named = any(isinstance(plugin, Precision) for plugin in given)
+    return options.get("precision") is None and not named and not own
 
 
 def as_list(given: Any) -> list[Any]:

@@ -123,7 +123,8 @@ class Suite:
             inside = None if wanted is None else [t for t in wanted if t.startswith(room)]
             if inside is None or inside:
                 self._run_room(arm, room, inside)
-        failed = [r.test for r in self.read(arm).values() if r.outcome in ("failed", "died")]
+        bad = [r for r in self.read(arm).values() if r.outcome in ("failed", "died")]
+        failed = [r.test for r in bad if r.trainers or r.outcome == "died"]
         if wanted is not None:
             failed = [test for test in failed if test in set(wanted)]
         self.again(arm, failed)
