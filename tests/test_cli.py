@@ -91,6 +91,66 @@ def test_plan_of_a_large_model_as_on_fp8_hardware(capsys: pytest.CaptureFixture[
     assert rows["lm_head"]["format"] == "bf16"
 
 
+def test_plan_predicts_for_a_card(capsys: pytest.CaptureFixture[str]):
+    """Llama-3-8B: what torchao's page gives for eight H100, over bf16 (docs/will-it-pay.md)."""
+    command = ["plan", f"{MODELS}:llama_like", "--hardware", "h100", "--tokens", "8192", "--json"]
+    shard = ["--devices", "8"]
+    rowwise = run_json(capsys, *command, *shard, "--scaling", "fp8-rowwise")
+    tensorwise = run_json(capsys, *command, *shard, "--fp8-all-gather")
+    assert abs(rowwise["predicted_speedup_end_to_end"] - 1.12) < 0.05
+    assert abs(tensorwise["predicted_speedup_end_to_end"] - 1.25) < 0.08
+    assert 1.1 < rowwise["predicted_speedup"] < tensorwise["predicted_speedup"] < 2
+    rows = {row["name"]: row for row in rowwise["layers"]}
+    assert rows["blocks.0.mlp.up_proj"]["predicted_speedup"] > 1.1
+    assert rows["blocks.0.mlp.up_proj"]["flops"] == 6 * 8192 * 4096 * 14336
+    assert rows["blocks.0.mlp.up_proj"]["bytes"] > rows["blocks.0.mlp.up_proj"]["bytes_bf16"]
+    assert rows["blocks.0.attention.k_proj"]["predicted_speedup"] == 1
+    assert rowwise["tokens"] == 8192
+    assert rowwise["assumptions"]
+
+
+def test_plan_says_where_fp8_does_not_pay(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", f"{MODELS}:llama_like", "--hardware", "a100"]) == 0
+    printed = capsys.readouterr().out
+    assert "not worth it for speed: train in bf16 here" in printed
+    assert "leave out, faster in bf16: blocks.0-31.attention.q_proj" in printed
+    assert "nothing was measured" in printed
+    few = run_json(
+        capsys, "plan", f"{MODELS}:llama_like", "--hardware", "h100", "--tokens", "256", "--json"
+    )
+    assert "blocks.0.attention.q_proj" in few["leave_out"]
+    assert few["predicted_speedup_end_to_end"] < 1
+
+
+WITHOUT_EXAMPLE = """
+from torch import nn
+
+def stack():
+    return nn.Sequential(nn.Linear(4096, 8192), nn.ReLU(), nn.Linear(8192, 4096))
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8192, 8192)
+
+    def forward(self, a, b):
+        return self.fc(a + b)
+"""
+
+
+def test_plan_guesses_a_sequence_where_there_is_no_example(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    (tmp_path / "plain.py").write_text(WITHOUT_EXAMPLE)
+    card = ["--hardware", "h100", "--json"]
+    stack = run_json(capsys, "plan", f"{tmp_path / 'plain.py'}:stack", *card)
+    assert stack["tokens"] == 8192
+    assert 1 < stack["predicted_speedup_end_to_end"] < stack["predicted_speedup"]
+    odd = run_json(capsys, "plan", f"{tmp_path / 'plain.py'}:Odd", *card)
+    assert odd["predicted_speedup"] > 1
+    assert odd["predicted_speedup_end_to_end"] is None
+
+
 def test_plan_follows_rules_in_order(capsys: pytest.CaptureFixture[str]):
     rules = ["--layers", "*.o_proj=e8m3", "--layers", '{"*.attention.*": "fp8-rowwise"}']
     report = run_json(capsys, "plan", f"{MODELS}:mixture_of_experts", *rules, "--json")
@@ -141,6 +201,11 @@ def test_plan_says_where_hardware_would_differ(capsys: pytest.CaptureFixture[str
         ([f"{MODELS}:llama_like", "--layers", "a=bf16"], "pattern 'a' matches no linear layer"),
         ([f"{MODELS}:llama_like", "--scaling", "fp9"], "scaling: format must be one of"),
         ([f"{MODELS}:llama_like", "--backend", "cutlass"], "backend must be one of"),
+        ([f"{MODELS}:llama_like", "--hardware", "h100", "--tokens", "0"], "--tokens must be 1 or"),
+        (
+            [f"{MODELS}:llama_like", "--hardware", "h100", "--fp8-all-gather"],
+            "--fp8-all-gather must come with --devices 2 or more",
+        ),
     ],
 )
 def test_plan_refuses_in_one_line(

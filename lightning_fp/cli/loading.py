@@ -26,6 +26,9 @@ class UserModel:
     example_input: Any = None
     """Arguments of one forward, or None if none is known."""
 
+    is_placeholder: bool = False
+    """Whether the example is a library's, of a few tokens, and says nothing of a batch."""
+
 
 def load_model(reference: str) -> UserModel:
     """Build the model that a factory returns, on the meta device if the factory can.
@@ -48,10 +51,12 @@ def load_model(reference: str) -> UserModel:
             f"{reference} must return an nn.Module, or an nn.Module and an example input, got"
             f" {type(model).__name__}"
         )
+    placeholder = False
     for attribute in ("example_input_array", "dummy_inputs"):
         if example_input is None:
             example_input = getattr(model, attribute, None)
-    return UserModel(model=model, example_input=example_input)
+            placeholder = example_input is not None and attribute == "dummy_inputs"
+    return UserModel(model=model, example_input=example_input, is_placeholder=placeholder)
 
 
 def build(reference: str, *, meta: bool = False) -> Any:

@@ -11,6 +11,9 @@ from typing import Literal
 
 from lightning_fp.cli.parser import Commands
 
+Hardware = Literal["h100", "h200", "b200", "l40s", "rtx4090", "a100", "mi300"]
+"""As `lightning_fp.kernels.cost`, which imports more than a command's help may."""
+
 
 def doctor(*, fp16: str | None = None, json: bool = False) -> int:
     """Show what this machine has, and which formats run on it natively, emulated or not at all.
@@ -32,6 +35,10 @@ def plan(
     layers: tuple[str, ...] = (),
     backend: str = "auto",
     cuda_fp8: bool = False,
+    hardware: Hardware | None = None,
+    tokens: int | None = None,
+    devices: int = 1,
+    fp8_all_gather: bool = False,
     all: bool = False,
     json: bool = False,
 ) -> int:
@@ -45,12 +52,29 @@ def plan(
             as a JSON object
         backend: auto, native, torchao or transformer-engine
         cuda_fp8: plan for a GPU with FP8 tensor cores (sm89 or later), whatever is here
+        hardware: plan for this card, and predict what it gains over bf16
+        tokens: with --hardware: tokens of a micro-batch; by default those of the example input
+        devices: with --hardware: devices that weights and optimizer are sharded over
+        fp8_all_gather: with --hardware and --devices: predict for weights that are gathered in FP8,
+            as torchao alone can
         all: a row for every layer; else repeated blocks share rows
         json: print the report as JSON
     """
     from lightning_fp.cli.commands.plan import run
 
-    return run(factory, scaling, layers, backend, cuda_fp8=cuda_fp8, all=all, json=json)
+    return run(
+        factory,
+        scaling,
+        layers,
+        backend,
+        cuda_fp8=cuda_fp8,
+        hardware=hardware,
+        tokens=tokens,
+        devices=devices,
+        fp8_all_gather=fp8_all_gather,
+        all=all,
+        json=json,
+    )
 
 
 def recipes_list(*, json: bool = False) -> int:

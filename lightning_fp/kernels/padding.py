@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 WORTH_SAYING = 0.01
 """Share of FLOPs from which on what zeros cost is shown."""
@@ -56,11 +57,14 @@ def whole(x: Tensor, *, rows: int = 1, columns: int = 1) -> Tensor:
 
 
 def _by_index(x: Tensor, dimension: int, multiple: int) -> Tensor:
-    """The same along one dimension: a load behind a mask, of which the compiler makes the copy."""
-    if multiple == 1:
+    """The same along one dimension: a load behind a mask, of which the compiler makes the copy.
+
+    Where the size is known to be a multiple there is nothing to load, and no pass over memory.
+    """
+    size = x.shape[dimension]
+    if multiple == 1 or statically_known_true(size % multiple == 0):
         return _contiguous(x)
     source, low = _as_bytes(x)
-    size = x.shape[dimension]
     index = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
     there = index < size
     picked = source.index_select(dimension, torch.where(there, index, 0))

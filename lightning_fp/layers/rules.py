@@ -187,7 +187,8 @@ def default_exclusion(
         name: the layer's name.
         linear: the layer.
         tied: whether it shares its weight with an embedding.
-        too_small: whether FP8 hardware would not gain on it, see `gains_nothing`.
+        too_small: whether FP8 hardware is predicted not to gain on it, see
+            `lightning_fp.kernels.cost`.
         multiple: what its dimensions must be multiples of.
 
     Returns:
@@ -221,16 +222,3 @@ def narrow_adapter(name: str, linear: nn.Linear) -> str | None:
         return None
     rank = min(linear.in_features, linear.out_features)
     return f"adapter of rank {rank}, not a multiple of {ALIGNMENT}" if rank % ALIGNMENT else None
-
-
-def gains_nothing(format: LinearFormat, in_features: int, out_features: int) -> bool:
-    """Whether casting costs more than the FP8 GEMM saves, on the hardware that has one.
-
-    The thresholds are torchao's, measured on H100 (torchao.float8, `_auto_filter_for_recipe`;
-    small layers slowed whole models by 40%, pytorch/ao#2410).
-    """
-    if format.granularity == "tensor":
-        return in_features <= 4096 and out_features <= 1024
-    if out_features <= 2048 or in_features <= 1024:
-        return True
-    return out_features <= 4096 and in_features <= 2048

@@ -14,9 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_fp import convert, revert
-from lightning_fp.layers.format import linear_format
 from lightning_fp.layers.regions import compiled_regions
-from lightning_fp.layers.rules import clean_name, gains_nothing, layer_rules
+from lightning_fp.layers.rules import clean_name, layer_rules
 from tests.helper import TinyGPT
 
 
@@ -208,12 +207,3 @@ def test_rules_match_the_users_names_under_any_wrapper(wrap: Any) -> None:
     assert revert(wrapped) == 2
     inside = nn.ModuleDict({"generator": wrap(Wraps())})
     assert list(convert(inside).precision_map.formats()) == [f"generator.{n}" for n in formats]
-
-
-def test_sizes_that_gain_nothing_are_torchaos() -> None:
-    tensor, row = linear_format("fp8-dynamic"), linear_format("fp8-rowwise")
-    assert gains_nothing(tensor, 4096, 1024)
-    assert not gains_nothing(tensor, 4096, 2048)
-    assert gains_nothing(row, 4096, 2048)
-    assert gains_nothing(row, 2048, 4096)
-    assert not gains_nothing(row, 4096, 4096)

@@ -12,8 +12,10 @@ from typing import Any
 from rich.text import Text
 from torch import nn
 
+from lightning_fp.cli.commands.plan_hardware import outlook
 from lightning_fp.cli.loading import load_model
 from lightning_fp.cli.output import console
+from lightning_fp.kernels.cost.data_sheets import DATA_SHEETS, DataSheet, Hardware
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.kernels.padding import WORTH_SAYING
 from lightning_fp.layers import (
@@ -29,6 +31,7 @@ from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.conversion.report import padding_of
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.layers.scaling import read_scaling
+from lightning_fp.records.jsonl import json_text
 from lightning_fp.terminal import FittedTable
 
 _RULE = re.compile(r"(?P<pattern>.+)=(?P<format>[\w-]+(\[[^\]]*\])?)")
@@ -41,6 +44,10 @@ def run(
     backend: Any,
     *,
     cuda_fp8: bool,
+    hardware: Hardware | None = None,
+    tokens: int | None = None,
+    devices: int = 1,
+    fp8_all_gather: bool = False,
     all: bool,
     json: bool,
 ) -> int:
@@ -50,7 +57,10 @@ def run(
         ValueError: if the model cannot be built or the conversion is refused.
     """
     user = load_model(factory)
-    report = planned(user.model, scaling, layers, backend, cuda_fp8=cuda_fp8)
+    card = None if hardware is None else DATA_SHEETS[hardware]
+    if card is not None:
+        cuda_fp8 = card.fp8 is not None
+    report = planned(user.model, scaling, layers, backend, cuda_fp8=cuda_fp8, card=card)
     note = "FLOPs: of the linear layers, for lack of an example input"
     if user.example_input is not None:
         try:
@@ -58,17 +68,31 @@ def run(
             note = "FLOPs: of the whole model, counted in one forward of the example input"
         except Exception as error:  # whatever a user's forward raises; shapes are known anyway
             note = f"FLOPs: of the linear layers; the forward failed: {_first_line(error)}"
+    found = None
+    if hardware is not None:
+        found = outlook(
+            user,
+            report,
+            hardware,
+            backend=backend,
+            tokens=tokens,
+            devices=devices,
+            fp8_all_gather=fp8_all_gather,
+        )
     if json:
-        print(report.to_json())
+        print(report.to_json() if found is None else json_text(found.to_dict(report)))
     else:
         rows = [Row(**vars(layer)) for layer in report.layers]
         screen = console()
         screen.print(_as_table(rows if all else fold(rows)))
         screen.print(report.summary(), markup=False, soft_wrap=True)
         screen.print(note, markup=False, soft_wrap=True, style="dim")
-        elsewhere = "" if cuda_fp8 else on_hardware(user.model, scaling, layers, backend)
-        if elsewhere:
-            screen.print(elsewhere, markup=False, soft_wrap=True, style="dim")
+        if found is not None:
+            found.show(screen)
+        if not cuda_fp8 and card is None:
+            elsewhere = on_hardware(user.model, scaling, layers, backend)
+            if elsewhere:
+                screen.print(elsewhere, markup=False, soft_wrap=True, style="dim")
     return 0
 
 
@@ -79,10 +103,12 @@ def planned(
     backend: Any = "auto",
     *,
     cuda_fp8: bool = False,
+    card: DataSheet | None = None,
 ) -> ConversionReport:
     """Convert a model as FP8Precision over BF16 would; see `commands.plan`."""
-    cuda_fp8 = cuda_fp8 or cuda_has_fp8()
+    cuda_fp8 = cuda_fp8 or (card is None and cuda_has_fp8())
     conversion = _conversion(scaling, layers, backend, cuda_fp8=cuda_fp8)
+    conversion = dataclasses.replace(conversion, card=card)
     return convert_into(PrecisionMap(backend=backend, cuda_fp8=cuda_fp8), model, conversion)
 
 

@@ -11,8 +11,11 @@ from torch.nn.parameter import is_lazy
 
 from lightning_fp.choices import check_choice
 from lightning_fp.format_names import ALIGNMENT
+from lightning_fp.kernels.cost.data_sheets import DataSheet
+from lightning_fp.kernels.cost.linear import TOKENS, gains
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.layers.backends import Backend, Resolved, read_backend, resolve
+from lightning_fp.layers.conversion.casting import casting_of
 from lightning_fp.layers.conversion.flops import CONVOLUTIONS, multiplies
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.linear import (
@@ -27,7 +30,6 @@ from lightning_fp.layers.rules import (
     check_rules_apply,
     clean_named_modules,
     default_exclusion,
-    gains_nothing,
     narrow_adapter,
 )
 from lightning_fp.layers.stored import Frozen
@@ -55,6 +57,13 @@ class Conversion:
 
     frozen: Frozen = "kept"
     """What is kept of frozen weights in FP8 layers."""
+
+    card: DataSheet | None = None
+    """For which card it is predicted whether a layer gains; None: for H100, of which most is
+    known."""
+
+    tokens: int = TOKENS
+    """Tokens of a micro-batch, likewise."""
 
     def __post_init__(self) -> None:
         check_choice("frozen", self.frozen, get_args(Frozen))
@@ -151,9 +160,7 @@ def _decide_one(
     chosen = conversion.resolve(conversion.format)
     if chosen.format.is_high_precision:
         return LayerDecision(resolved=chosen, reason="the format of the run")
-    too_small = chosen.kernel.runs_on_fp8_hardware and gains_nothing(
-        chosen.format, linear.in_features, linear.out_features
-    )
+    too_small = chosen.kernel.runs_on_fp8_hardware and _too_small(linear, chosen.format, conversion)
     # Emulated blocks may be ragged: only hardware leaves such layers alone by default.
     multiple = max(chosen.alignment, ALIGNMENT)
     if is_lazy(first_parameter(linear)) and chosen.kernel.runs_on_fp8_hardware:
@@ -164,6 +171,15 @@ def _decide_one(
         high = conversion.resolve(conversion.high_precision)
         return LayerDecision(resolved=high, reason=reason, by_default=True)
     return LayerDecision(resolved=chosen, reason=None)
+
+
+def _too_small(linear: nn.Linear, format: LinearFormat, conversion: Conversion) -> bool:
+    """Whether FP8 is predicted to gain nothing on a layer whose size is known."""
+    casting = casting_of(format, str(conversion.backend))
+    shape = linear.in_features, linear.out_features
+    if casting is None or 0 in shape:
+        return False
+    return not gains(casting, *shape, card=conversion.card, tokens=conversion.tokens)
 
 
 def _check_runs(name: str, linear: nn.Linear, chosen: Resolved) -> None:

@@ -48,7 +48,7 @@ def _grouped(a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(rows) * b_shape[-1]
 
 
-_NOT_IN_TORCH = {
+COUNTED_HERE = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
     torch.ops.aten._grouped_mm: _grouped,
     torch.ops.aten._scaled_grouped_mm: _grouped,
@@ -120,7 +120,7 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
         order in which they ran; those of everything together under "".
     """
     flops: dict[str, int] = defaultdict(int)
-    counter = FlopCounterMode(display=False, custom_mapping=_NOT_IN_TORCH)
+    counter = FlopCounterMode(display=False, custom_mapping=COUNTED_HERE)
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     unseen = 0
     running: list[list[int]] = []
@@ -206,6 +206,18 @@ def example_flops(model: nn.Module, example_input: Any) -> tuple[dict[str, int],
     Returns:
         FLOPs by layer name, the whole model's under ""; and see `counting_padding`.
     """
+    with counting_flops(model) as flops, counting_padding(model) as padding:
+        run_example(model, example_input)
+    return flops, padding
+
+
+def run_example(model: nn.Module, example_input: Any) -> None:
+    """One forward, eager and in evaluation, that leaves no trace in the model.
+
+    Args:
+        model: as `example_flops`.
+        example_input: likewise.
+    """
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     arguments = _to_device(example_input, device)
@@ -218,8 +230,6 @@ def example_flops(model: nn.Module, example_input: Any) -> tuple[dict[str, int],
             torch.random.fork_rng(rng_devices),
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
-            counting_flops(model) as flops,
-            counting_padding(model) as padding,
         ):
             # torch's counter has hooks, of which torch.compile warns although it is off here.
             warnings.filterwarnings("ignore", "Using `torch.compile")
@@ -232,7 +242,6 @@ def example_flops(model: nn.Module, example_input: Any) -> tuple[dict[str, int],
     finally:
         for module in training:
             module.training = True
-    return flops, padding
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
