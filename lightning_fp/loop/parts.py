@@ -21,7 +21,7 @@ from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.loop.loop_records import LoopRecords
 from lightning_fp.loop.steps.optimizer_steps import ComputeLoss
 from lightning_fp.loop.watched.plain_loop import PlainLoop
-from lightning_fp.recipes import RolloutRecipe, remarks_on
+from lightning_fp.recipes import RolloutRecipe, check_evidence, remarks_on, used_formats
 from lightning_fp.recipes.text import as_plain
 from lightning_fp.rl.origin import SampleOrigin
 from lightning_fp.stability.keep.batch_ring import MicroBatch, RecordedStep
@@ -140,6 +140,7 @@ class Parts:
             recipe, GateEvidence(names, None, None), tokens if "tokens" in until else None
         )
         stages = staging.follow(self._precision).stages
+        check_evidence(recipe.name, recipe.evidence, used_formats(stages))
         check_measurable(stages, self._precision.precision_map)
         report = self._precision.report
         for remark in remarks_on(

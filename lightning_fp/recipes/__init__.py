@@ -17,9 +17,10 @@ if TYPE_CHECKING:
         names,
         read,
     )
+    from lightning_fp.recipes.format_evidence import FormatEvidence, check_evidence
     from lightning_fp.recipes.gate import Gate
     from lightning_fp.recipes.recipe import RolloutRecipe
-    from lightning_fp.recipes.remarks import never_low, remarks_on
+    from lightning_fp.recipes.remarks import never_low, remarks_on, used_formats
     from lightning_fp.recipes.rollout import Rollout, RolloutDecision, RolloutSignals, RolloutState
     from lightning_fp.recipes.schema import json_schema
     from lightning_fp.recipes.stage import Stage
@@ -29,6 +30,7 @@ else:
 
 __all__ = [
     # recipes
+    "FormatEvidence",
     "Gate",
     "RolloutRecipe",
     "Stage",
@@ -50,7 +52,9 @@ __all__ = [
     "RolloutSignals",
     "RolloutState",
     "StageFormats",
+    "check_evidence",
     "formats_by_stage",
     "never_low",
     "remarks_on",
+    "used_formats",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_fp.choices import check_choice
+from lightning_fp.recipes.format_evidence import FormatEvidence
 from lightning_fp.recipes.stage import Stage
 
 FewBlocks = Literal["refuse", "thirds"]
@@ -44,6 +45,9 @@ class RolloutRecipe:
     takes them as they are, and refuses a model that has none; "thirds" takes the first, the middle
     and the last third of the converted layers instead. The built-in recipes do the latter."""
 
+    evidence: tuple[FormatEvidence, ...] = ()
+    """What short runs have shown of formats. One that has not passed is refused in a stage."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError(
@@ -58,6 +62,12 @@ class RolloutRecipe:
                 raise ValueError(f"stages must be Stages, got {stage!r}")
         object.__setattr__(self, "stages", tuple(self.stages))
         check_choice("few_blocks", self.few_blocks, get_args(FewBlocks))
+        if not isinstance(self.evidence, (tuple, list)):
+            raise ValueError(f"evidence must be a list, got {self.evidence!r}")
+        for each in self.evidence:
+            if not isinstance(each, FormatEvidence):
+                raise ValueError(f"evidence must be FormatEvidence, got {each!r}")
+        object.__setattr__(self, "evidence", tuple(self.evidence))
         self._check_names()
         self._check_order()
         self._check_ends()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from lightning_fp.layers.format import linear_format
 from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.recipes.blocks import stacks
+from lightning_fp.recipes.format_evidence import what_evidence_cannot_say
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage_formats import StageFormats
 
@@ -32,7 +33,14 @@ def remarks_on(
         for entry in stages
         if entry.skipped
     ]
+    if recipe.evidence:
+        remarks += what_evidence_cannot_say(used_formats(stages))
     return remarks
+
+
+def used_formats(stages: Sequence[StageFormats]) -> set[str]:
+    """All formats that a recipe comes to on a model."""
+    return {name for entry in stages if not entry.skipped for name in entry.formats.values()}
 
 
 def never_low(

@@ -12,11 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 
 from lightning_fp.format_names import TABLE
 from lightning_fp.recipes.builtin import RECIPES
+from lightning_fp.recipes.format_evidence import FormatEvidence
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import CONFIGURED, Stage, Until
 
-_SIMPLE = {str: "string", int: "integer", float: "number"}
+_SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 _BOUNDS: Mapping[tuple[type[Any], str], dict[str, Any]] = {
     (RolloutRecipe, "stages"): {"minItems": 1},
@@ -40,7 +41,7 @@ _BOUNDS: Mapping[tuple[type[Any], str], dict[str, Any]] = {
 
 def json_schema() -> dict[str, Any]:
     """The schema (draft 2020-12) of a recipe's YAML file."""
-    parts = {part.__name__: _object(part) for part in (Stage, Gate, Until)}
+    parts = {part.__name__: _object(part) for part in (Stage, Gate, Until, FormatEvidence)}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "lightning_fp rollout recipe",

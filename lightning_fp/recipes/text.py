@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_fp.choices import did_you_mean
+from lightning_fp.recipes.format_evidence import FormatEvidence
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import Stage
@@ -88,6 +89,11 @@ def _recipe(document: Any) -> RolloutRecipe:
     values["stages"] = tuple(
         _stage(stage, f"stages[{i}]") for i, stage in enumerate(_list(values["stages"], "stages"))
     )
+    evidence = _list(values.get("evidence", ()), "evidence")
+    values["evidence"] = tuple(
+        _build(FormatEvidence, _fields(each, FormatEvidence, f"evidence[{i}]"), f"evidence[{i}]")
+        for i, each in enumerate(evidence)
+    )
     return RolloutRecipe(**values)
 
 
@@ -159,7 +165,7 @@ def write_recipe(recipe: RolloutRecipe) -> str:
 
 def as_plain(value: Any) -> Any:
     """A recipe, or a part of one, as mappings, lists, texts and numbers; defaults are left out."""
-    if isinstance(value, (RolloutRecipe, Stage, Gate)):
+    if isinstance(value, (RolloutRecipe, Stage, Gate, FormatEvidence)):
         own = [field for field in fields(value) if field.default is MISSING]
         given = [field for field in fields(value) if field.default is not MISSING]
         kept = [f.name for f in own if getattr(value, f.name) or f.default_factory is MISSING]

@@ -25,7 +25,15 @@ from lightning_fp.callbacks.rollout.gate_names import (
 )
 from lightning_fp.callbacks.rollout.logged_metrics import LoggedMetrics
 from lightning_fp.callbacks.run.run import RunCallback, run_of
-from lightning_fp.recipes import RolloutRecipe, RolloutState, never_low, read, remarks_on
+from lightning_fp.recipes import (
+    RolloutRecipe,
+    RolloutState,
+    check_evidence,
+    never_low,
+    read,
+    remarks_on,
+    used_formats,
+)
 from lightning_fp.recipes.text import as_plain
 from lightning_fp.telemetry import LOSS
 from lightning_fp.telemetry.rollout.gate_evidence import LOSS_GAP, GateEvidence
@@ -56,11 +64,13 @@ class StagedRollout(RunCallback):
         tokens_per_step: tokens of one optimizer step over all ranks, for stages that end by
             tokens; by default those of a batch are the elements of its first tensor of integers.
         dirpath: where events go; None takes the run's directory.
+        force: whether to use also the formats that the recipe's own evidence is against.
 
     Raises:
         ValueError: for a recipe that cannot be; at setup without a plugin of this package, for a
-            pattern that matches nothing, a gate whose callback is missing or that can never be
-            measured, or a stage that ends by a share of a run whose length is not known.
+            pattern that matches nothing, a format that has not passed, a gate whose callback is
+            missing or that can never be measured, or a stage that ends by a share of a run whose
+            length is not known.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class StagedRollout(RunCallback):
         baseline: str | Path | None = None,
         tokens_per_step: int | None = None,
         dirpath: str | Path | None = None,
+        force: bool = False,
     ) -> None:
         self.recipe = read(recipe)
         """The stages."""
@@ -83,6 +94,7 @@ class StagedRollout(RunCallback):
                         " StagedRollout(..., baseline='its directory')"
                     )
         self.baseline, self.tokens_per_step, self.dirpath = baseline, tokens_per_step, dirpath
+        self.force = force
         self._staging = Staging(self.recipe)
         self._fallback: PrecisionFallback | None = None
 
@@ -104,6 +116,7 @@ class StagedRollout(RunCallback):
             # absolute, since a report is made elsewhere than the run
             "baseline": None if self.baseline is None else str(Path(self.baseline).absolute()),
             "tokens_per_step": self.tokens_per_step,
+            "force": self.force,
         }
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -139,6 +152,8 @@ class StagedRollout(RunCallback):
         """Follow the recipe over this model, and refuse what cannot be."""
         plugin = self.plugin(trainer)
         stages = self._staging.follow(plugin).stages
+        if not self.force:
+            check_evidence(self.recipe.name, self.recipe.evidence, used_formats(stages))
         check_measurable(stages, trainer, plugin.precision_map)
         order_known = plugin.report is not None and bool(plugin.report.order)
         for remark in remarks_on(self.recipe, stages, order_known=order_known):
