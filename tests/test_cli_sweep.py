@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from lightning_fp.cli import main
+from lightning_fp.recipes import RolloutRecipe
 from lightning_fp.study.sweep.cell_table import CellTable
 from lightning_fp.study.sweep.database import SQLite
 from lightning_fp.study.sweep.results import read_cells
@@ -240,6 +241,25 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
     assert len(done(tmp_path)) == 4
     assert sweep("fit", tmp_path, *SMALL) == 0
     assert len(read_cells(tmp_path)) == 8
+
+
+def test_cost_and_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipes" / "mine.yaml"
+    options = ("--formats", "bf16,fp8-dynamic,fp8-delayed", "--lr", "1e-2", "--seeds", "2")
+    options = (*options, "--steps", "20", "--speedup", "1.25", "--emit", str(recipe))
+    assert sweep("fit", tmp_path, *options) == 0
+    printed = capsys.readouterr().out
+    assert "fp8-dynamic pays above 1.00x raw speed-up on this model" in printed
+    assert "at 1.25x a run costs 0.80 of bf16's" in printed
+    assert "about 200 billion tokens" in printed
+    assert "pays above 1.00x" in (tmp_path / "sweep.html").read_text()
+    assert main(["recipes", "check", str(recipe)]) == 0
+    assert RolloutRecipe.from_yaml(recipe).evidence[0].passed
+    capsys.readouterr()
+    assert sweep("fit", tmp_path, *options, "--json") == 0
+    costs = json.loads(capsys.readouterr().out)["costs"]
+    assert [cost["cost_at_speedup"] for cost in costs] == [0.8, 0.8]
+    assert sweep("fit", tmp_path, *options, "--speedup", "0") == 2
 
 
 def test_axes_of_the_sweep_and_of_the_factory(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_products_without_vector_instructions(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["numerics", "kernels", "layers", "plugins", "metrics"])
+@pytest.mark.parametrize("part", ["numerics", "kernels", "layers", "metrics"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_numerics(setting: str, part: str, tmp_path: Path) -> None:
     run(setting, tmp_path, f"tests/{part}")

@@ -360,6 +360,8 @@ def study_sweep(
     dir: str = "runs/sweep",
     storage: str | None = None,
     threads: int = 1,
+    speedup: float | None = None,
+    emit: str | None = None,
     json: bool = False,
 ) -> int:
     """Measure how often formats fail at which learning rates: many short runs, compared with BF16.
@@ -382,6 +384,9 @@ def study_sweep(
         storage: URL: keep the table of cells there, for workers on many machines: any database
             that SQLAlchemy knows; a SQLite file in DIR if it is not given
         threads: of this worker; more workers are faster than more threads
+        speedup: FACTOR: of a step in low precision over one in bf16, measured or from
+            `lightning-fp plan`: say what a run then costs in the end, retries and all
+        emit: FILE: write a rollout recipe with the first format that passed, and what all did
         json: print the findings as JSON
     """
     from lightning_fp.cli.commands.study_sweep import run
@@ -397,6 +402,8 @@ def study_sweep(
         dir=dir,
         storage=storage,
         threads=threads,
+        speedup=speedup,
+        emit=emit,
         json=json,
     )
 

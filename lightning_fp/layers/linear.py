@@ -268,10 +268,10 @@ FPLinear.forward.__wrapped__ = nn.Linear.forward  # pyright: ignore
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` is exactly nn.Linear, lazy or not, or that under FSDP2's class mix-in.
 
-    A parametrization's subclass is, since it keeps nn.Linear's forward. Others are not: theirs may
-    do anything (nn.MultiheadAttention's projection is a subclass whose forward is never called).
+    Subclasses are not: their forward may do anything (nn.MultiheadAttention's projection is a
+    subclass whose forward is never called).
     """
-    return _bare(type(module)) in _SWITCHABLE
+    return _without_fsdp(type(module)) in _SWITCHABLE
 
 
 def is_switchable_linear(module: nn.Module) -> TypeGuard[FPLinear]:
@@ -348,9 +348,8 @@ def _without_fsdp(cls: type) -> type:
 
 def _bare(cls: type) -> type:
     """The class that `fully_shard`, or torch.nn.utils.parametrize, has made a subclass of."""
-    inside = _without_fsdp(cls)
-    base = inside.__bases__[0]
-    return base if _is_parametrized(inside, base) else inside
+    base = _without_fsdp(cls).__bases__[0]
+    return base if _is_parametrized(cls, base) else _without_fsdp(cls)
 
 
 def _is_parametrized(cls: type, base: type) -> bool:
@@ -369,5 +368,4 @@ def _swap_base(cls: type, old: type, new: type) -> type:
     }
     if _is_parametrized(cls, old):
         return type(f"Parametrized{new.__name__}", (new,), namespace)
-    inside = _swap_base(_without_fsdp(cls), old, new)
-    return type(f"FSDP{inside.__name__}", (FSDPModule, inside), namespace)
+    return type(f"FSDP{new.__name__}", (FSDPModule, new), namespace)

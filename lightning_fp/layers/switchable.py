@@ -37,14 +37,6 @@ class Phase:
         return Phase, (None, self.fp8_eval)
 
 
-def kept_weight(layer: SwitchableLayer) -> Tensor | None:
-    """The weight as the layer keeps it; None where a parametrization makes it for each call.
-
-    To ask for that one is to make it, and spectral_norm's vectors then move on.
-    """
-    return vars(layer)["_parameters"].get("weight")
-
-
 @runtime_checkable
 class SwitchableLayer(Protocol):
     """A linear layer whose format can change while it keeps its Parameters and its identity."""

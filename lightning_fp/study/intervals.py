@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 DRAWS = 4000
 """Of a posterior: the ends of a 95% interval are then known to about one percent of its width."""
@@ -45,13 +45,24 @@ def posterior(
         value: what follows from the rates.
         seed: of the draws.
     """
-    draw = random.Random(seed)
-    values = sorted(
-        value([draw.betavariate(hits + 0.5, runs - hits + 0.5) for hits, runs in counts])
-        for _ in range(DRAWS)
-    )
+    values = sorted(map(value, posterior_draws(counts, DRAWS, seed)))
     counted = value([hits / runs for hits, runs in counts])
     return min(counted, quantile(values, 0.025)), max(counted, quantile(values, 0.975))
+
+
+def posterior_draws(
+    counts: Sequence[tuple[int, int]], draws: int, seed: int = 0
+) -> Iterator[list[float]]:
+    """Rates that would explain what was counted, see `posterior`.
+
+    Args:
+        counts: hits and runs of each rate.
+        draws: how many.
+        seed: of the draws.
+    """
+    draw = random.Random(seed)
+    for _ in range(draws):
+        yield [draw.betavariate(hits + 0.5, runs - hits + 0.5) for hits, runs in counts]
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

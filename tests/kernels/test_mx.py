@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -43,11 +42,9 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_equals_torchaos_own_linear(
     monkeypatch: pytest.MonkeyPatch, ours: str, dtype: torch.dtype, high: bool
 ) -> None:
-    # In bf16 torchao multiplies bf16 with bf16: so do we where that is fast. Elsewhere, and where
-    # oneDNN is told to do without, a product of another layout adds in another order before it is
-    # rounded to bf16.
-    fast = CPU_HAS_BF16 and "ONEDNN_MAX_CPU_ISA" not in os.environ
-    exact = ours == "torchao" or dtype is torch.float32 or fast
+    # In bf16 torchao multiplies bf16 with bf16: so do we where that is fast. Elsewhere a product of
+    # another layout adds in another order before it is rounded to bf16.
+    exact = ours == "torchao" or dtype is torch.float32 or CPU_HAS_BF16
     monkeypatch.setattr("lightning_fp.kernels.hardware.CPU_HAS_BF16", True)
     module = import_quietly("torchao.prototype.moe_training.mxfp8_linear")
     emulated = module.KernelPreference.EMULATED

@@ -140,14 +140,11 @@ class Suite:
         wanted = self._collect(room) if wanted is None else wanted
         if self.without is not None:
             wanted = [test for test in wanted if self.without.search(test) is None]
-        while left := self._without_result(arm, wanted):
+        while left := [test for test in wanted if test not in self.read(arm)]:
+            before = len(self.read(arm))
             self._pytest(arm, room, left)
-            if len(self._without_result(arm, wanted)) == len(left):
+            if len(self.read(arm)) == before:
                 raise RuntimeError(f"pytest ran nothing of {room}; call it by hand to see why")
-
-    def _without_result(self, arm: Arm, wanted: list[str]) -> list[str]:
-        there = self.read(arm)
-        return [test for test in wanted if test not in there]
 
     def _collect(self, room: str) -> list[str]:
         out = self._call([room, "--collect-only", "-q"], {"PEER_RESULTS": os.devnull})

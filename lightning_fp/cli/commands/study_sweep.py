@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-
-from lightning_fp import __version__
 from lightning_fp.choices import check_at_least, check_choice
 from lightning_fp.cli.commands.sweep_progress import progress
 from lightning_fp.cli.loading import find_factory
 from lightning_fp.cli.output import console, print_json
 from lightning_fp.demo.presets import PRESETS
 from lightning_fp.demo.run import quiet_lightning
-from lightning_fp.study.sweep.cell_run import CellRun
-from lightning_fp.study.sweep.cell_table import CellTable, Entry
-from lightning_fp.study.sweep.database import database_errors, open_database
+from lightning_fp.recipes.format_evidence import what_evidence_cannot_say
+from lightning_fp.study.emit import recipe_of
 from lightning_fp.study.sweep.factory import CellFactory
-from lightning_fp.study.sweep.findings import Findings, find
-from lightning_fp.study.sweep.formats import check_formats
+from lightning_fp.study.sweep.findings import Findings
 from lightning_fp.study.sweep.grid import grid, parse_axes
-from lightning_fp.study.sweep.page import write_page
-from lightning_fp.study.sweep.results import read_cells, write_cells
+from lightning_fp.study.sweep.results import read_cells
+from lightning_fp.study.sweep.sweep import Sweep
 from lightning_fp.study.sweep.words import SUMMARY, format_cells
-from lightning_fp.study.sweep.work import SweepWorker
+from lightning_fp.study.total_cost import TotalCost, total_costs
 from lightning_fp.terminal import FittedTable
 
 
@@ -46,6 +39,8 @@ def run(
     dir: str,
     storage: str | None,
     threads: int,
+    speedup: float | None,
+    emit: str | None,
     json: bool,
 ) -> int:
     """Train every cell, and print what they say; see `commands.study_sweep`.
@@ -59,74 +54,50 @@ def run(
         check_choice("--preset", preset, list(PRESETS))
     check_at_least(1, **{"--seeds": seeds, "--threads": threads})
     check_at_least(10, **{"--steps": steps})
-    axes = parse_axes(axis)
-    cells = grid(_names(formats), _numbers("--lr", lr), range(seeds), axes)
-    directory = Path(dir)
+    if speedup is not None and not (math.isfinite(speedup) and speedup > 0):
+        raise ValueError(f"--speedup must be above 0, got {speedup}")
     reference = f"preset {preset}" if factory is None else factory
     make = PRESETS[preset] if preset is not None else find_factory(str(factory))
-    torch.set_num_threads(threads)
-    maker = CellFactory(reference, make)
-    settings = {"factory": reference, "steps": steps, "axes": sorted(axes), "threads": threads}
-    screen, table = console(stderr=json), None
-    before = logging.root.manager.disable
-    try:
-        logging.disable(logging.WARNING)  # of hundreds of runs
-        with quiet_lightning():
-            check_formats({cell.format for cell in cells})
-            maker.check_axes(list(axes))
-            maker.check_state(cells, steps, directory)
-            table = _begin(directory, storage, cells, settings)
-            worker = CellRun(factory=maker, steps=steps, directory=directory)
-            with progress(screen, len(cells), steps, directory) as spectator:
-                SweepWorker(table=table, run=worker, spectator=spectator).work()
-    except BaseException:
-        if table is not None:  # what there is can be read, however it ended
-            with suppress(Exception):
-                _write(table.entries(), directory, steps)
-        raise
-    finally:
-        logging.disable(before)
-    return _report(table, directory, steps, console() if not json else None)
-
-
-def _begin(
-    directory: Path, storage: str | None, cells: Sequence[Any], settings: dict[str, Any]
-) -> CellTable:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        table = CellTable(open_database(storage, directory))
-        table.enqueue(cells, settings, {"version": __version__})
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    except (OSError, *database_errors()) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"the sweep cannot be kept in {storage or directory}: {told}") from error
-    return table
-
-
-def _report(table: CellTable, directory: Path, steps: int, screen: Console | None) -> int:
-    try:
-        findings, page = _write(table.entries(), directory, steps)
-    except (OSError, *database_errors()) as error:
-        raise ValueError(
-            f"cannot write to {directory}: {error}; all cells are kept: give the same command again"
-        ) from error
-    if screen is None:
-        print_json(as_plain(findings))
+    directory = Path(dir)
+    sweep = Sweep(
+        factory=CellFactory(reference, make),
+        cells=grid(_names(formats), _numbers("--lr", lr), range(seeds), parse_axes(axis)),
+        steps=steps,
+        directory=directory,
+        storage=storage,
+        threads=threads,
+    )
+    bar = progress(console(stderr=json), len(sweep.cells), steps, directory)
+    with quiet_lightning(), bar as spectator:
+        findings = sweep.run(spectator)
+    costs = total_costs(read_cells(directory), findings)
+    if emit is not None:
+        _emit(findings, Path(emit))
+    if json:
+        print_json({**as_plain(findings), "costs": [as_cost(each, speedup) for each in costs]})
     else:
-        for grid in tables(findings):
-            screen.print(grid)
-        text = f"Written to {directory}: cells.parquet, {page.name}"
+        screen = console()
+        for table in tables(findings):
+            screen.print(table)
+        late = what_evidence_cannot_say(each.format for each in findings.formats)
+        for sentence in (*(each.sentence(speedup) for each in costs), *late):
+            screen.print(sentence, markup=False, soft_wrap=True)
+        if emit is not None:
+            screen.print(f"Recipe written to {emit}", markup=False, soft_wrap=True)
+        text = f"Written to {directory}: cells.parquet, sweep.html"
         screen.print(text, markup=False, soft_wrap=True)
     for id, error in findings.errors.items():
         console(stderr=True).print(f"{id} could not run: {error}", markup=False, soft_wrap=True)
     return 1 if findings.errors else 0
 
 
-def _write(entries: Sequence[Entry], directory: Path, steps: int) -> tuple[Findings, Path]:
-    write_cells(directory, entries)
-    findings = find(read_cells(directory), steps)
-    return findings, write_page(directory, findings)
+def _emit(findings: Findings, path: Path) -> None:
+    recipe = recipe_of(findings)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--emit {path}: {error.strerror or error}") from error
 
 
 # -- what is given --------------------------------------------------------------------------------
@@ -179,3 +150,9 @@ def as_plain(findings: Findings) -> dict[str, Any]:
         {**asdict(each), "runs": each.runs, "failed": each.failed} for each in findings.formats
     ]
     return {**asdict(findings), "formats": formats}
+
+
+def as_cost(cost: TotalCost, speedup: float | None) -> dict[str, Any]:
+    """For JSON."""
+    at = None if speedup is None else cost.at(speedup)
+    return {**asdict(cost), "sentence": cost.sentence(speedup), "cost_at_speedup": at}

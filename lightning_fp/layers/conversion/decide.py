@@ -116,7 +116,7 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
         fixed[name] = why_not_convertible(module)
         if multiplies(module):
             multiplying[name] = fixed[name]
-        if is_plain_linear(module) and first_parameter(module).dtype not in CAST_DTYPES:
+        if is_plain_linear(module) and module.weight.dtype not in CAST_DTYPES:
             other_dtypes.append(name)  # a rule may name them: it then has no effect
     check_rules_apply(conversion.rules, [*linears, *other_dtypes], fixed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

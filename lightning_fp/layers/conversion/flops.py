@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_fp.kernels.padding import padded_share
@@ -82,11 +81,9 @@ def _formula(module: nn.Module, inputs: tuple[Any, ...]) -> int | None:
 def multiplies(module: nn.Module) -> bool:
     """Whether a module has matrices of its own, by which it multiplies as far as one can see.
 
-    Lookups and norms do not, nor do Parameters of one row, as position embeddings are, nor what a
-    parametrization makes a layer's weight of.
+    Lookups and norms do not, nor do Parameters of one row, as position embeddings are.
     """
-    others = nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, ParametrizationList
-    if isinstance(module, others):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)):
         return False
     return any(
         is_lazy(p) or (p.dim() > 1 and p.shape[0] > 1 and math.prod(p.shape[1:]) > 1)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.layers.format import LinearFormat
-from lightning_fp.layers.switchable import SwitchableLayer, kept_weight
+from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, float_format
 
 log = logging.getLogger(__name__)
@@ -241,8 +241,7 @@ def first_device(layers: Iterable[SwitchableLayer]) -> torch.device:
     A model on the meta device gets its values later, and histories that a checkpoint had may be
     here before.
     """
-    weights = [weight for weight in map(kept_weight, layers) if weight is not None]
-    device = weights[0].device if weights else torch.device("cpu")
+    device = next((layer.weight.device for layer in layers), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 

@@ -21,7 +21,7 @@ from lightning_fp.layers.histories.delayed_scales import (
     first_device,
     many_ranks,
 )
-from lightning_fp.layers.switchable import SwitchableLayer, kept_weight
+from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, advance_history, history_scale
 from lightning_fp.numerics.combining import wide, wide_dtype
 
@@ -284,14 +284,13 @@ class ScaleHistory(DelayedScales):
 
 
 def _is_whole(layer: SwitchableLayer) -> bool:
-    """Whether the weight is one, not sharded and not made for each call, as it shows between steps.
+    """Whether the weight is not sharded, as it shows between steps.
 
     Under FSDP a kept cast would hold as much memory as sharding is there to save.
     """
-    weight, whole = kept_weight(layer), (layer.out_features, layer.in_features)
-    if weight is None or isinstance(weight, DTensor):
-        return False
-    return tuple(weight.shape) == whole
+    weight = layer.weight
+    whole = (layer.out_features, layer.in_features)
+    return not isinstance(weight, DTensor) and tuple(weight.shape) == whole
 
 
 def _kernel(layer: SwitchableLayer) -> NativeKernel:

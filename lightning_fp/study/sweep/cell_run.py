@@ -26,6 +26,10 @@ OnStep = Callable[[int], object]
 """Is told of each step, with its number."""
 
 
+class RecordsLostError(OSError):
+    """Telemetry never ends a run; so a disk that is full is noticed by what is missing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellRun:
     """How cells are trained."""
@@ -54,7 +58,7 @@ class CellRun:
 
         Raises:
             ValueError: if the factory gives something else, or no step was made.
-            OSError: if its records cannot be written.
+            RecordsLostError: if its records are not all there.
         """
         place = self.place(cell)
         shutil.rmtree(place, ignore_errors=True)
@@ -98,7 +102,7 @@ class CellRun:
                 " its training_step must return a loss"
             )
         if len(read_steps(place)) < len(judge.losses):
-            raise OSError(f"the records of {cell.id} could not be written to {place}")
+            raise RecordsLostError(f"the records of {cell.id} could not be written to {place}")
         return {
             **judge.result(),
             "seconds": round(seconds, 4),

@@ -151,12 +151,13 @@ class CellTable:
         """Note that a cell could not run; the next command tries it again."""
         return self._end(cell, worker, "failed", {"error": error})
 
-    def give_back(self, cell: Cell, worker: str) -> None:
-        """Open a cell again, as if it had not been claimed."""
+    def leave(self, worker: str) -> None:
+        """Open what a worker still holds, as if it had not claimed it."""
         with self.database.transaction() as now:
             now.change(
-                f"UPDATE cells SET state = 'open', tries = tries - 1 WHERE {_MINE}",
-                _mine(cell, worker),
+                "UPDATE cells SET state = 'open', tries = tries - 1"
+                " WHERE state = 'claimed' AND worker = :worker",
+                {"worker": worker},
             )
 
     def workers(self) -> set[str]:

@@ -288,10 +288,17 @@ def _steps_to(rows: Sequence[Row], target: RateFindings | None, steps: int) -> f
     if target is None or target.final_loss is None or not rows:
         return None
     wanted = (1 + ALIKE) * target.final_loss
-    return median(_first_below(row["curve"], wanted, steps) for row in rows)
+    return median(first_below(row["curve"], wanted, steps) for row in rows)
 
 
-def _first_below(curve: Sequence[float | None], wanted: float, steps: int) -> float:
+def first_below(curve: Sequence[float | None], wanted: float, steps: int) -> float:
+    """Steps until a cell's curve has come down to a loss; inf if it never does.
+
+    Args:
+        curve: see `verdict.curve_stretch`.
+        wanted: the loss.
+        steps: planned of the run.
+    """
     stretch = curve_stretch(steps)
     for index, loss in enumerate(curve):
         if loss is not None and loss <= wanted:

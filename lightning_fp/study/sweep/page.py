@@ -7,28 +7,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_fp.recipes.format_evidence import what_evidence_cannot_say
 from lightning_fp.report.draw.curves import panel, panels, points
 from lightning_fp.report.draw.parts import Section, Table, number
 from lightning_fp.report.page import render_sections
 from lightning_fp.study.sweep.findings import Findings, FormatFindings
 from lightning_fp.study.sweep.verdict import curve_stretch
-from lightning_fp.study.sweep.words import SUMMARY, format_cells, headline, interval, rate_text
+from lightning_fp.study.sweep.words import (
+    SUMMARY,
+    format_cells,
+    headline,
+    interval,
+    rate_text,
+    ratio_interval,
+)
+from lightning_fp.study.total_cost import TotalCost
 
 FILE = "sweep.html"
 
 
-def write_page(directory: Path, findings: Findings, further: Sequence[Section] = ()) -> Path:
+def write_page(directory: Path, findings: Findings, costs: Sequence[TotalCost] = ()) -> Path:
     """Write the page.
 
     Args:
         directory: of the sweep.
         findings: what it has found.
-        further: sections after those of the findings.
+        costs: what each format comes to.
 
     Returns:
         The file.
     """
-    sections = [_rates(findings), _ranges(findings), _losses(findings), *further]
+    sections = [_rates(findings), _ranges(findings), _costs(findings, costs), _losses(findings)]
     if findings.errors:
         sections.append(_errors(findings.errors))
     path = directory / FILE
@@ -146,6 +155,44 @@ def _every_rate(findings: Findings) -> Table:
         rows=rows,
         numbers=frozenset(range(1, 7)),
         folded=True,
+    )
+
+
+def _costs(findings: Findings, costs: Sequence[TotalCost]) -> Section:
+    rows = [
+        [
+            f"{each.format} ({each.setting})" if each.setting else each.format,
+            "none" if math.isinf(each.break_even) else f"{each.break_even:.2f}x",
+            ratio_interval(each),
+            "never" if math.isinf(each.attempts) else f"{each.attempts:.2f}",
+            f"{each.kept:.0%}",
+            f"{each.besides:.0%}",
+            f"{each.undone:.0%}",
+        ]
+        for each in costs
+    ]
+    columns = ("format", "break-even", "95%", "runs until one is done", "steps in the format")
+    return Section(
+        id="cost",
+        title="From which speed-up on it pays",
+        look=(
+            "Runs that fail are tried again, from another seed or at a lower learning rate; steps"
+            " that a fallback runs again, or in high precision, are counted. Below the break-even"
+            " the format costs more than it saves."
+        ),
+        text=(
+            *(each.sentence() for each in costs),
+            *what_evidence_cannot_say(each.format for each in findings.formats),
+        ),
+        tables=(
+            Table(
+                title="By format",
+                columns=(*columns, "replayed", "rolled back or left out"),
+                rows=rows,
+                numbers=frozenset(range(1, 7)),
+            ),
+        ),
+        missing="" if costs else "There is no high precision that trains, to compare with.",
     )
 
 

@@ -6,6 +6,7 @@ import math
 
 from lightning_fp.report.draw.parts import duration, number, share
 from lightning_fp.study.sweep.findings import Findings, FormatFindings, RateFindings
+from lightning_fp.study.total_cost import TotalCost
 
 SUMMARY = (
     "failed",
@@ -47,6 +48,12 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
     if value is None or low is None or high is None:
         return ""
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def ratio_interval(cost: TotalCost) -> str:
+    """The interval of a break-even."""
+    low, high = ("none" if math.isinf(end) else f"{end:.2f}" for end in (cost.low, cost.high))
+    return f"[{low}, {high}]"
 
 
 def steps(value: float | None) -> str:

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_fp.study.sweep.cell_run import CellRun
+from lightning_fp.study.sweep.cell_run import CellRun, RecordsLostError
 from lightning_fp.study.sweep.cell_table import CellTable, Entry
 from lightning_fp.study.sweep.database import database_errors
 from lightning_fp.study.sweep.factory import check_weights, weights_key
@@ -27,6 +28,9 @@ _RENEWALS = 4
 
 _MOST_FAILURES = 3
 """Cells in a row that may fail to run before the worker gives up."""
+
+_DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")}
+"""What a disk refuses with; another OSError is the run's own."""
 
 _WAIT_SECONDS = 1.0
 """From one look to the next, where all that is left is in others' hands."""
@@ -73,19 +77,30 @@ class SweepWorker:
                 for other in self.table.workers():
                     if lock.is_gone(other):
                         self.table.bury(other)
-                cell = self.table.claim(lock.name)
-                entries = self.table.entries()
-                if cell is None:
-                    if not any(entry.state in ("open", "claimed") for entry in entries):
-                        return entries
-                    self.spectator.waits(entries)
-                    time.sleep(_WAIT_SECONDS)
-                    continue
-                known |= {weights_key(e.cell): e.result["weights"] for e in _done(entries)}
-                error = self._one(cell, lock.name, known)
+                with self._claimed(lock.name) as cell:
+                    entries = self.table.entries()
+                    if cell is None:
+                        if not any(entry.state in ("open", "claimed") for entry in entries):
+                            return entries
+                        self.spectator.waits(entries)
+                        time.sleep(_WAIT_SECONDS)
+                        continue
+                    known |= {weights_key(e.cell): e.result["weights"] for e in _done(entries)}
+                    error = self._one(cell, lock.name, known)
                 failures = failures + 1 if error else 0
                 if failures >= _MOST_FAILURES:
                     raise ValueError(f"{failures} cells in a row could not run, the last: {error}")
+
+    @contextmanager
+    def _claimed(self, worker: str) -> Generator[Cell | None, None, None]:
+        """A cell, open again if anything but its own run goes wrong."""
+        cell = self.table.claim(worker)
+        try:
+            yield cell
+        except BaseException:
+            with suppress(*database_errors()):
+                self.table.leave(worker)
+            raise
 
     def _one(self, cell: Cell, worker: str, known: dict[str, str]) -> str:
         """Train a cell; why it could not run, else ""."""
@@ -98,11 +113,10 @@ class SweepWorker:
         try:
             with self._alive(cell, worker):
                 result = self.run(cell, self.spectator.stepped, built)
-        except (KeyboardInterrupt, SystemExit, OSError):
-            with suppress(*database_errors()):
-                self.table.give_back(cell, worker)
-            raise
         except Exception as error:
+            full = isinstance(error, OSError) and error.errno in _DISK
+            if full or isinstance(error, (RecordsLostError, *database_errors())):
+                raise
             told = " ".join(f"{type(error).__name__}: {error}".split())
             self.table.fail(cell, worker, told)
             self.spectator.ended(cell, {"error": told}, self.table.entries())

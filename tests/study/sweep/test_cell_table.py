@@ -107,12 +107,11 @@ def test_a_cell_that_kills_its_workers_is_given_up(database) -> None:
     assert cells.claim("me") == CELLS[0]
 
 
-def test_what_is_given_back_has_not_been_tried(database) -> None:
+def test_what_a_worker_leaves_has_not_been_tried(database) -> None:
     cells = table(database)
     for _ in range(2 * MOST_TRIES):
-        cell = cells.claim("me")
-        assert cell == CELLS[0]
-        cells.give_back(cell, "me")
+        assert cells.claim("me") == CELLS[0]
+        cells.leave("me")
 
 
 def test_other_settings_are_refused_and_add_nothing(database) -> None:
