@@ -67,9 +67,6 @@ class Cell:
     """"passed", "failed", or why it is not to be had."""
 
     installed: dict[str, str] = field(default_factory=dict[str, str])
-    tests: tuple[str, ...] = FAST_HALF
-    """The paths that were run."""
-
     counts: str = ""
     """pytest's last line."""
 
@@ -102,8 +99,7 @@ def _pinned(package: str, pins: str) -> str:
 def try_cell(cell: Cell, directory: Path, tests: Iterable[str]) -> Cell:
     """Install and run one cell; what it installed is gone afterwards."""
     start = time.monotonic()
-    today = datetime.now(timezone.utc).date().isoformat()
-    cell = replace(cell, date=today, tests=tuple(tests))
+    cell = replace(cell, date=datetime.now(timezone.utc).date().isoformat())
     free = shutil.disk_usage(directory).free / 1e9
     if free < GIGABYTES:
         return replace(cell, result=f"needs {GIGABYTES} GB of disk, {free:.0f} are free")
@@ -221,20 +217,11 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
             there.get("lightning", row["lightning"].removeprefix("==")),
             there.get("torchao", ""),
             row["result"],
-            _counted(row),
+            re.sub(r",? \d+ (warnings?|deselected)| in .*|=", "", row["counts"]).strip(),
             row["date"],
         ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
-
-
-def _counted(row: dict[str, Any]) -> str:
-    """What pytest counted, and of which tests if it was not the fast half."""
-    counts = re.sub(r",? \d+ (warnings?|deselected)| in .*|=", "", row["counts"]).strip()
-    paths = row.get("tests", FAST_HALF)
-    if not counts or tuple(paths) == FAST_HALF:
-        return counts
-    return f"{counts} of {', '.join(path.removeprefix('tests/') for path in paths)}"
 
 
 def write(done: Iterable[Cell]) -> None:
@@ -242,7 +229,7 @@ def write(done: Iterable[Cell]) -> None:
     rows = {row["name"]: row for row in kept()}
     rows.update({cell.name: vars(cell) for cell in done})
     ordered = [rows.get(cell.name, vars(cell)) for cell in cells()]
-    content = {"machine": platform.machine(), "cells": ordered}
+    content = {"machine": platform.machine(), "tests": FAST_HALF, "cells": ordered}
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     head, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{head}{BEGIN}\n{table(ordered)}\n{END}{rest.partition(END)[2]}")
@@ -257,7 +244,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py matrix", description=__doc__.split("\n\n")[0])
     parser.add_argument("cells", nargs="*", help="names of cells; all by default")
     parser.add_argument("--list", action="store_true", help="only list the cells")
-    parser.add_argument("--tests", nargs="+", default=FAST_HALF, help="paths, for a part of it")
+    parser.add_argument("--tests", nargs="+", default=FAST_HALF, help="paths, for a quick look")
     parser.add_argument("--keep", type=Path, help="where logs of the cells go")
     given = parser.parse_args()
     every = {cell.name: cell for cell in cells()}
@@ -280,7 +267,8 @@ def main() -> int:
             if given.keep is not None and (log := directory / f"{name}.log").exists():
                 given.keep.mkdir(parents=True, exist_ok=True)
                 shutil.copy(log, given.keep)
-            write(done[-1:])
+            if tuple(given.tests) == FAST_HALF:
+                write(done[-1:])
     return 1 if any(cell.result == "failed" for cell in done) else 0
 
 
