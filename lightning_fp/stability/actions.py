@@ -216,6 +216,9 @@ class ReplayStep(Question[StepReplayed]):
     batch: int | None = None
     """The step of the batch; None for the last."""
 
+    ago: int = 0
+    """So many batches before the last, where no step is named."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossesCompared(Answer):
@@ -346,9 +349,12 @@ class Probed(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeStep(Question[Probed]):
-    """Compare the last batch's gradients with high precision."""
+    """Compare the gradients of one of the last batches with high precision."""
 
     at: int
+
+    ago: int = 0
+    """So many batches before the last."""
 
 
 @dataclass(frozen=True, kw_only=True)

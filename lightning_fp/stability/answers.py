@@ -70,9 +70,10 @@ class Answers:
         match question:
             case Survey():
                 return self._survey(question)
-            case ReplayStep(weights=weights, batch=batch):
+            case ReplayStep(weights=weights, batch=batch, ago=ago):
+                steps = self._batches(1, batch) if batch is not None else self._ago(ago)
                 with self._on(weights):
-                    return self._replay_step(batch)
+                    return self._replay_step(steps)
             case CompareLosses(count=count, batch=batch):
                 return self._compare_losses(self._batches(count, batch))
             case ReplayHigh(batch=batch, weights=weights):
@@ -85,8 +86,9 @@ class Answers:
             case Attribute(healthy=healthy, weights=weights):
                 with self._on(weights):
                     return self._attribute(healthy, self._shown(question))
-            case ProbeStep():
-                return self._probe()
+            case ProbeStep(ago=ago):
+                steps = self._ago(ago)
+                return self._probe(step=steps[0]) if steps else Probed(error=None)
             case CheckCure(layers=layers, batch=batch):
                 return self._check_cure(layers, batch)
             case _:
@@ -169,9 +171,8 @@ class Answers:
             return None
         return self._loop.replay(step, backward=backward)
 
-    def _replay_step(self, batch: int | None) -> StepReplayed:
-        """Twice in the current formats, for the noise, and once in high precision."""
-        steps = self._batches(1, batch)
+    def _replay_step(self, steps: Sequence[RecordedStep]) -> StepReplayed:
+        """The last of them, twice in the current formats, for the noise, once in high precision."""
         run = self._run(steps[-1] if steps else None)
         if run is None:
             return StepReplayed(seen=None)
@@ -203,6 +204,10 @@ class Answers:
             return self._ring.latest(count)
         found = self._ring.find(step)
         return [] if found is None else [found]
+
+    def _ago(self, count: int) -> list[RecordedStep]:
+        """The one so many before the last; none if there are not so many."""
+        return self._ring.latest(1 + count)[: -count or None][-1:]
 
     def _compare_losses(
         self, steps: Sequence[RecordedStep], formats: Mapping[str, LinearFormat] | None = None

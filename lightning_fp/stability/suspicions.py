@@ -7,6 +7,7 @@ what was acquitted is asked about again. All of it within the replay budget.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from statistics import fmean
 
@@ -108,9 +109,13 @@ class Suspicions:
             steps=steps.attempted, replayed=steps.replayed, batches=batches
         )
 
-    def probed(self, turn: Turn, step: int, probed: Probed) -> None:
-        probe, state, error = self._probe or Probe(), turn.state, probed.error
-        before = state.probed
+    def probed(self, turn: Turn, question: ProbeStep, probed: Probed) -> None:
+        """A probe; what one batch shows, the one before it has to show too."""
+        probe, state, step = self._probe or Probe(), turn.state, question.at
+        before, error = state.probed, probed.error
+        if question.ago:
+            self._probed_again(turn, step, error)
+            return
         turn.state = replace(state, probed=probe.seen(before, step, error, probed.norm))
         if error is None:
             return
@@ -125,9 +130,30 @@ class Suspicions:
             if self._may_look(turn, BATCHES):
                 turn.actions.append(CompareLosses(at=step, count=BATCHES))
             return
-        turn.events.append(tell.probe_suspicion(step, error, probe.usual(before)))
+        turn.state = replace(turn.state, probed=replace(turn.state.probed, suspicion=error))
+        if math.isfinite(error):
+            turn.actions.append(ProbeStep(at=step, ago=1))
+        else:
+            self._suspect_probed(turn, step)
+
+    def _probed_again(self, turn: Turn, step: int, error: float | None) -> None:
+        """The batch before: its gradients may be as usual, when one batch had the net at an edge.
+
+        Twice in a row that is no chance.
+        """
+        probe, probed = self._probe or Probe(), turn.state.probed
+        alone = error is not None and not probe.suspicious(probed, error)
+        if alone and probed.alone == 0:
+            turn.state = replace(turn.state, probed=replace(probed, alone=1))
+        else:
+            self._suspect_probed(turn, step)
+
+    def _suspect_probed(self, turn: Turn, step: int) -> None:
+        probed = turn.state.probed
+        usual = (self._probe or Probe()).usual(probed)
+        turn.events.append(tell.probe_suspicion(step, probed.suspicion, usual))
         # Between two probes nobody has looked: it may have begun right after the last good one.
-        onset = step if before.healthy is None else before.healthy
+        onset = step if probed.healthy is None else probed.healthy
         self._suspect(turn, step, onset, "a probe is out of the usual")
 
     @staticmethod

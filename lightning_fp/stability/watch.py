@@ -295,11 +295,11 @@ class Watch:
                 turn.events.append(Promotion(step=at, reason=reason, formats=formats))
                 turn.enter(at, self.fallback.promoted(turn.state.fallback, at), reason)
                 turn.formats_changed(self.detector, self.limits)
-            case ProbeStep(at=at), Probed():
-                self._suspicions.probed(turn, at, answer)
+            case ProbeStep(), Probed():
+                self._suspicions.probed(turn, question, answer)
             case ProbeStep(at=at), Failed(error=error):
                 turn.events.append(tell.failed(at, error))
-                self._suspicions.probed(turn, at, Probed(error=None))
+                self._suspicions.probed(turn, question, Probed(error=None))
             case _:
                 self._evidence(turn, question, answer)
 

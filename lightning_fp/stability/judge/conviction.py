@@ -30,7 +30,15 @@ from lightning_fp.stability.judge.by_trajectory import (
 from lightning_fp.stability.judge.evidence import SPENT, Case, Evidence
 from lightning_fp.stability.respond.attribution import STILL, Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
-from lightning_fp.stability.respond.verdict import Finding, Judgement, OneStep, judge_one_step
+from lightning_fp.stability.respond.verdict import (
+    WRONG_BATCHES,
+    Finding,
+    Judgement,
+    OneStep,
+    judge_gradients,
+    judge_one_step,
+    wrong_gradients,
+)
 
 SINGLE = 9
 """Replayed steps that the first two questions of a case take: one step, and a gap of 8 batches."""
@@ -86,13 +94,11 @@ def conclude(evidence: Evidence) -> Conclusion:
     if not evidence.affords(replay_step, SINGLE, reserve=0):
         return _unclear(SPENT)
     seen = evidence.answer(replay_step).seen
-    one_step = (
-        None
-        if seen is None
-        else judge_one_step(seen, case.anomaly, case.healthy_error, case.healthy_norm)
-    )
+    one_step = None if seen is None else judge_one_step(seen, case.anomaly)
     if case.left_out:
         return _left_out(evidence, seen, one_step)
+    if seen is not None and one_step is not None and one_step.finding == "unclear":
+        one_step = _by_gradients(evidence, seen) or one_step
     gap = by_gap(evidence) if survey.finite else None
     high = high_stretch(survey)
     afforded = high is None or affordable(evidence, high)
@@ -152,6 +158,23 @@ def _left_out(evidence: Evidence, seen: OneStep | None, one_step: Judgement | No
         return Conclusion(finding="precision", one_step=one_step, attribution=attribution)
     again = _of_one_moment("not reproducible") if seen.finite else "inf or NaN comes from elsewhere"
     return Conclusion(finding="not precision", one_step=one_step, likeness=again)
+
+
+def _by_gradients(evidence: Evidence, seen: OneStep) -> Judgement | None:
+    """The batches before are asked for as long as gradients are wrong; None if one is not."""
+    case, batches = evidence.case, [seen]
+    usual = case.anomaly, case.healthy_error, case.healthy_norm
+    while wrong_gradients(batches[-1], *usual):
+        if len(batches) == WRONG_BATCHES:
+            return judge_gradients(batches, case.healthy_error)
+        asked = ReplayStep(weights=_weights(evidence.survey), ago=len(batches))
+        if not evidence.affords(asked, SINGLE, reserve=0):
+            return None
+        more = evidence.answer(asked).seen
+        if more is None:
+            return None
+        batches.append(more)
+    return None
 
 
 def _unclear(reason: str) -> Conclusion:

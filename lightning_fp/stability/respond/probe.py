@@ -45,6 +45,10 @@ class ProbeState:
     """Steps from the last one to the next."""
     errors: tuple[float, ...] = ()
     """Relative errors of the gradients, of probes that raised no suspicion."""
+    suspicion: float = 0.0
+    """The last error that was out of the usual."""
+    alone: int = 0
+    """Probes in a row, since the last that raised no suspicion, of which one batch alone did."""
     norm: float | None = None
     """Of the gradients in high precision, when a probe last raised no suspicion."""
 
@@ -87,7 +91,7 @@ class Probe:
         if error is None or self.suspicious(state, error):
             return state
         errors = (*state.errors, error)[-_KEPT:]
-        return replace(state, healthy=step, errors=errors, norm=norm)
+        return replace(state, healthy=step, errors=errors, norm=norm, alone=0)
 
     def state_dict(self, state: ProbeState) -> dict[str, Any]:
         """Plain numbers."""

@@ -57,6 +57,12 @@ minimum gradients vanish, and what is left of them is rounding."""
 
 OUT_OF_USUAL = 10.0
 
+WRONG_BATCHES = 3
+"""In so many batches gradients have to be wrong. A net can be at an edge for one of them: in a GPT
+trained on random tokens, whose residual stream had collapsed, one token of a batch stood where its
+attention tips over. Casts made that layer's gradient seven times as large; weights moved by 3% in
+high precision, twelve times. So did 2 of 13 batches on the same weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
@@ -133,31 +139,14 @@ class OneStep:
     """Norm of the gradients in high precision; NaN where nobody has asked."""
 
 
-def judge_one_step(
-    seen: OneStep, anomaly: Anomaly, usual: float = 0.15, usual_norm: float | None = None
-) -> Judgement:
+def judge_one_step(seen: OneStep, anomaly: Anomaly) -> Judgement:
     """What one batch says. It convicts only where nothing else can be the cause.
-
-    Adam and its like scale every step by the gradients themselves, so that wrong ones harm the loss
-    late and by little at a time: a gradient that grew by 3% a step cost 5% of a loss in 120 steps
-    while no window of the loss told. While the loss is where it was, so are the weights, and the
-    gradients of one batch on them are wrong for no other reason than the format.
 
     Args:
         seen: the replays.
         anomaly: what there is to explain.
-        usual: `worst_error` while the run was healthy.
-        usual_norm: `high_norm` when it last was, if that is known.
     """
-    numbers = {
-        "loss": seen.loss,
-        "high_loss": seen.high_loss,
-        "grad_error": seen.grad_error,
-        "worst_error": seen.worst_error,
-        "grad_norm_ratio": seen.grad_norm_ratio,
-        "floor": seen.floor,
-        "high_norm": seen.high_norm,
-    }
+    numbers = _numbers(seen)
     if not seen.finite and seen.high_finite:
         reason = "the batch gives inf or NaN in the current formats and not in high precision"
         return Judgement(finding="precision", reason=reason, numbers=numbers)
@@ -170,21 +159,65 @@ def judge_one_step(
         if height > LARGE * noise and gap > (1 - RECOVERED) * height:
             reason = f"high precision takes {gap / height:.0%} of the loss's rise away at once"
             return Judgement(finding="precision", reason=reason, numbers=numbers)
-        # Gradients that vanish, as where there is nothing left to learn, leave roundings larger
-        # than themselves: so beside what they were as well.
-        vanished = usual_norm is not None and seen.grad_error * seen.high_norm <= WRONG * usual_norm
-        least = max(WRONG, OUT_OF_USUAL * seen.floor)
-        in_a_layer = max(WRONG_IN_A_LAYER, OUT_OF_USUAL * usual)
-        wrong = seen.grad_error > least and seen.worst_error > in_a_layer
-        if height <= LARGE * noise and seen.high_finite and wrong and not vanished:
-            reason = (
-                f"the gradients are wrong: they differ from high precision's by"
-                f" {seen.grad_error:.3g} times the norm of those, in the worst layer by"
-                f" {seen.worst_error:.3g}, usual is {usual:.2g}"
-            )
-            return Judgement(finding="precision", reason=reason, numbers=numbers)
     reason = "one step in high precision does not tell"
     return Judgement(finding="unclear", reason=reason, numbers=numbers)
+
+
+def wrong_gradients(
+    seen: OneStep, anomaly: Anomaly, usual: float = 0.15, usual_norm: float | None = None
+) -> bool:
+    """Whether a batch's gradients are such as no sound format makes.
+
+    Adam and its like scale every step by the gradients themselves, so that wrong ones harm the loss
+    late and by little at a time: a gradient that grew by 3% a step cost 5% of a loss in 120 steps
+    while no window of the loss told. While the loss is where it was, so are the weights, and the
+    gradients of a few batches on them are wrong for no other reason than the format.
+
+    Args:
+        seen: the replays.
+        anomaly: what there is to explain.
+        usual: `worst_error` while the run was healthy.
+        usual_norm: `high_norm` when it last was, if that is known.
+    """
+    if anomaly.level is None or not (seen.finite and seen.high_finite):
+        return False
+    baseline, noise = anomaly.level
+    # Gradients that vanish, as where there is nothing left to learn, leave roundings larger than
+    # themselves: so beside what they were as well.
+    vanished = usual_norm is not None and seen.grad_error * seen.high_norm <= WRONG * usual_norm
+    least = max(WRONG, OUT_OF_USUAL * seen.floor)
+    in_a_layer = max(WRONG_IN_A_LAYER, OUT_OF_USUAL * usual)
+    calm = seen.loss - baseline <= LARGE * noise
+    return calm and not vanished and seen.grad_error > least and seen.worst_error > in_a_layer
+
+
+def judge_gradients(batches: Sequence[OneStep], usual: float) -> Judgement:
+    """The conviction by gradients that are wrong in several batches.
+
+    Args:
+        batches: the replays, the last batch's first; `wrong_gradients` holds for each.
+        usual: see there.
+    """
+    of_all = min(seen.grad_error for seen in batches)
+    in_a_layer = min(seen.worst_error for seen in batches)
+    reason = (
+        f"the gradients are wrong: in each of {len(batches)} batches they differ from high"
+        f" precision's by at least {of_all:.3g} times the norm of those, in the worst layer by"
+        f" {in_a_layer:.3g}, usual is {usual:.2g}"
+    )
+    return Judgement(finding="precision", reason=reason, numbers=_numbers(batches[0]))
+
+
+def _numbers(seen: OneStep) -> dict[str, float]:
+    return {
+        "loss": seen.loss,
+        "high_loss": seen.high_loss,
+        "grad_error": seen.grad_error,
+        "worst_error": seen.worst_error,
+        "grad_norm_ratio": seen.grad_norm_ratio,
+        "floor": seen.floor,
+        "high_norm": seen.high_norm,
+    }
 
 
 def judge_trajectory(

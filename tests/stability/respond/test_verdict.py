@@ -14,8 +14,10 @@ from lightning_fp.stability.respond.verdict import (
     Anomaly,
     Finding,
     OneStep,
+    judge_gradients,
     judge_one_step,
     judge_trajectory,
+    wrong_gradients,
 )
 
 NOISE = 0.05
@@ -67,16 +69,6 @@ def one_step(loss: float, high: float, **others: float | bool) -> OneStep:
         (one_step(4.0, 3.9), "unclear"),
         (one_step(2.6, 2.4), "unclear"),  # no rise above the noise
         (one_step(2.5, 2.5, grad_error=0.9), "unclear"),
-        # no sound format makes such gradients
-        (one_step(2.5, 2.5, grad_error=1.1, worst_error=2.1), "precision"),
-        (one_step(2.5, 2.5, grad_error=0.9, worst_error=9.0), "unclear"),  # of one layer alone
-        (one_step(2.5, 2.5, grad_error=1.1, worst_error=1.9), "unclear"),
-        (one_step(2.5, 2.5, grad_error=2.1, worst_error=3.0, floor=0.5), "unclear"),  # once only
-        (one_step(2.8, 2.8, grad_error=50.0, worst_error=60.0), "unclear"),  # damaged weights
-        (
-            one_step(2.5, 2.5, grad_error=math.inf, worst_error=math.inf, high_finite=False),
-            "unclear",
-        ),
     ],
 )
 def test_one_step(seen: OneStep, expected: Finding) -> None:
@@ -85,17 +77,43 @@ def test_one_step(seen: OneStep, expected: Finding) -> None:
     assert verdict.numbers["grad_error"] == seen.grad_error
 
 
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (one_step(2.5, 2.5, grad_error=1.1, worst_error=2.1), True),
+        (one_step(2.5, 2.5, grad_error=0.9, worst_error=9.0), False),  # of one layer alone
+        (one_step(2.5, 2.5, grad_error=1.1, worst_error=1.9), False),
+        (one_step(2.5, 2.5, grad_error=2.1, worst_error=3.0, floor=0.5), False),  # once only
+        (one_step(2.8, 2.8, grad_error=50.0, worst_error=60.0), False),  # damaged weights
+        (one_step(2.5, 2.5, grad_error=math.inf, worst_error=math.inf, high_finite=False), False),
+        (one_step(2.5, 2.5, grad_error=math.inf, worst_error=math.inf, finite=False), False),
+    ],
+)
+def test_gradients_that_no_sound_format_makes(seen: OneStep, expected: bool) -> None:
+    assert wrong_gradients(seen, ANOMALY) is expected
+    assert not wrong_gradients(seen, UNKNOWN)
+
+
 def test_near_a_minimum_large_errors_of_the_gradients_are_usual() -> None:
     seen = one_step(2.5, 2.5, grad_error=5.0, worst_error=5.0)
-    assert judge_one_step(seen, ANOMALY, usual=0.45).finding == "precision"
-    assert judge_one_step(seen, ANOMALY, usual=0.6).finding == "unclear"
+    assert wrong_gradients(seen, ANOMALY, usual=0.45)
+    assert not wrong_gradients(seen, ANOMALY, usual=0.6)
 
 
 def test_gradients_that_vanish_are_measured_by_what_they_were() -> None:
     seen = one_step(2.5, 2.5, grad_error=5.0, worst_error=9.0, high_norm=0.01)
-    assert judge_one_step(seen, ANOMALY, usual_norm=0.01).finding == "precision"
-    assert judge_one_step(seen, ANOMALY, usual_norm=0.04).finding == "precision"
-    assert judge_one_step(seen, ANOMALY, usual_norm=0.06).finding == "unclear"
+    assert wrong_gradients(seen, ANOMALY, usual_norm=0.01)
+    assert wrong_gradients(seen, ANOMALY, usual_norm=0.04)
+    assert not wrong_gradients(seen, ANOMALY, usual_norm=0.06)
+
+
+def test_the_conviction_says_what_every_batch_shows() -> None:
+    batches = [one_step(2.5, 2.5, grad_error=e, worst_error=2 * e) for e in (5.0, 1.5, 3.0)]
+    verdict = judge_gradients(batches, 0.15)
+    assert verdict.finding == "precision"
+    assert "in each of 3 batches" in verdict.reason
+    assert "at least 1.5 times the norm of those, in the worst layer by 3" in verdict.reason
+    assert verdict.numbers["grad_error"] == 5.0
 
 
 @pytest.mark.parametrize("anomaly", [UNKNOWN, Anomaly(baseline=math.nan, noise=NOISE)])
