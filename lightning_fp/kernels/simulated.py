@@ -72,16 +72,39 @@ class SimulatedKernel(Kernel):
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
         input = input.to(compute_dtype(input))
-        seeds = None
-        if self.rounding == "stochastic":
-            # All in forward: what backward drew would depend on the order in which it runs.
-            seeds = torch.stack([new_seed(input.device) for _ in range(3)])
+        seeds = self.seeds(input.device)
         with without_autocast(input.device.type):
             x = _rounded(input, self, INPUT, None, self.product_dtype(input), seeds)
             output = linear_without_autocast(x, weight, None, self, seeds)
             output = _rounded(output, self, None, GRAD_OUTPUT, output.dtype, seeds)
             output = output.to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
+
+    def seeds(self, device: torch.device) -> Tensor | None:
+        """int32 [3, 2], one for each operand of a product; None where nothing falls by chance."""
+        if self.rounding != "stochastic":
+            return None
+        # All in forward: what backward drew would depend on the order in which it runs.
+        return torch.stack([new_seed(device) for _ in range(3)])
+
+    def straight_through(
+        self,
+        x: Tensor,
+        forward: int | None,
+        backward: int | None,
+        dtype: torch.dtype,
+        seeds: Tensor | None,
+    ) -> Tensor:
+        """Rounded on the way forward, on the way back, or both, and as it is otherwise.
+
+        Args:
+            x: any shape.
+            forward: as which operand its values are rounded; None: not.
+            backward: as which operand its gradient is rounded; None: not.
+            dtype: of the result where values are rounded.
+            seeds: of `seeds`.
+        """
+        return _rounded(x, self, forward, backward, dtype, seeds)
 
     def product_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype that holds the rounded operands and is multiplied in."""
@@ -162,7 +185,8 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         if ctx.operand is not None:
-            seeds = ctx.saved_tensors[0] if ctx.saved_tensors else None
+            saved = ctx.saved_tensors  # asked for once: checkpointing unpacks it once
+            seeds = saved[0] if saved else None
             if transformed() or differentiated_again():
                 grad = _rounded(grad, ctx.kernel, ctx.operand, None, grad.dtype, seeds)
             else:
