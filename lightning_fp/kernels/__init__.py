@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_fp.kernels.mx import MX_EMULATION, TorchaoMXKernel
     from lightning_fp.kernels.native import NativeKernel
     from lightning_fp.kernels.simulated import SimulatedKernel
+    from lightning_fp.kernels.simulated_attention import SimulatedAttention
     from lightning_fp.kernels.torchao import TorchaoKernel
 else:
     __getattr__, __dir__ = lazy_names(__name__)
@@ -26,6 +27,7 @@ __all__ = [
     "BlockKernel",
     "HighPrecisionKernel",
     "NativeKernel",
+    "SimulatedAttention",
     "SimulatedKernel",
     "TorchaoKernel",
     "TorchaoMXKernel",

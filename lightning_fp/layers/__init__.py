@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lightning_fp._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lightning_fp.layers.attention import simulated_attention
     from lightning_fp.layers.backends import Backend, kernel_for
     from lightning_fp.layers.conversion.advice import ScalingAdvice, recommend_scaling
     from lightning_fp.layers.conversion.convert import convert, convert_into, revert
@@ -24,6 +25,7 @@ __all__ = [
     "FormatLike",
     "LinearFormat",
     "linear_format",
+    "simulated_attention",
     # layers
     "FPLinear",
     "Phase",
