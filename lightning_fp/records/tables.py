@@ -90,11 +90,13 @@ class _Part:
     columns: frozenset[str]
 
 
-class StatisticsWriter:
-    """Appends rows to `<run_dir>/statistics/`. One process writes, any number reads.
+class TableWriter:
+    """Appends rows to Parquet parts in a directory of a run. One process writes, any number reads.
 
     Args:
         run_dir: the run's directory; made if it is not there.
+        name: of the directory inside of it.
+        schema: the columns, "step" among them.
         step: the step the run begins or resumes at. Rows that an earlier, abandoned continuation
             of the run has written for later steps stay on disk and are no longer read.
         rows_per_part: rows that are held back before a part is written.
@@ -102,9 +104,17 @@ class StatisticsWriter:
     """
 
     def __init__(
-        self, run_dir: Path, *, step: int = 0, rows_per_part: int = 8192, seconds: float = 10.0
+        self,
+        run_dir: Path,
+        name: str,
+        schema: pa.Schema,
+        *,
+        step: int = 0,
+        rows_per_part: int = 8192,
+        seconds: float = 10.0,
     ) -> None:
-        self._directory = Path(run_dir) / DIRECTORY
+        self._schema = schema
+        self._directory = Path(run_dir) / name
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob(".part-*.tmp"):
             leftover.unlink()
@@ -128,9 +138,9 @@ class StatisticsWriter:
         """Add rows; they are on disk after the next flush.
 
         Args:
-            columns: as many of `SCHEMA`'s as there are, all of one length; NaN stands for null.
+            columns: as many of the schema's as there are, all of one length; NaN stands for null.
         """
-        fields = [field for field in SCHEMA if field.name in columns]
+        fields = [field for field in self._schema if field.name in columns]
         arrays = [_array(columns[field.name], field.type) for field in fields]
         self._buffer.append(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
         many = sum(table.num_rows for table in self._buffer) >= self._rows_per_part
@@ -175,6 +185,17 @@ class StatisticsWriter:
         return _Part(path=path, number=number, rows=table.num_rows, columns=columns, **footer)
 
 
+class StatisticsWriter(TableWriter):
+    """Appends rows to `<run_dir>/statistics/`; see `TableWriter`."""
+
+    def __init__(
+        self, run_dir: Path, *, step: int = 0, rows_per_part: int = 8192, seconds: float = 10.0
+    ) -> None:
+        super().__init__(
+            run_dir, DIRECTORY, SCHEMA, step=step, rows_per_part=rows_per_part, seconds=seconds
+        )
+
+
 def read_statistics(
     run_dir: str | Path,
     *,
@@ -201,10 +222,28 @@ def read_statistics(
             f"no statistics in {str(run_dir)!r}: run_dir must be a directory that ClampMonitor"
             " wrote to (its dirpath, by default the run's directory)"
         )
+    return read_parts(directory, SCHEMA, columns=columns, filters=filters)
+
+
+def read_parts(
+    directory: Path,
+    schema: pa.Schema,
+    *,
+    columns: Sequence[str] | None = None,
+    filters: pc.Expression | None = None,
+) -> pa.Table:
+    """The rows in force of a table that a `TableWriter` writes, or has written.
+
+    Args:
+        directory: where its parts are.
+        schema: the columns.
+        columns: which of them to read; all by default.
+        filters: which rows to read.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             parts = _parts(directory, warn=attempt == 0)
-            table = _read(parts, columns, filters)
+            table = _read(parts, schema, columns, filters)
             if _parts(directory)[: len(parts)] == parts:
                 return table
         except FileNotFoundError:
@@ -224,10 +263,13 @@ def unreadable_parts(run_dir: str | Path) -> list[str]:
 
 
 def _read(
-    parts: Sequence[_Part], columns: Sequence[str] | None, filters: pc.Expression | None
+    parts: Sequence[_Part],
+    schema: pa.Schema,
+    columns: Sequence[str] | None,
+    filters: pc.Expression | None,
 ) -> pa.Table:
     resumed = {part.session: part.resumed_at for part in parts}
-    tables = [SCHEMA.empty_table().select(columns or SCHEMA.names)]
+    tables = [schema.empty_table().select(columns or schema.names)]
     for part in parts:
         # Later sessions that resumed before this one's end have replaced what follows.
         later = [step for session, step in resumed.items() if session > part.session]
@@ -237,7 +279,7 @@ def _read(
             wanted = valid if filters is None else filters & valid
         names = part.columns if columns is None else part.columns & {"step", *columns}
         tables.append(pq.read_table(part.path, columns=sorted(names), filters=wanted))
-    return _concat(tables).select(columns or SCHEMA.names)
+    return _concat(tables).select(columns or schema.names)
 
 
 def _parts(directory: Path, *, warn: bool = False) -> list[_Part]:
