@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         MismatchMonitor,
         ParityProbe,
         PrecisionFallback,
+        StabilityMonitor,
         StagedRollout,
     )
     from lightning_fp.layers import (
@@ -57,6 +58,7 @@ __all__ = [
     "MismatchMonitor",
     "ParityProbe",
     "PrecisionFallback",
+    "StabilityMonitor",
     "StagedRollout",
     # objects
     "ConversionReport",

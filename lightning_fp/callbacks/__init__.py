@@ -6,6 +6,7 @@ from lightning_fp.callbacks.fallback import FP16Monitor, PrecisionFallback
 from lightning_fp.callbacks.mismatch import MismatchMonitor
 from lightning_fp.callbacks.rollout import StagedRollout
 from lightning_fp.callbacks.run import LossRecorder
+from lightning_fp.callbacks.stability import StabilityMonitor
 
 __all__ = [
     "ClampMonitor",
@@ -15,5 +16,6 @@ __all__ = [
     "MismatchMonitor",
     "ParityProbe",
     "PrecisionFallback",
+    "StabilityMonitor",
     "StagedRollout",
 ]

@@ -408,6 +408,27 @@ def study_sweep(
     )
 
 
+def study_predictors(
+    directories: tuple[str, ...],
+    *,
+    ahead: tuple[int, ...] = (),
+    seed: int = 0,
+    json: bool = False,
+) -> int:
+    """Tell which signals tell of a run's failure before the loss does.
+
+    Args:
+        directories: of a sweep whose runs had a StabilityMonitor, or of such runs
+        ahead: STEPS: how many steps before the failure to predict it; repeatable, by default 5, 10
+            and 20
+        seed: of the draws behind the intervals
+        json: print JSON
+    """
+    from lightning_fp.cli.commands.study_predictors import run
+
+    return run(directories=directories, ahead=ahead or (5, 10, 20), seed=seed, json=json)
+
+
 def completion(shell: Literal["bash", "zsh", "tcsh"]) -> int:
     """Print the completion of this command line for a shell.
 
@@ -439,8 +460,8 @@ COMMANDS: Commands = {
     "report": report,
     "study": (
         "Answer a question by runs: `study sweep`: which formats fail, and where? `study clamp`:"
-        " do loss spikes come from clamping?",
-        {"sweep": study_sweep, "clamp": study_clamp},
+        " do loss spikes come from clamping? `study predictors`: what foretells a failure?",
+        {"sweep": study_sweep, "clamp": study_clamp, "predictors": study_predictors},
     ),
     "completion": completion,
 }

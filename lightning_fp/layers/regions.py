@@ -45,7 +45,7 @@ def compiled_regions(model: nn.Module, layers: Mapping[str, object]) -> list[Reg
     """The compiled modules of `model` that hold at least one of `layers`."""
     regions: list[Region] = []
     for name, module in clean_named_modules(model):
-        if not _is_compiled(module):
+        if not is_compiled(module):
             continue
         inner = module._orig_mod if isinstance(module, OptimizedModule) else module
         prefix = f"{name}." if name else ""
@@ -56,7 +56,7 @@ def compiled_regions(model: nn.Module, layers: Mapping[str, object]) -> list[Reg
     return regions
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """By `torch.compile(module)`, `module.compile()`, or a compiled LightningModule."""
     return (
         isinstance(module, OptimizedModule)

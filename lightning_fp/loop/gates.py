@@ -10,6 +10,7 @@ from lightning_fp.telemetry import LOSS
 from lightning_fp.telemetry.casts.summary import COLUMNS, SUMMARIES, why_nothing
 from lightning_fp.telemetry.parity_log import PUBLISHED
 from lightning_fp.telemetry.rollout.gate_evidence import LOSS_GAP
+from lightning_fp.telemetry.stability import signals
 
 FALLBACKS = "fallbacks"
 """Published at every step: how many incidents have ended in a demotion since the one before."""
@@ -19,6 +20,7 @@ _OPTIONS: Mapping[str, Collection[str]] = {
     "fallback": (FALLBACKS,),
     "mismatch": ("mismatch/",),
     "parity": PUBLISHED,
+    "stability": signals.PUBLISHED,
 }
 """By the option of `PrecisionLoop` that measures them, names on the board, or what they begin with.
 """
@@ -31,8 +33,8 @@ def measurements(recipe: RolloutRecipe, options: Mapping[str, int]) -> dict[str,
 
     Args:
         recipe: the recipe.
-        options: those that are on, of "monitor", "fallback", "mismatch", "parity", with the steps
-            from one measurement to the next.
+        options: those that are on, of "monitor", "fallback", "mismatch", "parity" and "stability",
+            with the steps from one measurement to the next.
 
     Raises:
         ValueError: naming the stage, the gate, and the option that it asks for.

@@ -38,6 +38,7 @@ from lightning_fp.telemetry.parity_log import ParityLog, ParityOptions
 from lightning_fp.telemetry.rollout.gate_evidence import GateEvidence
 from lightning_fp.telemetry.rollout.staging import Staging, held_by_fallback
 from lightning_fp.telemetry.rollout.token_counter import TokenCounter
+from lightning_fp.telemetry.stability.stability_log import StabilityLog, StabilityOptions
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class PartOptions:
     watch: WatchOptions | None
     mismatch: MismatchOptions | None
     parity: ParityOptions | None
+    stability: StabilityOptions | None
     recipe: RolloutRecipe | None
     tokens_per_step: int | None
     max_steps: int | None
@@ -67,6 +69,8 @@ class PartOptions:
             found["monitor"] = self.casts.log_every_n_steps or self.interval
         if self.parity is not None:
             found["parity"] = self.parity.every_n_steps
+        if self.stability is not None:
+            found["stability"] = self.stability.log_every_n_steps or self.interval
         return found
 
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -78,6 +82,8 @@ class PartOptions:
             found["PrecisionFallback"] = self.watch.settings()
         if self.parity is not None:
             found["ParityProbe"] = self.parity.settings()
+        if self.stability is not None:
+            found["StabilityMonitor"] = self.stability.settings()
         if self.recipe is not None:
             found["StagedRollout"] = {"recipe": as_plain(self.recipe)}
         return found
@@ -111,6 +117,10 @@ class Parts:
         measured = MismatchOptions() if options.mismatch is None else options.mismatch
         self.mismatch = MismatchLog(measured, "loop.mismatch.update", "the mismatch")
         self.parity = None if options.parity is None else ParityLog(options.parity)
+        self.stability: StabilityLog | None = None
+        if options.stability is not None:
+            self.stability = StabilityLog(options.stability, "the log of stability")
+            self.stability.check(loop.model)
         self.watching: Supervisor | None = None
         """The watch, from the first step on."""
         if options.casts is not None:
@@ -162,6 +172,18 @@ class Parts:
         if self.casts is not None:
             self.casts.open(
                 precision, run, directory, step=step, interval=options.interval, device=device
+            )
+        if self.stability is not None:
+            self.stability.open(
+                self._loop.model,
+                self._loop.optimizers,
+                run,
+                directory,
+                replays=lambda: precision.precision_map.frozen,
+                compiled=lambda: self._loop.compiled,
+                step=step,
+                interval=options.interval,
+                device=device,
             )
         if options.mismatch is not None:
             self.mismatch.begin(precision, run, records.log, directory, device)
@@ -276,12 +298,16 @@ class Parts:
         run.recorder.begin(step)
         if self.casts is not None:
             self.casts.before_batch(step)
+        if self.stability is not None:
+            self.stability.before_batch(step)
         self.mismatch.before_batch(step)
         if self.staging is not None:
             self.staging.count(batch)
 
     def after_backward(self) -> None:
         """A micro-batch's backward is done."""
+        if self.stability is not None:
+            self.stability.leave()
         if self.casts is not None:
             self.casts.after_backward()
         if self.watching is not None:
@@ -295,6 +321,8 @@ class Parts:
         """
         if self.casts is not None and self.casts.after_batch(step):
             self.casts.tell(step)
+        if self.stability is not None and self.stability.after_batch(step):
+            self.stability.tell(step)
         self.mismatch.after_batch(step)
         if self.staging is not None:
             self.staging.after_batch(step, self._options.interval, self._device)
@@ -338,6 +366,8 @@ class Parts:
         if self.casts is not None:
             self.casts.finish(self._records.run.step)
             self.casts.let_go()
+        if self.stability is not None:
+            self.stability.finish(self._records.run.step)
         self.mismatch.end()
 
     # -- state ----------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from lightning_fp.telemetry.mismatch.mismatch_log import MismatchOptions
 from lightning_fp.telemetry.over_ranks import is_first, ranks
 from lightning_fp.telemetry.parity_log import ParityOptions
 from lightning_fp.telemetry.run_telemetry import Logger
+from lightning_fp.telemetry.stability.stability_log import StabilityOptions
 
 STATE_VERSION = 1
 
@@ -84,6 +85,8 @@ class PrecisionLoop:
             options measure, and what `log` publishes.
         parity: whether to compare a step with high precision now and then, as `ParityProbe` does;
             or its options, `{"every_n_steps": 500}`.
+        stability: whether to measure at every step what moves before a loss does, as
+            `StabilityMonitor` does; or its options, `{"head": "lm_head"}`.
         mismatch: whether `loop.mismatch` measures, or its options, as `MismatchMonitor` takes them;
             None: where one process trains. Several meet for it in every measured step.
         fabric: a Lightning Fabric that has set up model and optimizer, in its default precision:
@@ -125,6 +128,7 @@ class PrecisionLoop:
         monitor: bool | Mapping[str, Any] = True,
         recipe: RolloutRecipe | str | Path | None = None,
         parity: bool | Mapping[str, Any] = False,
+        stability: bool | Mapping[str, Any] = False,
         mismatch: bool | Mapping[str, Any] | None = None,
         fabric: Fabric | None = None,
         dirpath: str | Path | None = None,
@@ -155,6 +159,7 @@ class PrecisionLoop:
             watch=watch,
             mismatch=part_options("mismatch", measures, MismatchOptions),
             parity=part_options("parity", parity, ParityOptions),
+            stability=part_options("stability", stability, StabilityOptions),
             recipe=None if recipe is None else read(recipe),
             tokens_per_step=tokens_per_step,
             max_steps=max_steps,

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_fp.records.parity import read_parity
     from lightning_fp.records.rows import Sampled, StatisticsRows, statistics_rows
     from lightning_fp.records.run import LayerInfo, RunInfo, read_run, write_run
+    from lightning_fp.records.stability import StabilityWriter, read_stability
     from lightning_fp.records.tables import StatisticsWriter, read_statistics
     from lightning_fp.records.te_inspect import InspectRecords
 else:
@@ -62,6 +63,7 @@ __all__ = [
     "read_mismatch_causes",
     "read_parity",
     "read_run",
+    "read_stability",
     "read_statistics",
     "read_steps",
     # events
@@ -95,6 +97,7 @@ __all__ = [
     "LossWriter",
     "MismatchWriter",
     "Sampled",
+    "StabilityWriter",
     "StatisticsRows",
     "StatisticsWriter",
     "statistics_rows",

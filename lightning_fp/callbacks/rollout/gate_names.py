@@ -20,6 +20,7 @@ from lightning_fp.callbacks.compare.parity_probe import ParityProbe
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
 from lightning_fp.callbacks.run.run import RunCallback
+from lightning_fp.callbacks.stability.stability_monitor import StabilityMonitor
 from lightning_fp.choices import near_names, unknown
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.recipes import Gate, RolloutRecipe, StageFormats
@@ -32,6 +33,7 @@ PUBLISHERS: tuple[type[RunCallback], ...] = (
     PrecisionFallback,
     EvaluationGap,
     MismatchMonitor,
+    StabilityMonitor,
 )
 """The callbacks whose measurements gates read, for the line to add where one is missing."""
 

@@ -1,0 +1,1 @@
+"""Signals that may tell of a divergence before the loss does, of every step."""
