@@ -104,7 +104,9 @@ def test_compiled_is_eager() -> None:
         return kernel(*leaves, "layer")
 
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
-    assert same(run(compiled, tensors), run(forward, tensors))
+    # With several threads a float32 GEMM may add in another order from one call to the next.
+    for one, other in zip(run(compiled, tensors), run(forward, tensors), strict=True):
+        assert torch.equal(one, other) or sqnr_db(one, other) > order_db(64)
 
 
 def test_protocol() -> None:

@@ -13,6 +13,7 @@ KNOWN = (
     ("lightning_fp.precision", "the key that the checkpoint has more"),
     ("FPLinear", "the layer's format in what is printed of it"),
     ("left artifacts behind", "the records of the run"),
+    ("callbacks.run.run.Run", "the callback that keeps the run's records"),
 )
 """What a message tells of a difference that is meant to be."""
 
