@@ -76,6 +76,7 @@ TRANSFORMS: dict[str, Callable[[Loss, dict[str, Tensor]], Any]] = {
     "forward over reverse": hessian_vector,
     "forward mode": forward_mode,
 }
+UNDER_VMAP = "per sample", "vmap", "jacrev", "hessian"
 BACKWARDS = {"penalty": penalty, "third": third}
 
 
@@ -198,7 +199,7 @@ def test_frozen_weights_have_no_place_in_the_graph_for_them(format: str) -> None
         seen, todo = list[str](), [model(x).grad_fn]
         while todo:
             if (node := todo.pop()) is not None:
-                seen.append(node.name())
+                seen.append(type(node).__name__)
                 todo += [following for following, _ in node.next_functions]
         (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         (again,) = torch.autograd.grad(g.sum(), x)
@@ -207,6 +208,15 @@ def test_frozen_weights_have_no_place_in_the_graph_for_them(format: str) -> None
 
     assert "_PlaceBackward" in nodes(frozen=False)
     assert "_PlaceBackward" not in nodes(frozen=True)
+
+
+def views_under_vmap() -> bool:
+    """Whether torch has a rule for a view as another dtype: 2.11 has none, 2.13 has."""
+    try:
+        vmap(lambda row: row.view(torch.int32))(X)
+    except RuntimeError:
+        return False
+    return True
 
 
 def warm(format: str, model: nn.Module) -> None:
@@ -234,6 +244,10 @@ def test_delayed_scales_are_not_for_transforms_which_record_nothing() -> None:
 @pytest.mark.parametrize("what", TRANSFORMS)
 @pytest.mark.parametrize("format", CASTS)
 def test_casts_are_straight_through_under_transforms(format: str, what: str) -> None:
+    if "rowwise" in format and what in UNDER_VMAP and not views_under_vmap():
+        pytest.skip(
+            "scales of powers of two are made by views that this torch has no vmap rule for"
+        )
     results = []
     for converted in (False, True):
         model = network()
