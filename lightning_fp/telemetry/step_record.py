@@ -51,8 +51,9 @@ class StepRecord:
 
     @property
     def lr(self) -> float | None:
-        """Learning rate of the first parameter group."""
-        lr = self.optimizers[0].hyperparameters[0].get("lr") if self.optimizers else None
+        """Learning rate of the first parameter group; None where no optimizer has any."""
+        groups = self.optimizers[0].hyperparameters if self.optimizers else ()
+        lr = groups[0].get("lr") if groups else None
         return None if lr is None else float(lr)
 
     @property

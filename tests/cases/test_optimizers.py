@@ -153,6 +153,20 @@ def test_gradients_that_an_optimizer_looks_at_first_are_without_the_loss_scale(
     assert error(weights(ours), weights(plain)) < 1e-3
 
 
+class Without(Program):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+@pytest.mark.compatibility("optimizers", "none (`configure_optimizers` returns None)", "works")
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize("scaling", ["high", "delayed"])
+def test_a_module_without_an_optimizer_is_watched_as_others(tmp_path: Path, scaling: Any) -> None:
+    before, module = made(Without), made(Without)
+    fit(module, FP8Precision(scaling), tmp_path, PrecisionFallback(), ClampMonitor())
+    assert torch.equal(weights(module), weights(before))
+
+
 class Newton(Program):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)

@@ -14,6 +14,7 @@ KNOWN = (
     ("FPLinear", "the layer's format in what is printed of it"),
     ("left artifacts behind", "the records of the run"),
     ("callbacks.run.run.Run", "the callback that keeps the run's records"),
+    ("precision_fallback.PrecisionFallback object", "the fallback, which the runner adds"),
 )
 """What a message tells of a difference that is meant to be."""
 

@@ -171,8 +171,10 @@ class Run(RunTelemetry, L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the loggers the settings of all."""
-        log_settings(trainer, settings_by_class(trainer.precision_plugin, _ours(trainer)))
+        """Tell the loggers the settings of all, unless all wait for something to happen."""
+        ours = _ours(trainer)
+        if any(callback.has_to_tell(trainer) for callback in ours):
+            log_settings(trainer, settings_by_class(trainer.precision_plugin, ours))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

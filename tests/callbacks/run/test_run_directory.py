@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_fp import ClampMonitor, LossRecorder
+from lightning_fp import ClampMonitor, FP8Precision, LossRecorder, PrecisionFallback
 from lightning_fp.records import read_loss, read_run
 from lightning_fp.records.newest_run import newest_run
 from lightning_fp.report import read_records
@@ -112,3 +112,25 @@ def test_a_directory_above_means_the_newest_run(tmp_path: Path) -> None:
         assert newest_run(above) == last
         assert read_records(above).path == last
         assert read_loss(above).steps.tolist() == [1, 2, 3]
+
+
+class Told(CSVLogger):
+    """Counts what it hears of hyperparameters."""
+
+    heard = 0
+
+    def log_hyperparams(self, *args: Any, **options: Any) -> None:
+        self.heard += 1
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("high", 0), ("dynamic", 1)])
+def test_a_logger_hears_nothing_of_a_watch_that_waits(
+    tmp_path: Path, scaling: Any, expected: int
+) -> None:
+    """TensorBoard would log hp_metric with them, in a model that is in high precision."""
+    logger = Told(tmp_path)
+    trainer = make_trainer(
+        FP8Precision(scaling), callbacks=[PrecisionFallback()], logger=logger, max_steps=1
+    )
+    trainer.fit(LanguageModel(), text_loader(8))
+    assert logger.heard == expected
