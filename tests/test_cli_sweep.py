@@ -16,10 +16,15 @@ from typing import Any
 import pytest
 
 from lightning_fp.cli import main
+from lightning_fp.cli.commands.sweep_speed import predicted
+from lightning_fp.demo.presets import tiny
 from lightning_fp.recipes import RolloutRecipe
 from lightning_fp.study.sweep.cell_table import CellTable
 from lightning_fp.study.sweep.database import SQLite
+from lightning_fp.study.sweep.factory import CellFactory
+from lightning_fp.study.sweep.grid import grid
 from lightning_fp.study.sweep.results import read_cells
+from lightning_fp.study.sweep.sweep import Sweep
 
 FACTORIES = Path(__file__).parent / "study" / "sweep" / "factories.py"
 SMALL = ("--formats", "bf16,e8m3", "--lr", "1e-2,1e-1", "--seeds", "2", "--steps", "20")
@@ -260,6 +265,21 @@ def test_cost_and_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     costs = json.loads(capsys.readouterr().out)["costs"]
     assert [cost["cost_at_speedup"] for cost in costs] == [0.8, 0.8]
     assert sweep("fit", tmp_path, *options, "--speedup", "0") == 2
+    assert sweep("fit", tmp_path, *options, "--hardware", "h100") == 2  # and --speedup
+    without = (*options[:-4], *options[-2:])
+    capsys.readouterr()
+    assert sweep("fit", tmp_path, *without, "--hardware", "h100", "--json") == 0
+    costs = json.loads(capsys.readouterr().out)["costs"]
+    assert [cost["cost_at_speedup"] for cost in costs] == [None, None], "no forward to predict by"
+
+
+def test_the_speed_that_a_plan_predicts(tmp_path: Path) -> None:
+    cells = grid(["bf16", "e8m3", "fp8-dynamic", "mxfp8"], [1e-3], [0], {})
+    maker = CellFactory("preset tiny", tiny)
+    small = Sweep(factory=maker, cells=cells, steps=10, directory=tmp_path)
+    speed = predicted(small, "h100")
+    assert speed["bf16"] is speed["e8m3"] is None
+    assert 0.1 < (speed["fp8-dynamic"] or 0) < 1, "a card waits most of the time for a tiny model"
 
 
 def test_axes_of_the_sweep_and_of_the_factory(tmp_path: Path) -> None:

@@ -361,6 +361,7 @@ def study_sweep(
     storage: str | None = None,
     threads: int = 1,
     speedup: float | None = None,
+    hardware: Hardware | None = None,
     emit: str | None = None,
     json: bool = False,
 ) -> int:
@@ -385,7 +386,8 @@ def study_sweep(
             that SQLAlchemy knows; a SQLite file in DIR if it is not given
         threads: of this worker; more workers are faster than more threads
         speedup: FACTOR: of a step in low precision over one in bf16, measured or from
-            `lightning-fp plan`: say what a run then costs in the end, retries and all
+            elsewhere: say what a run then costs in the end, retries and all
+        hardware: the same with the speed that `lightning-fp plan` predicts for this card
         emit: FILE: write a rollout recipe with the first format that passed, and what all did
         json: print the findings as JSON
     """
@@ -403,6 +405,7 @@ def study_sweep(
         storage=storage,
         threads=threads,
         speedup=speedup,
+        hardware=hardware,
         emit=emit,
         json=json,
     )

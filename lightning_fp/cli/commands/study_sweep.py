@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_fp.choices import check_at_least, check_choice
 from lightning_fp.cli.commands.sweep_progress import progress
+from lightning_fp.cli.commands.sweep_speed import Hardware, predicted
 from lightning_fp.cli.loading import find_factory
 from lightning_fp.cli.output import console, print_json
 from lightning_fp.demo.presets import PRESETS
@@ -40,6 +41,7 @@ def run(
     storage: str | None,
     threads: int,
     speedup: float | None,
+    hardware: Hardware | None,
     emit: str | None,
     json: bool,
 ) -> int:
@@ -56,6 +58,8 @@ def run(
     check_at_least(10, **{"--steps": steps})
     if speedup is not None and not (math.isfinite(speedup) and speedup > 0):
         raise ValueError(f"--speedup must be above 0, got {speedup}")
+    if speedup is not None and hardware is not None:
+        raise ValueError("give either --speedup or --hardware, which predicts one")
     reference = f"preset {preset}" if factory is None else factory
     make = PRESETS[preset] if preset is not None else find_factory(str(factory))
     directory = Path(dir)
@@ -71,16 +75,27 @@ def run(
     with quiet_lightning(), bar as spectator:
         findings = sweep.run(spectator)
     costs = total_costs(read_cells(directory), findings)
+    speedups: dict[str, float | None] = dict.fromkeys((each.format for each in costs), speedup)
+    if hardware is not None:
+        speedups = predicted(sweep, hardware)
     if emit is not None:
         _emit(findings, Path(emit))
     if json:
-        print_json({**as_plain(findings), "costs": [as_cost(each, speedup) for each in costs]})
+        print_json(
+            {
+                **as_plain(findings),
+                "costs": [as_cost(each, speedups.get(each.format)) for each in costs],
+            }
+        )
     else:
         screen = console()
         for table in tables(findings):
             screen.print(table)
         late = what_evidence_cannot_say(each.format for each in findings.formats)
-        for sentence in (*(each.sentence(speedup) for each in costs), *late):
+        told = [each.sentence(speedups.get(each.format)) for each in costs]
+        if hardware is not None:
+            told.append(f"Speed-ups are predicted for {hardware}, by `lightning-fp plan`.")
+        for sentence in (*told, *late):
             screen.print(sentence, markup=False, soft_wrap=True)
         if emit is not None:
             screen.print(f"Recipe written to {emit}", markup=False, soft_wrap=True)
