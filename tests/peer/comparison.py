@@ -59,8 +59,8 @@ def compared(results: Mapping[str, Mapping[str, Result]]) -> list[dict[str, Any]
 
 def reason(arm: Arm, result: Result, under_high: Result | None) -> str:
     """Why a test differs, as far as its message and the arm of the format `high` tell."""
-    known = [why for word, why in KNOWN if word in result.message]
-    known += [why for name, why in KNOWN_TESTS if name in result.test]
+    known = [why for name, why in KNOWN_TESTS if name in result.test]
+    known += [why for word, why in KNOWN if word in result.message]
     if known:
         return known[0]
     compared = result.message.startswith(("AssertionError", "assert ")) or "close" in result.message
