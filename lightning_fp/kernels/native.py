@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
@@ -41,13 +42,14 @@ from lightning_fp.kernels.memory import (
     INPUT,
     WEIGHT,
     OperandMemory,
-    amax_row,
     for_leaf,
 )
+from lightning_fp.kernels.operand import Operand, fused_operand, torch_operand
 from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.kernels.stored.linear import StoredLinear
 from lightning_fp.kernels.stored.weight import StoredWeight
+from lightning_fp.kernels.triton.trial import fuses_on
 from lightning_fp.numerics import (
     FORMATS,
     FloatFormat,
@@ -106,6 +108,18 @@ class NativeKernel(Kernel):
     def emulates(self, input: Tensor) -> bool:
         """Whether the products with this input are emulated."""
         return not (self.cuda_fp8 and input.is_cuda)
+
+    def fuses(self, input: Tensor, weight: Tensor, scales: Tensor | None) -> bool:
+        """Whether operands are cast by kernels of our own: eagerly, on tensor cores.
+
+        Scales that may still be missing are looked for in the usual way, and tensors that are more
+        than their memory (sharded ones, fake ones) are cast so.
+        """
+        if type(input) is not Tensor or type(weight) not in (Tensor, Parameter):
+            return False
+        if torch.compiler.is_compiling() or (self.cold and scales is not None):
+            return False
+        return not self.emulates(input) and fuses_on(input.device)
 
     def make_memory(self, layer: Any, scales: Tensor | None = None) -> OperandMemory | None:
         """See `Kernel.make_memory`; scales are those of `ScaleHistory`."""
@@ -197,6 +211,45 @@ class NativeKernel(Kernel):
         return scale
 
 
+@dataclass(frozen=True, slots=True)
+class _Casts:
+    """How the operands of one call are cast."""
+
+    kernel: NativeKernel
+    scales: Tensor | None
+    wide: torch.dtype | None
+    fused: bool
+    record: bool
+
+    def of(
+        self,
+        operand: int,
+        x: Tensor,
+        format: FloatFormat,
+        *,
+        rows: bool = True,
+        columns: bool = True,
+    ) -> Operand:
+        """An operand in the layouts that are asked for."""
+        if self.fused:
+            scale = None if self.scales is None else self.scales[operand]
+            how = {"rows": rows, "columns": columns, "record": self.record}
+            return fused_operand(x, scale, format, **how)
+        return torch_operand(
+            x,
+            lambda amax: self.kernel.scale(amax, self.scales, operand, format),
+            format,
+            self.wide,
+            record=self.record,
+        )
+
+    def again(self, weight: Tensor, scale: Tensor, format: FloatFormat) -> Tensor | None:
+        """A weight cast once more, with the scale of its forward, to be summed over by columns."""
+        if self.fused:
+            return fused_operand(weight, scale, format, rows=False, record=False).by_columns
+        return cast_operand(weight, scale, format, self.wide)[1]
+
+
 class _NativeLinear(torch.autograd.Function):
     """`input [M, K] @ weight [N, K].T -> [M, N]` with FP8 operands in all three products.
 
@@ -220,25 +273,22 @@ class _NativeLinear(torch.autograd.Function):
         layer: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = operand_dtype(input) if emulate else None
-        amax_x = tensor_amax(input)
-        scale_x = kernel.scale(amax_x, scales, INPUT, kernel.input)
-        x8, x = cast_operand(input, scale_x, kernel.input, wide)
+        needs_input, _, needs_weight = ctx.needs_input_grad[:3]
+        casts = _Casts(kernel, scales, wide, kernel.fuses(input, weight, scales), in_full)
+        saves_cast = needs_weight and not kernel.high_grad_weight
+        x = casts.of(INPUT, input, kernel.input, columns=saves_cast)
         kept = None if share is None else share.weight_cast_of(weight, kernel)
         if kept is None:
             cast_from = kernel.exported(weight)
-            amax_w = tensor_amax(cast_from)
-            scale_w = kernel.scale(amax_w, scales, WEIGHT, kernel.weight)
-            w8, w = cast_operand(cast_from, scale_w, kernel.weight, wide)
-            row_w = amax_row(cast_from, amax_w, in_full)
-            if share is not None:
+            cast = casts.of(WEIGHT, cast_from, kernel.weight, columns=False)
+            w8, w, amax_w, scale_w, row_w = cast.kept, cast.by_rows, cast.amax, cast.scale, cast.row
+            if share is not None and w8 is not None:
                 share.keep_weight_cast(weight, kernel, w8, scale_w, amax_w, row_w)
         else:
             w8, amax_w, scale_w, row_w = kept.cast, kept.amax, kept.scale, kept.row
             w = widen(w8, kernel.weight, wide)
-        unscale_x, unscale_w = unscale(scale_x, amax_x), unscale(scale_w, amax_w)
-
-        needs_input, _, needs_weight = ctx.needs_input_grad[:3]
-        saved_input = input if kernel.high_grad_weight else x8
+        unscale_x, unscale_w = unscale(x.scale, x.amax), unscale(scale_w, amax_w)
+        saved_input = input if kernel.high_grad_weight else x.kept
         ctx.save_for_backward(
             saved_input if needs_weight else None,
             weight if needs_input else None,
@@ -249,10 +299,12 @@ class _NativeLinear(torch.autograd.Function):
             scales,
         )
         ctx.kernel, ctx.wide, ctx.place, ctx.layer = kernel, wide, place, layer
+        ctx.fused = casts.fused
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
-        output = forward_products(x, w, unscale_x, unscale_w, input.dtype)
-        rows = amax_row(input, amax_x, in_full), row_w if share is None else row_w.clone()
+        assert x.by_rows is not None and w is not None
+        output = forward_products(x.by_rows, w, unscale_x, unscale_w, input.dtype)
+        rows = x.row, row_w if share is None else row_w.clone()
         ctx.mark_non_differentiable(*rows)
         return output, *rows
 
@@ -266,24 +318,30 @@ class _NativeLinear(torch.autograd.Function):
         grad_weight: Tensor | None = None
         grad_leaf: Tensor | None = None
         with torch.no_grad(), without_autocast(grad_output.device.type):
-            amax_g = tensor_amax(grad_output)
-            scale_g = kernel.scale(amax_g, scales, GRAD_OUTPUT, kernel.grad_output)
-            _, g = cast_operand(grad_output, scale_g, kernel.grad_output, wide)
-            unscale_g = unscale(scale_g, amax_g)
+            casts = _Casts(kernel, scales, wide, ctx.fused, ctx.slot is not None)
+            by_columns = saved_input is not None and not kernel.high_grad_weight
+            g = casts.of(
+                GRAD_OUTPUT,
+                grad_output,
+                kernel.grad_output,
+                rows=weight is not None,
+                columns=by_columns,
+            )
+            unscale_g = unscale(g.scale, g.amax)
             w = x = None
             if weight is not None and w8 is None:
-                _, w = cast_operand(kernel.exported(weight), scale_w, kernel.weight, wide)
+                w = casts.again(kernel.exported(weight), scale_w, kernel.weight)
             elif weight is not None:
                 w = widen(w8, kernel.weight, wide)
             if saved_input is not None and not kernel.high_grad_weight:
                 x = widen(saved_input, kernel.input, wide)
             grad_input, grad_weight = backward_products(
-                g, x, w, unscale_g, unscale_x, unscale_w, ctx.dtypes
+                g.by_rows, g.by_columns, x, w, unscale_g, unscale_x, unscale_w, ctx.dtypes
             )
             if saved_input is not None and kernel.high_grad_weight:
                 grad_weight = (grad_output.t() @ saved_input).to(weight_dtype)
             if ctx.slot is not None:
-                grad_leaf = for_leaf(ctx, amax_row(grad_output, amax_g, True))
+                grad_leaf = for_leaf(ctx, g.row)
         if differentiated_again():
             x = saved_input
             if x is not None and not kernel.high_grad_weight:

@@ -33,6 +33,9 @@ HEIGHT = 64
 WIDTH = 64
 """Rows and columns of a tile: 64 bytes of codes are written in a row of either layout."""
 
+WARPS = 8
+"""Warps of a program: 16 values of a tile for each thread, which leaves room for more programs."""
+
 BLOCK = 1024
 LOOPS = 8
 """Elements that a program looks at at once for the amax, and how often: one atomic of 8192."""
