@@ -153,7 +153,8 @@ def test_torchs_own_rules_for_cuda(tokens: int, dtype: torch.dtype) -> None:
             for t, format in zip((x, w, g), formats, strict=True)
         ]
         unscaled = scale, scale, scale
-        found = backward_products(casts[2], casts[0], casts[1], *unscaled, (dtype, torch.float32))
+        x8, w8, g8 = casts
+        found = backward_products(g8, g8, x8, w8, *unscaled, (dtype, torch.float32))
         assert [None if f is None else (f.shape, f.dtype) for f in found] == [
             (x.shape, dtype),
             (w.shape, torch.float32),

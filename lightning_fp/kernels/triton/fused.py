@@ -89,8 +89,7 @@ def fused_cast(
         The casts with scale, amax and counts. Values are those of `scaled_cast`, bit for bit; the
         sign of a NaN is not.
     """
-    from lightning_fp.kernels.triton import cast as kernels
-
+    kernels = _kernels()
     height, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     padded = height + -height % ALIGNMENT
@@ -134,6 +133,13 @@ def fused_cast(
         scale=scale,
         counters=counters,
     )
+
+
+def _kernels() -> Any:
+    """The module of the kernels, which imports Triton."""
+    from lightning_fp.kernels.triton import cast
+
+    return cast
 
 
 @cache
