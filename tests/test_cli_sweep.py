@@ -19,6 +19,7 @@ from lightning_fp.cli import main
 from lightning_fp.cli.commands.sweep_speed import predicted
 from lightning_fp.demo.presets import tiny
 from lightning_fp.recipes import RolloutRecipe
+from lightning_fp.records import read_stability
 from lightning_fp.study.sweep.cell_table import CellTable
 from lightning_fp.study.sweep.database import SQLite
 from lightning_fp.study.sweep.factory import CellFactory
@@ -290,3 +291,10 @@ def test_axes_of_the_sweep_and_of_the_factory(tmp_path: Path) -> None:
     assert {(r["width"], r["clip"], r["fallback"]) for r in rows} == {
         (width, "0.1", fallback) for width in ("16", "48") for fallback in ("on", "off")
     }
+
+
+def test_signals_are_recorded_for_the_predictors(tmp_path: Path) -> None:
+    options = ("--formats", "bf16", "--lr", "1e-2", "--seeds", "1", "--steps", "20")
+    assert sweep("fit", tmp_path, *options, "--axis", "signals=on") == 0
+    (row,) = read_cells(tmp_path)
+    assert len(read_stability(tmp_path / "cells" / row["id"])) > 0

@@ -379,8 +379,8 @@ def study_sweep(
         lr: learning rates, with commas between
         seeds: how many; of weights and batches
         steps: optimizer steps of each run
-        axis: NAME=VALUE,VALUE: a further axis: clip, fallback=on,off, recipe, base, layers=all, or
-            a parameter of the factory, e.g. batch_size=8,16; repeatable
+        axis: NAME=VALUE,VALUE: a further axis: clip, fallback=on,off, recipe, signals=on, base,
+            layers=all, or a parameter of the factory, e.g. batch_size=8,16; repeatable
         dir: where all of it goes: cells.parquet, sweep.html, and a run's records for each cell
         storage: URL: keep the table of cells there, for workers on many machines: any database
             that SQLAlchemy knows; a SQLite file in DIR if it is not given

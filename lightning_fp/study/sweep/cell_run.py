@@ -13,7 +13,12 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from lightning_fp.callbacks import LossRecorder, PrecisionFallback, StagedRollout
+from lightning_fp.callbacks import (
+    LossRecorder,
+    PrecisionFallback,
+    StabilityMonitor,
+    StagedRollout,
+)
 from lightning_fp.callbacks.run.run import run_of
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.plugins.names import precision_plugin
@@ -70,6 +75,8 @@ class CellRun:
         judge = LossJudge(self.steps)
         # Whoever may heal a run is given the time for it.
         watching = _Watching(place, judge, on_step, stops=not ours and not job.callbacks)
+        if cell.axes.get("signals", False):
+            ours.append(StabilityMonitor(dirpath=place))
         options: dict[str, Any] = dict(job.options)
         options.pop("callbacks", None)
         clip: Any = cell.axes.get("clip", options.pop("gradient_clip_val", None))

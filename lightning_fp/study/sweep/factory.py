@@ -27,6 +27,7 @@ OWN_AXES: Mapping[str, str] = {
     "clip": "largest norm of the gradients; 0 clips nothing",
     "fallback": "on or off: PrecisionFallback",
     "recipe": "a rollout recipe: a name or a YAML file; off without",
+    "signals": "on or off: StabilityMonitor, for `study predictors`",
     "base": "precision of everything else, e.g. 32-true; bf16-mixed by default",
     "layers": "default, or all: a format is in all linear layers, the head too",
 }
