@@ -135,17 +135,18 @@ class _TransformedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _ = inputs
-        needs_input, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        # Both, whoever needs them: vmap cannot give None a batch dimension.
+        ctx.save_for_backward(input, weight)
         ctx.save_for_forward(input, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         with without_autocast(grad_output.device.type):
-            grad_input = None if weight is None else _product(grad_output, weight)
-            grad_weight = None if input is None else _product(grad_output.t(), input)
-            grad_bias = grad_output.sum(0) if ctx.needs_input_grad[2] else None
+            grad_input = _product(grad_output, weight) if needs_input else None
+            grad_weight = _product(grad_output.t(), input) if needs_weight else None
+            grad_bias = grad_output.sum(0) if needs_bias else None
         return grad_input, grad_weight, grad_bias
 
     @staticmethod

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -257,6 +257,28 @@ def test_casts_are_straight_through_under_transforms(format: str, what: str) -> 
         results.append(tree_leaves(found))
     for one, other in zip(*results, strict=True):
         assert one is None or sqnr_db(one, other) > 15
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("format", ["fp32", "bf16", *CASTS])
+def test_an_ensemble_under_vmap_goes_backward_outside_of_it(format: str, bias: bool) -> None:
+    if "rowwise" in format and not views_under_vmap():
+        pytest.skip("this torch has no vmap rule for views")
+    results: list[list[Tensor]] = []
+    for converted in (False, True):
+        nets = [nn.Sequential(nn.Linear(16, 32, bias=bias)) for _ in range(3)]
+        for seed, net in enumerate(nets):
+            torch.manual_seed(seed)
+            nn.init.normal_(net[0].weight)
+            if converted:
+                convert(net, "high", {"*": format})
+        stacked, _ = stack_module_state(nets)  # pyright: ignore[reportArgumentType]
+        one = nets[0]
+        found = vmap(lambda p, one=one: functional_call(one, p, (X,)))(stacked)
+        found.float().square().sum().backward()
+        results.append([each.grad for each in stacked.values()])
+    for plain, ours in zip(*results, strict=True):
+        assert sqnr_db(plain, ours) > 15
 
 
 @pytest.mark.parametrize("format", ["fp32", "fp8-dynamic", "e8m3"])

@@ -122,7 +122,7 @@ class ParityProbe(RunCallback):
     def _arrived(self, batch: Any) -> None:
         """A batch comes from the loader: probe before any hook has seen it."""
         trainer = self._trainer
-        if trainer is None:
+        if trainer is None or not self.takes_part(trainer):
             return
         # The loop has not counted this batch yet.
         step, batch_idx = trainer.global_step, trainer.fit_loop.epoch_loop.batch_idx + 1

@@ -218,6 +218,8 @@ class PrecisionFallback(RunCallback):
         watching, trainer = self._watching, self._trainer
         if watching is None or trainer is None or watching.failed_at is not None:
             return
+        if not self.takes_part(trainer):
+            return
         self._begin(watching, trainer)
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
         watching.record(batch, batch_idx, loop_position(trainer))

@@ -117,6 +117,17 @@ class RunCallback(L.Callback):
             )
         return plugin
 
+    def takes_part(self, trainer: L.Trainer) -> bool:
+        """Whether the Trainer trains the run of this callback, for what hears of it otherwise.
+
+        A tuner in mid-run, such as Lightning's LearningRateFinder, takes all callbacks away, trains
+        by itself for a while, and puts everything back.
+
+        Args:
+            trainer: the Trainer.
+        """
+        return any(callback is self for callback in _callbacks(trainer))
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Of a fit: see that it has its `Run`."""
@@ -233,6 +244,9 @@ class Run(RunTelemetry, L.Callback):
     @override
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Before anybody acts between two steps: what the steps before have shown is here."""
+        guard = _guard(trainer)
+        if guard is not None:
+            guard.steps.clear()  # a tuner's, who has trained by himself
         self.recorder.begin(trainer.global_step)
         self.signals.arrive()
 
