@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def calls_closure_itself(optimizer: Optimizer) -> bool:
     """Whether an optimizer runs forward and backward itself, as often as it likes."""
     if isinstance(optimizer, LBFGS):
         return True
-    step = inspect.signature(type(optimizer).step).parameters.get("closure")
+    step = _step_parameters(optimizer).get("closure")
     return step is not None and step.default is inspect.Parameter.empty
 
 
@@ -71,5 +72,11 @@ def calls_closure_once(optimizer: Optimizer) -> bool:
 def takes_closure(optimizer: Optimizer) -> bool:
     """Whether `step` can be given a closure; those of research code often cannot."""
     kinds = inspect.Parameter
-    found = inspect.signature(type(optimizer).step).parameters.values()
-    return any(p.name == "closure" or p.kind is kinds.VAR_KEYWORD for p in found)
+    found = _step_parameters(optimizer).values()
+    return not found or any(p.name == "closure" or p.kind is kinds.VAR_KEYWORD for p in found)
+
+
+def _step_parameters(optimizer: Optimizer) -> Mapping[str, inspect.Parameter]:
+    """None of a step that is no Python function: one in C has no signature, a mock any."""
+    step = type(optimizer).step
+    return inspect.signature(step).parameters if inspect.isfunction(step) else {}
