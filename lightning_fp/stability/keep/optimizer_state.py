@@ -145,15 +145,22 @@ def _bare_step(optimizer: type[Optimizer]) -> Callable[[Optimizer], object] | No
     """The class's own arithmetic, and nothing around it that hears of a step; None if unknown.
 
     Torch wraps it for hooks, global ones too, and for profilers. What has taken its place since,
-    as a mock does, is not called. An instance's step is none of this: a scheduler puts one there
-    that is bound to the optimizer itself (`LRScheduler`'s `patch_track_step_called`), and would
-    step the run's weights.
+    as a mock does, is not called. Nor is an override that calls the step of its base class: it may
+    count or print, and that one makes the state. An instance's step is none of this: a scheduler
+    puts one there that is bound to the optimizer itself (`LRScheduler`'s
+    `patch_track_step_called`), and would step the run's weights.
     """
-    step = optimizer.step
-    if not getattr(step, "hooked", False):
+    if not getattr(optimizer.step, "hooked", False):
         return None
-    step = inspect.unwrap(step)
-    return step if inspect.isfunction(step) else None
+    for kind in optimizer.__mro__:
+        step: Any = inspect.unwrap(vars(kind).get("step", kind))
+        if step is kind:
+            continue
+        if not inspect.isfunction(step):
+            return None
+        if "super" not in step.__code__.co_names:
+            return step
+    return None
 
 
 def _without_contents(parameter: Tensor) -> nn.Parameter:

@@ -9,7 +9,7 @@ import io
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import numpy as np
@@ -613,6 +613,20 @@ class TestMemory:
             stated_bytes(run.parts, stepped=True)
             assert not getattr(other, "called", False)
         assert not heard
+
+    def test_an_override_hears_nothing_of_the_state_to_come(self) -> None:
+        class Counting(torch.optim.Adam):
+            steps: ClassVar[list[int]] = []
+
+            def step(self, closure: Any = None) -> Any:
+                self.steps.append(1)
+                return super().step(closure)
+
+        model = nn.Linear(30, 30)
+        parts = {"model": model, "optimizer": Counting(model.parameters())}
+        both_moments = 2 * 4 * sum(p.numel() for p in model.parameters())
+        assert stated_bytes(parts, stepped=True) >= stated_bytes(parts) + both_moments
+        assert not Counting.steps
 
     def test_dropped(self) -> None:
         run = Run()
