@@ -63,6 +63,8 @@ class EventLog:
     ) -> None:
         self.own: set[str] = set()
         """Authors whose writes to the table have events of their own here."""
+        self.waits = waits
+        """Whether nothing has happened yet that opens the file; alike on all ranks."""
         self._writer: EventWriter | None = None
         self._show, self._console = show, console
         self._counts: dict[str, int] = {}
@@ -86,9 +88,10 @@ class EventLog:
             passes |= isinstance(event, Rehearsed) and event.outcome == "passed"
             usual = passes or isinstance(event, _QUIET)
             log.log(logging.INFO if usual else logging.WARNING, "%s", event.sentence())
+        self.waits = self.waits and isinstance(event, _WAITING)
         if self._open is not None and not self._failed:
             self._held.append(event)
-            if self._writer is None and isinstance(event, _WAITING):
+            if self.waits:
                 return
             try:
                 self._append(self._open)

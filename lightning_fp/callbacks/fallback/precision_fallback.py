@@ -23,6 +23,7 @@ from lightning_fp.callbacks.run.finite_checkpoints import finite_checkpoints
 from lightning_fp.callbacks.run.in_bar import shown_in_bar
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
+from lightning_fp.records.event_log import EventLog
 from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
@@ -132,6 +133,7 @@ class PrecisionFallback(RunCallback):
         self._trainer: L.Trainer | None = None
         self._published = 0
         self._loaded: dict[str, Any] = {}
+        self._log: EventLog | None = None
         self._around = ExitStack()
 
     @property
@@ -156,8 +158,11 @@ class PrecisionFallback(RunCallback):
 
     @override
     def has_to_tell(self, trainer: L.Trainer) -> bool:
-        """A model in high precision is watched in silence: there is nothing to fall back from."""
-        return bool(self.plugin(trainer).low_layers())
+        """A model in high precision is watched in silence: there is nothing to fall back from.
+
+        Unless it has fallen back, as what a checkpoint has kept says.
+        """
+        return bool(self.plugin(trainer).low_layers() or self.state_dict())
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -175,11 +180,12 @@ class PrecisionFallback(RunCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """State what memory the watch takes, and begin."""
         plugin, run = self.plugin(trainer), run_of(trainer)
+        self._log = log = run.log(self)
         self.supervisor = watching = Supervisor(
             self._options,
             TrainerLoop(trainer, plugin),
             count=StepCount(steps_done(trainer), trainer.global_step),
-            log=run.log(self),
+            log=log,
             signals=run.signals.reader(),
             looks=self._layer_watch(trainer, plugin),
             before=None if self.supervisor is None else self.supervisor.state,
@@ -292,12 +298,19 @@ class PrecisionFallback(RunCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """States, counters and signals; snapshots and batches too where they are small."""
-        return self._loaded if self.supervisor is None else self.supervisor.state_dict()
+        """States, counters and signals; snapshots and batches too where they are small.
+
+        Nothing while a model in high precision is watched in silence.
+        """
+        if self._loaded or self.supervisor is None:
+            return self._loaded
+        silent = self._log is not None and self._log.waits
+        return {} if silent else self.supervisor.state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickled one watches no run, but has what a checkpoint would have of it."""
-        return {**vars(self), "supervisor": None, "_trainer": None, "_loaded": self.state_dict()}
+        of_a_run = {"supervisor": None, "_trainer": None, "_log": None}
+        return {**vars(self), **of_a_run, "_loaded": self.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -178,6 +178,11 @@ class Run(RunTelemetry, L.Callback):
         """The log of events that the callbacks of one directory share."""
         return self._logs[self.directory(callback)]
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has been told so far: such a run leaves nothing behind."""
+        return all(log.waits for log in self._logs.values())
+
     # -- a fit -----------------------------------------------------------------------------------
 
     @override
@@ -328,6 +333,9 @@ class Run(RunTelemetry, L.Callback):
 
     def _finish(self, trainer: L.Trainer) -> None:
         self.over, self._files = True, None
+        if self.silent:  # else it stays, for checkpoints that are saved of it
+            rest = [callback for callback in _callbacks(trainer) if callback is not self]
+            trainer.callbacks = rest  # pyright: ignore[reportAttributeAccessIssue]
         if self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None  # a Trainer whose run is over can be pickled
@@ -342,6 +350,8 @@ class Run(RunTelemetry, L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """How far the logs have come: a run that resumes makes void what follows."""
+        if self.silent:
+            return
         ours = [c for c in _ours(trainer) if id(c) in self._directories]
         checkpoint[STATE_KEY] = {c.state_key: self.log(c).position for c in ours}
         directories = {c.state_key: c.run_dir for c in ours if c.run_dir is not None}
