@@ -76,6 +76,7 @@ class _Lines:
     def __init__(self, screen: Console, directory: Path) -> None:
         self._screen, self._directory = screen, directory
         self._written = 0.0
+        self._waited_for: set[str] = set()
 
     def began(self, cell: Cell) -> None:
         """Nothing yet."""
@@ -84,7 +85,12 @@ class _Lines:
         """Nothing yet."""
 
     def waits(self, entries: Sequence[Entry]) -> None:
-        """Nothing yet."""
+        """Say for whom, once: of a worker on a machine that went down, a lease has to run out."""
+        held = _holders(entries)
+        if held - self._waited_for:
+            text = f"waiting for {', '.join(sorted(held))}, at the last cells"
+            self._screen.print(text, markup=False, soft_wrap=True)
+        self._waited_for |= held
 
     def ended(self, cell: Cell, result: dict[str, Any], entries: Sequence[Entry]) -> None:
         """Say what came of it, and how long the others may take."""
@@ -119,8 +125,7 @@ class _Bar(_Lines):
 
     def waits(self, entries: Sequence[Entry]) -> None:
         """Say for whom."""
-        held = sorted({entry.worker or "" for entry in entries if entry.state == "claimed"})
-        self._show(f"waiting for {', '.join(held)}", entries)
+        self._show(f"waiting for {', '.join(sorted(_holders(entries)))}", entries)
 
     def ended(self, cell: Cell, result: dict[str, Any], entries: Sequence[Entry]) -> None:
         """Count it, and what others have done meanwhile."""
@@ -157,4 +162,8 @@ def _done(entries: Sequence[Entry]) -> int:
 
 def _workers(entries: Sequence[Entry]) -> int:
     # This one has just put its cell down.
-    return 1 + len({entry.worker for entry in entries if entry.state == "claimed"})
+    return 1 + len(_holders(entries))
+
+
+def _holders(entries: Sequence[Entry]) -> set[str]:
+    return {entry.worker or "" for entry in entries if entry.state == "claimed"}

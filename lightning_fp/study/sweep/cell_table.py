@@ -22,7 +22,7 @@ LEASE_SECONDS = 180.0
 """How long a claim holds without a sign of life."""
 
 MOST_TRIES = 3
-"""Workers that may die over a cell before it counts as failed."""
+"""Workers that may die over a cell before it counts as failed; each command tries it once more."""
 
 _CLASHES = 5
 """How often to begin again where two workers add the same cells at once."""
@@ -65,7 +65,7 @@ class CellTable:
     def enqueue(
         self, cells: Sequence[Cell], settings: Mapping[str, Any], about: Mapping[str, Any]
     ) -> None:
-        """Add the cells that are not there, and open again those that failed.
+        """Add the cells that are not there, and open again those that failed or were given up.
 
         Args:
             cells: all that this command asks for.
@@ -107,6 +107,11 @@ class CellTable:
                 if cell.id not in known:
                     _insert(now, cell, place)
             now.change("UPDATE cells SET state = 'open', tries = 0 WHERE state = 'failed'")
+            # Whoever is killed and started again, however often, has lost no cell.
+            now.change(
+                "UPDATE cells SET tries = :last WHERE state <> 'done' AND tries > :last",
+                {"last": MOST_TRIES - 1},
+            )
 
     def claim(self, worker: str) -> Cell | None:
         """Take the first free cell; None if there is none now.
@@ -119,7 +124,9 @@ class CellTable:
             values = {"now": now, "most": MOST_TRIES}
             with self.database.transaction() as transaction:
                 found = transaction.rows(
-                    f"SELECT id, cell FROM cells WHERE {_FREE} ORDER BY place, id LIMIT 1", values
+                    # Cells over which workers died come last, lest they keep the others waiting.
+                    f"SELECT id, cell FROM cells WHERE {_FREE} ORDER BY tries, place, id LIMIT 1",
+                    values,
                 )
                 if not found:
                     self._give_up(transaction, now)

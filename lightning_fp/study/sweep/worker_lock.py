@@ -26,7 +26,8 @@ class WorkerLock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.host = socket.gethostname()
+        self.name = f"{self.host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._path = directory / f"{self.name}.lock"
         self._file: IO[bytes] | None = None
 
@@ -44,10 +45,15 @@ class WorkerLock:
 
     def is_gone(self, worker: str) -> bool:
         """Whether another worker's process has ended; False where that cannot be known."""
-        path = self._path.with_name(f"{worker}.lock")
-        if fcntl is None or worker == self.name or not path.is_file():
+        # A network's file system may keep locks on each machine alone.
+        if fcntl is None or worker == self.name or worker.rsplit("-", 2)[0] != self.host:
             return False
-        with path.open("rb") as file:
+        path = self._path.with_name(f"{worker}.lock")
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:  # it has just ended in order, or another has buried it
+            return False
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -72,7 +72,9 @@ def test_a_claim_is_taken_over_when_its_lease_is_over_and_not_before(database) -
     cells = table(database, lease=60.0)
     first = cells.claim("slow")
     assert first == CELLS[0]
-    assert cells.claim("other") == CELLS[1]
+    for cell in CELLS[1:]:
+        assert cells.claim("other") == cell
+    assert cells.claim("other") is None
     lapsed = CellTable(database, lease=-1.0)
     assert lapsed.renew(first, "slow")  # to a time that is past
     assert cells.claim("other") == first
@@ -88,23 +90,36 @@ def test_cells_of_a_worker_that_is_gone_are_open_at_once(database) -> None:
     first = cells.claim("gone")
     assert cells.workers() == {"gone"}
     assert cells.bury("gone") == 1
-    assert cells.claim("me") == first
+    claimed = [cells.claim("me") for _ in CELLS]
+    assert claimed == [*CELLS[1:], first]
 
 
 def test_a_cell_that_kills_its_workers_is_given_up(database) -> None:
     cells = table(database)
-    for _ in range(MOST_TRIES):
-        assert cells.claim("victim") == CELLS[0]
-        cells.bury("victim")
+    dealt: list[Cell] = []
     while (cell := cells.claim("me")) is not None:
-        assert cell != CELLS[0]
-        cells.finish(cell, "me", {})
+        dealt.append(cell)
+        if cell == CELLS[0]:
+            cells.bury("me")
+        else:
+            cells.finish(cell, "me", {})
+    assert dealt == [*CELLS, *[CELLS[0]] * (MOST_TRIES - 1)], "it keeps no other waiting"
     first, *others = cells.entries()
     assert first.state == "failed"
     assert "killed" in first.result["error"]
     assert {entry.state for entry in others} == {"done"}
     table(database)  # the next command tries again
     assert cells.claim("me") == CELLS[0]
+
+
+def test_a_sweep_that_is_killed_again_and_again_gives_up_no_cell(database) -> None:
+    for _ in range(2 * MOST_TRIES):
+        cells = table(database)  # the same command
+        while (cell := cells.claim("me")) not in (None, CELLS[0]):
+            cells.finish(cell, "me", {})
+        assert cell == CELLS[0]
+        cells.bury("me")
+    assert cells.entries()[0].state == "open"
 
 
 def test_what_a_worker_leaves_has_not_been_tried(database) -> None:
