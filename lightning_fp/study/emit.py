@@ -12,7 +12,13 @@ from dataclasses import replace
 
 from lightning_fp.recipes import FormatEvidence, RolloutRecipe, Stage, balanced
 from lightning_fp.recipes.stage import CONFIGURED
-from lightning_fp.study.sweep.findings import ALIKE, Findings, FormatFindings, RateFindings
+from lightning_fp.study.sweep.findings import (
+    ALIKE,
+    Findings,
+    FormatFindings,
+    RateFindings,
+    reference_of,
+)
 
 
 def recipe_of(findings: Findings) -> RolloutRecipe:
@@ -24,12 +30,8 @@ def recipe_of(findings: Findings) -> RolloutRecipe:
     Raises:
         ValueError: if there is no high precision to compare with, or nothing beside it.
     """
-    if findings.reference is None:
-        raise ValueError("--emit needs bf16 among the formats, to compare the others with")
-    names = dict.fromkeys(each.format for each in findings.formats)
-    others = [name for name in names if name != findings.reference]
-    if not others:
-        raise ValueError(f"--emit needs a format beside {findings.reference}")
+    names = list(dict.fromkeys(each.format for each in findings.formats))
+    others = formats_to_judge(names)
     evidence = tuple(evidence_of(name, findings) for name in others)
     passed = [each.format for each in evidence if each.passed]
     if not passed:
@@ -47,6 +49,24 @@ def recipe_of(findings: Findings) -> RolloutRecipe:
         few_blocks=recipe.few_blocks,
         evidence=evidence,
     )
+
+
+def formats_to_judge(formats: Sequence[str]) -> list[str]:
+    """Those that are not what they are compared with.
+
+    Args:
+        formats: all of a sweep.
+
+    Raises:
+        ValueError: if there is no high precision to compare with, or nothing beside it.
+    """
+    reference = reference_of(formats)
+    if reference is None:
+        raise ValueError("--emit needs bf16 among the formats, to compare the others with")
+    others = [name for name in formats if name != reference]
+    if not others:
+        raise ValueError(f"--emit needs a format beside {reference}")
+    return others
 
 
 def evidence_of(format: str, findings: Findings) -> FormatEvidence:

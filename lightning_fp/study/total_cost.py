@@ -122,12 +122,9 @@ def total_costs(rows: Sequence[Row], findings: Findings) -> list[TotalCost]:
     ran = [row for row in rows if row["error"] is None]
     for setting in dict.fromkeys(row["setting"] for row in ran):
         inside = [row for row in ran if row["setting"] == setting]
-        high = next(
-            each
-            for each in findings.formats
-            if (each.format, each.setting) == (findings.reference, setting)
-        )
-        if high.best is None or high.best.final_loss is None:
+        own = (each for each in findings.formats if each.setting == setting)
+        high = next((each for each in own if each.format == findings.reference), None)
+        if high is None or high.best is None or high.best.final_loss is None:
             continue
         limit = loss_limit([row for row in inside if row["format"] == findings.reference])
         wanted = (1 + ALIKE) * high.best.final_loss

@@ -114,6 +114,15 @@ def test_without_high_precision_there_is_nothing_to_compare_with() -> None:
     assert total_costs([*broken, *low], find([*broken, *low], STEPS)) == []
 
 
+def test_a_setting_without_high_precision_is_left_out() -> None:
+    rows = [row(name, 1e-2, 0, 1.0) for name in ("bf16", "fp8-dynamic")]
+    alone = row("fp8-dynamic", 1e-2, 0, 1.0, setting="clip 1")
+    broken = row("bf16", 1e-2, 0, 1.0, setting="clip 1", error="RuntimeError: out of something")
+    rows += [alone, broken]
+    (cost,) = total_costs(rows, find(rows, 100))
+    assert (cost.format, cost.setting) == ("fp8-dynamic", "")
+
+
 def test_intervals_without_bound_are_said() -> None:
     cost = costs([row("fp8-dynamic", 1e-3, seed, 2.5) for seed in range(2)])
     assert "no bound" in replace(cost, high=math.inf).sentence()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning_fp.cli.output import console, print_json
 from lightning_fp.demo.presets import PRESETS
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.recipes.format_evidence import what_evidence_cannot_say
-from lightning_fp.study.emit import recipe_of
+from lightning_fp.study.emit import formats_to_judge, recipe_of
 from lightning_fp.study.sweep.factory import CellFactory
 from lightning_fp.study.sweep.findings import Findings
 from lightning_fp.study.sweep.grid import grid, parse_axes
@@ -71,6 +72,8 @@ def run(
         storage=storage,
         threads=threads,
     )
+    if emit is not None:
+        _check_emit(sweep, Path(emit))
     bar = progress(console(stderr=json), len(sweep.cells), steps, directory)
     with quiet_lightning(), bar as spectator:
         findings = sweep.run(spectator)
@@ -78,8 +81,6 @@ def run(
     speedups: dict[str, float | None] = dict.fromkeys((each.format for each in costs), speedup)
     if hardware is not None:
         speedups = predicted(sweep, hardware)
-    if emit is not None:
-        _emit(findings, Path(emit))
     if json:
         print_json(
             {
@@ -97,19 +98,30 @@ def run(
             told.append(f"Speed-ups are predicted for {hardware}, by `lightning-fp plan`.")
         for sentence in (*told, *late):
             screen.print(sentence, markup=False, soft_wrap=True)
-        if emit is not None:
-            screen.print(f"Recipe written to {emit}", markup=False, soft_wrap=True)
         text = f"Written to {directory}: cells.parquet, sweep.html"
         screen.print(text, markup=False, soft_wrap=True)
+    if emit is not None:
+        _emit(findings, Path(emit))
+        console(stderr=json).print(f"Recipe written to {emit}", markup=False, soft_wrap=True)
     for id, error in findings.errors.items():
         console(stderr=True).print(f"{id} could not run: {error}", markup=False, soft_wrap=True)
     return 1 if findings.errors else 0
 
 
+def _check_emit(sweep: Sweep, path: Path) -> None:
+    """Say before hundreds of runs, and not after them, what would stop a recipe."""
+    formats_to_judge(list(dict.fromkeys(cell.format for cell in sweep.cells)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--emit {path}: {error.strerror or error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--emit {path} must be a file that can be written")
+
+
 def _emit(findings: Findings, path: Path) -> None:
     recipe = recipe_of(findings)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(recipe.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--emit {path}: {error.strerror or error}") from error

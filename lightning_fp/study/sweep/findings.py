@@ -8,7 +8,7 @@ blow up: too high a rate leaves them on a plateau, with a loss that is calm and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, TypeAlias
@@ -134,7 +134,7 @@ def find(rows: Sequence[Row], steps: int) -> Findings:
     """
     ran = [row for row in rows if row["error"] is None]
     formats = list(dict.fromkeys(row["format"] for row in ran))
-    reference = next((name for name in _REFERENCES if name in formats), None)
+    reference = reference_of(formats)
     found: list[FormatFindings] = []
     for setting in dict.fromkeys(row["setting"] for row in ran):
         inside = [row for row in ran if row["setting"] == setting]
@@ -145,6 +145,11 @@ def find(rows: Sequence[Row], steps: int) -> Findings:
         steps=steps,
         errors={row["id"]: row["error"] for row in rows if row["error"] is not None},
     )
+
+
+def reference_of(formats: Collection[str]) -> str | None:
+    """The format that others are compared with; None if none is in high precision."""
+    return next((name for name in _REFERENCES if name in formats), None)
 
 
 def failed(row: Row, limit: float) -> bool:

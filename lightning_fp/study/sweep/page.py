@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,12 @@ def write_page(directory: Path, findings: Findings, costs: Sequence[TotalCost] =
         sections=sections,
         source=str(directory),
     )
-    path.write_text(text, encoding="utf-8")
+    passing = path.with_name(f".{FILE}.{uuid.uuid4().hex[:8]}")
+    try:
+        passing.write_text(text, encoding="utf-8")
+        os.replace(passing, path)  # whole, or not at all
+    finally:
+        passing.unlink(missing_ok=True)
     return path
 
 
