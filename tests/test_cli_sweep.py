@@ -180,6 +180,12 @@ def test_two_workers_share_one_sweep(tmp_path: Path) -> None:
         ("fit", ("--formats", "bf17"), "bf17"),
         ("fit", ("--axis", "heads=2,4"), "neither the sweep nor"),
         ("fit", ("--axis", "width=8,x"), "raised TypeError"),
+        ("fit", ("--axis", "fallback=maybe"), "--axis fallback must be on or off, got 'maybe'"),
+        ("fit", ("--axis", "clip=-1"), "--axis clip must be a finite number of at least 0"),
+        ("fit", ("--axis", "recipe=balancd"), "did you mean 'balanced'"),
+        ("fit", ("--axis", "base=17"), "--axis base: "),
+        ("fit", ("--formats", "e8m3", "--emit", "r.yaml"), "--emit needs bf16"),
+        ("fit", ("--emit", "/dev/null/r.yaml"), "--emit /dev/null/r.yaml: "),
         ("fit", ("--lr", "a"), "--lr must be numbers"),
         ("fit", ("--seeds", "0"), "--seeds must be at least 1"),
         ("fit", ("--steps", "2"), "--steps must be at least 10"),
@@ -291,6 +297,15 @@ def test_axes_of_the_sweep_and_of_the_factory(tmp_path: Path) -> None:
     assert {(r["width"], r["clip"], r["fallback"]) for r in rows} == {
         (width, "0.1", fallback) for width in ("16", "48") for fallback in ("on", "off")
     }
+
+
+def test_a_rollout_has_what_its_gates_ask_for(tmp_path: Path) -> None:
+    options = ("--formats", "bf16,fp8-dynamic", "--lr", "1e-2", "--seeds", "1", "--steps", "20")
+    assert sweep("fit", tmp_path, *options, "--axis", "recipe=off,balanced") == 0
+    rows = {(row["format"], row["recipe"]): row for row in read_cells(tmp_path)}
+    assert len(rows) == 4
+    assert rows["bf16", "off"]["curve"] == rows["bf16", "balanced"]["curve"]
+    assert rows["fp8-dynamic", "off"]["curve"] != rows["fp8-dynamic", "balanced"]["curve"]
 
 
 def test_signals_are_recorded_for_the_predictors(tmp_path: Path) -> None:

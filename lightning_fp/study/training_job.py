@@ -61,7 +61,10 @@ def read_job(reference: str, built: Any, ours: Sequence[str]) -> TrainingJob:
     if not isinstance(options, Mapping):
         raise ValueError(f"{reference}: Trainer options must be a mapping, got {options!r}")
     if taken := [name for name in ours if name in options]:
-        raise ValueError(f"{reference}: the Trainer options must leave out {', '.join(taken)}")
+        raise ValueError(
+            f"{reference}: the Trainer options must leave out {', '.join(taken)};"
+            " the command sets them"
+        )
     if not is_overridden("training_step", module):
         raise ValueError(f"{reference}: {type(module).__name__} must have a training_step")
     if data is None and not is_overridden("train_dataloader", module):

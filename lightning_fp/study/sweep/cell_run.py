@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,20 @@ import torch
 from typing_extensions import override
 
 from lightning_fp.callbacks import (
+    ClampMonitor,
     LossRecorder,
     PrecisionFallback,
     StabilityMonitor,
     StagedRollout,
 )
 from lightning_fp.callbacks.run.run import run_of
+from lightning_fp.layers import linear_format
+from lightning_fp.layers.scaling import read_scaling
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.plugins.names import precision_plugin
+from lightning_fp.recipes import RolloutRecipe
+from lightning_fp.recipes.builtin import read
+from lightning_fp.recipes.stage import CONFIGURED
 from lightning_fp.records import read_steps
 from lightning_fp.study.sweep.factory import CellFactory, weights
 from lightning_fp.study.sweep.grid import Cell
@@ -71,11 +77,11 @@ class CellRun:
         job = self.factory.job(cell, self.steps, place)
         began = weights(job.module)
         on_built(began)
-        ours = _callbacks(cell, place)
+        ours = _callbacks(cell, place, job.callbacks)
         judge = LossJudge(self.steps)
         # Whoever may heal a run is given the time for it.
         watching = _Watching(place, judge, on_step, stops=not ours and not job.callbacks)
-        if cell.axes.get("signals", False):
+        if cell.axes.get("signals", False) and not _has(StabilityMonitor, job.callbacks):
             ours.append(StabilityMonitor(dirpath=place))
         options: dict[str, Any] = dict(job.options)
         options.pop("callbacks", None)
@@ -119,14 +125,33 @@ class CellRun:
         }
 
 
-def _callbacks(cell: Cell, place: Path) -> list[L.Callback]:
+def _callbacks(cell: Cell, place: Path, given: Sequence[L.Callback]) -> list[L.Callback]:
+    """What the axes ask for, and what measures what the gates of a recipe ask for."""
     found: list[L.Callback] = []
-    recipe = cell.axes.get("recipe", False)
-    if cell.axes.get("fallback", False):
+    named = cell.axes.get("recipe", False)
+    recipe = read(str(named)) if named else None
+    if recipe is not None and not _lowers(recipe, cell):
+        recipe = None  # bf16 beside formats that are rolled out: it has no stages to go through
+    gates = [gate.statistic for stage in (recipe.stages if recipe else ()) for gate in stage.gates]
+    falls = cell.axes.get("fallback", any("fallbacks" in gate for gate in gates))
+    if falls and not _has(PrecisionFallback, given):
         found.append(PrecisionFallback(dirpath=place))
-    if recipe:
-        found.append(StagedRollout(str(recipe), dirpath=place))
+    if gates and not _has(ClampMonitor, given):
+        found.append(ClampMonitor(dirpath=place))
+    if recipe is not None:
+        found.append(StagedRollout(recipe, dirpath=place))
     return found
+
+
+def _lowers(recipe: RolloutRecipe, cell: Cell) -> bool:
+    """Whether the recipe can take any layer of the cell to low precision."""
+    named = {to for stage in recipe.stages for to in stage.layers.values()} - {CONFIGURED}
+    formats = [read_scaling(cell.format).format, *map(linear_format, sorted(named))]
+    return not all(format.is_high_precision for format in formats)
+
+
+def _has(kind: type[L.Callback], callbacks: Sequence[L.Callback]) -> bool:
+    return any(isinstance(each, kind) for each in callbacks)
 
 
 def _plugin(cell: Cell) -> LayerPrecision:

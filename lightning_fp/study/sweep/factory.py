@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_fp.choices import did_you_mean
 from lightning_fp.study.sweep.grid import Cell
+from lightning_fp.study.sweep.own_axes import OWN_AXES
 from lightning_fp.study.training_job import TrainingJob, read_job
-
-OWN_AXES: Mapping[str, str] = {
-    "clip": "largest norm of the gradients; 0 clips nothing",
-    "fallback": "on or off: PrecisionFallback",
-    "recipe": "a rollout recipe: a name or a YAML file; off without",
-    "signals": "on or off: StabilityMonitor, for `study predictors`",
-    "base": "precision of everything else, e.g. 32-true; bf16-mixed by default",
-    "layers": "default, or all: a format is in all linear layers, the head too",
-}
-"""Axes that the sweep itself knows; all others are parameters of the factory."""
 
 _TOLD = ("steps", "directory")
 """Parameters that a factory may have to be told what it cannot know."""

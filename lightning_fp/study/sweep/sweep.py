@@ -20,6 +20,7 @@ from lightning_fp.study.sweep.factory import CellFactory
 from lightning_fp.study.sweep.findings import Findings, find
 from lightning_fp.study.sweep.formats import check_formats
 from lightning_fp.study.sweep.grid import Cell
+from lightning_fp.study.sweep.own_axes import check_own_axes
 from lightning_fp.study.sweep.page import write_page
 from lightning_fp.study.sweep.results import read_cells, write_cells
 from lightning_fp.study.sweep.work import Spectator, SweepWorker
@@ -90,6 +91,7 @@ class Sweep:
             axes = list(self.cells[0].axes)
             check_formats({cell.format for cell in self.cells})
             self.factory.check_axes(axes)
+            check_own_axes(self.cells)
             self.factory.check_state(self.cells, self.steps, self.directory)
             table = self._table(axes)
             run = CellRun(factory=self.factory, steps=self.steps, directory=self.directory)
