@@ -88,8 +88,8 @@ def _of_sweep(place: Path) -> list[StudiedRun]:
         )
     if not any(run.signals for run in runs):
         raise ValueError(
-            f"the cells of {str(place)!r} have no signals: give the factory's job a"
-            " StabilityMonitor() among its callbacks"
+            f"the cells of {str(place)!r} have no signals: run the sweep with"
+            " --axis signals=on, in a directory of its own"
         )
     return runs
 

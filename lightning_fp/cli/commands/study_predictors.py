@@ -37,6 +37,12 @@ def _print(found: Predictors, ahead: Sequence[int], screen: Console) -> None:
                 style = "dim" if row.signal in REFERENCES or row.low <= 0.5 else ""
                 grid.add_row(*_cells(row), style=style)
         screen.print(grid)
+        if not any(row.pairs for row in found.rows if row.ahead == steps):
+            screen.print(
+                f"Nothing to compare: this takes runs of at least two seeds that failed after step"
+                f" {steps}, and others that were well by then.",
+                soft_wrap=True,
+            )
     note = (
         f"{found.runs} runs of {found.seeds} seeds, {found.failed} failed; AUC on held-out seeds,"
         " intervals by a bootstrap over runs; dim: seen without a monitor, or no better than chance"
