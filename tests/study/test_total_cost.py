@@ -126,9 +126,3 @@ def test_a_setting_without_high_precision_is_left_out() -> None:
 def test_intervals_without_bound_are_said() -> None:
     cost = costs([row("fp8-dynamic", 1e-3, seed, 2.5) for seed in range(2)])
     assert "no bound" in replace(cost, high=math.inf).sentence()
-
-
-def test_a_setting_without_high_precision_has_nothing_to_be_compared_with() -> None:
-    high = [row("bf16", 1e-3, seed, 2.5) for seed in range(4)]
-    low = [row("fp8-dynamic", 1e-3, seed, 2.5, setting="arm=fallback") for seed in range(4)]
-    assert total_costs([*high, *low], find([*high, *low], STEPS)) == []
