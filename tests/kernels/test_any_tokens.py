@@ -102,7 +102,7 @@ def test_the_products_are_those_of_the_operands(tokens: int) -> None:
     one = torch.ones(())
     with CudaRules() as rules:
         output = forward_products(x, w, one, one, torch.float32)
-        found = backward_products(g, x, w, one, one, one, (torch.float32, torch.float32))
+        found = backward_products(g, g, x, w, one, one, one, (torch.float32, torch.float32))
     assert rules.products == 3
     x, w, g = (cast.double() for cast in casts)
     for product, (a, b) in zip((output, *found), ((x, w.t()), (g, w), (g.t(), x)), strict=True):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_fp import DelayedScaling, FP8Precision, PrecisionMap, convert
-from lightning_fp.kernels import native
+from lightning_fp.kernels import native, operand
 from lightning_fp.numerics import FloatFormat
 from tests.helper import make_trainer
 
@@ -29,7 +29,8 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[torch.Size] = []
         self._cast = native.cast_operand
-        monkeypatch.setattr(native, "cast_operand", self)
+        for module in (native, operand):  # forward's, and backward's
+            monkeypatch.setattr(module, "cast_operand", self)
 
     def __call__(
         self, x: Tensor, scale: Tensor, format: FloatFormat, wide: torch.dtype | None
