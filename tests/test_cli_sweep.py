@@ -114,6 +114,7 @@ def test_same_seed_same_result(tmp_path: Path) -> None:
     assert facts(tmp_path / "a") == facts(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_nothing_is_lost_or_repeated(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     assert sweep("fit", whole, *SMALL) == 0
@@ -145,6 +146,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_repeated(tmp_path: Path) -> Non
     assert facts(killed) == facts(whole)
 
 
+@pytest.mark.slow
 def test_two_workers_share_one_sweep(tmp_path: Path) -> None:
     options = (*SMALL, "--seeds", "4")
     both = [

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize(
     "what",
-    ["every_16_bit_value", "ties_of_float32", "shapes_and_statistics", "odd_operands", "a_layer"],
+    [
+        pytest.param("every_16_bit_value", marks=pytest.mark.slow),
+        *("ties_of_float32", "shapes_and_statistics", "odd_operands", "a_layer"),
+    ],
 )
 def test_interpreted(what: str) -> None:
     pytest.importorskip("triton")
