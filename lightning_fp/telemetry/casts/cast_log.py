@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import FPLinear
@@ -30,6 +31,7 @@ from lightning_fp.telemetry.casts.summary import (
     per_layer,
     summary,
 )
+from lightning_fp.telemetry.failsafe import Failsafe
 from lightning_fp.telemetry.over_ranks import any_rank, is_first
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
 
@@ -108,7 +110,7 @@ class CastOptions:
         return list(dict.fromkeys(found))
 
 
-class CastLog:
+class CastLog(Failsafe):
     """Samples steps, and tells at the end of each log interval; failures in here harm no run.
 
     Args:
@@ -117,13 +119,12 @@ class CastLog:
     """
 
     def __init__(self, options: CastOptions, name: str = "ClampMonitor") -> None:
-        self.options, self._name = options, name
+        super().__init__(name, "statistics")
+        self.options = options
         self.latest: StatisticsRows | None = None
         """The rows of the last interval."""
         self.listeners: list[Listener] = []
         """Called with every sampled step as it ends; see `sampling.Listener`."""
-        self.failed = False
-        """Whether this rank measures no more."""
         self._steps = SampledSteps(options.every_n_steps, options.seed)
         self._warnings = Warnings(options.limits)
         self._sampler: StepSampler | None = None
@@ -290,25 +291,11 @@ class CastLog:
         if sampler is not None:
             sampler.close()
         if writer is not None:
-            try:
-                writer.flush()  # also after a failure: what was measured before it is good
-            except Exception:
-                self._fail()
+            self._even_so(writer.flush)
 
-    def _safely(self, function: Callable[..., object], *args: Any) -> None:
-        """Telemetry may not end a run."""
-        if self.failed:
-            return
-        try:
-            function(*args)
-        except Exception:
-            self._fail()
-
+    @override
     def _fail(self) -> None:
-        """In an except clause: say so, once."""
-        if not self.failed:
-            log.exception("%s failed; the training goes on, its statistics end here", self._name)
-        self.failed = True
+        super()._fail()
         if self._sampler is not None:
             self._sampler.close()
 

@@ -6,7 +6,6 @@ What is measured changes nothing in the run: no number, no format, no random sta
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch.overrides import _get_current_function_mode
 
 from lightning_fp.choices import check_at_least
 from lightning_fp.records.stability import StabilityWriter
+from lightning_fp.telemetry.failsafe import Failsafe
 from lightning_fp.telemetry.over_ranks import any_rank, ranks
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
 from lightning_fp.telemetry.stability.attention_logits import AttentionLogits
@@ -29,8 +29,6 @@ from lightning_fp.telemetry.stability.signals import NAMES, PREFIX, SIGNALS
 from lightning_fp.telemetry.stability.step_values import StepValues
 from lightning_fp.telemetry.stability.update_signals import UpdateSignals
 from lightning_fp.telemetry.step_record import StepRecord
-
-log = logging.getLogger(__name__)
 
 _RECORD = ("loss", "grad_norm")
 
@@ -70,7 +68,7 @@ class _Row:
     """float32 [loss, grad_norm, signals]."""
 
 
-class StabilityLog:
+class StabilityLog(Failsafe):
     """Measures, publishes and writes down; a failure in here harms no run.
 
     Args:
@@ -79,9 +77,8 @@ class StabilityLog:
     """
 
     def __init__(self, options: StabilityOptions, name: str) -> None:
-        self.options, self._name = options, name
-        self.failed = False
-        """Whether this rank measures no more."""
+        super().__init__(name, "signals")
+        self.options = options
         self._values = StepValues()
         self._rows: list[_Row] = []
         self._forward: ForwardSignals | None = None
@@ -269,25 +266,7 @@ class StabilityLog:
         self._forward = self._updates = None
         writer, self._writer = self._writer, None
         if writer is not None:
-            try:
-                writer.flush()  # also after a failure: what was measured before it is good
-            except Exception:
-                self._fail()
-
-    def _safely(self, function: Callable[..., object], *args: Any) -> None:
-        """Telemetry may not end a run."""
-        if self.failed:
-            return
-        try:
-            function(*args)
-        except Exception:
-            self._fail()
-
-    def _fail(self) -> None:
-        """In an except clause: say so, once."""
-        if not self.failed:
-            log.exception("%s failed; the training goes on, its signals end here", self._name)
-        self.failed = True
+            self._even_so(writer.flush)
 
 
 def over_ranks(table: Tensor) -> Tensor:
