@@ -23,6 +23,7 @@ from lightning_fp.plugins import FP8Precision
 from lightning_fp.records import read_statistics, read_steps
 from lightning_fp.records.loss import Loss
 from lightning_fp.study.spikes import SpikeRule, find_spikes
+from lightning_fp.study.training_job import quiet
 
 Factory: TypeAlias = Callable[[], tuple[Any, ...]]
 """Takes nothing, returns a LightningModule, its training dataloader and, if wanted, a mapping of
@@ -142,20 +143,10 @@ def run_arm(
         warn_nonfinite=None,
         seed=seed,
     )
-    quiet: dict[str, Any] = {
-        "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 0,
-    }
     watching = [switch, monitor, LossRecorder(directory)]
     callbacks: list[L.Callback] = [*watching, *options.pop("callbacks", ())]
     trainer = L.Trainer(
-        **{**quiet, **options},
+        **{**quiet(), **options},
         max_steps=steps,
         plugins=FP8Precision(scaling, layers=rules),
         callbacks=callbacks,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
@@ -34,6 +35,20 @@ class TrainingJob:
         if "train_dataloaders" in self.data:
             return self.data["train_dataloaders"]
         return None if self.data else self.module.train_dataloader()
+
+
+def quiet() -> dict[str, Any]:
+    """Options of a Trainer for one run among many: one device, no evaluation, nothing shown."""
+    return {
+        "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
 
 
 def read_job(reference: str, built: Any, ours: Sequence[str]) -> TrainingJob:

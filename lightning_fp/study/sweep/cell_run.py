@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
-import torch
 from typing_extensions import override
 
 from lightning_fp.callbacks import (
@@ -32,6 +31,7 @@ from lightning_fp.records import read_steps
 from lightning_fp.study.sweep.factory import CellFactory, weights
 from lightning_fp.study.sweep.grid import Cell
 from lightning_fp.study.sweep.verdict import LossJudge
+from lightning_fp.study.training_job import quiet
 
 OnStep = Callable[[int], object]
 """Is told of each step, with its number."""
@@ -86,19 +86,9 @@ class CellRun:
         options: dict[str, Any] = dict(job.options)
         options.pop("callbacks", None)
         clip: Any = cell.axes.get("clip", options.pop("gradient_clip_val", None))
-        quiet: dict[str, Any] = {
-            "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
-            "default_root_dir": place,
-        }
+        options = {**quiet(), "default_root_dir": place, **options}
         trainer = L.Trainer(
-            **{**quiet, **options},
+            **options,
             gradient_clip_val=clip or None,
             plugins=_plugin(cell),
             max_steps=self.steps,
