@@ -36,6 +36,10 @@ WIDTH = 64
 WARPS = 8
 """Warps of a program: 16 values of a tile for each thread, which leaves room for more programs."""
 
+FP_FUSION = False
+"""Whether a product and a sum may be rounded once: there are none here, and left unsaid Triton 3.9
+warns of a default that is to change."""
+
 BLOCK = 1024
 LOOPS = 8
 """Elements that a program looks at at once for the amax, and how often: one atomic of 8192."""

@@ -100,7 +100,14 @@ def fused_cast(
         scale = torch.empty((), dtype=torch.float32, device=x.device)
         step = kernels.BLOCK * kernels.LOOPS
         grid = (-(-x.numel() // step),)
-        kernels.amax_kernel[grid](x, counters, x.numel(), BLOCK=kernels.BLOCK, LOOPS=kernels.LOOPS)
+        kernels.amax_kernel[grid](
+            x,
+            counters,
+            x.numel(),
+            BLOCK=kernels.BLOCK,
+            LOOPS=kernels.LOOPS,
+            enable_fp_fusion=kernels.FP_FUSION,
+        )
     nothing = counters  # of a layout that is not written
     by_rows = x.new_empty((height, width), dtype=torch.uint8) if rows else nothing
     by_columns = x.new_empty((width, padded), dtype=torch.uint8) if columns else nothing
@@ -124,6 +131,7 @@ def fused_cast(
         HEIGHT=kernels.HEIGHT,
         WIDTH=kernels.WIDTH,
         num_warps=kernels.WARPS,
+        enable_fp_fusion=kernels.FP_FUSION,
     )
     dtype = format.dtype
     assert dtype is not None

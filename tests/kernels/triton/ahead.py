@@ -68,4 +68,5 @@ def _compile(
     function: Any, types: dict[str, str], fixed: dict[str, Any], target: Any, warps: int = 4
 ) -> Any:
     source = ASTSource(function, {**types, **dict.fromkeys(fixed, "constexpr")}, constexprs=fixed)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "enable_fp_fusion": cast.FP_FUSION}
+    return triton.compile(source, target=target, options=options)
