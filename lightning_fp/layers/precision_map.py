@@ -120,6 +120,11 @@ class PrecisionMap:
         converted = {n: layer for n, layer in self._layers.items() if hasattr(layer, "format")}
         return {name: layer.format.name for name, layer in converted.items()}
 
+    @property
+    def pending(self) -> bool:
+        """Whether a write waits for the next step boundary."""
+        return bool(self._pending)
+
     def configured(self) -> dict[str, str]:
         """Every layer's format as the plugin was configured to give it, by name."""
         return dict(self._configured)

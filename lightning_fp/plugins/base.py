@@ -229,6 +229,11 @@ class LayerPrecision(GuardedPrecision):
 
     # -- steps ----------------------------------------------------------------------------------
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether no micro-batch of the coming optimizer step has run yet."""
+        return not (self._mid_accumulation or self._in_train_step)
+
     def boundary(self) -> list[Change]:
         """Between two optimizer steps: what was written to the table takes effect.
 

@@ -8,8 +8,8 @@ what is told better by its author, a demotion with its verdict for instance, is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_fp.layers import Change
@@ -18,23 +18,17 @@ from lightning_fp.records.events import (
     EventWriter,
     FormatChange,
     GateResult,
-    Note,
     Rehearsed,
     Replayed,
     SkippedStep,
     Started,
     StateChange,
-    Suspicion,
 )
 
 log = logging.getLogger("lightning_fp.fallback")
 
 _QUIET = (StateChange, SkippedStep, Replayed, Started)
 """Events that are no warning; nor is a gate that passes."""
-
-_WAITING = (Started, Note, StateChange, Rehearsed, Suspicion)
-"""Events that open no file where a log waits until something happens: a model in high precision is
-watched for the day on which it gets another, and until then no suspicion is of a format."""
 
 
 class EventLog:
@@ -46,8 +40,6 @@ class EventLog:
         step: the step the run begins or resumes at.
         position: where the log stood when the checkpoint was written that the run resumes from.
         console: whether to write lines.
-        waits: whether the file is opened only when something happens.
-        opened: called when it is.
     """
 
     def __init__(
@@ -58,23 +50,16 @@ class EventLog:
         step: int = 0,
         position: int | None = None,
         console: bool = False,
-        waits: bool = False,
-        opened: Callable[[Path], object] = lambda _: None,
     ) -> None:
         self.own: set[str] = set()
         """Authors whose writes to the table have events of their own here."""
-        self.waits = waits
-        """Whether nothing has happened yet that opens the file; alike on all ranks."""
         self._writer: EventWriter | None = None
         self._show, self._console = show, console
         self._counts: dict[str, int] = {}
         self._failed = False
-        self._held: list[Event] = []
-        self._open: Callable[[], EventWriter] | None = None
         if directory is not None:
-            self._open = partial(_opened, directory, step, position, opened)
-            if not waits:
-                self._writer = self._open()
+            with self._safely():  # a fallback that wakes opens it in mid-run
+                self._writer = EventWriter(directory, step=step, position=position)
 
     @property
     def position(self) -> int | None:
@@ -88,23 +73,17 @@ class EventLog:
             passes |= isinstance(event, Rehearsed) and event.outcome == "passed"
             usual = passes or isinstance(event, _QUIET)
             log.log(logging.INFO if usual else logging.WARNING, "%s", event.sentence())
-        self.waits = self.waits and isinstance(event, _WAITING)
-        if self._open is not None and not self._failed:
-            self._held.append(event)
-            if self.waits:
-                return
-            try:
-                self._append(self._open)
-            except OSError:
-                self._failed = True
-                log.exception("events cannot be written; the training goes on without them")
+        if self._writer is not None and not self._failed:
+            with self._safely():
+                self._writer.append(event)
 
-    def _append(self, open: Callable[[], EventWriter]) -> None:
-        """What has been held, and with it the event of now."""
-        self._writer = writer = self._writer or open()
-        held, self._held = self._held, []
-        for event in held:
-            writer.append(event)
+    @contextmanager
+    def _safely(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except OSError:
+            self._failed = True
+            log.exception("events cannot be written; the training goes on without them")
 
     def changed(self, step: int, changes: Sequence[Change], *, quiet: bool = False) -> None:
         """What was written to the table, one event for each reason."""
@@ -122,10 +101,3 @@ class EventLog:
         """One more of something, which the loggers show as `precision/<name>`."""
         self._counts[name] = self._counts.get(name, 0) + 1
         self._show({f"precision/{name}": float(self._counts[name])}, step)
-
-
-def _opened(
-    directory: Path, step: int, position: int | None, opened: Callable[[Path], object]
-) -> EventWriter:
-    opened(directory)
-    return EventWriter(directory, step=step, position=position)

@@ -20,7 +20,7 @@ from lightning_fp.events import (
 )
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.accounting import Accounting
-from lightning_fp.stability.actions import Climb, Climbed, StepSeen
+from lightning_fp.stability.actions import Climb, Climbed
 from lightning_fp.stability.detect.decision import Decision
 from lightning_fp.stability.judge.conviction import Conclusion
 from lightning_fp.stability.replay.gap import Gap
@@ -30,12 +30,17 @@ from lightning_fp.stability.respond.verdict import Judgement
 DRY_RUN = "dry run: nothing was changed"
 
 
-def skipped(seen: StepSeen) -> SkippedStep:
-    """A step was left out."""
-    layer, loss = seen.overflowed, seen.signals.loss
+def skipped(step: int, layer: str | None, loss: float | None = None) -> SkippedStep:
+    """A step was left out.
+
+    Args:
+        step: which.
+        layer: in which backward overflowed first, if that is known.
+        loss: the step's, if that is known.
+    """
     where = "" if layer is None else f", in backward first that of {layer}"
     return SkippedStep(
-        step=seen.signals.step,
+        step=step,
         reason=f"a gradient was inf or NaN{where}: the optimizer step was left out",
         numbers={} if loss is None else {"loss": loss},
         layers=() if layer is None else (layer,),

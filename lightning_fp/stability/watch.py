@@ -207,7 +207,7 @@ class Watch:
             return
         turn.count(skipped=1)
         turn.state = replace(turn.state, skips=turn.state.skips + 1)
-        turn.events.append(tell.skipped(seen))
+        turn.events.append(tell.skipped(seen.signals.step, seen.overflowed, seen.signals.loss))
 
     def _follow_policy(
         self, turn: Turn, seen: StepSeen, decision: Decision, overflow: str | None

@@ -44,6 +44,8 @@ class Guard:
         """The steps since somebody took them out, one for each optimizer that stepped."""
         self.overflowed: dict[int, str] = {}
         """By the number of steps left out last, the layer that overflowed first."""
+        self.left_out = 0
+        """How many steps were left out, as far as the host has heard."""
         self.replaying = False
         """Whether steps belong to a replay: they are guarded, and neither kept nor held."""
         self.replay_skipped = False
@@ -119,6 +121,7 @@ class Guard:
             return output
         late = self._late.take()  # the step before this one, if a kernel left it out
         if skip or late:
+            self.left_out += 1
             left_out(skip)
         # Made on the device: a copy from the host would wait for it.
         skipped = ~finite if self.skip_nonfinite else torch.zeros_like(finite)

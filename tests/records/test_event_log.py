@@ -15,10 +15,7 @@ from lightning_fp import FP8Precision
 from lightning_fp.callbacks import ClampMonitor, EvaluationGap, LossRecorder, ParityProbe
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.callbacks.run.run_settings import flat, settings_by_class
-from lightning_fp.layers import Change
 from lightning_fp.records import Note, read_events, read_run
-from lightning_fp.records.event_log import EventLog
-from lightning_fp.records.events import Suspicion
 from tests.helper import LanguageModel, fit, make_trainer, text_loader
 
 
@@ -111,18 +108,6 @@ def test_a_run_that_cannot_be_described_goes_on(
     model = fit(None, max_steps=2, callbacks=[Writes("a", tmp_path), Writes("b", tmp_path)])
     assert len(model.losses) == 2
     assert caplog.text.count("what this run is cannot be written down") == 1
-
-
-def test_a_log_that_waits_holds_suspicions_until_a_format_changes(tmp_path: Path) -> None:
-    """A fallback over a model in high precision leaves nothing behind, whatever its loss does."""
-    log = EventLog(tmp_path / "run", waits=True)
-    for step in range(3):
-        log.write(Suspicion(step=step, reason="the loss rises", action="look"), quiet=True)
-        log.write(Note(step=step, reason="precision is not to blame"), quiet=True)
-    assert not (tmp_path / "run").exists()
-    change = Change(layer="fc", before="bf16", after="fp8-dynamic", reason="a test", author="user")
-    log.changed(3, [change], quiet=True)
-    assert [event.step for event in read_events(tmp_path / "run")] == [0, 0, 1, 1, 2, 2, 3]
 
 
 # -- what the run is -------------------------------------------------------------------------------

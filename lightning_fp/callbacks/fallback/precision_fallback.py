@@ -8,6 +8,7 @@ training loop is; this callback brings it to a Trainer's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,11 +22,11 @@ from lightning_fp.callbacks.compare.loop_position import loop_position, steps_do
 from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
 from lightning_fp.callbacks.run.finite_checkpoints import finite_checkpoints
 from lightning_fp.callbacks.run.in_bar import shown_in_bar
-from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.callbacks.run.run import Run, RunCallback, has_run, run_of
 from lightning_fp.plugins import LayerPrecision
-from lightning_fp.records.event_log import EventLog
 from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.detect.detector import DivergenceDetector
+from lightning_fp.stability.incident_events import skipped
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.supervise.options import WatchOptions
@@ -33,6 +34,8 @@ from lightning_fp.stability.supervise.step_count import StepCount
 from lightning_fp.stability.supervise.supervisor import Supervisor
 from lightning_fp.state_version import check_version
 from lightning_fp.telemetry.casts.layer_watch import LayerWatch
+
+log = logging.getLogger("lightning_fp.fallback")
 
 STATE_VERSION = 1
 
@@ -133,7 +136,7 @@ class PrecisionFallback(RunCallback):
         self._trainer: L.Trainer | None = None
         self._published = 0
         self._loaded: dict[str, Any] = {}
-        self._log: EventLog | None = None
+        self._asleep_since: tuple[int, int] | None = None
         self._around = ExitStack()
 
     @property
@@ -158,11 +161,12 @@ class PrecisionFallback(RunCallback):
 
     @override
     def has_to_tell(self, trainer: L.Trainer) -> bool:
-        """A model in high precision is watched in silence: there is nothing to fall back from.
+        """Over a model in high precision it sleeps: there is nothing to fall back from.
 
         Unless it has fallen back, as what a checkpoint has kept says.
         """
-        return bool(self.plugin(trainer).low_layers() or self.state_dict())
+        watched = self.supervisor is not None or self._loaded
+        return bool(watched or self.plugin(trainer).low_layers())
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -178,14 +182,52 @@ class PrecisionFallback(RunCallback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin; where there is nothing to tell, wait for it."""
+        plugin = self.plugin(trainer)
+        self._trainer, self._asleep_since = trainer, None
+        if self._arrived not in plugin.on_input:
+            plugin.on_input.append(self._arrived)
+        self._around.close()  # of a fit that failed
+        if self._refuses and not self.dry_run:
+            self._around.enter_context(finite_checkpoints(trainer, self._note))
+        if has_run(trainer):
+            self._begin_watch(trainer)
+        else:
+            plugin.start_guarding(skip_nonfinite=not self.dry_run).keeps_record = False
+            self._asleep_since = self._happened(plugin)
+
+    @staticmethod
+    def _happened(plugin: LayerPrecision) -> tuple[int, int]:
+        """What there may be to tell: changes of formats, and steps left out; alike on all ranks."""
+        left_out = 0 if plugin.guard is None else plugin.guard.left_out
+        return len(plugin.precision_map.changes), left_out
+
+    def _wake(self, trainer: L.Trainer) -> None:
+        """Between two steps, if it sleeps: begin as soon as there is something to tell."""
+        plugin, since = self.plugin(trainer), self._asleep_since
+        if since is None or not plugin.between_steps:
+            return
+        happened = self._happened(plugin)
+        if happened == since and not plugin.precision_map.pending:
+            return
+        self._asleep_since = None
+        Run.wake(trainer)
+        self._begin_watch(trainer)
+        events, before = run_of(trainer).log(self), trainer.global_step - 1
+        if happened[0] > since[0]:
+            events.changed(before, plugin.precision_map.changes[since[0] :])
+        if happened[1] > since[1]:
+            overflowed = {} if plugin.guard is None else plugin.guard.overflowed
+            events.write(skipped(before, overflowed.get(before)))
+
+    def _begin_watch(self, trainer: L.Trainer) -> None:
         """State what memory the watch takes, and begin."""
         plugin, run = self.plugin(trainer), run_of(trainer)
-        self._log = log = run.log(self)
         self.supervisor = watching = Supervisor(
             self._options,
             TrainerLoop(trainer, plugin),
             count=StepCount(steps_done(trainer), trainer.global_step),
-            log=log,
+            log=run.log(self),
             signals=run.signals.reader(),
             looks=self._layer_watch(trainer, plugin),
             before=None if self.supervisor is None else self.supervisor.state,
@@ -194,14 +236,14 @@ class PrecisionFallback(RunCallback):
             watching.load_state_dict(self._loaded)
             self._loaded = {}
         self._published = watching.state.fallback.demotions
-        self._trainer = trainer
-        if self._arrived not in plugin.on_input:
-            plugin.on_input.append(self._arrived)
-        self._around.close()  # of a fit that failed
         self._around.enter_context(shown_in_bar(trainer, lambda: watching.confined_to))
-        if self._refuses and not self.dry_run:
-            self._around.enter_context(finite_checkpoints(trainer, watching.note))
         watching.start()
+
+    def _note(self, text: str) -> None:
+        if self.supervisor is None:
+            log.warning("%s", text)
+        else:
+            self.supervisor.note(text)
 
     def _layer_watch(self, trainer: L.Trainer, plugin: LayerPrecision) -> LayerWatch | None:
         limit, options = self._options.limit, self._options
@@ -221,10 +263,12 @@ class PrecisionFallback(RunCallback):
 
     def _arrived(self, batch: Any) -> None:
         """A batch comes from the loader, and nothing of it has been seen yet."""
-        watching, trainer = self._watching, self._trainer
-        if watching is None or trainer is None or watching.failed_at is not None:
+        trainer = self._trainer
+        if trainer is None or not self.takes_part(trainer):
             return
-        if not self.takes_part(trainer):
+        self._wake(trainer)
+        watching = self._watching
+        if watching is None or watching.failed_at is not None:
             return
         self._begin(watching, trainer)
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
@@ -245,6 +289,7 @@ class PrecisionFallback(RunCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to look at the layers, if this step is looked at."""
+        self._wake(trainer)
         if (watching := self._watching) is not None:
             self._begin(watching, trainer)  # unless the batch came through the plugin
             watching.before_forward()
@@ -292,7 +337,7 @@ class PrecisionFallback(RunCallback):
             if self._arrived in plugin.on_input:
                 plugin.on_input.remove(self._arrived)
         self._around.close()
-        self._trainer = None
+        self._trainer = self._asleep_since = None
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -300,16 +345,15 @@ class PrecisionFallback(RunCallback):
     def state_dict(self) -> dict[str, Any]:
         """States, counters and signals; snapshots and batches too where they are small.
 
-        Nothing while a model in high precision is watched in silence.
+        Nothing while it sleeps over a model in high precision.
         """
         if self._loaded or self.supervisor is None:
             return self._loaded
-        silent = self._log is not None and self._log.waits
-        return {} if silent else self.supervisor.state_dict()
+        return self.supervisor.state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickled one watches no run, but has what a checkpoint would have of it."""
-        of_a_run = {"supervisor": None, "_trainer": None, "_log": None}
+        of_a_run = {"supervisor": None, "_trainer": None, "_asleep_since": None}
         return {**vars(self), **of_a_run, "_loaded": self.state_dict()}
 
     @override

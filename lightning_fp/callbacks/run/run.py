@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,10 +91,12 @@ class RunCallback(L.Callback):
         return ""
 
     def has_to_tell(self, trainer: L.Trainer) -> bool:
-        """Whether its directory is made at the start, and not only when something happens.
+        """Whether it takes part from the start, and not only when something happens.
+
+        While no callback has anything to tell there is no `Run`: see `Run.wake`.
 
         Args:
-            trainer: the Trainer, at the start of training.
+            trainer: the Trainer, at the start of a fit.
         """
         return True
 
@@ -165,6 +166,14 @@ class Run(RunTelemetry, L.Callback):
         trainer.callbacks = [run, *rest]  # pyright: ignore[reportAttributeAccessIssue]
         return run
 
+    @staticmethod
+    def wake(trainer: L.Trainer) -> None:
+        """Begin the run of a fit that had nothing to tell at its start; between two steps."""
+        if not has_run(trainer):
+            run = Run.begin(trainer)
+            run.start(trainer)
+            run.on_train_batch_start(trainer)
+
     # -- where -----------------------------------------------------------------------------------
 
     def directory(self, callback: RunCallback) -> Path | None:
@@ -178,24 +187,34 @@ class Run(RunTelemetry, L.Callback):
         """The log of events that the callbacks of one directory share."""
         return self._logs[self.directory(callback)]
 
-    @property
-    def silent(self) -> bool:
-        """Whether nothing has been told so far: such a run leaves nothing behind."""
-        return all(log.waits for log in self._logs.values())
-
     # -- a fit -----------------------------------------------------------------------------------
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the loggers the settings of all, unless all wait for something to happen."""
-        ours = _ours(trainer)
-        if any(callback.has_to_tell(trainer) for callback in ours):
-            log_settings(trainer, settings_by_class(trainer.precision_plugin, ours))
+        """Tell the loggers the settings of all; leave a Trainer of which there is nothing to tell.
+
+        Where states are restored only after this, it is not known yet.
+        """
+        if _has_to_tell(trainer):
+            log_settings(trainer, settings_by_class(trainer.precision_plugin, _ours(trainer)))
+        elif not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
+            self._leave(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write down what the run is, open its logs, and have the table tell them its writes."""
+        """Begin, or leave the Trainer."""
         # Not in `on_fit_start`: the loops get their counters from a checkpoint after that.
+        if _has_to_tell(trainer):
+            self.start(trainer)
+        else:
+            self._leave(trainer)
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        rest = [callback for callback in _callbacks(trainer) if callback is not self]
+        trainer.callbacks = rest  # pyright: ignore[reportAttributeAccessIssue]
+
+    def start(self, trainer: L.Trainer) -> None:
+        """Write down what the run is, open its logs, and have the table tell them its writes."""
         zero, ours, self.step = trainer.is_global_zero, _ours(trainer), trainer.global_step
         self.loggers = [logger.log_metrics for logger in trainer.loggers] if zero else []
         writes = zero and not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
@@ -207,14 +226,14 @@ class Run(RunTelemetry, L.Callback):
         for directory in dict.fromkeys(self._directories.values()):
             inside = [c for c in ours if self.directory(c) == directory]
             known = [self._positions[c.state_key] for c in inside if c.state_key in self._positions]
+            if directory is not None:
+                _write_down(_info(trainer, ours), directory)
             self._logs[directory] = EventLog(
                 directory,
                 show=self.show,
                 step=trainer.global_step,
                 position=known[0] if known else None,
                 console=zero,
-                waits=not any(callback.has_to_tell(trainer) for callback in inside),
-                opened=partial(_write_down, _info(trainer, ours)),
             )
         table = table_of(trainer)
         if table is not None:
@@ -333,9 +352,6 @@ class Run(RunTelemetry, L.Callback):
 
     def _finish(self, trainer: L.Trainer) -> None:
         self.over, self._files = True, None
-        if self.silent:  # else it stays, for checkpoints that are saved of it
-            rest = [callback for callback in _callbacks(trainer) if callback is not self]
-            trainer.callbacks = rest  # pyright: ignore[reportAttributeAccessIssue]
         if self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None  # a Trainer whose run is over can be pickled
@@ -350,8 +366,6 @@ class Run(RunTelemetry, L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """How far the logs have come: a run that resumes makes void what follows."""
-        if self.silent:
-            return
         ours = [c for c in _ours(trainer) if id(c) in self._directories]
         checkpoint[STATE_KEY] = {c.state_key: self.log(c).position for c in ours}
         directories = {c.state_key: c.run_dir for c in ours if c.run_dir is not None}
@@ -364,6 +378,11 @@ class Run(RunTelemetry, L.Callback):
         """See `on_save_checkpoint`."""
         self._positions = dict(checkpoint.get(STATE_KEY) or {})
         self._written_to = dict(checkpoint.get(DIRECTORIES_KEY) or {})
+
+
+def has_run(trainer: L.Trainer) -> bool:
+    """Whether there is a run: from the start of training on, whether there is anything to tell."""
+    return any(isinstance(callback, Run) for callback in _callbacks(trainer))
 
 
 def run_of(trainer: L.Trainer) -> Run:
@@ -406,6 +425,10 @@ def _scale(trainer: L.Trainer) -> float | None:
 
 def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
     return list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _has_to_tell(trainer: L.Trainer) -> bool:
+    return any(callback.has_to_tell(trainer) for callback in _ours(trainer))
 
 
 def _ours(trainer: L.Trainer) -> list[RunCallback]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fp import FP8Precision, PrecisionFallback
+from lightning_fp import FP8Precision, PrecisionFallback, Stage, StagedRollout
+from lightning_fp.recipes import RolloutRecipe
 from lightning_fp.records import read_events
 
 CALLS: list[int] = []
@@ -53,8 +54,10 @@ def run(
     *callbacks: L.Callback,
     linear: bool = True,
     plain: bool = False,
+    format: str = "high",
     resume: Path | None = None,
     steps: int = 10,
+    **options: Any,
 ) -> L.Trainer:
     torch.manual_seed(0)
     CALLS.clear()
@@ -67,7 +70,8 @@ def run(
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=tmp_path,
-        plugins=None if plain else FP8Precision("high", base="32-true"),
+        **options,
+        plugins=None if plain else FP8Precision(format, base="32-true"),
         callbacks=[*([] if plain else [PrecisionFallback()]), *callbacks],
     )
     loader = torch.utils.data.DataLoader(torch.randn(80, 32), batch_size=8)
@@ -87,6 +91,75 @@ def test_nothing_is_replayed_and_nothing_is_written(tmp_path: Path, linear: bool
     run(tmp_path, linear=linear)
     assert plain == CALLS
     assert not list(tmp_path.iterdir())
+
+
+def test_the_list_of_callbacks_is_that_which_the_user_gave(tmp_path: Path) -> None:
+    class Seen(L.Callback):
+        lists: list[list[L.Callback]]
+
+        def on_fit_start(self, trainer: L.Trainer, *_: object) -> None:
+            self.lists = [list(trainer.callbacks)]
+
+        def on_train_start(self, trainer: L.Trainer, *_: object) -> None:
+            self.lists.append(list(trainer.callbacks))
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            self.lists.append(list(trainer.callbacks))
+
+    seen = Seen()
+    trainer = run(tmp_path, seen)
+    [fallback] = [c for c in trainer.callbacks if isinstance(c, PrecisionFallback)]
+    assert len(seen.lists) == 12
+    assert all(each == [fallback, seen] for each in (*seen.lists, trainer.callbacks))
+    assert fallback.supervisor is None
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_start", "on_train_batch_end"])
+def test_it_wakes_between_two_steps_wherever_a_format_was_set(tmp_path: Path, hook: str) -> None:
+    """In the midst of the micro-batches of a step, too."""
+
+    def switch(trainer: L.Trainer, *_: object) -> None:
+        first = hook == "on_train_start"
+        if first or (trainer.fit_loop.epoch_loop.batch_idx == 2 and trainer.global_step < 2):
+            trainer.precision_plugin.precision_map.set("layer", "fp8-dynamic", reason="by hand")
+
+    setter = L.Callback()
+    setattr(setter, hook, switch)
+    trainer = run(tmp_path, setter, accumulate_grad_batches=2, steps=5)
+    [fallback] = [c for c in trainer.callbacks if isinstance(c, PrecisionFallback)]
+    assert fallback.supervisor is not None
+    assert fallback.supervisor.failed_at is None
+    assert fallback.run_dir is not None
+    events = read_events(fallback.run_dir)
+    assert [event.reason for event in events if event.kind == "format"] == ["by hand"]
+    woken = {"on_train_start": 0, "on_train_batch_start": 2, "on_train_batch_end": 2}[hook]
+    assert fallback.steps.attempted == 5 - woken
+
+
+def test_it_wakes_with_the_first_step_left_out(tmp_path: Path) -> None:
+    class Poison(L.Callback):
+        def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
+            if trainer.global_step == 3:
+                module.layer.weight.grad[0, 0] = float("nan")
+
+    trainer = run(tmp_path, Poison())
+    assert trainer.lightning_module.layer.weight.isfinite().all()
+    [fallback] = [c for c in trainer.callbacks if isinstance(c, PrecisionFallback)]
+    assert fallback.run_dir is not None
+    events = read_events(fallback.run_dir)
+    assert [event.step for event in events if event.kind == "skip"] == [3]
+
+
+def test_it_does_not_sleep_over_a_rollout_that_begins_in_high_precision(tmp_path: Path) -> None:
+    stages = (
+        Stage(name="high", layers={"*": "high"}, until={"steps": 4}),
+        Stage(name="low", layers={"*": "configured"}),
+    )
+    rollout = StagedRollout(RolloutRecipe(name="later", stages=stages))
+    trainer = run(tmp_path, rollout, format="fp8-dynamic")
+    [fallback] = [c for c in trainer.callbacks if isinstance(c, PrecisionFallback)]
+    assert fallback.steps.attempted == 10
+    assert trainer.precision_plugin.low_layers() == ["layer"]
 
 
 def test_it_wakes_with_the_first_layer_in_low_precision(tmp_path: Path) -> None:
@@ -128,5 +201,5 @@ def test_one_that_has_fallen_back_goes_on_telling(tmp_path: Path) -> None:
     trainer = run(tmp_path, resume=tmp_path / "one.ckpt", steps=20)
     assert not trainer.precision_plugin.low_layers()
     again = saved(trainer, tmp_path)["callbacks"]["PrecisionFallback"]
-    assert again["steps"]["attempted"] == 20
-    assert woken["callbacks"]["PrecisionFallback"]["steps"]["attempted"] == 10
+    assert again["steps"]["attempted"] == 17
+    assert woken["callbacks"]["PrecisionFallback"]["steps"]["attempted"] == 7
