@@ -94,7 +94,7 @@ def amax_kernel(x_ptr, counters_ptr, size, BLOCK: tl.constexpr, LOOPS: tl.conste
         infinite += (bits >= INFINITE).to(tl.int32)
     tl.atomic_max(counters_ptr + AMAX, tl.max(largest, axis=0))
     count = tl.sum(infinite, axis=0)
-    if count > 0:
+    if count != 0:
         tl.atomic_add(counters_ptr + NONFINITE, count)
 
 
@@ -172,7 +172,7 @@ def cast_kernel(
         sizes = magnitudes(x)
         tl.atomic_max(counters_ptr + AMAX, tl.max(tl.max(sizes, axis=1), axis=0))
         infinite = tl.sum(tl.sum((sizes >= INFINITE).to(tl.int32), axis=1), axis=0)
-        if infinite > 0:
+        if infinite != 0:
             tl.atomic_add(counters_ptr + NONFINITE, infinite)
 
     scaled = (x.to(tl.float32) * scale).to(tl.int32, bitcast=True)
