@@ -384,6 +384,24 @@ class PrecisionMap:
         }
         self.scale_history.release(everything.keys() - self._layers.keys())
 
+    def forget_missing(self) -> list[str]:
+        """Forget the layers that the model has no more, as where others were put in their place.
+
+        Returns:
+            Those of them that were configured to be in low precision.
+        """
+        if self._model is None:
+            return []
+        there = set(map(id, self._model.modules()))
+        own = self.layers.items()
+        gone = [name for name, x in own if isinstance(x, nn.Module) and id(x) not in there]
+        if gone:
+            self.scale_history.release(gone)
+        for name in gone:
+            del self._layers[name]
+        configured = {name: self.known[self._configured.pop(name)] for name in gone}
+        return [name for name, format in configured.items() if not format.is_high_precision]
+
     def clear(self) -> None:
         """Forget the model, as after `revert`."""
         self.scale_history.release(self._layers.keys())

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.precision.utils import _convert_fp_tensor
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -32,6 +32,8 @@ from lightning_fp.layers import (
 )
 from lightning_fp.layers.conversion.configured_layers import ConfiguredLayers
 from lightning_fp.layers.conversion.flops import example_flops
+from lightning_fp.layers.conversion.report import REPLACED
+from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.layers.rules import layer_rules
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.elsewhere import Elsewhere
@@ -108,6 +110,7 @@ class LayerPrecision(GuardedPrecision):
         self._in_train_step = False
         self._logged = -1
         self._watch = LowWatch(self.precision_map)
+        self._looked_at: Module | None = None
         self._told: Module | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -161,6 +164,7 @@ class LayerPrecision(GuardedPrecision):
             tell_throughput_monitors(_trainer_of(module), self._peak_dtype)
             if optimizers:
                 self._watch.begin()
+                self._looked_at = None
                 self._say_what_runs(module, self.report)
         return model, optimizers, lr_schedulers
 
@@ -210,6 +214,7 @@ class LayerPrecision(GuardedPrecision):
         if model is not None and trainer is None:
             raise ValueError(self._not_in_fabric())
         if trainer is not None and trainer.training and not self.precision_map.frozen:
+            self._forget_replaced()
             for see in self.on_input:
                 see(data)
         self.base.follow(self.precision_map)
@@ -250,6 +255,7 @@ class LayerPrecision(GuardedPrecision):
     @contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
         """A training forward runs in the layers' formats, frozen submodules in eval mode too."""
+        self._forget_replaced()
         if not self._mid_accumulation:
             self.boundary()
         trainer: Any = getattr(self.precision_map.model, "_trainer", None)
@@ -274,6 +280,21 @@ class LayerPrecision(GuardedPrecision):
                 self.base.copies.take_back()
             # In automatic optimization backward follows, and checkpointing runs forward again in
             # it: it must find the same phase and weights. `backward`, `post_backward` end that.
+
+    def _forget_replaced(self) -> None:
+        """Once in a fit: its first hooks may have put others in the place of converted layers."""
+        if self._looked_at is self.precision_map.model:
+            return
+        self._looked_at = self.precision_map.model
+        if not (gone := self.precision_map.forget_missing()):
+            return
+        if self.report is not None:
+            self.report = self.report.without(gone)
+        rank_zero_warn(
+            f"{', '.join(fold_names(gone))}: {REPLACED}; what is there now keeps the"
+            " precision it has. To have it converted, put it there in __init__, configure_model or"
+            " setup"
+        )
 
     @property
     def _automatic(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from lightning_fp import (
+    ClampMonitor,
     DivergenceDetector,
     FP8Precision,
     FP16Precision,
@@ -177,7 +179,7 @@ class Paired(Recurrent):
 def test_the_share_said_is_that_of_the_model(
     tmp_path: Path, kind: type[Recurrent], name: str, core: int
 ) -> None:
-    plugin = FP8Precision("dynamic")
+    plugin = FP8Precision("dynamic", base="32-true")  # not every CPU has an LSTM in bf16
     fit(made(kind), plugin, tmp_path, data=DataLoader(rows(8, shape=(8, 32)), batch_size=4))
     assert plugin.report is not None
     own = 128 * 16
@@ -239,3 +241,37 @@ def test_a_layer_with_a_forward_of_its_own_is_not_said_to_be_low(tmp_path: Path)
     [row] = [row for row in plugin.report.layers if row.name == "body.0"]
     assert row.reason is not None
     assert "forward" in row.reason
+
+
+class Replace(L.Callback):
+    """Another layer in the place of a converted one, when the optimizers are there already."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        torch.manual_seed(3)
+        module.body[0] = nn.Linear(32, 48)
+        trainer.strategy.setup_optimizers(trainer)
+
+
+@pytest.mark.compatibility(
+    "layers",
+    "a layer replaced in `on_train_start`",
+    "works with a note",
+    "the new one keeps the precision it has, said at the first step",
+)
+@pytest.mark.parametrize("scaling", ["high", "dynamic", "delayed"])
+def test_a_replaced_layer_leaves_the_table(tmp_path: Path, scaling: Any) -> None:
+    plain, ours, plugin = made(Program), made(Program), FP8Precision(scaling)
+    fit(plain, PLAIN, tmp_path, Replace(), max_epochs=2)
+    around = [Replace(), PrecisionFallback(), ClampMonitor(every_n_steps=1, sample=1)]
+    said = nullcontext() if scaling == "high" else pytest.warns(match="body.0: replaced or")
+    with said:
+        fit(ours, plugin, tmp_path, *around, max_epochs=2)
+    assert plugin.precision_map.formats().keys() == {"body.2", "head"}
+    assert plugin.report is not None
+    assert "body.0" not in [row.name for row in plugin.report.converted]
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        plugin.precision_map.set("body.0", "bf16")
+    [fallback] = [each for each in around if isinstance(each, PrecisionFallback)]
+    assert fallback.supervisor is not None
+    assert fallback.supervisor.failed_at is None
+    assert torch.equal(weights(ours), weights(plain)) is (scaling == "high")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,10 @@ from lightning_fp.layers.layer_names import fold_names
 
 if TYPE_CHECKING:
     from lightning_fp.layers.precision_map import PrecisionMap
+
+
+REPLACED = "replaced or removed after the conversion"
+"""Why a layer is not converted any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,16 @@ class ConversionReport:
             if row.flops_share or row.format != "not linear"
         ]
         return dataclasses.replace(measured, layers=ran)
+
+    def without(self, names: Collection[str]) -> ConversionReport:
+        """The same report after layers were replaced.
+
+        Args:
+            names: of these layers; none of them is converted any more.
+        """
+        high = {"format": "high", "reason": REPLACED}
+        rows = [dataclasses.replace(r, **high) if r.name in names else r for r in self.layers]
+        return dataclasses.replace(self, layers=rows)
 
     def with_shares(self, flops: Mapping[str, int]) -> ConversionReport:
         """The same report with other shares; see `with_flops`."""
