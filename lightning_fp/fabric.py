@@ -148,9 +148,12 @@ class FP8Precision(Precision):
         """As the base precision; `model.training` says whether layers are in their formats."""
         ours = self._set_up()
         ours.base.place(device_of(ours.model).type)
+        trains = ours.model.training and torch.is_grad_enabled()
+        if trains:
+            ours.precision_map.before_batch()
         with ours.forward(), ours.precision_map.forward_context():
             yield
-        if not (ours.model.training and torch.is_grad_enabled()):
+        if not trains:
             ours.base.copies.take_back()
 
     @override

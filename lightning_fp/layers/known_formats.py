@@ -31,6 +31,12 @@ class KnownFormats:
         """The format of a name, also of one that only this run's configuration knows."""
         return self._by_name.get(name) or linear_format(name)
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether one of them rounds by chance; the run may not be in it yet, or not any more."""
+        formats = (*self._by_name.values(), *(format for format, _ in self._resolved))
+        return any(format.rounding == "stochastic" for format in formats)
+
     def add(self, format: LinearFormat, resolved: Resolved | None = None) -> None:
         """Know a format by its name, and its kernel where that was chosen already."""
         self._by_name[format.name] = format

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
+from lightning_fp.layers.batch_seeds import BatchSeeds
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
@@ -95,6 +96,7 @@ class PrecisionMap:
         self._loaded: dict[str, Any] | None = None
         self._budget = PatternBudget()
         self._frozen = False
+        self._seeds = BatchSeeds()
         self._histories = AmaxHistories(backend, delayed or DelayedScaling(), auto)
 
     # -- reading --------------------------------------------------------------------------------
@@ -308,6 +310,15 @@ class PrecisionMap:
 
     # -- steps ----------------------------------------------------------------------------------
 
+    def before_batch(self) -> None:
+        """Before a training batch is seen: what it rounds by chance follows from the run's seed.
+
+        torch's generator is seeded for it where a format of this run rounds by chance, and is left
+        alone otherwise, and in replays, which bring the generator of their batch with them.
+        """
+        if self.known.by_chance and not self._frozen:
+            self._seeds.next()
+
     def after_backward(self) -> None:
         """Take in what backward recorded. Needed only between the backwards of one step."""
         if not self._frozen and self.layers:
@@ -421,12 +432,13 @@ class PrecisionMap:
         return high and not followed and self.formats() == self._configured
 
     def state_dict(self) -> dict[str, Any]:
-        """The table as plain strings and tensors: formats, pending writes, amax histories."""
+        """The table as plain data: formats, pending writes, amax histories, seeds of batches."""
         return {
             "version": STATE_VERSION,
             "formats": self.formats(),
             "configured": dict(self._configured),
             "pending": [asdict(write) for write in self._pending],
+            "seeds": self._seeds.state_dict(),
             **self._histories.state_dict(),
         }
 
@@ -465,4 +477,6 @@ class PrecisionMap:
         why = "restored from a checkpoint", "checkpoint"
         self._write(formats, dict.fromkeys(formats, why))
         self._histories.load_state_dict(state)
+        if "seeds" in state:  # older checkpoints have none
+            self._seeds.load_state_dict(state["seeds"])
         self._pending = [Write(**write) for write in state["pending"]] + self._pending

@@ -290,6 +290,7 @@ class Parts:
             step: optimizer steps done.
         """
         watching, run = self.watching, self._records.run
+        self._precision.precision_map.before_batch()
         if watching is not None and watching.failed_at is None:
             if self._loop.compute_loss is not None:
                 device = device_of_batch(batch)

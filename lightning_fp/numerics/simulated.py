@@ -14,6 +14,7 @@ in backward, and eager and compiled code round alike where they have the same se
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
@@ -69,10 +70,15 @@ def round_to_format(
 def new_seed(device: torch.device) -> Tensor:
     """A seed for stochastic rounding, from torch's generator of a device.
 
+    Where the generators of several ranks stand alike, each rank has another seed all the same:
+    their errors are to cancel in the mean of their gradients.
+
     Returns:
         int32 [2].
     """
-    return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=device)
+    drawn = torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=device)
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return drawn ^ (rank * _MIX[0] & 0x7FFFFFFF) if rank else drawn
 
 
 def random_bits(seed: Tensor, shape: torch.Size) -> Tensor:

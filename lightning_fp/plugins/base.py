@@ -215,6 +215,7 @@ class LayerPrecision(GuardedPrecision):
             raise ValueError(self._not_in_fabric())
         if trainer is not None and trainer.training and not self.precision_map.frozen:
             self._forget_replaced()
+            self.precision_map.before_batch()
             for see in self.on_input:
                 see(data)
         self.base.follow(self.precision_map)

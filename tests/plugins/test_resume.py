@@ -72,7 +72,7 @@ def run(writer: Writer, loader: Any, *, ckpt: Path | None = None, plugin: Any = 
     return model, plugin, trainer
 
 
-@pytest.mark.parametrize("scaling", ["dynamic", "rowwise"])
+@pytest.mark.parametrize("scaling", ["dynamic", "rowwise", "e8m3-stochastic"])
 @pytest.mark.parametrize("loader", ["stateful", "plain"])
 def test_resuming_is_bit_equal(tmp_path: Path, loader: str, scaling: str) -> None:
     mid_epoch = loader == "stateful"
