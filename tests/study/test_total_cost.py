@@ -8,32 +8,7 @@ import pytest
 
 from lightning_fp.study.sweep.findings import find
 from lightning_fp.study.total_cost import RatePrice, TotalCost, expected_attempts, total_costs
-
-STEPS = 50
-
-
-def row(format: str, lr: float, seed: int, final: float | None, **changes) -> dict:
-    ends = 6.0 if final is None else final
-    return {
-        "id": f"{format}-{lr}-{seed}",
-        "format": format,
-        "lr": lr,
-        "seed": seed,
-        "setting": "",
-        "diverged": final is None,
-        "first_loss": 5.5,
-        "final_loss": final,
-        "spikes": 0,
-        "steps": STEPS if final is not None else STEPS // 2,
-        "cpu_seconds": 1.0,
-        "curve": [5.5 + (ends - 5.5) * (i + 1) / STEPS for i in range(STEPS)],
-        "error": None,
-        "kept": 1.0,
-        "replayed": 0,
-        "rolled_back": 0,
-        "skipped": 0,
-        **changes,
-    }
+from tests.study.cells import STEPS, row
 
 
 def costs(low: list[dict], high: list[dict] | None = None) -> TotalCost:

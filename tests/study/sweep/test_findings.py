@@ -7,28 +7,7 @@ import pytest
 from lightning_fp.study.intervals import posterior, wilson
 from lightning_fp.study.sweep.findings import find, stable_decades
 from lightning_fp.study.sweep.words import headline
-
-STEPS = 50
-
-
-def row(format: str, lr: float, seed: int, final: float | None, **changes) -> dict:
-    ends = 6.0 if final is None else final
-    return {
-        "id": f"{format}-{lr}-{seed}",
-        "format": format,
-        "lr": lr,
-        "seed": seed,
-        "setting": "",
-        "diverged": final is None,
-        "first_loss": 5.5,
-        "final_loss": final,
-        "spikes": 1,
-        "steps": STEPS,
-        "cpu_seconds": 1.0,
-        "curve": [5.5 + (ends - 5.5) * (i + 1) / STEPS for i in range(STEPS)],
-        "error": None,
-        **changes,
-    }
+from tests.study.cells import STEPS, row
 
 
 LRS = (1e-3, 1e-2, 1e-1)
