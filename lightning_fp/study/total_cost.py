@@ -2,8 +2,9 @@
 
 A run is tried at the learning rate that is best for high precision. If it fails, what it has cost
 is lost, and it is tried again: from another seed, or at the next lower rate of the sweep, whichever
-is expected to be cheaper. What counts as done is a run whose loss comes within 1% of high
-precision's best; a rate at which most never do is no solution at any speed. Costs are in runs.
+is expected to be cheaper. What counts as done is a run whose loss, as a mean over a tenth of its
+steps, comes within 1% of high precision's best; a rate at which most never do is no solution at any
+speed. Costs are in runs.
 
 With a share k of the steps in the format at a speed-up s, a step takes k / s + (1 - k), and replays
 and rollbacks come on top. So the cost is A (k / s + c), and where it equals high precision's A_0 is

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_fp.study.sweep.verdict import closing_steps
+
 STEPS = 50
 """Planned of each run."""
 
@@ -19,6 +21,7 @@ def row(format: str, lr: float, seed: int | str, final: float | None, **changes:
         changes: of columns.
     """
     ends = 6.0 if final is None else final
+    falling = STEPS - closing_steps(STEPS) + 1  # the rest is the loss at the end
     return {
         "id": f"{format}-{lr}-{seed}",
         "format": format,
@@ -31,7 +34,7 @@ def row(format: str, lr: float, seed: int | str, final: float | None, **changes:
         "spikes": 1,
         "steps": STEPS if final is not None else STEPS // 2,
         "cpu_seconds": 1.0,
-        "curve": [5.5 + (ends - 5.5) * (i + 1) / STEPS for i in range(STEPS)],
+        "curve": [5.5 + (ends - 5.5) * min(1, (i + 1) / falling) for i in range(STEPS)],
         "error": None,
         "kept": 1.0,
         "replayed": 0,

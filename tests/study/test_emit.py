@@ -14,8 +14,8 @@ from lightning_fp.loop import PrecisionLoop
 from lightning_fp.recipes import FormatEvidence, RolloutRecipe, Stage, json_schema
 from lightning_fp.study.emit import recipe_of
 from lightning_fp.study.sweep.findings import find
+from tests.study.cells import STEPS, row
 from tests.study.sweep.factories import Fit, batches
-from tests.study.test_total_cost import STEPS, row
 
 HIGH = [row("bf16", lr, seed, {1e-3: 2.5, 1e-2: 2.6}[lr]) for lr in (1e-3, 1e-2) for seed in "012"]
 

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import Any, TypeAlias
 
 from lightning_fp.study.intervals import posterior, wilson
-from lightning_fp.study.sweep.verdict import curve_stretch
+from lightning_fp.study.sweep.verdict import closing_steps, curve_stretch
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -87,8 +87,8 @@ class FormatFindings:
     """By what share the final loss there is above the reference's at its own best rate."""
 
     steps_to_reference: float | None
-    """Median steps until its loss at its best rate has come within 1% of the reference's final one;
-    inf where most runs never do."""
+    """Median steps until its loss at its best rate, as a mean over a tenth of the run, has come
+    within 1% of the reference's final one; inf where most runs never do."""
 
     seconds_per_step: float
     """Median, of processor time."""
@@ -297,7 +297,11 @@ def _steps_to(rows: Sequence[Row], target: RateFindings | None, steps: int) -> f
 
 
 def first_below(curve: Sequence[float | None], wanted: float, steps: int) -> float:
-    """Steps until a cell's curve has come down to a loss; inf if it never does.
+    """Steps until a cell's loss has come down to another; inf if it never does.
+
+    What must have come down is the trailing mean over a tenth of the run. The loss that is wanted
+    is a mean over as many steps, so both have the same noise, and the run that it is of gets there
+    by its end; of such a mean, a lucky batch or a stretch of them is a small part.
 
     Args:
         curve: see `verdict.curve_stretch`.
@@ -305,9 +309,11 @@ def first_below(curve: Sequence[float | None], wanted: float, steps: int) -> flo
         steps: planned of the run.
     """
     stretch = curve_stretch(steps)
-    for index, loss in enumerate(curve):
-        if loss is not None and loss <= wanted:
-            return float(min(steps, (index + 1) * stretch))
+    window = max(1, closing_steps(steps) // stretch)
+    for end in range(window, len(curve) + 1):
+        losses = [loss for loss in curve[end - window : end] if loss is not None]
+        if len(losses) == window and fmean(losses) <= wanted:
+            return float(min(steps, end * stretch))
     return math.inf
 
 

@@ -99,7 +99,7 @@ class LossJudge:
     def result(self) -> dict[str, Any]:
         """What the run came to; None for what is not finite, or not known."""
         losses, made = self.losses, len(self.losses)
-        last = losses[-max(1, self.planned // 10) :]
+        last = losses[-closing_steps(self.planned) :]
         first = _mean(losses[:_FIRST])
         final = _mean(last)
         diverged, at, why = False, None, ""
@@ -122,6 +122,15 @@ class LossJudge:
             "steps": made,
             "curve": _curve(losses, self.planned),
         }
+
+
+def closing_steps(steps: int) -> int:
+    """Steps that a run's final loss is the mean of: its last tenth.
+
+    Args:
+        steps: planned of the run.
+    """
+    return max(1, steps // 10)
 
 
 def curve_stretch(steps: int) -> int:
