@@ -73,6 +73,19 @@ class FormatEvidence:
         )
 
 
+def against_evidence(
+    evidence: Sequence[FormatEvidence], formats: Iterable[str]
+) -> list[FormatEvidence]:
+    """What a recipe's evidence has against formats.
+
+    Args:
+        evidence: the recipe's.
+        formats: all that its stages come to on the model.
+    """
+    used = set(formats)
+    return [e for e in evidence if not e.passed and linear_format(e.format).name in used]
+
+
 def check_evidence(name: str, evidence: Sequence[FormatEvidence], formats: Iterable[str]) -> None:
     """Refuse a recipe that takes layers to a format which its own evidence is against.
 
@@ -84,13 +97,11 @@ def check_evidence(name: str, evidence: Sequence[FormatEvidence], formats: Itera
     Raises:
         ValueError: naming the first such format, and how to do it all the same.
     """
-    used = set(formats)
-    for each in evidence:
-        if not each.passed and linear_format(each.format).name in used:
-            raise ValueError(
-                f"recipe {name!r} uses {each.format}, which has not passed: {each.sentence()}; take"
-                f" another format, or {_AT_ALL_COSTS}"
-            )
+    for each in against_evidence(evidence, formats)[:1]:
+        raise ValueError(
+            f"recipe {name!r} uses {each.format}, which has not passed: {each.sentence()}; take"
+            f" another format, or {_AT_ALL_COSTS}"
+        )
 
 
 def what_evidence_cannot_say(formats: Iterable[str]) -> list[str]:

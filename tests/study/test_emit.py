@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +14,8 @@ from torch import nn
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback, StagedRollout
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.recipes import FormatEvidence, RolloutRecipe, Stage, json_schema
+from lightning_fp.records import read_events
+from lightning_fp.report import write_report
 from lightning_fp.study.emit import recipe_of
 from lightning_fp.study.sweep.findings import find
 from tests.study.cells import STEPS, row
@@ -105,10 +109,23 @@ def test_a_rollout_refuses_what_has_not_passed(tmp_path: Path) -> None:
         fit(StagedRollout(against("e8m3")), tmp_path)
 
 
-def test_unless_it_is_forced(tmp_path: Path) -> None:
-    trainer = fit(StagedRollout(against("e8m3"), force=True), tmp_path)
+def test_unless_it_is_forced_which_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = against("e8m3")
+    unused = FormatEvidence(format="e8m2", passed=False, failed=1, runs=15, steps=200)
+    recipe = replace(recipe, evidence=(*recipe.evidence, unused))
+    trainer = fit(StagedRollout(recipe, force=True), tmp_path)
     formats = trainer.precision_plugin.precision_map.formats()
     assert set(formats.values()) == {"e8m3"}
+    said = "e8m3 is forced against the recipe's evidence: e8m3 failed in 4 of 15 runs of 200 steps"
+    (line,) = [each for each in caplog.records if "is forced" in each.message]
+    assert said in line.message
+    assert line.levelname == "WARNING"
+    directory = tmp_path / "runs" / "Fit" / "version_0"
+    (note,) = [each for each in read_events(directory, kinds=["note"]) if said in each.reason]
+    page = write_report([directory], tmp_path / "report.html").read_text()
+    assert note.reason in html.unescape(page)
 
 
 def test_configured_formats_and_other_spellings_are_seen(tmp_path: Path) -> None:

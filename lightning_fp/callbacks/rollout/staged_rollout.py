@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from lightning_fp.callbacks.rollout.gate_names import (
 )
 from lightning_fp.callbacks.rollout.logged_metrics import LoggedMetrics
 from lightning_fp.callbacks.run.run import RunCallback, run_of
+from lightning_fp.events import Note
 from lightning_fp.recipes import (
+    FormatEvidence,
     RolloutRecipe,
     RolloutState,
     check_evidence,
@@ -34,6 +37,7 @@ from lightning_fp.recipes import (
     remarks_on,
     used_formats,
 )
+from lightning_fp.recipes.format_evidence import against_evidence
 from lightning_fp.recipes.text import as_plain
 from lightning_fp.telemetry import LOSS
 from lightning_fp.telemetry.rollout.gate_evidence import LOSS_GAP, GateEvidence
@@ -64,7 +68,8 @@ class StagedRollout(RunCallback):
         tokens_per_step: tokens of one optimizer step over all ranks, for stages that end by
             tokens; by default those of a batch are the elements of its first tensor of integers.
         dirpath: where events go; None takes the run's directory.
-        force: whether to use also the formats that the recipe's own evidence is against.
+        force: whether to use also the formats that the recipe's own evidence is against; each is
+            told, with that evidence, in a line and in the events.
 
     Raises:
         ValueError: for a recipe that cannot be; at setup without a plugin of this package, for a
@@ -97,6 +102,7 @@ class StagedRollout(RunCallback):
         self.force = force
         self._staging = Staging(self.recipe)
         self._fallback: PrecisionFallback | None = None
+        self._forced: Sequence[FormatEvidence] = ()
 
     @property
     def stage(self) -> str | None:
@@ -152,8 +158,10 @@ class StagedRollout(RunCallback):
         """Follow the recipe over this model, and refuse what cannot be."""
         plugin = self.plugin(trainer)
         stages = self._staging.follow(plugin).stages
+        evidence, formats = self.recipe.evidence, used_formats(stages)
         if not self.force:
-            check_evidence(self.recipe.name, self.recipe.evidence, used_formats(stages))
+            check_evidence(self.recipe.name, evidence, formats)
+        self._forced = against_evidence(evidence, formats)
         check_measurable(stages, trainer, plugin.precision_map)
         order_known = plugin.report is not None and bool(plugin.report.order)
         for remark in remarks_on(self.recipe, stages, order_known=order_known):
@@ -166,7 +174,11 @@ class StagedRollout(RunCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin, or go on from a checkpoint."""
         run = run_of(trainer)
-        self._staging.begin(run, run.log(self), self._length(trainer))
+        events = run.log(self)
+        self._staging.begin(run, events, self._length(trainer))
+        for each in self._forced:
+            text = f"{each.format} is forced against the recipe's evidence: {each.sentence()}"
+            events.write(Note(step=trainer.global_step, reason=text))
 
     def _length(self, trainer: L.Trainer) -> float:
         """Steps of the whole run, if a stage asks for its share of them; else inf.
