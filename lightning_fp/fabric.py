@@ -51,6 +51,7 @@ class FP8Precision(Precision):
         loss_scaling: how the loss is scaled where the base is FP16; None takes the defaults.
         tokens: see `lightning_fp.FP8Precision`.
         quantise_like: see there.
+        attention: see there.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FP8Precision(Precision):
         loss_scaling: LossScaling | None = None,
         tokens: float | None = None,
         quantise_like: QuantiseLike | None = None,
+        attention: FormatLike | None = None,
     ) -> None:
         self.precision: Any = read_base(base)
         self._scaling = scaling
@@ -75,6 +77,7 @@ class FP8Precision(Precision):
             "loss_scaling": loss_scaling,
             "tokens": tokens,
             "quantise_like": quantise_like,
+            "attention": attention,
         }
         self._ours: LoopPrecision | None = None
         self._guard: Guard | None = None
@@ -164,8 +167,9 @@ class FP8Precision(Precision):
     @override
     def backward(self, tensor: Tensor, model: Module | None, *args: Any, **kwargs: Any) -> None:
         """Backward of the scaled loss."""
-        scaled = self._set_up().base.scaler.scaled(tensor)
-        super().backward(scaled, model, *args, **kwargs)
+        ours = self._set_up()
+        with ours.precision_map.attention_context():
+            super().backward(ours.base.scaler.scaled(tensor), model, *args, **kwargs)
 
     @override
     def post_backward(self, tensor: Tensor, module: Module | None) -> Any:

@@ -186,6 +186,7 @@ def test_two_workers_share_one_sweep(tmp_path: Path) -> None:
         ("fit", ("--axis", "clip=-1"), "--axis clip must be a finite number of at least 0"),
         ("fit", ("--axis", "recipe=balancd"), "did you mean 'balanced'"),
         ("fit", ("--axis", "base=17"), "--axis base: "),
+        ("fit", ("--axis", "attention=mx"), "--axis attention: attention must be a simulated one"),
         ("fit", ("--formats", "e8m3", "--emit", "r.yaml"), "--emit needs bf16"),
         ("fit", ("--emit", "/dev/null/r.yaml"), "--emit /dev/null/r.yaml: "),
         ("fit", ("--lr", "a"), "--lr must be numbers"),
@@ -299,6 +300,19 @@ def test_axes_of_the_sweep_and_of_the_factory(tmp_path: Path) -> None:
     assert {(r["width"], r["clip"], r["fallback"]) for r in rows} == {
         (width, "0.1", fallback) for width in ("16", "48") for fallback in ("on", "off")
     }
+
+
+def test_attention_is_an_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--formats", "bf16", "--lr", "1e-3", "--seeds", "1", "--steps", "10")
+    attention = ("--axis", "attention=off,e8m2")
+    preset = ["study", "sweep", "--preset", "tiny", "--dir", str(tmp_path / "gpt")]
+    assert main([*preset, *options, *attention]) == 0
+    rows = {row["attention"]: row for row in read_cells(tmp_path / "gpt")}
+    assert rows["off"]["curve"] != rows["e8m2"]["curve"]
+    page = next((tmp_path / "gpt").glob("*.html")).read_text()
+    assert "attention e8m2" in page
+    assert sweep("fit", tmp_path / "mlp", *options, *attention) == 1
+    assert "attention was to be in e8m2 and never was" in capsys.readouterr().err
 
 
 def test_a_rollout_has_what_its_gates_ask_for(tmp_path: Path) -> None:

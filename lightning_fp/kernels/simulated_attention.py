@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_fp.kernels.base import compute_dtype, without_autocast
@@ -31,11 +32,45 @@ class SimulatedAttention(TorchFunctionMode):
     def __init__(self, kernel: SimulatedKernel) -> None:
         super().__init__()
         self.kernel = kernel
+        self.entered = False
+        """Whether it ever was."""
+        self.met = False
+        """Whether anything has called attention meanwhile."""
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether operands are rounded by chance."""
+        return self.kernel.rounding == "stochastic"
+
+    def __enter__(self) -> SimulatedAttention:
+        self.entered = True
+        super().__enter__()
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
+            self.met = True
             return attention(self.kernel, *args, **(kwargs or {}))
+        if func is torch.Tensor.backward and args[0].grad_fn is not None:
+            return self._backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """`Tensor.backward`, which may run forwards again: those of activation checkpointing.
+
+        It is a torch function itself, and within such a one no mode is on; from an edge of the
+        graph it is none.
+        """
+        edge = get_gradient_edge(loss)
+        with self:
+            torch.autograd.backward(edge, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def attention(

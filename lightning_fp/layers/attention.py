@@ -24,13 +24,26 @@ def simulated_attention(format: FormatLike) -> AbstractContextManager[object]:
     Raises:
         ValueError: for a format that is neither.
     """
+    return attention_mode(format) or nullcontext()
+
+
+def attention_mode(format: FormatLike, field: str = "format") -> SimulatedAttention | None:
+    """What has attention multiply in a simulated format; None for one in high precision.
+
+    Args:
+        format: of all operands.
+        field: what an error calls it.
+
+    Raises:
+        ValueError: for a format that is neither.
+    """
     read = linear_format(format)
     if read.is_high_precision:
-        return nullcontext()
+        return None
     kernel = kernel_for(read, "auto", cuda_fp8=False)
     if not isinstance(kernel, SimulatedKernel):
         raise ValueError(
-            f"format must be a simulated one, such as 'e4m3' or 'e8m3-truncate', got {read.name!r};"
-            " attention in real FP8 is Transformer Engine's"
+            f"{field} must be a simulated one, such as 'e4m3' or 'e8m3-truncate', got"
+            f" {read.name!r}; attention in real FP8 is Transformer Engine's"
         )
     return SimulatedAttention(kernel)

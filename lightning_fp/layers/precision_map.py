@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_fp.layers.attention import attention_mode
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
@@ -70,6 +71,11 @@ class PrecisionMap:
         fp8_eval: whether evaluation runs in the layers' formats.
         delayed: how delayed scales follow from their history.
         auto: when layers move between dynamic and delayed scaling by themselves; None: never.
+        attention: the simulated format of attention's products; None: as they are. It is no layer
+            and has no row: it stays what it is, in replays in high precision too.
+
+    Raises:
+        ValueError: for a format of attention that is not simulated.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class PrecisionMap:
         fp8_eval: bool = False,
         delayed: DelayedScaling | None = None,
         auto: AutoScaling | None = None,
+        attention: FormatLike | None = None,
     ) -> None:
         backend = read_backend(backend)
         self.phase = Phase(fp8_eval=fp8_eval)
@@ -97,6 +104,9 @@ class PrecisionMap:
         self._budget = PatternBudget()
         self._frozen = False
         self._seeds = BatchSeeds()
+        self._attention = None if attention is None else attention_mode(attention, "attention")
+        self.attention = "" if self._attention is None else linear_format(attention).name
+        """The format of attention's products; "" for high precision."""
         self._histories = AmaxHistories(backend, delayed or DelayedScaling(), auto)
 
     # -- reading --------------------------------------------------------------------------------
@@ -150,6 +160,10 @@ class PrecisionMap:
         if not names:
             raise ValueError(no_match_message(pattern, self._layers))
         return names
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for besides the layers' formats, as plain data."""
+        return {"attention": self.attention} if self.attention else {}
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -316,7 +330,8 @@ class PrecisionMap:
         torch's generator is seeded for it where a format of this run rounds by chance, and is left
         alone otherwise, and in replays, which bring the generator of their batch with them.
         """
-        if self.known.by_chance and not self._frozen:
+        by_chance = self._attention is not None and self._attention.by_chance
+        if (by_chance or self.known.by_chance) and not self._frozen:
             self._seeds.next()
 
     def after_backward(self) -> None:
@@ -342,13 +357,38 @@ class PrecisionMap:
         """Histories and scales of the layers under delayed scaling."""
         return self._histories.scales
 
-    def forward_context(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
         """What must stand around each training forward of a plain loop.
 
-        Transformer Engine's delayed scaling updates its scales where this ends; under everything
-        else it does nothing. The precision plugins open it by themselves.
+        Transformer Engine's delayed scaling updates its scales where this ends, and attention has
+        its format in it; otherwise it does nothing. The precision plugins open it by themselves.
         """
-        return self.scale_history.context()
+        with self.attention_context(), self.scale_history.context():
+            yield
+
+    def attention_context(self) -> AbstractContextManager[object]:
+        """Attention multiplies in its format, in evaluation in high precision unless `fp8_eval`.
+
+        It stands around backward too, which may run forwards again.
+        """
+        evaluating, model = self.phase.evaluating, self._model
+        if evaluating is None:
+            evaluating = model is not None and not model.training
+        high = evaluating and not self.phase.fp8_eval
+        return nullcontext() if self._attention is None or high else self._attention
+
+    @property
+    def attention_missed(self) -> str:
+        """A line where attention was to be in a format, and was not in any forward; else ""."""
+        mode = self._attention
+        if mode is None or mode.met or not mode.entered:
+            return ""
+        return (
+            f"attention was to be in {self.attention} and never was: nothing in the model calls"
+            " F.scaled_dot_product_attention; nn.MultiheadAttention does from inside of torch, where"
+            " it is out of reach"
+        )
 
     # -- filling --------------------------------------------------------------------------------
 

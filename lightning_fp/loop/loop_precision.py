@@ -51,6 +51,7 @@ class LoopPrecision(BaseAnswers):
         frozen: see `FP8Precision`.
         quantise_like: see `FP8Precision`.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
+        attention: see `FP8Precision`.
 
     Raises:
         ValueError: see `FP8Precision`.
@@ -70,6 +71,7 @@ class LoopPrecision(BaseAnswers):
         frozen: Frozen = "kept",
         quantise_like: QuantiseLike | None = None,
         example_input: Any = None,
+        attention: FormatLike | None = None,
     ) -> None:
         self.model, self.name = model, read_base(base)
         read = read_scaling(scaling).quantised_like(quantise_like)
@@ -96,6 +98,7 @@ class LoopPrecision(BaseAnswers):
             fp8_eval=fp8_eval,
             delayed=read.delayed,
             auto=AutoScaling(tokens=tokens) if read.auto else None,
+            attention=attention,
         )
         """The table of formats: read it, write to it."""
         self._scaling = "auto" if read.auto else read.format.name
@@ -120,6 +123,7 @@ class LoopPrecision(BaseAnswers):
             "base": self.name,
             **self._configured.settings(),
             "fp8_eval": self.precision_map.phase.fp8_eval,
+            **self.precision_map.settings(),
             **self.base.settings(),
         }
 
@@ -170,7 +174,13 @@ class LoopPrecision(BaseAnswers):
     @contextmanager
     def evaluation(self) -> Generator[None, None, None]:
         """The model in eval mode and high precision (unless `fp8_eval`), without gradients."""
-        with modes(self.model, []), torch.no_grad(), self._phase(evaluating=True), self.forward():
+        with (
+            modes(self.model, []),
+            torch.no_grad(),
+            self._phase(evaluating=True),
+            self.forward(),
+            self.precision_map.attention_context(),
+        ):
             yield
 
     def as_trained(self) -> AbstractContextManager[None]:

@@ -370,6 +370,8 @@ class Parts:
         if self.stability is not None:
             self.stability.finish(self._records.run.step)
         self.mismatch.end()
+        if missed := self._precision.precision_map.attention_missed:
+            log.warning("%s", missed)
 
     # -- state ----------------------------------------------------------------------------------
 

@@ -106,6 +106,7 @@ class PrecisionLoop:
             `FP8Precision`.
         quantise_like: "bf16-export" casts FP8 weights from the values that their bf16 export has,
             as in `FP8Precision`.
+        attention: a simulated format for attention's products, as in `FP8Precision`.
         tokens: with "auto", the tokens that the whole training will see.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
@@ -142,6 +143,7 @@ class PrecisionLoop:
         fp8_eval: bool = False,
         frozen: Frozen = "kept",
         quantise_like: QuantiseLike | None = None,
+        attention: FormatLike | None = None,
         tokens: float | None = None,
         example_input: Any = None,
     ) -> None:
@@ -177,6 +179,7 @@ class PrecisionLoop:
             tokens=tokens,
             frozen=frozen,
             quantise_like=quantise_like,
+            attention=attention,
             example_input=example_input,
         )
         device = device_of(model)

@@ -68,6 +68,7 @@ class LayerPrecision(GuardedPrecision):
         hold_schedulers: whether learning rate schedulers wait where a step is left out.
         empty: whether a model without a linear layer will do.
         frozen: what is kept of frozen weights in FP8 layers.
+        attention: the simulated format of attention's products; None: as they are.
 
     Raises:
         ValueError: for an unknown option, or a format that the backend cannot run.
@@ -87,6 +88,7 @@ class LayerPrecision(GuardedPrecision):
         hold_schedulers: bool = True,
         empty: bool = False,
         frozen: Frozen = "kept",
+        attention: FormatLike | None = None,
     ) -> None:
         super().__init__(base, loss_scaling=loss_scaling, hold_schedulers=hold_schedulers)
         self.configured = ConfiguredLayers(
@@ -98,7 +100,7 @@ class LayerPrecision(GuardedPrecision):
         )
         """Which layers get which format, as it was asked for."""
         self.precision_map = PrecisionMap(
-            backend=backend, fp8_eval=fp8_eval, delayed=delayed, auto=auto
+            backend=backend, fp8_eval=fp8_eval, delayed=delayed, auto=auto, attention=attention
         )
         """The table of formats: read it, write to it."""
         self.report: ConversionReport | None = None
@@ -120,6 +122,7 @@ class LayerPrecision(GuardedPrecision):
             "base": self.precision,
             **self.configured.settings(),
             "fp8_eval": self.precision_map.phase.fp8_eval,
+            **self.precision_map.settings(),
             **self.base.settings(),
         }
 
@@ -187,8 +190,9 @@ class LayerPrecision(GuardedPrecision):
 
         Not in a Trainer of another precision, which hears nothing of ours: see `Elsewhere`.
         """
-        if never := self._watch.end():
-            _say_last(never)
+        for never in (self._watch.end(), self.precision_map.attention_missed):
+            if never:
+                _say_last(never)
         self.precision_map.phase.away = Elsewhere(self, self.precision_map.model)
         self.precision_map.phase.evaluating = None
         self._mid_accumulation = self._in_train_step = False
@@ -312,7 +316,8 @@ class LayerPrecision(GuardedPrecision):
     ) -> None:
         """Backward of the scaled loss; in automatic optimization it is the end of lent weights."""
         try:
-            super().backward(tensor, model, optimizer, *args, **kwargs)
+            with self.precision_map.attention_context():
+                super().backward(tensor, model, optimizer, *args, **kwargs)
         finally:
             if self._automatic:
                 self.base.copies.take_back()
@@ -381,7 +386,7 @@ class LayerPrecision(GuardedPrecision):
         phase = self.precision_map.phase
         before, phase.evaluating = phase.evaluating, True
         try:
-            with self.forward_context():
+            with self.forward_context(), self.precision_map.attention_context():
                 yield
         finally:
             phase.evaluating = before

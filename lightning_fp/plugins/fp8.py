@@ -46,6 +46,8 @@ class FP8Precision(LayerPrecision):
             as beside LoRA; "kept" keeps them whole.
         quantise_like: "bf16-export" casts FP8 weights from the values that their bf16 export has,
             as an inference engine does after a weight sync; None: as the formats say.
+        attention: a simulated format, such as "e8m3", for the products of the model's
+            `F.scaled_dot_product_attention` in training; None: as they are.
 
     Raises:
         ValueError: for an unknown or contradictory option; at setup for a rule that matches
@@ -64,6 +66,7 @@ class FP8Precision(LayerPrecision):
         tokens: float | None = None,
         frozen: Frozen = "kept",
         quantise_like: QuantiseLike | None = None,
+        attention: FormatLike | None = None,
     ) -> None:
         base, backend = read_base(base), read_backend(backend)
         if base == "16-true":
@@ -88,6 +91,7 @@ class FP8Precision(LayerPrecision):
             loss_scaling=loss_scaling,
             empty=self._scaling.format.is_high_precision and not layers,
             frozen=frozen,
+            attention=attention,
         )
 
     @override

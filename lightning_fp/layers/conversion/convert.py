@@ -188,6 +188,10 @@ def _report(
     layers = [layer for layer, _ in rows]
     whole = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
     report = ConversionReport(
-        layers=layers, measured=False, parameters=sum(whole.values()), precision_map=table
+        layers=layers,
+        measured=False,
+        parameters=sum(whole.values()),
+        attention=table.attention,
+        precision_map=table,
     )
     return report.with_shares(per_token)

@@ -99,6 +99,9 @@ class ConversionReport:
     frozen_kept: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     """The frozen layers in FP8 that keep their weight though it was to be stored, and why."""
 
+    attention: str = ""
+    """The simulated format of attention's products; "" for none."""
+
     precision_map: PrecisionMap = dataclasses.field(repr=False, compare=False)
     """The table itself, to change formats later."""
 
@@ -167,6 +170,7 @@ class ConversionReport:
             "padding": self.padding,
             "stored": list(self.stored),
             "saved_bytes": self.saved_bytes,
+            **({"attention": self.attention} if self.attention else {}),
         }
 
     def to_json(self) -> str:
@@ -195,6 +199,8 @@ class ConversionReport:
                 f"  zeros that fill up blocks of tokens: {self.padding:.1%} of their FLOPs,"
                 f" {most.padding:.1%} in {most.title}, with the example's tokens"
             )
+        if self.attention:
+            lines.append(f"  {self.attention}: attention's products, kernel simulated")
         lines += self._about_stored()
         by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
         for layer in self.layers:

@@ -99,7 +99,8 @@ class OptimizerSteps:
     def run_backward(self, loss: Tensor) -> None:
         """Backward of a loss in its scale, of a forward in `training_forward`."""
         try:
-            self.backward(self.precision.base.scaler.scaled(loss))
+            with self.precision.precision_map.attention_context():
+                self.backward(self.precision.base.scaler.scaled(loss))
         finally:
             self.precision.backward_done()
         for hear in self.after_backward:

@@ -52,7 +52,8 @@ class StepsAgain:
                 loss = self._compute(precision.input(_placed(micro)))
             try:
                 if backward:
-                    steps.backward(scaler.scaled(loss))
+                    with precision.precision_map.attention_context():
+                        steps.backward(scaler.scaled(loss))
             finally:
                 precision.backward_done()
             if backward and precision.scaler is not None:

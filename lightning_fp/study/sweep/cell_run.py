@@ -104,6 +104,9 @@ class CellRun:
                 f"{self.factory.reference}: the run left no loss: its loader must have batches, and"
                 " its training_step must return a loss"
             )
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, LayerPrecision) and (missed := plugin.precision_map.attention_missed):
+            raise ValueError(f"{self.factory.reference}: {missed}")
         if len(read_steps(place)) < len(judge.losses):
             raise RecordsLostError(f"the records of {cell.id} could not be written to {place}")
         return {
@@ -146,8 +149,9 @@ def _has(kind: type[L.Callback], callbacks: Sequence[L.Callback]) -> bool:
 
 def _plugin(cell: Cell) -> LayerPrecision:
     options: dict[str, Any] = {}
-    if "base" in cell.axes:
-        options["base"] = cell.axes["base"]
+    for name in ("base", "attention"):
+        if cell.axes.get(name):
+            options[name] = cell.axes[name]
     if cell.axes.get("layers", "default") == "all":
         options["layers"] = {"*": cell.format}
     return precision_plugin(cell.format, **options)

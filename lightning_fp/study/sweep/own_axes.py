@@ -18,6 +18,7 @@ OWN_AXES: Mapping[str, str] = MappingProxyType(
         "recipe": "a rollout recipe: a name or a YAML file; off without",
         "signals": "on or off: StabilityMonitor, for `study predictors`",
         "base": "precision of everything else, e.g. 32-true; bf16-mixed by default",
+        "attention": "a simulated format for attention's products, e.g. e8m3; off without",
         "layers": "default, or all: a format is in all linear layers, the head too",
     }
 )
@@ -52,7 +53,8 @@ def _check(name: str, value: Value, formats: Sequence[str]) -> None:
     try:
         if name == "recipe" and value:
             read(str(value))
-        for format in formats if name == "base" else ():
-            precision_plugin(format, base=value)
+        plugins = name == "base" or (name == "attention" and value is not False)
+        for format in formats if plugins else ():
+            precision_plugin(format, **{name: value})
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{field}: {' '.join(str(error).split())}") from error
