@@ -1,8 +1,8 @@
 """A training step in simulated formats beside the same in bf16: compiled, d=256 GPT, on the CPU.
 
 By processor time, interleaved in one process. Forward and backward, AdamW and all; the head is in
-bf16, as it is by default in FP8. `python benchmarks/simulated_speed.py [FORMAT ...]` times those that
-are named, without any all below; "e4m3-scaled" is a name of FP8's own numbers, which are emulated.
+bf16, as it is by default in FP8. `python benchmarks/simulated_speed.py [FORMAT ...]` times those
+that are named, without any all below; "e4m3-scaled" is FP8 with e4m3 gradients, which is emulated.
 """
 
 from __future__ import annotations

@@ -386,8 +386,8 @@ class PrecisionMap:
             return ""
         return (
             f"attention was to be in {self.attention} and never was: nothing in the model calls"
-            " F.scaled_dot_product_attention; nn.MultiheadAttention does from inside of torch, out of"
-            " reach"
+            " F.scaled_dot_product_attention; what nn.MultiheadAttention calls inside of torch is"
+            " out of reach"
         )
 
     # -- filling --------------------------------------------------------------------------------
