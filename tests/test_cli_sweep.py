@@ -187,6 +187,8 @@ def test_two_workers_share_one_sweep(tmp_path: Path) -> None:
         ("fit", ("--axis", "recipe=balancd"), "did you mean 'balanced'"),
         ("fit", ("--axis", "base=17"), "--axis base: "),
         ("fit", ("--axis", "attention=mx"), "--axis attention: attention must be a simulated one"),
+        ("fit", ("--axis", "attention=on"), "--axis attention must be a simulated format"),
+        ("fit", ("--formats", "fp16", "--axis", "attention=e8m2"), "off with fp16 among"),
         ("fit", ("--formats", "e8m3", "--emit", "r.yaml"), "--emit needs bf16"),
         ("fit", ("--emit", "/dev/null/r.yaml"), "--emit /dev/null/r.yaml: "),
         ("fit", ("--lr", "a"), "--lr must be numbers"),

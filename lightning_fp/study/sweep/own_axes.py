@@ -48,6 +48,10 @@ def _check(name: str, value: Value, formats: Sequence[str]) -> None:
         number = isinstance(value, int | float)  # off is 0
         if not (number and math.isfinite(value) and value >= 0):
             raise ValueError(f"{field} must be a finite number of at least 0, got {value!r}")
+    if name == "attention" and value is True:
+        raise ValueError(f"{field} must be a simulated format, such as e8m3, or off, got 'on'")
+    if name == "attention" and value and "fp16" in formats:
+        raise ValueError(f"{field} must be off with fp16 among the formats, got {value!r}")
     if name == "layers":
         check_choice(field, value, ("default", "all"))
     try:
