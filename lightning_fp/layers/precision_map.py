@@ -14,7 +14,7 @@ from torch import nn
 from lightning_fp.layers.attention import attention_mode
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
-from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
 from lightning_fp.layers.histories.delayed_scales import DelayedScales, StepScales
@@ -104,8 +104,9 @@ class PrecisionMap:
         self._budget = PatternBudget()
         self._frozen = False
         self._seeds = BatchSeeds()
-        self._attention = None if attention is None else attention_mode(attention, "attention")
-        self.attention = "" if self._attention is None else linear_format(attention).name
+        asked = NAMED_FORMATS["high"] if attention is None else linear_format(attention)
+        self._attention = attention_mode(asked, "attention")
+        self.attention = "" if self._attention is None else asked.name
         """The format of attention's products; "" for high precision."""
         self._histories = AmaxHistories(backend, delayed or DelayedScaling(), auto)
 
