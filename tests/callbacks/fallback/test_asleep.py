@@ -75,7 +75,7 @@ def run(
         callbacks=[*([] if plain else [PrecisionFallback()]), *callbacks],
     )
     loader = torch.utils.data.DataLoader(torch.randn(80, 32), batch_size=8)
-    trainer.fit(model, loader, ckpt_path=resume, weights_only=False)
+    trainer.fit(model, loader, ckpt_path=resume)
     return trainer
 
 
