@@ -171,7 +171,7 @@ class Run(RunTelemetry, L.Callback):
         """Begin the run of a fit that had nothing to tell at its start; between two steps."""
         if not has_run(trainer):
             run = Run.begin(trainer)
-            run.start(trainer)
+            run.start(trainer, begins=True)  # nothing was written of it
             run.on_train_batch_start(trainer)
 
     # -- where -----------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class Run(RunTelemetry, L.Callback):
         """Begin, or leave the Trainer."""
         # Not in `on_fit_start`: the loops get their counters from a checkpoint after that.
         if _has_to_tell(trainer):
-            self.start(trainer)
+            self.start(trainer, begins=not trainer.global_step and not trainer.ckpt_path)
         else:
             self._leave(trainer)
 
@@ -213,13 +213,18 @@ class Run(RunTelemetry, L.Callback):
         rest = [callback for callback in _callbacks(trainer) if callback is not self]
         trainer.callbacks = rest  # pyright: ignore[reportAttributeAccessIssue]
 
-    def start(self, trainer: L.Trainer) -> None:
-        """Write down what the run is, open its logs, and have the table tell them its writes."""
+    def start(self, trainer: L.Trainer, *, begins: bool) -> None:
+        """Write down what the run is, open its logs, and have the table tell them its writes.
+
+        Args:
+            trainer: the Trainer, between two steps.
+            begins: whether it goes on from no earlier run.
+        """
         zero, ours, self.step = trainer.is_global_zero, _ours(trainer), trainer.global_step
         self.loggers = [logger.log_metrics for logger in trainer.loggers] if zero else []
         writes = zero and not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
         named = [(callback.state_key, callback.dirpath) for callback in ours]
-        found = run_directories(trainer, named, self._written_to)  # on all ranks
+        found = run_directories(trainer, named, self._written_to, begins=begins)  # on all ranks
         for callback, directory in zip(ours, found, strict=True):
             callback.run_dir = directory if writes else None
             self._directories[id(callback)] = callback.run_dir

@@ -24,6 +24,8 @@ def run_directories(
     trainer: L.Trainer,
     named: Sequence[tuple[str, str | Path | None]],
     kept: Mapping[str, str],
+    *,
+    begins: bool,
 ) -> list[Path]:
     """The directory of each callback; to be called on all ranks, alike.
 
@@ -32,10 +34,10 @@ def run_directories(
         named: each callback's key, and what it names as its `dirpath`. Those that name none share
             the first that is named, so that the records of a run lie together, or else the run's.
         kept: by key, where the checkpoint says that a callback wrote to.
+        begins: whether the run begins here, and does not go on from an earlier one.
     """
     found: list[Path] = []
     if trainer.global_rank == 0:  # whose answer is broadcast
-        begins = not trainer.global_step and not trainer.ckpt_path
         given = next((Path(path) for _, path in named if path is not None), None)
         by_base: dict[Path, Path] = {}
         for key, path in named:

@@ -175,6 +175,18 @@ def test_it_wakes_with_the_first_layer_in_low_precision(tmp_path: Path) -> None:
     assert checkpoint["lightning_fp.run"]
 
 
+def test_runs_that_wake_do_not_go_on_in_each_others_directories(tmp_path: Path) -> None:
+    found: list[Path] = []
+    for _ in range(2):
+        trainer = run(tmp_path, Switch())
+        [callback] = [c for c in trainer.callbacks if isinstance(c, PrecisionFallback)]
+        assert callback.run_dir is not None
+        found.append(callback.run_dir)
+    first, second = map(read_events, found)
+    assert found[0] != found[1]
+    assert [event.kind for event in first] == [event.kind for event in second]
+
+
 def test_the_checkpoint_is_that_of_a_plain_trainer(tmp_path: Path) -> None:
     class Save(L.Callback):
         checkpoint: dict[str, Any]
