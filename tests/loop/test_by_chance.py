@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_fp.fabric
-from lightning_fp import FP8Precision, ParityProbe, PrecisionFallback
+from lightning_fp import FP8Precision, ParityProbe, PrecisionFallback, StagedRollout
+from lightning_fp.demo.faults import fault_plugin, fault_run
 from lightning_fp.loop import PrecisionLoop
+from lightning_fp.recipes import RolloutRecipe, Stage
 from tests.helper import (
     LanguageModel,
     TinyGPT,
@@ -203,6 +205,37 @@ def test_the_trainer_goes_on_bit_for_bit_with_accumulation_and_dropout(tmp_path:
 
     whole = fit([Saves()], tmp_path, max_epochs=2)
     assert same(whole, fit([], tmp_path, max_epochs=2, ckpt_path=path))
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_a_stage_that_begins_where_a_run_is_resumed(step: int, tmp_path: Path) -> None:
+    """Its first batch has come before the stage begins."""
+    stages = (
+        Stage(name="high", layers={"*": "high"}, until={"steps": 4}),
+        Stage(name="by chance", layers={"*": "configured"}),
+    )
+    recipe = RolloutRecipe(name="two", stages=stages)
+    path = tmp_path / "saved.ckpt"
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == step and not path.exists():
+                trainer.save_checkpoint(path)
+
+    def fit_staged(*more: L.Callback, ckpt_path: Path | None = None) -> Weights:
+        run = fault_run(
+            None,
+            fault_plugin(FORMAT),
+            [StagedRollout(recipe, dirpath=tmp_path), *more],
+            steps=STEPS,
+            blocks=1,
+            ckpt_path=ckpt_path,
+        )
+        return weights(run.model)
+
+    whole = fit_staged(Saves())
+    torch.manual_seed(77)
+    assert same(whole, fit_staged(ckpt_path=path))
 
 
 def test_replays_leave_a_trainer_as_it_would_be(tmp_path: Path) -> None:
