@@ -20,11 +20,11 @@ from lightning_fp.cli.commands.sweep_speed import predicted
 from lightning_fp.demo.presets import tiny
 from lightning_fp.recipes import RolloutRecipe
 from lightning_fp.records import read_stability
-from lightning_fp.study.sweep.cell_table import CellTable
-from lightning_fp.study.sweep.database import SQLite
 from lightning_fp.study.sweep.factory import CellFactory
 from lightning_fp.study.sweep.grid import grid
 from lightning_fp.study.sweep.results import read_cells
+from lightning_fp.study.sweep.storage.cell_table import CellTable
+from lightning_fp.study.sweep.storage.database import SQLite
 from lightning_fp.study.sweep.sweep import Sweep
 
 FACTORIES = Path(__file__).parent / "study" / "sweep" / "factories.py"

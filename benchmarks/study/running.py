@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks.proof.journal import quiet
 from benchmarks.study.nets import NETS
-from lightning_fp.study.sweep.cell_table import Entry
 from lightning_fp.study.sweep.factory import CellFactory
 from lightning_fp.study.sweep.grid import Cell, grid
 from lightning_fp.study.sweep.results import read_cells
+from lightning_fp.study.sweep.storage.cell_table import Entry
 from lightning_fp.study.sweep.sweep import Nobody, Sweep
 
 Row = dict[str, Any]

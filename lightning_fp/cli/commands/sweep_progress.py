@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_fp.report.draw.parts import duration
-from lightning_fp.study.sweep.cell_table import Entry
 from lightning_fp.study.sweep.grid import Cell
 from lightning_fp.study.sweep.results import write_cells
+from lightning_fp.study.sweep.storage.cell_table import Entry
 from lightning_fp.study.sweep.work import Spectator
 
 _TABLE_SECONDS = 10.0

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_fp.study.sweep.cell_table import Entry
 from lightning_fp.study.sweep.grid import shown
+from lightning_fp.study.sweep.storage.cell_table import Entry
 
 FILE = "cells.parquet"
 

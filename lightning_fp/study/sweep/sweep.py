@@ -14,8 +14,6 @@ import torch
 from lightning_fp import __version__
 from lightning_fp.choices import check_at_least
 from lightning_fp.study.sweep.cell_run import CellRun
-from lightning_fp.study.sweep.cell_table import CellTable, Entry
-from lightning_fp.study.sweep.database import database_errors, open_database
 from lightning_fp.study.sweep.factory import CellFactory
 from lightning_fp.study.sweep.findings import Findings, find
 from lightning_fp.study.sweep.formats import check_formats
@@ -23,6 +21,8 @@ from lightning_fp.study.sweep.grid import Cell
 from lightning_fp.study.sweep.own_axes import check_own_axes
 from lightning_fp.study.sweep.page import write_page
 from lightning_fp.study.sweep.results import read_cells, write_cells
+from lightning_fp.study.sweep.storage.cell_table import CellTable, Entry
+from lightning_fp.study.sweep.storage.database import database_errors, open_database
 from lightning_fp.study.sweep.work import Spectator, SweepWorker
 from lightning_fp.study.total_cost import total_costs
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_fp.study.sweep.cell_run import CellRun, RecordsLostError
-from lightning_fp.study.sweep.cell_table import CellTable, Entry
-from lightning_fp.study.sweep.database import database_errors
 from lightning_fp.study.sweep.factory import check_weights, weights_key
 from lightning_fp.study.sweep.grid import Cell
-from lightning_fp.study.sweep.worker_lock import WorkerLock
+from lightning_fp.study.sweep.storage.cell_table import CellTable, Entry
+from lightning_fp.study.sweep.storage.database import database_errors
+from lightning_fp.study.sweep.storage.worker_lock import WorkerLock
 
 _RENEWALS = 4
 """Signs of life in the time of a lease."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_fp.study.sweep.worker_lock import WorkerLock
+from lightning_fp.study.sweep.storage.worker_lock import WorkerLock
 
 
 def left_behind(directory: Path, worker: str) -> Path:

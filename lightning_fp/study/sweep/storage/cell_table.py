@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_fp.study.sweep.database import Database, Transaction
 from lightning_fp.study.sweep.grid import Cell
+from lightning_fp.study.sweep.storage.database import Database, Transaction
 
 LEASE_SECONDS = 180.0
 """How long a claim holds without a sign of life."""

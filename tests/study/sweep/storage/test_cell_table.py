@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_fp.study.sweep.cell_table import MOST_TRIES, CellTable
-from lightning_fp.study.sweep.database import Other, SQLite, open_database
 from lightning_fp.study.sweep.grid import Cell, grid
+from lightning_fp.study.sweep.storage.cell_table import MOST_TRIES, CellTable
+from lightning_fp.study.sweep.storage.database import Other, SQLite, open_database
 
 CELLS = grid(["bf16", "e8m3"], [1e-3, 1e-2], range(3), {})
 ALCHEMY = importlib.util.find_spec("sqlalchemy") is not None

@@ -1,0 +1,1 @@
+"""Which cells of a sweep are open, claimed and done, for all who work on it."""
