@@ -417,6 +417,7 @@ class PrecisionMap:
         if not self._switch(begin, dict.fromkeys(formats, ("", "table"))):
             self._histories.track(self._layers)
         self.changes.clear()  # the beginning is no change
+        self._seeds = BatchSeeds()
         if self._loaded is not None:
             self._restore(self._loaded)
         for write in self._pending:

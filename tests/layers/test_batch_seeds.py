@@ -75,6 +75,17 @@ def test_a_write_that_waits_counts_and_a_replay_does_not() -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
+def test_another_model_is_another_run() -> None:
+    """A plugin may be used again: after the same seed, its second run is the first."""
+    table, chosen, numbers = PrecisionMap(), linear_format("e8m3-stochastic"), []
+    for seed in (1, 1, 2):
+        convert_into(table, TinyGPT(), Conversion(format=chosen, rules=layer_rules({"*": chosen})))
+        torch.manual_seed(seed)
+        table.before_batch()
+        numbers.append(int(torch.randint(2**31, ())))
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
 def test_a_state_of_before_there_were_seeds_loads() -> None:
     table = table_of("e8m3-stochastic")
     state = table.state_dict()
