@@ -346,6 +346,9 @@ class Probed(Answer):
     norm: float | None = None
     """Of the gradients in high precision."""
 
+    of_step: bool = False
+    """Whether the gradients of the step itself were compared, rather than those of a replay."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeStep(Question[Probed]):
@@ -355,6 +358,9 @@ class ProbeStep(Question[Probed]):
 
     ago: int = 0
     """So many batches before the last."""
+
+    coming: bool = False
+    """The coming batch rather, by the gradients of its own step, where these can be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from lightning_fp.stability.judge.evidence import Case
 from lightning_fp.stability.judge.inquiry import open_case
 from lightning_fp.stability.replay.budget import ReplayBudget
 from lightning_fp.stability.replay.gap import BATCHES
+from lightning_fp.stability.respond.attribution import HEALTHY_ERROR
 from lightning_fp.stability.respond.fallback_policy import MOST_DOUBLINGS, Fallback
 from lightning_fp.stability.respond.open_cases import OpenCases
 from lightning_fp.stability.respond.probe import FIRST, Probe
@@ -100,7 +101,7 @@ class Suspicions:
         if self._budget.affords_probe(
             steps=steps.attempted, replayed=steps.replayed, probes=probes
         ):
-            turn.actions.append(ProbeStep(at=step))
+            turn.actions.append(ProbeStep(at=step, coming=True))
 
     def _may_look(self, turn: Turn, batches: int) -> bool:
         """Whether the budget has room for a look that no case asks for."""
@@ -113,6 +114,10 @@ class Suspicions:
         """A probe; what one batch shows, the one before it has to show too."""
         probe, state, step = self._probe or Probe(), turn.state, question.at
         before, error = state.probed, probed.error
+        if probed.of_step and error is not None and probe.suspicious(before, error):
+            # Replays decide: hooks may have written into the gradients of the step itself.
+            turn.actions.append(ProbeStep(at=step))
+            return
         if question.ago:
             self._probed_again(turn, step, error)
             return
@@ -121,8 +126,10 @@ class Suspicions:
             return
         if not probe.suspicious(before, error):
             # A format that was too coarse from the first step on has the errors that are usual, but
-            # may cost loss all the same: the first probe asks so of several batches.
-            dear = before.count == 0 or self._is_dear(state, probed)
+            # may cost loss all the same: so where they are large already, the first probe asks
+            # several batches.
+            coarse = before.count == 0 and error > HEALTHY_ERROR
+            dear = coarse or self._is_dear(state, probed)
             if dear and self._may_look(turn, BATCHES):
                 turn.actions.append(CompareLosses(at=step, count=BATCHES))
             return

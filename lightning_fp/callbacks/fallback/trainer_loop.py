@@ -79,6 +79,14 @@ class TrainerLoop(TableLoop):
         return {} if guard is None else guard.overflowed
 
     @property
+    def own_gradients(self) -> bool:
+        """See `SupervisedLoop.own_gradients`."""
+        trainer = self._trainer
+        alone = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        plain = trainer.lightning_module.automatic_optimization and self._plugin.scaler is None
+        return alone and plain and not compiled_regions(self.model, self.table.layers)
+
+    @property
     def compiled(self) -> bool:
         """See `Loop.compiled`; a compiled function shows only in what was compiled at all."""
         dynamo = sys.modules.get("torch._dynamo")

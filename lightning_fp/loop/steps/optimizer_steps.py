@@ -59,6 +59,8 @@ class OptimizerSteps:
         """Told when a backward is done."""
         self.named: Heard = lambda: None
         """Told that a step is left out, while its gradients are there."""
+        self.micro_batches = 0
+        """Of the last step."""
         self.backward: Callable[[Tensor], object] = torch.Tensor.backward
 
     def losses(
@@ -82,7 +84,8 @@ class OptimizerSteps:
             ValueError: if a loss is no scalar, or has no gradient.
         """
         made: list[Tensor] = []
-        last = len(micro_batches) - 1
+        self.micro_batches = len(micro_batches)
+        last = self.micro_batches - 1
         for index, batch in enumerate(micro_batches):
             before(index)
             with self._synchronised(index == last):

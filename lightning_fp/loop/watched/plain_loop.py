@@ -86,6 +86,12 @@ class PlainLoop(TableLoop):
         return self._steps.guard.overflowed
 
     @property
+    def own_gradients(self) -> bool:
+        """See `SupervisedLoop.own_gradients`; in blocks nothing is known of a step before it."""
+        alone = ranks() == 1 and self._steps.micro_batches == 1 and not self._in_blocks
+        return alone and self._precision.scaler is None and not self.compiled
+
+    @property
     def compiled(self) -> bool:
         """See `Loop.compiled`."""
         function = hasattr(self.compute_loss, "_torchdynamo_orig_callable")

@@ -14,7 +14,7 @@ FORWARD = 1 / 3
 """A forward pass alone, in steps: backward costs twice as much."""
 
 PROBE = 2
-"""A probe, in steps: forward and backward in both precisions."""
+"""A probe, in steps: forward and backward in both precisions; one where the run makes the other."""
 
 CURE = 8
 """A cure's check, in steps: a gap of 8 batches, and a probe."""

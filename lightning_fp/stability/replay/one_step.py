@@ -9,6 +9,7 @@ so sums are exchanged, and angles made of them at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -76,6 +77,11 @@ class Comparison:
 
     layers: Mapping[str, GradientGap]
     """Of each switchable layer's own parameters."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients of the second are."""
+        return math.isfinite(self.losses[1]) and math.isfinite(self.all.norm)
 
 
 def replay_step(

@@ -58,7 +58,7 @@ class Probe:
     """When to look, and what is suspicious. Pure: old states stay usable."""
 
     every_n_steps: int = 1024
-    """Steps from one probe to the next, in the long run. A probe costs two steps."""
+    """Steps from one probe to the next, in the long run. A probe costs one step or two."""
 
     def due(self, state: ProbeState, step: int) -> bool:
         """Whether it is time; the first time at once."""

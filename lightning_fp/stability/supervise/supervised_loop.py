@@ -57,6 +57,14 @@ class SupervisedLoop(Loop, Protocol):
         ...
 
     @property
+    def own_gradients(self) -> bool:
+        """Whether a step's backward leaves what a replay of its first micro-batch would.
+
+        So it is on one rank, without accumulation, a scaled loss or compiled modules.
+        """
+        ...
+
+    @property
     def overflowed(self) -> Mapping[int, str]:
         """By the steps of all optimizers before those left out last: the layer at fault."""
         ...

@@ -23,6 +23,7 @@ from lightning_fp.stability.actions import (
     FormatsChanged,
     Happening,
     HighPrecisionTried,
+    ProbeStep,
     Question,
     Settled,
     TakeSnapshot,
@@ -40,6 +41,7 @@ from lightning_fp.stability.supervise.arrivals import (
 )
 from lightning_fp.stability.supervise.carry_out import CarryOut
 from lightning_fp.stability.supervise.cast_watch import CastWatch
+from lightning_fp.stability.supervise.coming_probe import ComingProbe
 from lightning_fp.stability.supervise.demotion import AUTHOR
 from lightning_fp.stability.supervise.incident_log import IncidentLog, Log
 from lightning_fp.stability.supervise.options import WatchOptions
@@ -106,6 +108,7 @@ class Supervisor:
             note=self.note,
             dry_run=options.dry_run,
         )
+        self._coming = ComingProbe(loop, self.ring)
         self._rehearsal = None
         if options.rehearse:
             self._rehearsal = Rehearsal(loop, self.ring, self.snapshots)
@@ -184,10 +187,11 @@ class Supervisor:
             self._alone(self._begin_record)
         rng = RandomState.capture()
         self._alone(lambda: self.ring.add(batch, batch_idx, rng, position=position))
+        micro = MicroBatch(batch=batch, batch_idx=batch_idx, rng=rng, position=position)
         if self._preflight:
             self._preflight = False
-            micro = MicroBatch(batch=batch, batch_idx=batch_idx, rng=rng, position=position)
             self.safely(self._try_high_precision, micro)
+        self.safely(self._coming.before_forward, micro)
 
     def before_forward(self) -> None:
         """Begin to look at the layers, if this step is looked at."""
@@ -197,6 +201,7 @@ class Supervisor:
     def after_backward(self) -> None:
         """Take in what backward recorded."""
         self._alone(self._see_formats)
+        self.safely(self._coming.after_backward)
         if (looks := self._arrivals.looks) is not None:
             self.safely(looks.after_backward)
 
@@ -245,6 +250,8 @@ class Supervisor:
         self._rehearse(step, changed=bool(new))
         for happening in self._arrivals.take(step):
             self.tell(happening)
+        if (answered := self._coming.take(step)) is not None:
+            self.tell(answered)
         if self.snapshots.due(step):
             self.tell(Settled(at=step))
 
@@ -253,6 +260,8 @@ class Supervisor:
         actions = self._heard(happening)
         while actions:
             action = actions.pop(0)
+            if isinstance(action, ProbeStep) and self._coming.takes(action):
+                continue  # it answers after the coming step
             if isinstance(action, Question):
                 self._agree()
                 answer = self.hands.answer(action)
@@ -396,6 +405,7 @@ class Supervisor:
             "layers": None if layers is None else {"limits": limits, **layers},
             "count": self.count.state_dict(),
             "rehearsal": self._rehearsed,
+            "coming_probe": self._coming.state_dict(),
         }
         small = self.snapshots.nbytes + self.ring.nbytes <= self._options.checkpoint_bytes
         if self.loop.state.single and small:
@@ -414,6 +424,7 @@ class Supervisor:
         if "snapshots" in state:
             self.snapshots.load_state_dict(state["snapshots"])
             self.ring.load_state_dict(state["ring"])
+        self._coming.load_state_dict(state.get("coming_probe"))
         self._rehearsed = state.get("rehearsal")
         if self._rehearsal is not None and self._rehearsed is not None:
             self._rehearsal.load_state_dict(self._rehearsed, self.count.done)
