@@ -250,9 +250,7 @@ def rises_at(step: int, loop: Loop) -> Callable[[int], float]:
 def test_nothing_wrong_asks_for_probes_and_snapshots_only() -> None:
     loop = Loop()
     state, events = run(machine(), loop, lambda _: 3.0, 300)
-    # and once, with the first probe, what the formats cost in several batches
-    assert {type(question) for question in loop.asked} == {ProbeStep, CompareLosses}
-    assert [q.at for q in loop.asked if isinstance(q, CompareLosses)] == [64]
+    assert {type(question) for question in loop.asked} == {ProbeStep}
     assert {type(order) for order in loop.done} == {TakeSnapshot}
     assert [event.kind for event in events] == ["state"]
     assert state.fallback.phase == "healthy"
@@ -400,12 +398,12 @@ def test_a_probe_whose_loss_is_dear_has_more_batches_compared() -> None:
         loop.probe_gap = 0.06 if dear else 0.01
         run(watch, loop, lambda _: 3.0, 40, state, start=100)
         looks = [q.at for q in loop.asked if isinstance(q, CompareLosses)]
-        assert looks == ([64, 128] if dear else [64])
+        assert looks == ([128] if dear else [])
 
 
 def test_a_format_that_was_too_coarse_from_the_start_is_undone_to_the_start() -> None:
-    """Its errors are the usual ones, and one batch may not tell: the first look takes eight."""
-    loop, watch = Loop(error=0.1, probe_gap=0.0, gap=0.06, harm=0.06, length=100), machine()
+    """Its errors raise no suspicion, and one batch may not tell: the first look takes eight."""
+    loop, watch = Loop(error=0.2, probe_gap=0.0, gap=0.06, harm=0.06, length=100), machine()
     _, events = run(watch, loop, lambda _: 3.0, 100)
     (first, *_) = kinds(events, Demotion)
     assert first.step == 64
@@ -590,7 +588,7 @@ def test_a_cure_is_asked_about_again_and_what_grew_is_convicted() -> None:
         state, _ = tell(watch, state, look, loop)
     state, events = run(watch, loop, lambda _: 3.0, 20, state, start=102)
     again = [question.at for question in loop.asked if isinstance(question, CompareLosses)]
-    assert again == [64, 106, 114]
+    assert again == [106, 114]
     assert not kinds(events, Demotion)
     loop.gap, loop.harm = 0.1, 0.1
     _, events = run(watch, loop, lambda _: 3.0, 20, state, start=122)
