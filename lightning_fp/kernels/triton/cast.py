@@ -13,7 +13,6 @@ of integers, so that the order in which blocks arrive changes nothing.
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 # pyright: reportUnknownVariableType=false, reportOptionalMemberAccess=false
-# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fallback saves, and what it leaves alone: one seed here, all of them by `make proof`."""
+"""What the fallback saves, and what it leaves alone: a little here, all of it by `make proof`."""
 
 from __future__ import annotations
 
@@ -40,15 +40,14 @@ def is_saved(case: str, seed: int) -> bool:
     return rescued.blamed and rescued.gap(reference(seed)) < 0.01
 
 
-@pytest.mark.parametrize("case", PRECISION)
+@pytest.mark.parametrize("case", ["outliers", "stuck-scale"])
 def test_a_precision_fault_is_blamed_and_the_run_is_saved(case: str) -> None:
     assert is_saved(case, 0)
     assert run(case, "fallback", 0).no_further_than_needed
 
 
-@pytest.mark.parametrize("case", OTHER)
-def test_precision_is_not_blamed_for_other_faults(case: str) -> None:
-    assert not run(case, "fallback", 0).blamed
+def test_precision_is_not_blamed_for_a_learning_rate() -> None:
+    assert not run("learning-rate", "fallback", 0).blamed
 
 
 @pytest.mark.slow
