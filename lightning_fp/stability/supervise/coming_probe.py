@@ -42,6 +42,11 @@ class ComingProbe:
         self._high: Replay | None = None
         self._found: _Found | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether an answer is still to come."""
+        return self._asked is not None or self._found is not None
+
     def takes(self, question: ProbeStep) -> bool:
         """Whether the coming step is going to answer.
 

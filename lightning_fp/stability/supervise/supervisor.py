@@ -252,7 +252,8 @@ class Supervisor:
             self.tell(happening)
         if (answered := self._coming.take(step)) is not None:
             self.tell(answered)
-        if self.snapshots.due(step):
+        # What a probe is going to show may need the snapshot that a new one would push out.
+        if self.snapshots.due(step) and not self._coming.waits:
             self.tell(Settled(at=step))
 
     def tell(self, happening: Happening) -> None:

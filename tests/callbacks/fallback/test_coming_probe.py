@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lightning_fp.stability.respond.attribution import gradient_error
 from lightning_fp.stability.supervise.coming_probe import ComingProbe
 from lightning_fp.stability.supervise.supervisor import Supervisor
 from tests.callbacks.fallback.test_precision_fallback import batches, events, plugin
-from tests.helper import LanguageModel, fit, next_byte_loss, same_weights
+from tests.helper import LanguageModel, fit, next_byte_loss, same_weights, supervisor_of
 
 STEPS = 90
 """The watch is armed after 64."""
@@ -203,11 +202,42 @@ def test_lack_of_memory_is_an_answer() -> None:
             return lambda formats: Replay(outcome="out of memory")
 
     probe = ComingProbe(Loop(), BatchRing())  # type: ignore[arg-type]
+    assert not probe.waits
     assert probe.takes(ProbeStep(at=3, coming=True))
+    assert probe.waits
     assert not probe.takes(ProbeStep(at=3))
     assert probe.takes(ProbeStep(at=3, coming=True))
     micro = MicroBatch(batch=None, batch_idx=0, rng=RandomState.capture(), position={})
     probe.before_forward(micro)
     probe.after_backward()
     answered: Any = probe.take(4)
-    assert replace(answered.answer, replays=0).error is None
+    assert answered.answer.error is None
+    assert not probe.waits
+
+
+def test_no_snapshot_is_taken_between_question_and_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A fault may have begun since the probe before, and a new snapshot pushes out an old one."""
+    fallback = PrecisionFallback(dirpath=tmp_path, snapshot_every_n_steps=16)
+    there: list[list[int]] = []
+    takes, take = ComingProbe.takes, ComingProbe.take
+
+    def kept() -> list[int]:
+        return [snapshot.step for snapshot in supervisor_of(fallback).snapshots.kept]
+
+    def asked(self: ComingProbe, question: ProbeStep) -> bool:
+        there.append(kept())
+        return takes(self, question)
+
+    def answered(self: ComingProbe, step: int) -> Answered | None:
+        if (answer := take(self, step)) is not None:
+            there.append(kept())
+        return answer
+
+    monkeypatch.setattr(ComingProbe, "takes", asked)
+    monkeypatch.setattr(ComingProbe, "take", answered)
+    train([fallback])
+    before, after = there
+    assert before == after
+    assert kept()[0] == 81
