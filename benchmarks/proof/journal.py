@@ -39,7 +39,8 @@ def measure(
         key: what a piece of work and its row have in common.
     """
     known = {tuple(key(row)) for row in measured(path)}
-    missing = [each for each in work if tuple(key(each)) not in known]
+    wanted = {tuple(key(each)): each for each in work}  # some of it twice
+    missing = [each for name, each in wanted.items() if name not in known]
     path.parent.mkdir(parents=True, exist_ok=True)
     if jobs == 1:
         for each in missing:
