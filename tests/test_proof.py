@@ -116,7 +116,7 @@ def double(work: dict[str, Any]) -> dict[str, Any]:
 def test_what_the_journal_has_is_not_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(json.dumps({"number": 1, "twice": -1}) + "\n")
-    work = [{"number": number} for number in (1, 2)]
+    work = [{"number": number} for number in (1, 2, 2)]
     rows = measure(path, work, double, jobs=1, key=lambda row: (row["number"],))
     assert rows == [{"number": 1, "twice": -1}, {"number": 2, "twice": 4}] == measured(path)
 
