@@ -127,11 +127,12 @@ class Answers:
             rates=tuple(map(_rate, steps or [])),
             skipped=sum(step.skipped for step in steps or []),
             steps=tuple(step.step for step in steps or []),
-            replayable=self._replayable,
+            replayable=self.replayable,
         )
 
     @property
-    def _replayable(self) -> bool:
+    def replayable(self) -> bool:
+        """Whether batches are recorded, and the rehearsal lets them be run again."""
         last = self._ring.last
         return self.reach != "limits only" and (last is None or bool(last.micro_batches))
 
@@ -170,6 +171,15 @@ class Answers:
         if step is None or not step.micro_batches or self.reach == "limits only":
             return None
         return self._loop.replay(step, backward=backward)
+
+    def in_high_precision(self, step: RecordedStep | None) -> Replay | None:
+        """Forward and backward of a step's first micro-batch; None where that is impossible.
+
+        Raises:
+            Exception: what the training step raised, save for lack of memory.
+        """
+        run = self._run(step)
+        return None if run is None else _done(run(self._all_high()))
 
     def _replay_step(self, steps: Sequence[RecordedStep]) -> StepReplayed:
         """The last of them, twice in the current formats, for the noise, once in high precision."""

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.precision_map import Change
@@ -39,6 +39,17 @@ from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 from lightning_fp.stability.supervise.trial import can_run
 
 log = logging.getLogger("lightning_fp.fallback")
+
+T = TypeVar("T")
+
+
+def tried(replay: Callable[[], T]) -> T | Failed:
+    """What a replay comes to; one that raises is an answer too."""
+    try:
+        return replay()
+    except Exception as failure:
+        log.warning("an investigation failed: %s", failure, exc_info=failure)
+        return Failed(error=str(failure))
 
 
 class CarryOut:
@@ -80,14 +91,7 @@ class CarryOut:
                 changes = self._write({name: known[format] for name, format in formats}, reason)
                 return Promoted(formats={c.layer: (c.before, c.after) for c in changes})
             case _:
-                return self._agreed(self._replayed(question))
-
-    def _replayed(self, question: Question[Any]) -> Answer:
-        try:
-            return self.answers(question)
-        except Exception as failure:
-            log.warning("an investigation failed: %s", failure, exc_info=failure)
-            return Failed(error=str(failure))
+                return self._agreed(tried(lambda: self.answers(question)))
 
     def _agreed(self, answer: Answer) -> Answer:
         """Failed on one rank is failed on all: what is asked next, all ranks ask together."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_fp.stability.actions import Answered, Probed, ProbeStep
+from lightning_fp.stability.actions import Answer, Answered, Failed, Probed, ProbeStep
+from lightning_fp.stability.answers import Answers
 from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.respond.attribution import gradient_error
+from lightning_fp.stability.supervise.carry_out import tried
 from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 
 
@@ -26,6 +28,8 @@ class _Found:
     error: float | None = None
     high_loss: float | None = None
     norm: float | None = None
+    failed: str | None = None
+    """What the replay raised."""
 
 
 class ComingProbe:
@@ -33,11 +37,12 @@ class ComingProbe:
 
     Args:
         loop: what trains.
+        answers: runs the replay, where the rehearsal lets it.
         ring: the recorded steps, with their losses.
     """
 
-    def __init__(self, loop: SupervisedLoop, ring: BatchRing) -> None:
-        self._loop, self._ring = loop, ring
+    def __init__(self, loop: SupervisedLoop, answers: Answers, ring: BatchRing) -> None:
+        self._loop, self._answers, self._ring = loop, answers, ring
         self._asked: int | None = None
         self._high: Replay | None = None
         self._found: _Found | None = None
@@ -55,7 +60,7 @@ class ComingProbe:
         """
         if self._found is not None:
             return question.coming
-        here = question.coming and self._loop.own_gradients
+        here = question.coming and self._answers.replayable and self._loop.own_gradients
         self._asked = question.at if here else None
         return here
 
@@ -68,11 +73,11 @@ class ComingProbe:
         at, self._asked, self._high = self._asked, None, None
         if at is None:
             return
-        self._found = _Found(at=at)
-        run = self._loop.replay(RecordedStep(step=at, micro_batches=[batch]))
-        high = dict.fromkeys(self._loop.low(), self._loop.high)
-        if run is not None and (replay := run(high)).outcome == "done":
-            self._high = replay
+        step = RecordedStep(step=at, micro_batches=[batch])
+        high = tried(lambda: self._answers.in_high_precision(step))
+        failed = high.error if isinstance(high, Failed) else None
+        self._found = _Found(at=at, failed=failed)
+        self._high = None if isinstance(high, Failed) else high
 
     def after_backward(self) -> None:
         """Compare the step's gradients, before anybody clips them or an optimizer uses them."""
@@ -106,12 +111,13 @@ class ComingProbe:
         losses = None
         if made is not None and made.loss is not None and found.high_loss is not None:
             losses = made.loss, found.high_loss
-        return Answered(
-            question=ProbeStep(at=step, coming=True),
-            answer=Probed(
-                error=found.error, losses=losses, norm=found.norm, of_step=True, replays=1
-            ),
+        replays = 0 if found.norm is None else 1
+        answer: Answer = Probed(
+            error=found.error, losses=losses, norm=found.norm, of_step=True, replays=replays
         )
+        if found.failed is not None:
+            answer = Failed(error=found.failed)
+        return Answered(question=ProbeStep(at=step, coming=True), answer=answer)
 
     # -- state ----------------------------------------------------------------------------------
 

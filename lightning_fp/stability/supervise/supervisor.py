@@ -108,7 +108,7 @@ class Supervisor:
             note=self.note,
             dry_run=options.dry_run,
         )
-        self._coming = ComingProbe(loop, self.ring)
+        self._coming = ComingProbe(loop, self.hands.answers, self.ring)
         self._rehearsal = None
         if options.rehearse:
             self._rehearsal = Rehearsal(loop, self.ring, self.snapshots)

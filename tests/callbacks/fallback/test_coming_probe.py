@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lightning_fp import FP16Precision, PrecisionFallback
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.records.events import Suspicion
-from lightning_fp.stability.actions import Answered, ProbeStep
+from lightning_fp.stability.actions import Answered, Failed, ProbeStep
+from lightning_fp.stability.answers import Answers
 from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
 from lightning_fp.stability.keep.random_state import RandomState
+from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.respond.attribution import gradient_error
 from lightning_fp.stability.supervise.coming_probe import ComingProbe
@@ -177,7 +179,8 @@ def test_a_checkpoint_keeps_what_was_not_told_yet(tmp_path: Path) -> None:
     assert between.saved["error"] > 0
 
     ring = BatchRing()
-    later = ComingProbe(loop=None, ring=ring)  # type: ignore[arg-type]
+    loop: Any = None  # it is not asked
+    later = ComingProbe(loop, Answers(loop, ring, Snapshots()), ring)
     later.load_state_dict(between.saved)
     at = between.saved["at"]
     ring.begin(at)
@@ -198,10 +201,12 @@ def test_lack_of_memory_is_an_answer() -> None:
         def low(self) -> list[str]:
             return []
 
-        def replay(self, step: RecordedStep) -> Any:
+        def replay(self, step: RecordedStep, *, backward: bool) -> Any:
             return lambda formats: Replay(outcome="out of memory")
 
-    probe = ComingProbe(Loop(), BatchRing())  # type: ignore[arg-type]
+    loop: Any = Loop()
+    ring = BatchRing()
+    probe = ComingProbe(loop, Answers(loop, ring, Snapshots()), ring)
     assert not probe.waits
     assert probe.takes(ProbeStep(at=3, coming=True))
     assert probe.waits
@@ -213,6 +218,47 @@ def test_lack_of_memory_is_an_answer() -> None:
     answered: Any = probe.take(4)
     assert answered.answer.error is None
     assert not probe.waits
+
+
+class FailsInHighPrecision(LanguageModel):
+    """Its step cannot be run without the formats that it is trained in, once it is armed."""
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        plugin: Any = self.trainer.precision_plugin
+        high = set(plugin.precision_map.formats().values()) == {"fp32"}
+        if high and index > 50:
+            raise RuntimeError("no high precision here")
+        return super().training_step(batch, index)
+
+
+def test_a_step_that_raises_in_high_precision_ends_no_watch(
+    told: list[Answered], tmp_path: Path
+) -> None:
+    fallback = PrecisionFallback(dirpath=tmp_path)
+    train([fallback], model=FailsInHighPrecision())
+    assert [each.answer for each in told] == [Failed(error="no high precision here")]
+    assert supervisor_of(fallback).failed_at is None
+    assert fallback.phase == "healthy"
+
+
+class NeverTheSame(LanguageModel):
+    """What the rehearsal does not let be run again: every step writes to where nobody looks."""
+
+    made = 0
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        type(self).made += 1
+        return super().training_step(batch, index) * (1 + 0.01 * type(self).made)
+
+
+def test_nothing_is_run_where_the_rehearsal_lets_nothing_be_run(
+    told: list[Answered], tmp_path: Path
+) -> None:
+    fallback = PrecisionFallback(dirpath=tmp_path)
+    train([fallback], model=NeverTheSame())
+    assert supervisor_of(fallback).confined_to == "limits only"
+    assert [each.answer.replays for each in told] == [0] * len(told)
+    assert all(not getattr(each.answer, "of_step", False) for each in told)
 
 
 def test_no_snapshot_is_taken_between_question_and_answer(
