@@ -1,11 +1,15 @@
-"""Answers what the watch asks, by replays. All of them leave the run as it was."""
+"""Answers what the watch asks, by replays. All of them leave the run as it was.
+
+A replay that raises is an answer too: the watch goes on without it.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +22,7 @@ from lightning_fp.stability.actions import (
     CheckCure,
     CompareLosses,
     CureChecked,
+    Failed,
     HighReplayed,
     LossesCompared,
     Probed,
@@ -44,6 +49,10 @@ from lightning_fp.stability.replay.trajectory import LEAST_STEPS, Trajectory, re
 from lightning_fp.stability.respond.attribution import Attributor, gradient_error
 from lightning_fp.stability.respond.verdict import OneStep
 
+log = logging.getLogger("lightning_fp.fallback")
+
+T = TypeVar("T")
+
 
 class Answers:
     """Runs the replays.
@@ -62,11 +71,10 @@ class Answers:
         """What can become the run, by what was asked; of the case that is open."""
 
     def __call__(self, question: Question[Any]) -> Answer:
-        """What a question comes to; alike on all ranks.
+        """What a question comes to; alike on all ranks, but for what fails on one of them."""
+        return _tried(lambda: self._answer(question))
 
-        Raises:
-            Exception: what the training step raised, save for lack of memory.
-        """
+    def _answer(self, question: Question[Any]) -> Answer:
         match question:
             case Survey():
                 return self._survey(question)
@@ -172,14 +180,14 @@ class Answers:
             return None
         return self._loop.replay(step, backward=backward)
 
-    def in_high_precision(self, step: RecordedStep | None) -> Replay | None:
-        """Forward and backward of a step's first micro-batch; None where that is impossible.
+    def in_high_precision(self, step: RecordedStep | None) -> Replay | Failed | None:
+        """Forward and backward of a step's first micro-batch; None where that is impossible."""
 
-        Raises:
-            Exception: what the training step raised, save for lack of memory.
-        """
-        run = self._run(step)
-        return None if run is None else _done(run(self._all_high()))
+        def replay() -> Replay | None:
+            run = self._run(step)
+            return None if run is None else _done(run(self._all_high()))
+
+        return _tried(replay)
 
     def _replay_step(self, steps: Sequence[RecordedStep]) -> StepReplayed:
         """The last of them, twice in the current formats, for the noise, once in high precision."""
@@ -358,6 +366,14 @@ def trajectory_start(
     order = [*reversed(before), *(snapshot for snapshot in snapshots if snapshot.step > wanted)]
     first = order[0] if order else None
     return next((snapshot for snapshot in order if has_steps(snapshot.step)), first)
+
+
+def _tried(replay: Callable[[], T]) -> T | Failed:
+    try:
+        return replay()
+    except Exception as failure:
+        log.warning("an investigation failed: %s", failure, exc_info=failure)
+        return Failed(error=str(failure))
 
 
 def _done(replay: Replay) -> Replay | None:

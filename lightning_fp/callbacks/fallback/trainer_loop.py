@@ -109,7 +109,7 @@ class TrainerLoop(TableLoop):
         )
         if not run.possible:
             return None
-        return self._recomputation.run(run) if recompute else run
+        return self.recomputation.run(run) if recompute else run
 
     @property
     @override

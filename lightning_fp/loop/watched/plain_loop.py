@@ -136,7 +136,7 @@ class PlainLoop(TableLoop):
 
             return on_all_ranks(replay, self._device)
 
-        return self._recomputation.run(run) if recompute else run
+        return self.recomputation.run(run) if recompute else run
 
     @override
     def _making(self) -> AbstractContextManager[Train]:

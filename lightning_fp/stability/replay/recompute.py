@@ -1,15 +1,16 @@
 """Blocks that compute their activations again in backward: high precision in the memory of FP8.
 
 Backward keeps the inputs of all layers, in high precision two to four times what FP8 keeps. A run
-that just fits would thus never learn what high precision would have done. With each block's forward
-run again when its backward comes, there is no more than one block's at a time, for about a third
-more of the time (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+that just fits would thus never learn what high precision would have done, nor could it go on in
+it. With each block's forward run again when its backward comes, there is no more than one block's
+at a time, for about a third more of the time (Chen et al. 2016, "Training deep nets with sublinear
+memory cost").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_fp.stability.replay.parity import Run
 
 
 class Recomputation:
-    """Of one loop: off until memory does not suffice for a replay, then on for good.
+    """Of one loop: off until memory does not suffice for a replay, from then on in all replays.
 
     Args:
         model: gives what is trained, with its wrappers.
@@ -33,6 +34,9 @@ class Recomputation:
     def __init__(self, model: Callable[[], nn.Module], layers: Collection[object]) -> None:
         self._model, self._layers = model, layers
         self._blocks: list[nn.Module] = []
+        self._in_the_run = ExitStack()
+        self.in_the_run = False
+        """Whether the run's own steps compute activations again too."""
 
     def begin(self) -> bool:
         """See `Loop.recompute`."""
@@ -41,9 +45,30 @@ class Recomputation:
             return bool(self._blocks)
         return False
 
+    def begin_in_the_run(self) -> int:
+        """From here on the run's own steps compute activations again.
+
+        Returns:
+            The blocks that do; 0 if the model is no stack of blocks.
+        """
+        self.begin()
+        if self._blocks and not self.in_the_run:
+            self._in_the_run.enter_context(recomputed(self._blocks))
+            self.in_the_run = True
+        return len(self._blocks)
+
+    def end_in_the_run(self) -> None:
+        """The run's own steps keep all activations again."""
+        self.close()
+        self.in_the_run = False
+
+    def close(self) -> None:
+        """The run is over: the blocks are left as they were."""
+        self._in_the_run.close()
+
     def during(self) -> AbstractContextManager[None]:
         """What stands around a replay."""
-        return recomputed(self._blocks) if self._blocks else nullcontext()
+        return nullcontext() if self.in_the_run else recomputed(self._blocks)
 
     def run(self, run: Run) -> Run:
         """A replay that is made again where it runs out of memory.

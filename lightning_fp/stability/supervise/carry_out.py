@@ -6,11 +6,9 @@ to, states are put back. Nothing is decided here.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.precision_map import Change
@@ -35,21 +33,9 @@ from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.trajectory import Trajectory
 from lightning_fp.stability.respond.ladder import rungs_above
 from lightning_fp.stability.supervise.demotion import write_formats
+from lightning_fp.stability.supervise.fitting import fitting, keep_again
 from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 from lightning_fp.stability.supervise.trial import can_run
-
-log = logging.getLogger("lightning_fp.fallback")
-
-T = TypeVar("T")
-
-
-def tried(replay: Callable[[], T]) -> T | Failed:
-    """What a replay comes to; one that raises is an answer too."""
-    try:
-        return replay()
-    except Exception as failure:
-        log.warning("an investigation failed: %s", failure, exc_info=failure)
-        return Failed(error=str(failure))
 
 
 class CarryOut:
@@ -82,16 +68,17 @@ class CarryOut:
     # -- questions ------------------------------------------------------------------------------
 
     def answer(self, question: Question[Any]) -> Answer:
-        """What a question comes to; a replay that raises is an answer too."""
+        """What a question comes to."""
         match question:
             case Climb():
                 return self._climb(question)
             case Promote(formats=formats, reason=reason):
                 known = self.loop.table.known
                 changes = self._write({name: known[format] for name, format in formats}, reason)
+                keep_again(self.loop, self._last(), self._note)
                 return Promoted(formats={c.layer: (c.before, c.after) for c in changes})
             case _:
-                return self._agreed(tried(lambda: self.answers(question)))
+                return self._agreed(self.answers(question))
 
     def _agreed(self, answer: Answer) -> Answer:
         """Failed on one rank is failed on all: what is asked next, all ranks ask together."""
@@ -118,7 +105,9 @@ class CarryOut:
         """Carry out an order."""
         match order:
             case Write(formats=formats, reason=reason):
-                self._write(self._fitting(formats), reason)
+                if not self._dry_run:
+                    formats = fitting(self.loop, self._last(), formats, self._note)
+                self._write(formats, reason)
             case GoBack(start=start, instead=instead):
                 made = None if instead is None else self.answers.trajectories[instead]
                 self._go_back(start, made)
@@ -155,19 +144,6 @@ class CarryOut:
                 skipped=left_out,
                 formats={**recorded.formats, **made.formats},
             )
-
-    def _fitting(self, formats: Mapping[str, LinearFormat]) -> Mapping[str, LinearFormat]:
-        """Of a demotion as many layers, from the first, as the run has memory for."""
-        last = self._last()
-        if self.loop.whole or can_run(self.loop, last, formats):
-            return formats
-        if not can_run(self.loop, last, {}):  # then the step is at fault, whatever the formats
-            return formats
-        left = dict(formats)
-        while left and not can_run(self.loop, last, left):
-            left = dict(islice(left.items(), len(left) // 2))
-        self._note(f"the run has memory for {len(left)} of {len(formats)} layers demoted")
-        return left
 
     def _last(self) -> RecordedStep | None:
         """A step to try formats on, if steps may be made again."""

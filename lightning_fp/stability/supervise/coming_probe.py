@@ -16,7 +16,6 @@ from lightning_fp.stability.answers import Answers
 from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.respond.attribution import gradient_error
-from lightning_fp.stability.supervise.carry_out import tried
 from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 
 
@@ -74,7 +73,7 @@ class ComingProbe:
         if at is None:
             return
         step = RecordedStep(step=at, micro_batches=[batch])
-        high = tried(lambda: self._answers.in_high_precision(step))
+        high = self._answers.in_high_precision(step)
         failed = high.error if isinstance(high, Failed) else None
         self._found = _Found(at=at, failed=failed)
         self._high = None if isinstance(high, Failed) else high

@@ -32,6 +32,11 @@ class SupervisedLoop(Loop, Protocol):
         ...
 
     @property
+    def recomputation(self) -> Recomputation:
+        """Whether blocks compute their activations again, in replays and in the run."""
+        ...
+
+    @property
     def base(self) -> LinearFormat:
         """The format of layers that are left alone."""
         ...
@@ -139,7 +144,7 @@ class TableLoop(ABC):
     def __init__(self, owner: WatchedOwner) -> None:
         self._owner = owner
         layers = owner.precision_map.layers.values()
-        self._recomputation = Recomputation(lambda: self.model, layers)
+        self.recomputation = Recomputation(lambda: self.model, layers)
 
     @property
     @abstractmethod
@@ -211,7 +216,7 @@ class TableLoop(ABC):
             stance = "eager_on_recompile" if formats is None else "default"
         with (
             untouched(self.model, self._written, stance=stance),
-            self._recomputation.during(),
+            self.recomputation.during(),
             self.table.overridden(formats or {}),
             self._making() as make,
         ):
@@ -231,7 +236,7 @@ class TableLoop(ABC):
 
     def recompute(self) -> bool:
         """See `Loop.recompute`."""
-        return self._recomputation.begin()
+        return self.recomputation.begin()
 
     # -- state ----------------------------------------------------------------------------------
 

@@ -391,6 +391,7 @@ class Supervisor:
     def close(self) -> None:
         """Leave the layers as they were; records are let go."""
         self._arrivals.close()
+        self.loop.recomputation.close()
         self.snapshots.clear()
         self.ring.clear()
 
@@ -407,6 +408,7 @@ class Supervisor:
             "count": self.count.state_dict(),
             "rehearsal": self._rehearsed,
             "coming_probe": self._coming.state_dict(),
+            "recomputing": self.loop.recomputation.in_the_run,
         }
         small = self.snapshots.nbytes + self.ring.nbytes <= self._options.checkpoint_bytes
         if self.loop.state.single and small:
@@ -426,6 +428,8 @@ class Supervisor:
             self.snapshots.load_state_dict(state["snapshots"])
             self.ring.load_state_dict(state["ring"])
         self._coming.load_state_dict(state.get("coming_probe"))
+        if state.get("recomputing"):
+            self.loop.recomputation.begin_in_the_run()
         self._rehearsed = state.get("rehearsal")
         if self._rehearsal is not None and self._rehearsed is not None:
             self._rehearsal.load_state_dict(self._rehearsed, self.count.done)
