@@ -9,14 +9,15 @@ memory cost").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.replay.one_step import Replay
@@ -91,7 +92,8 @@ class Recomputation:
 def blocks_of(model: nn.Module, layers: Collection[object]) -> list[nn.Module]:
     """The blocks that a model is a stack of: the members of its outermost lists that hold layers.
 
-    Members with batch normalization are left out, whose running statistics would be updated twice.
+    A Sequential of layers alone, as of a perceptron, is one block, computed again in segments.
+    Blocks with batch normalization are left out, whose running statistics would be updated twice.
 
     Args:
         model: with its wrappers.
@@ -100,17 +102,26 @@ def blocks_of(model: nn.Module, layers: Collection[object]) -> list[nn.Module]:
     wanted = set(map(id, layers))
 
     def search(module: nn.Module) -> Generator[nn.Module, None, None]:
+        members = isinstance(module, (nn.ModuleList, nn.Sequential))
         for child in module.children():
-            inside = list(child.modules())
-            if not any(id(each) in wanted for each in inside):
-                continue
-            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(inside) > 1:
-                if not any(isinstance(each, _BatchNorm) for each in inside):
-                    yield child
-            else:
+            inside = [id(each) for each in child.modules()]
+            held = len(wanted.intersection(inside))
+            if (members and held and len(inside) > 1) or (held > 1 and _of_layers(child)):
+                yield child
+            elif held:
                 yield from search(child)
 
-    return list(search(model))
+    return [block for block in search(model) if not _normalizes_batches(block)]
+
+
+def _normalizes_batches(block: nn.Module) -> bool:
+    return any(isinstance(each, _BatchNorm) for each in block.modules())
+
+
+def _of_layers(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether it is a plain Sequential of modules that have none inside."""
+    plain = type(module).forward is nn.Sequential.forward
+    return plain and not any(True for each in module.children() for _ in each.children())
 
 
 @contextmanager
@@ -123,7 +134,8 @@ def recomputed(blocks: Collection[nn.Module]) -> Generator[None, None, None]:
     before = [(block, vars(block).get("forward")) for block in blocks]
     try:
         for block in blocks:
-            block.forward = partial(_checkpointed, block.forward)
+            again = _in_segments(block) if _of_layers(block) else _checkpointed(block.forward)
+            block.forward = again
         yield
     finally:
         for block, own in before:
@@ -132,5 +144,11 @@ def recomputed(blocks: Collection[nn.Module]) -> Generator[None, None, None]:
                 block.forward = own
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(checkpoint, forward, use_reentrant=False)
+
+
+def _in_segments(block: nn.Sequential) -> Callable[..., Any]:
+    """About as many segments as there are layers in each: least memory (Chen et al. 2016)."""
+    segments = max(2, math.isqrt(len(block)))
+    return partial(checkpoint_sequential, block, segments, use_reentrant=False)

@@ -63,3 +63,37 @@ def test_a_replaced_forward_is_there_again_afterwards() -> None:
         assert block.forward is not own
         assert torch.equal(block(torch.ones(2)), torch.full((2,), 2.0))
     assert block.forward is own
+
+
+def test_a_perceptron_is_computed_again_in_segments() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            width, layers = 16, [nn.Linear(8, 16)]
+            for _ in range(5):
+                layers += [nn.SiLU(), nn.Dropout(0.5), nn.Linear(width, width)]  # type: ignore[list-item]
+            self.net = nn.Sequential(*layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).square().mean()
+
+    model, x = Net(), torch.randn(64, 8)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    blocks = blocks_of(model, linears)
+    assert blocks == [model.net]
+    before = gradients(model, x)
+    with saved_tensors() as kept:
+        model(x)
+    with recomputed(blocks):
+        again = gradients(model, x)
+        with saved_tensors() as kept_again:
+            model(x)
+    assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
+    assert kept_bytes(kept_again, model.parameters()) < kept_bytes(kept, model.parameters()) / 2
+    assert "forward" not in vars(model.net)
+
+
+def test_batches_that_are_normalized_are_not_computed_again() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    holder = nn.ModuleDict({"net": model})
+    assert blocks_of(holder, [model[0], model[2]]) == []
