@@ -8,15 +8,17 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class ActivationBound(L.Callback):
     """Counts what the training step keeps for backward, and refuses more than there is room for.
 
-    Blocks that compute their activations again keep their inputs alone, as checkpointing has it.
+    Parameters and the batch itself are there anyway, and count for nothing. Blocks that compute
+    their activations again keep their inputs alone, as checkpointing has it.
 
     Args:
-        max_bytes: of distinct tensors that are no Parameters; None only counts.
+        max_bytes: of distinct tensors; None only counts.
         of_first: so many times what the first step keeps is the bound, if given.
     """
 
@@ -28,9 +30,11 @@ class ActivationBound(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step: Any = pl_module.training_step
-        aside = {p.untyped_storage().data_ptr() for p in pl_module.parameters()}
+        parameters = {p.untyped_storage().data_ptr() for p in pl_module.parameters()}
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
+            batch = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            aside = parameters | {tensor.untyped_storage().data_ptr() for tensor in batch}
             kept: dict[int, int] = {}
 
             def pack(tensor: Tensor) -> Tensor:
