@@ -1,6 +1,6 @@
 """How precise a linear layer's products are in each FP8 format, with and without outliers.
 
-Prints the table of docs/formats-and-kernels.md; one CPU thread, a few seconds:
+Prints the table of docs/formats.md; one CPU thread, a few seconds:
 
     python benchmarks/block_accuracy.py
 """

@@ -22,6 +22,7 @@ extensions = [
 NAVIGATION = {
     "Start": [
         "quick-start",
+        "examples",
         "which-format",
         "will-it-pay",
         "troubleshooting",
@@ -73,6 +74,7 @@ NAVIGATION = {
         "rl",
         "rl-matching",
         "training-inference-mismatch",
+        "mismatch-before-a-run",
         "mismatch-metrics",
     ],
     "Reference": [
@@ -93,7 +95,6 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["images"]
 nitpicky = False
 myst_heading_anchors = 4
-myst_enable_extensions = ["linkify"] if False else []
 suppress_warnings = ["myst.header"]
 
 # -- Names -----------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ default_role = "py:obj"  # `name` in a docstring links to what it names
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 

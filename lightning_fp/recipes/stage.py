@@ -41,7 +41,7 @@ class Stage:
     name: str
 
     layers: Mapping[str, str]
-    """`{pattern: format}`, first match wins; what no pattern matches keeps the format it has. A
+    """Formats by pattern, first match wins; what no pattern matches keeps the format it has. A
     pattern is a glob over the whole layer name, a regular expression after "re:", or blocks:
     "blocks[0]", "blocks[1:-1]", "blocks[25%:75%].mlp.*". A format is "high", "configured" (what
     the precision plugin gives the layer), or the name of one."""
