@@ -76,7 +76,7 @@ def lint(args: list[str]) -> int:
 def docs(args: list[str]) -> int:
     """Build the documentation into site/; every warning is an error."""
     if sys.version_info < (3, 11):
-        sys.exit(f"the site is built with Python 3.11 or newer, this is {platform.python_version()}")
+        sys.exit(f"the site needs Python 3.11 or newer, this is {platform.python_version()}")
     install({"docs"})
     sphinx = [PYTHON, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-b", "html"]
     return 0 if step("sphinx build", *sphinx, "docs", "site") else 1

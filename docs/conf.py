@@ -1,4 +1,4 @@
-"""The documentation site: Sphinx with MyST. `make docs` builds it into site/, warnings are errors."""
+"""The site, by Sphinx with MyST: `make docs` builds it into site/; a warning is an error."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
-# -- Looks: everything is in the site itself, no fonts or scripts from elsewhere ---------------------
+# -- Looks: no fonts, scripts or pictures from elsewhere -------------------------------------------
 
 html_theme = "furo"
 html_title = "lightning_fp"
@@ -115,7 +115,7 @@ html_copy_source = False
 html_show_sphinx = False
 
 
-# -- What is done to a page as it is read -----------------------------------------------------------
+# -- What is done to a page as it is read ----------------------------------------------------------
 
 
 def _as_read(app: Any, page: str, source: list[str]) -> None:
@@ -127,7 +127,7 @@ def _as_read(app: Any, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", source[0])
 
 
-# -- Links to torch and Lightning, by their own rules: a build needs no network -----------------------
+# -- Links to torch and Lightning, by rules of their own: a build needs no network -----------------
 
 _TORCH = "https://docs.pytorch.org/docs/stable"
 _LIGHTNING = "https://lightning.ai/docs/pytorch/stable"

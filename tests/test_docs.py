@@ -1,4 +1,4 @@
-"""The pages: short, complete, and every word in a special sense is explained where it first stands."""
+"""The pages: short, complete, and a word in a special sense is explained at its first use."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_a_term_is_explained_where_it_first_stands(page: Path) -> None:
     if page.name in WRITTEN_BY_TOOLS | {"glossary.md"}:
         pytest.skip("explains terms itself, or is written by a tool")
     text = page.read_text()
-    bad = {f"{a} at line {text[:place].count(chr(10)) + 1}" for a, place in unexplained(text).items()}
-    assert not bad, f"link the first use to glossary.md: {sorted(bad)}"
+    bad = [f"{a}, line {text[:at].count(chr(10)) + 1}" for a, at in unexplained(text).items()]
+    assert not bad, f"link the first use to glossary.md: {bad}"
 
 
 def test_a_term_without_a_link_is_noticed() -> None:
