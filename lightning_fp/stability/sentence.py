@@ -120,14 +120,15 @@ class Sentence:
         step, survey, fallback = evidence.case.step, evidence.survey, turn.state.fallback
         found = conclusion.attribution
         culprits = {} if found is None else found.formats
-        one_batch = evidence.case.batch is not None and not set(culprits) & set(fallback.demoted)
+        case, demoted = evidence.case, set(fallback.demoted)
+        one_more = (case.batch is not None or case.on_probation) and not set(culprits) & demoted
         formats, reason = demotion(
             culprits,
             low=survey.low,
             high=survey.high,
             demoted=fallback.demoted,
-            scope="layers" if one_batch else self.fallback.scope(fallback),
-            final=self.fallback.gives_up(fallback) and not one_batch,
+            scope="layers" if one_more else self.fallback.scope(fallback),
+            final=self.fallback.gives_up(fallback) and not one_more,
             whole=survey.whole,
         )
         turn.events += tell.changed(step, fallback.phase, "attribute", "precision is to blame")
@@ -139,12 +140,15 @@ class Sentence:
         if not self.dry_run:
             turn.actions.append(Write(formats=formats, reason=reason))
             self.go_back(turn, step, survey, conclusion)
-        after = self.fallback.convicted(fallback, step, before, of_one_batch=one_batch)
+        after = self.fallback.convicted(fallback, step, before, one_more=one_more)
         hold = f"for {self.fallback.hold(after)} steps"
         final = after.phase == "permanent"
         turn.events += tell.changed(step, "demote", after.phase, "for good" if final else hold)
         turn.state = replace(turn.state, fallback=after)
         cases = OpenCases().closed(turn.state.cases)
+        if any(formats.get(name) != survey.high for name in survey.low):
+            # Culprits may be left over, or what grows be too large for the new formats tomorrow.
+            cases = OpenCases().acquitted(cases, step, step)
         turn.state = replace(
             turn.state,
             cases=cases,
@@ -201,6 +205,6 @@ class Sentence:
         if not cure.verified:
             turn.actions += [Climb(at=step, layer=name, reason=cure.reason) for name in layers]
             return
-        # What grows may be too large for the new formats tomorrow: ask again, by forward gaps.
-        cases = OpenCases().acquitted(turn.state.cases, step, step)
-        turn.state = replace(turn.state, cases=cases)
+        if turn.state.cases.began is None:  # of a layer that has climbed: ask again tomorrow
+            cases = OpenCases().acquitted(turn.state.cases, step, step)
+            turn.state = replace(turn.state, cases=cases)

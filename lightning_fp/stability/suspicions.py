@@ -91,6 +91,8 @@ class Suspicions:
         due = self._open_cases.due(state.cases, step, risen=not state.calm)
         if due and self._may_look(turn, BATCHES):
             turn.actions.append(CompareLosses(at=step, count=BATCHES))
+            if self._probe is not None and fallback.phase == "probation" and state.calm:
+                turn.actions.append(ProbeStep(at=step, coming=True))
             return
         ready = fallback.phase in ("healthy", "probation")
         if self._probe is None or not (
@@ -161,7 +163,7 @@ class Suspicions:
         turn.events.append(tell.probe_suspicion(step, probed.suspicion, usual))
         # Between two probes nobody has looked: it may have begun right after the last good one.
         onset = step if probed.healthy is None else probed.healthy
-        self._suspect(turn, step, onset, "a probe is out of the usual")
+        self._suspect(turn, step, onset, "a probe is out of the usual", by_probe=True)
 
     @staticmethod
     def _is_dear(state: WatchState, probed: Probed) -> bool:
@@ -211,15 +213,26 @@ class Suspicions:
         reason: str,
         batch: int | None = None,
         rise: Anomaly | None = None,
+        *,
+        by_probe: bool = False,
     ) -> None:
         """Something other than the loss is suspicious; after an unclear verdict it waits."""
         fallback = turn.state.fallback
         waits = fallback.phase == "suspect" and step < fallback.quiet_until and batch is None
         if waits or fallback.phase == "permanent":
             return
+        on_probation = by_probe and fallback.phase == "probation"
         after = self._fallback.suspected(fallback, step, onset)
         turn.enter(step, after, reason)
-        self.look_into(turn, step, after.onset, risen=rise is not None, batch=batch, anomaly=rise)
+        self.look_into(
+            turn,
+            step,
+            after.onset,
+            risen=rise is not None,
+            batch=batch,
+            anomaly=rise,
+            on_probation=on_probation,
+        )
 
     def look_into(
         self,
@@ -232,6 +245,7 @@ class Suspicions:
         batch: int | None = None,
         left_out: bool = False,
         anomaly: Anomaly | None = None,
+        on_probation: bool = False,
     ) -> None:
         """Open a case, unless one is open."""
         if turn.state.inquiry is not None:
@@ -249,5 +263,6 @@ class Suspicions:
             overflow=overflow,
             batch=batch,
             left_out=left_out,
+            on_probation=on_probation,
         )
         turn.ask(open_case(case))

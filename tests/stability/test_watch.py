@@ -113,6 +113,7 @@ class Loop:
         self.replayable: bool = options.pop("replayable", True)
         self.probe_gap: float = options.pop("probe_gap", 0.0)
         self.length: int = options.pop("length", STEPS)
+        self.found: Callable[[int | None], Attribution] = lambda _: CULPRIT
         self.survey = Surveyed(high=HIGH)
         self.stored: int = options.pop("stored", 0)
         self.asked: list[Question[Any]] = []
@@ -166,8 +167,8 @@ class Loop:
                 return StretchReplayed(done=True, losses=losses, made=length, replays=length)
             case ReplayHigh():
                 return HighReplayed(loss=3.0, finite=True, loss_then=3.0, replays=1)
-            case Attribute():
-                return Attributed(found=CULPRIT, replays=7)
+            case Attribute(weights=weights):
+                return Attributed(found=self.found(weights), replays=7)
             case ProbeStep():
                 losses = (3.0 + self.probe_gap, 3.0)
                 return Probed(error=self.error, losses=losses, replays=2)
@@ -631,8 +632,10 @@ def test_a_fault_that_follows_a_rise_of_another_kind_waits_for_no_grace() -> Non
     loop.asked.clear()
     loop.gap = loop.harm = 0.2
     state, events = run(watch, loop, lambda _: 3.4, 8, state, start=168)
-    assert [(q.at, q.onset) for q in loop.asked if isinstance(q, Survey)] == [(172, 164)]
-    assert [event.step for event in kinds(events, Demotion)] == [172]
+    # The demotion does not help here, and so is followed by another.
+    asked = [(q.at, q.onset) for q in loop.asked if isinstance(q, Survey)]
+    assert asked == [(172, 164), (176, 172)]
+    assert [event.step for event in kinds(events, Demotion)] == [172, 176]
 
 
 def test_a_gap_that_is_a_small_part_of_what_rose_since_is_not_looked_into() -> None:
@@ -922,3 +925,46 @@ def test_a_state_of_another_version_is_refused() -> None:
     saved = {**machine().state_dict(WatchState()), "version": 7}
     with pytest.raises(ValueError, match="the watch's state must have version 1, got 7"):
         machine().load_state_dict(saved)
+
+
+@pytest.mark.parametrize("left_over", [False, True])
+def test_culprits_that_a_demotion_left_over_follow_at_once(left_over: bool) -> None:
+    """No loss tells of them: what was proved once needs no trajectory to be proved again."""
+    loop = Loop(harm=0.5)
+    other = replace(CULPRIT, culprits={"head": 0.5}, formats={"head": HIGH})
+    state, events = run(machine(), loop, rises_at(150, loop), 156)
+    (first,) = kinds(events, Demotion)
+    loop.harm, loop.error = 0.0, 0.6 if left_over else 0.2
+    loop.found = lambda _: other
+    state, events = run(machine(), loop, lambda _: 3.0, 4, state, start=156)
+    demotions = kinds(events, Demotion)
+    assert len(demotions) == left_over
+    for demotion in demotions:
+        assert demotion.step <= first.step + 5
+        assert demotion.formats == {"head": (FP8, "bf16")}  # the group is for what comes back
+        assert "not cured" in kinds(events, Verdict)[0].reason
+    assert state.fallback.demotions == 1
+
+
+def test_gradients_of_before_a_demotion_need_more_proof() -> None:
+    """The same error on two batches, in a run that has not been convicted of anything."""
+    loop = Loop(error=0.6)
+    _, events = run(machine(), loop, lambda _: 3.0, 200)
+    assert not kinds(events, Demotion)
+
+
+@pytest.mark.parametrize(
+    ("before", "demoted"),
+    [(0.21, set(LOW)), (0.45, {"blocks.0.fc"})],
+    ids=["another small one", "part of it"],
+)
+def test_weights_from_before_that_do_not_show_the_fault_name_nobody(
+    before: float, demoted: set[str]
+) -> None:
+    """On those of now no few layers explain it: then all, but for what the older ones show."""
+    loop = Loop(harm=0.5, error=3.0)
+    older = replace(CULPRIT, error=before)
+    nobody = replace(CULPRIT, culprits={}, formats={}, rest=1.0)
+    loop.found = lambda weights: nobody if weights is None else older
+    _, events = run(machine(), loop, rises_at(150, loop), 170)
+    assert set(kinds(events, Demotion)[0].formats) == demoted

@@ -35,6 +35,8 @@ from lightning_fp.stability.respond.verdict import (
     Finding,
     Judgement,
     OneStep,
+    is_calm,
+    judge_cure,
     judge_gradients,
     judge_one_step,
     wrong_gradients,
@@ -103,7 +105,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     if case.left_out:
         return _left_out(evidence, seen, one_step)
     if seen is not None and one_step is not None and one_step.finding == "unclear":
-        one_step = _by_gradients(evidence, seen) or one_step
+        one_step = _not_cured(case, seen) or _by_gradients(evidence, seen) or one_step
     gap = by_gap(evidence) if survey.finite else None
     high = high_stretch(survey)
     afforded = high is None or affordable(evidence, high)
@@ -163,6 +165,14 @@ def _left_out(evidence: Evidence, seen: OneStep | None, one_step: Judgement | No
         return Conclusion(finding="precision", one_step=one_step, attribution=attribution)
     again = _of_one_moment("not reproducible") if seen.finite else "inf or NaN comes from elsewhere"
     return Conclusion(finding="not precision", one_step=one_step, likeness=again)
+
+
+def _not_cured(case: Case, seen: OneStep) -> Judgement | None:
+    """What was proved once needs no second proof: culprits were left over. None if it is cured."""
+    usual = STILL * case.healthy_error
+    if not case.on_probation or not is_calm(seen, case.anomaly) or seen.worst_error <= usual:
+        return None
+    return judge_cure(seen, usual)
 
 
 def _by_gradients(evidence: Evidence, seen: OneStep) -> Judgement | None:
@@ -272,7 +282,8 @@ def _attribute(evidence: Evidence, error: float) -> Attribution | None:
             return before
     now = evidence.answer(asked).found
     nobody = now is None or not now.culprits
-    return before if nobody and before is not None and before.culprits else now
+    faint = before is None or before.error <= STILL * case.healthy_error
+    return before if nobody and not faint and before is not None and before.culprits else now
 
 
 def _error(seen: OneStep | None) -> float:

@@ -51,6 +51,9 @@ class Case:
     left_out: bool = False
     """Whether that step was left out because something was inf or NaN."""
 
+    on_probation: bool = False
+    """Whether layers have been demoted, and gradients are out of the usual all the same."""
+
     unusual: tuple[int, ...] = ()
     """Steps of the last batches whose casts were most unusual, worst first."""
 

@@ -178,7 +178,7 @@ class Fallback:
         step: int,
         before: Mapping[str, str],
         *,
-        of_one_batch: bool = False,
+        one_more: bool = False,
     ) -> FallbackState:
         """Precision was to blame, and layers were demoted.
 
@@ -186,17 +186,17 @@ class Fallback:
             state: where the fallback stands.
             step: the step at whose boundary it happens.
             before: the formats that the demoted layers had.
-            of_one_batch: whether a single batch has shown it, of layers that were not demoted yet:
-                others may follow, and it is not that the fault has come back.
+            one_more: whether it is of layers that were not demoted yet, and shown by a single
+                batch or left over by the last demotion: so the fault has not come back.
         """
-        final = self.gives_up(state) and not of_one_batch
+        final = self.gives_up(state) and not one_more
         return replace(
             _enter(state, "permanent" if final else "probation", step),
             onset=None,
             # A layer that is demoted again keeps the format that it had in the first place.
             demoted={**before, **state.demoted},
-            demotions=state.demotions + (not of_one_batch),
-            escalation=state.escalation + (not of_one_batch),
+            demotions=state.demotions + (not one_more),
+            escalation=state.escalation + (not one_more),
             acquittals=0,
             doubts=0,
             quiet_until=step,

@@ -181,14 +181,34 @@ def wrong_gradients(
     """
     if anomaly.level is None or not (seen.finite and seen.high_finite):
         return False
-    baseline, noise = anomaly.level
     # Gradients that vanish, as where there is nothing left to learn, leave roundings larger than
     # themselves: so beside what they were as well.
     vanished = usual_norm is not None and seen.grad_error * seen.high_norm <= WRONG * usual_norm
     least = max(WRONG, OUT_OF_USUAL * seen.floor)
     in_a_layer = max(WRONG_IN_A_LAYER, OUT_OF_USUAL * usual)
-    calm = seen.loss - baseline <= LARGE * noise
-    return calm and not vanished and seen.grad_error > least and seen.worst_error > in_a_layer
+    wrong = seen.grad_error > least and seen.worst_error > in_a_layer
+    return is_calm(seen, anomaly) and not vanished and wrong
+
+
+def is_calm(seen: OneStep, anomaly: Anomaly) -> bool:
+    """Whether a batch's loss is where it was, so that its weights are sound."""
+    if not seen.finite:
+        return False
+    return anomaly.level is None or seen.loss - anomaly.level[0] <= LARGE * anomaly.level[1]
+
+
+def judge_cure(seen: OneStep, usual: float) -> Judgement:
+    """The conviction of what a demotion has left over.
+
+    Args:
+        seen: the replays; the loss is where it was.
+        usual: the most that `worst_error` may be after a cure.
+    """
+    reason = (
+        f"not cured: after the demotion the gradients' error is {seen.worst_error:.2g}, at most"
+        f" {usual:.2g} is usual"
+    )
+    return Judgement(finding="precision", reason=reason, numbers=_numbers(seen))
 
 
 def judge_gradients(batches: Sequence[OneStep], usual: float) -> Judgement:
