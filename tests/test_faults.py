@@ -15,8 +15,6 @@ from tests.helper import same_weights
 PRECISION = [name for name, case in CASES.items() if case.cause == "precision"]
 OTHER = [name for name, case in CASES.items() if case.cause == "other"]
 LASTING = ["learning-rate", "shuffled-labels"]
-BRIEF = ["stuck-scale"]
-"""Tried at full length in every run of the tests; all of them on all seeds by `make proof`."""
 SEEDS = range(5)
 
 
@@ -56,14 +54,9 @@ def test_a_precision_fault_acts_in_fp8_from_its_start(name: str) -> None:
     assert faulty.losses[6:] != healthy.losses[6:]
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    [
-        pytest.param(name, seed, marks=() if name in BRIEF and seed == 0 else pytest.mark.slow)
-        for name in PRECISION
-        for seed in SEEDS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", PRECISION)
 def test_unprotected_fp8_ends_at_least_5_percent_worse(name: str, seed: int) -> None:
     case = CASES[name]
     run = fault_run(case.make(), fault_plugin(case.scaling), seed=seed)

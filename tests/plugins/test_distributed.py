@@ -23,11 +23,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+SLOW = [name for name in SCENARIOS if name.endswith("whole")]
+"""The whole model is compiled anew for each set of formats; in `make proof`."""
+
+
+def scenarios(*names: str) -> list[Any]:
+    """As parameters."""
+    marks = {name: pytest.mark.slow if name in SLOW else () for name in names}
+    return [pytest.param(name, marks=marks[name]) for name in names]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Both ranks' results of all scenarios, run once for all workers of pytest-xdist."""
+    return run_once(tmp_path_factory, "ranks", [n for n in SCENARIOS if n not in SLOW])
+
+
+@pytest.fixture(scope="module")
+def slow_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_once(tmp_path_factory, "slow_ranks", SLOW)
+
+
+def run_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, scenarios: list[str]
+) -> list[dict[str, Any]]:
+    """Both ranks' results of scenarios, run once for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     finished = directory / "finished"
     try:
         directory.mkdir()
@@ -37,7 +58,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             time.sleep(0.2)
         return read_ranks(directory)
     try:
-        run_on_two_ranks("tests.plugins.ranks", directory, list(SCENARIOS), timeout=TIMEOUT)
+        run_on_two_ranks("tests.plugins.ranks", directory, scenarios, timeout=TIMEOUT)
     finally:
         finished.touch()
     return read_ranks(directory)
@@ -45,14 +66,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def results(request: pytest.FixtureRequest, name: str) -> list[dict[str, Any]]:
     """Both ranks' results of one scenario; fails with a rank's traceback if it raised."""
-    both = [rank[name] for rank in request.getfixturevalue("ranks")]
+    fixture = "slow_ranks" if name in SLOW else "ranks"
+    both = [rank[name] for rank in request.getfixturevalue(fixture)]
     for rank, result in enumerate(both):
         assert "error" not in result, f"rank {rank}: {result['error']}"
     return both
 
 
 @pytest.mark.compatibility("wrappers", "DDP", "works")
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", scenarios(*SCENARIOS))
 def test_flips_keep_the_layers_and_the_ranks_agree(
     request: pytest.FixtureRequest, name: str
 ) -> None:
@@ -75,7 +97,9 @@ def test_the_flips_happened(request: pytest.FixtureRequest, name: str) -> None:
 
 
 @pytest.mark.compatibility("wrappers", "torch.compile of blocks", "works")
-@pytest.mark.parametrize("name", ["ddp regional", "ddp whole", "fsdp2 regional", "fsdp2 whole"])
+@pytest.mark.parametrize(
+    "name", scenarios("ddp regional", "ddp whole", "fsdp2 regional", "fsdp2 whole")
+)
 def test_compiled_is_eager(request: pytest.FixtureRequest, name: str) -> None:
     eager = "ddp" if name.startswith("ddp") else "fsdp2 convert after"
     for one, other in zip(results(request, eager), results(request, name), strict=True):
@@ -103,7 +127,9 @@ def test_converting_before_or_after_sharding_is_the_same(
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", [n for n in SCENARIOS if "fsdp2" in n and "trainer" not in n])
+@pytest.mark.parametrize(
+    "name", scenarios(*(n for n in SCENARIOS if "fsdp2" in n and "trainer" not in n))
+)
 def test_sharded_linears_convert_and_revert(request: pytest.FixtureRequest, name: str) -> None:
     for result in results(request, name):
         for what in ("converted", "reverted", "keys", "sharded"):

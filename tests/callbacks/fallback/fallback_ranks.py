@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,22 @@ def run(
     }
 
 
-def main(directory: Path) -> None:
+RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "incident": lambda at: run(at, "dynamic", 64, ReversedOnOneRank(), LanguageModel()),
+    "limit": lambda at: run(at, "delayed", 80, StuckOnOneRank(), LanguageModel()),
+    "sharded": lambda at: run(
+        at,
+        "dynamic",
+        64,
+        ReversedOnOneRank(),
+        Sharded(),
+        ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    ),
+    "skip": lambda at: run(at, "dynamic", 34, None, PoisonedOnOneRank()),
+}
+
+
+def main(directory: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning_fp").setLevel(logging.ERROR)
     rank = int(os.environ["RANK"])
@@ -101,21 +117,7 @@ def main(directory: Path) -> None:
         world_size=2,
         timeout=timedelta(seconds=120),
     )
-    told = {
-        "incident": run(
-            directory / "incident", "dynamic", 64, ReversedOnOneRank(), LanguageModel()
-        ),
-        "limit": run(directory / "limit", "delayed", 80, StuckOnOneRank(), LanguageModel()),
-        "sharded": run(
-            directory / "sharded",
-            "dynamic",
-            64,
-            ReversedOnOneRank(),
-            Sharded(),
-            ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-        ),
-        "skip": run(directory / "skip", "dynamic", 34, None, PoisonedOnOneRank()),
-    }
+    told = {name: RUNS[name](directory / name) for name in names}
     torch.save(told, directory / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -12,51 +12,60 @@ from lightning_fp.records import read_events
 from tests.callbacks.fallback.test_precision_fallback import LAYER
 from tests.two_ranks import run_on_two_ranks
 
+Told = list[dict[str, Any]]
+"""What each rank has told of a run."""
+
+SLOW = pytest.mark.slow
+RUN = ["incident", pytest.param("sharded", marks=SLOW), pytest.param("limit", marks=SLOW), "skip"]
+
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ranks")
-    run_on_two_ranks("tests.callbacks.fallback.fallback_ranks", directory)
-    return directory
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
-def told(directory: Path) -> list[dict[str, dict[str, Any]]]:
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+def told(request: pytest.FixtureRequest, base: Path) -> Told:
+    """Of the run that a test names."""
+    name, directory = request.param, base / request.param
+    directory.mkdir()
+    run_on_two_ranks("tests.callbacks.fallback.fallback_ranks", directory, [name])
+    ranks = [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [{**rank[name], "records": directory / name} for rank in ranks]
 
 
-@pytest.mark.parametrize("run", ["incident", "sharded", "limit", "skip"])
-def test_both_ranks_end_alike(run: str, told: list[dict[str, dict[str, Any]]]) -> None:
-    one, other = told[0][run], told[1][run]
+def of(*names: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("told", names, indirect=True)
+
+
+@of(*RUN)
+def test_both_ranks_end_alike(told: Told) -> None:
+    one, other = told
     for what in ("formats", "changes", "steps", "phase", "optimizer_steps"):
         assert one[what] == other[what], what
     assert all(torch.equal(one["weights"][n], other["weights"][n]) for n in one["weights"])
 
 
-@pytest.mark.parametrize("run", ["incident", "sharded"])
-def test_an_incident_on_one_rank_demotes_on_both(
-    run: str, directory: Path, told: list[dict[str, dict[str, Any]]]
-) -> None:
-    (demotion,) = read_events(directory / run, kinds=["demote"])
+@of("incident", pytest.param("sharded", marks=SLOW))
+def test_an_incident_on_one_rank_demotes_on_both(told: Told) -> None:
+    (demotion,) = read_events(told[0]["records"], kinds=["demote"])
     assert demotion.step == 60
     assert demotion.layers == (LAYER,)
-    assert [c[0] for c in told[1][run]["changes"]] == [LAYER]
-    assert told[0][run]["phase"] == "probation"
-    (rollback,) = read_events(directory / run, kinds=["rollback"])
+    assert [c[0] for c in told[1]["changes"]] == [LAYER]
+    assert told[0]["phase"] == "probation"
+    (rollback,) = read_events(told[0]["records"], kinds=["rollback"])
     assert rollback.replayed == 60 - rollback.to_step
 
 
-def test_a_layer_over_its_limit_on_one_rank_climbs_on_both(
-    directory: Path, told: list[dict[str, dict[str, Any]]]
-) -> None:
-    (climb,) = read_events(directory / "limit", kinds=["limit"])
+@of(pytest.param("limit", marks=SLOW))
+def test_a_layer_over_its_limit_on_one_rank_climbs_on_both(told: Told) -> None:
+    (climb,) = read_events(told[0]["records"], kinds=["limit"])
     assert climb.layers == (LAYER,)
-    assert told[1]["limit"]["formats"][LAYER] == "fp8-dynamic"
+    assert told[1]["formats"][LAYER] == "fp8-dynamic"
 
 
-def test_a_bad_gradient_on_one_rank_skips_on_both(
-    directory: Path, told: list[dict[str, dict[str, Any]]]
-) -> None:
-    (skip,) = read_events(directory / "skip", kinds=["skip"])
+@of("skip")
+def test_a_bad_gradient_on_one_rank_skips_on_both(told: Told) -> None:
+    (skip,) = read_events(told[0]["records"], kinds=["skip"])
     assert skip.step == 30
-    assert set(told[0]["skip"]["optimizer_steps"]) == {33.0}
+    assert set(told[0]["optimizer_steps"]) == {33.0}

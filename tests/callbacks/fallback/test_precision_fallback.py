@@ -452,7 +452,7 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
 def test_a_compiled_block_is_replayed_eagerly_and_goes_on_compiled(tmp_path: Path) -> None:
     def compiled() -> LanguageModel:
         model = LanguageModel()
-        model.model.blocks[1].compile()
+        model.model.blocks[1].compile(backend="aot_eager")  # what Inductor makes is another matter
         return model
 
     plain = train([], 30, "dynamic", compiled())
