@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 LANE = Path(__file__).parents[1] / "benchmarks" / "gpu" / "lane.py"
 BARE = "lightning", "lightning_fabric", "torchao", "torchmetrics", "pyarrow", "rich", "pytest"
 
@@ -58,8 +60,14 @@ def test_every_part_of_a_bare_machine(tmp_path: Path) -> None:
     layers = rows(parts["gemms"])
     assert layers["layer small 32x32x64, compiled: fp8-delayed"]["ratio"] > 0
     assert layers["layer small 32x32x64, eager: fp8-delayed"]["ratio"] > 0
+    predicted = layers["predicted, layer small 32x32x64, compiled: fp8-delayed"]
+    assert 0 < predicted["value"] <= 1  # no gain is predicted for a layer this small
+    measured = layers["layer small 32x32x64, compiled: fp8-delayed"]["ratio"]
+    assert predicted["ratio"] == pytest.approx(measured / predicted["value"])
     assert "torchao" in layers["layer small 32x32x64, eager: torchao rowwise"]["note"]
-    assert rows(parts["stack"])["fp8-delayed, compiled"]["value"] > 0
+    stack = rows(parts["stack"])
+    assert stack["fp8-delayed, compiled"]["value"] > 0
+    assert stack["predicted, fp8-delayed, compiled"]["value"] > 0
     assert rows(parts["overhead"])["sampled step, fp8-delayed, eager"]["value"] > 0
     assert rows(parts["host_reads"])["fp8-delayed, a sampled step"]["value"] == 0
     graphs = {what: row["note"] for what, row in rows(parts["recompiles"]).items()}

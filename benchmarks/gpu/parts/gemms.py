@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from parts import prediction
 from parts.card import Card
 from parts.formats import BF16, alternatives, converted, first_line
 from parts.rows import Rows
@@ -92,17 +93,21 @@ def _layers(
 
         return run
 
+    known = alternatives(card)
     makers: dict[str, Callable[[], Callable[[], object]]] = {
         name: lambda format=format, backend=backend: ours(format, backend)
-        for name, (format, backend) in alternatives(card).items()
+        for name, (format, backend) in known.items()
     }
     for recipe in ("tensorwise", "rowwise"):
         makers[f"torchao {recipe}"] = lambda recipe=recipe: plain(_torchao(layer(), recipe, card))
     bf16 = plain(layer())
     for name, make in makers.items():
         # One at a time, each beside BF16: a card throttles, and each compilation takes its while.
-        how = "compiled" if compiled else "eager"
-        _beside(card, rows, f"layer {what}, {how}: {name}", bf16, make)
+        row = f"layer {what}, {'compiled' if compiled else 'eager'}: {name}"
+        measured = _beside(card, rows, row, bf16, make)
+        if compiled and measured and name in known:
+            predicted = prediction.of_layer(card, *known[name], tokens, wide, out)
+            prediction.add(card, rows, row, predicted, measured)
 
 
 def _torchao(model: nn.Module, recipe: Any, card: Card) -> nn.Module:
@@ -120,14 +125,20 @@ def _beside(
     what: str,
     bf16: Callable[[], object],
     make: Callable[[], Callable[[], object]],
-) -> None:
-    """One row; what cannot run here is a row with the reason."""
+) -> float | None:
+    """One row; what cannot run here is a row with the reason.
+
+    Returns:
+        How many times as fast as BF16 it is; None where it cannot run.
+    """
     try:
         run = make()
         run()
     except Exception as error:
         rows.add(what, None, note=first_line(error))
-        return
+        return None
     times = card.medians({BF16: bf16, "fp8": run})
     note = f"BF16 {times[BF16] * 1e3:.4g} ms, measured in turn"
-    rows.add(what, times["fp8"] * 1e3, "ms", ratio=times[BF16] / times["fp8"], note=note)
+    ratio = times[BF16] / times["fp8"]
+    rows.add(what, times["fp8"] * 1e3, "ms", ratio=ratio, note=note)
+    return ratio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from parts import prediction
 from parts.card import Card
 from parts.formats import BF16, alternatives, converted, first_line
 from parts.llama import compile_blocks, make_llama, make_step
@@ -29,6 +30,9 @@ def measure(card: Card, rows: Rows) -> None:
             bf16 = speed if name == BF16 else bf16
             note = f"at most {peak / 2**30:.2f} GiB, batch {batch}; ratio to BF16"
             rows.add(what, speed, "tokens/s", ratio=bf16 and speed / bf16, note=note)
+            if compiled and name != BF16 and bf16:
+                predicted = _predicted(card, format, backend, batch)
+                prediction.add(card, rows, what, predicted, speed / bf16)
 
 
 def _largest_batch(card: Card) -> int:
@@ -39,6 +43,12 @@ def _largest_batch(card: Card) -> int:
         except torch.cuda.OutOfMemoryError:
             continue
     return BATCHES[-1]
+
+
+def _predicted(card: Card, format: str, backend: str, batch: int) -> float:
+    model, shape = make_llama(card)
+    tokens = torch.zeros(batch, shape.context, dtype=torch.long, device=card.device)
+    return prediction.of_step(card, model, format, backend, tokens)
 
 
 def _train(
