@@ -93,6 +93,8 @@ class Settled:
     """All that a boundary called for is done, and it is time for a snapshot."""
 
     at: int
+    only: bool = False
+    """Whether it takes the place of the only one there is."""
 
 
 @dataclass(frozen=True, kw_only=True)

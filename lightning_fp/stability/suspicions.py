@@ -38,6 +38,9 @@ from lightning_fp.stability.watch_state import WatchState
 SKIP_LOOK = 5
 """What it takes to look at one batch, as batches forward: three whole steps."""
 
+RECENT = 4
+"""Steps for which a probe says that a state is sound; its answer comes two steps later."""
+
 WORST = 2
 """Batches of the most unusual casts that an attribution looks at besides the last."""
 
@@ -94,16 +97,28 @@ class Suspicions:
             if self._probe is not None and fallback.phase == "probation" and state.calm:
                 turn.actions.append(ProbeStep(at=step, coming=True))
             return
-        ready = fallback.phase in ("healthy", "probation")
-        if self._probe is None or not (
-            ready and state.calm and self._probe.due(state.probed, step)
-        ):
-            return
-        steps, probes = state.steps, state.probed.count
-        if self._budget.affords_probe(
-            steps=steps.attempted, replayed=steps.replayed, probes=probes
-        ):
+        if self._probe is not None and self._probe.due(state.probed, step):
+            self._probe_step(turn, step)
+
+    def looks_first(self, turn: Turn, step: int) -> bool:
+        """Ask for a probe before the only snapshot gives way to one of now, if none was made yet.
+
+        Between two probes a fault may have begun, and with the old snapshot the way back is gone.
+        """
+        last = turn.state.probed.last
+        recent = last is not None and step - last <= RECENT
+        return self._probe is not None and not recent and self._probe_step(turn, step)
+
+    def _probe_step(self, turn: Turn, step: int) -> bool:
+        """Ask for the coming step's gradients, if the run is calm and the budget suffices."""
+        state, steps = turn.state, turn.state.steps
+        ready = state.calm and state.fallback.phase in ("healthy", "probation")
+        asks = ready and self._budget.affords_probe(
+            steps=steps.attempted, replayed=steps.replayed, probes=state.probed.count
+        )
+        if asks:
             turn.actions.append(ProbeStep(at=step, coming=True))
+        return asks
 
     def _may_look(self, turn: Turn, batches: int) -> bool:
         """Whether the budget has room for a look that no case asks for."""

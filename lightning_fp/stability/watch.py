@@ -150,9 +150,10 @@ class Watch:
                     watching = self.limits.watching(turn.state.limits)
                     turn.actions += [LookAgain()] if watching else []
                 self._suspicions.look_or_probe(turn, at)
-            case Settled(at=at):
+            case Settled(at=at, only=only):
                 # A state with the fault in it is no place to go back to.
-                if turn.state.calm and turn.state.fallback.phase != "suspect":
+                calm = turn.state.calm and turn.state.fallback.phase != "suspect"
+                if calm and not (only and self._suspicions.looks_first(turn, at)):
                     keep_from = self._open_cases.keep_from(turn.state.cases)
                     turn.actions.append(TakeSnapshot(at=at, keep_from=keep_from))
             case Asked(at=at, onset=onset, risen=risen):

@@ -968,3 +968,26 @@ def test_weights_from_before_that_do_not_show_the_fault_name_nobody(
     loop.found = lambda weights: nobody if weights is None else older
     _, events = run(machine(), loop, rises_at(150, loop), 170)
     assert set(kinds(events, Demotion)[0].formats) == demoted
+
+
+def settle(watch: Watch, loop: Loop, error: float) -> list[type[Action]]:
+    """What is done once the only snapshot is to give way; probes are answered at once."""
+    state, _ = run(watch, loop, lambda _: 3.0, 100)
+    loop.error = error
+    loop.asked.clear()
+    loop.done.clear()
+    for step in (110, 111, 112):
+        state, _ = tell(watch, state, Settled(at=step, only=True), loop)
+    return [type(each) for each in (*loop.asked, *loop.done)]
+
+
+def test_the_only_snapshot_gives_way_to_a_state_that_was_looked_at() -> None:
+    assert settle(machine(), Loop(), error=0.05) == [ProbeStep, TakeSnapshot, TakeSnapshot]
+    assert settle(machine(probe=None), Loop(), error=0.9)[0] is TakeSnapshot
+
+
+def test_the_only_snapshot_stays_where_the_look_is_alarming() -> None:
+    done = settle(machine(), Loop(harm=0.5), error=0.9)
+    assert done[0] is ProbeStep
+    assert done.index(Write) < done.index(GoBack)
+    assert TakeSnapshot not in done[: done.index(GoBack)]

@@ -254,7 +254,8 @@ class Supervisor:
             self.tell(answered)
         # What a probe is going to show may need the snapshot that a new one would push out.
         if self.snapshots.due(step) and not self._coming.waits:
-            self.tell(Settled(at=step))
+            only = self.snapshots.depth == 1 and bool(self.snapshots.kept)
+            self.tell(Settled(at=step, only=only))
 
     def tell(self, happening: Happening) -> None:
         """Tell the watch, between two steps, and do what it asks for."""
