@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
@@ -73,6 +74,8 @@ class DelayedScales(ABC):
         accumulation wants it; from the next step on. It takes a byte per element of the weights.
         Without effect on Transformer Engine."""
         self._layers: dict[str, SwitchableLayer] = {}
+        self._compared = False
+        """Whether all ranks have the same layers."""
         self._amax_only: frozenset[str] = frozenset()
         self._formats: list[LinearFormat] = []
         self._limits = torch.zeros(0, 3)
@@ -172,7 +175,29 @@ class DelayedScales(ABC):
         if self._layers:
             self._earlier_records = [*self._earlier_records[-_MOST_KEPT:], self._amax_record()]
         self._layers, self._amax_only = dict(layers), frozenset(amax_only)
+        self._compared = False
         self._formats = [layer.format for layer in layers.values()]
+
+    def _compare_ranks(self, device: torch.device) -> None:
+        """Before the first reduction of other layers: it goes by position, so all must be there.
+
+        Raises:
+            ValueError: on all ranks, where one has others.
+        """
+        if self._compared:
+            return
+        names = "\n".join(self._layers)
+        own = int.from_bytes(hashlib.sha256(names.encode()).digest()[:7], "big")
+        largest = torch.tensor([own, -own], device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        most, least = largest.tolist()
+        if most != -least:
+            raise ValueError(
+                "layers under delayed scaling must be the same on all ranks, got"
+                f" {len(self._layers)} on rank {dist.get_rank()} that are not those of the others;"
+                " give layers that differ by rank, as in pipeline parallelism, fp8-dynamic"
+            )
+        self._compared = True
 
     def _watch_from(self, device: torch.device | None) -> None:
         """Record anew, with the limits of the layers' formats."""

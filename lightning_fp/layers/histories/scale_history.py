@@ -119,6 +119,7 @@ class ScaleHistory(DelayedScales):
         rows = torch.cat([here, self._grad_record.unsqueeze(1)], dim=1)
         amax = torch.nan_to_num(rows[..., AMAX].float(), nan=torch.inf, posinf=torch.inf)
         if many_ranks():
+            self._compare_ranks(amax.device)
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
         self.amax = amax
         if self._amax_only:  # no scales follow from these

@@ -118,6 +118,7 @@ class EngineScales(DelayedScales):
             [torch.zeros(3, device=device) if m.seen is None else m.seen for m in cold]
         )
         if many_ranks():
+            self._compare_ranks(device)
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
         # Input and weight must have been seen; a frozen model has no gradients, and needs no scale.
         there = ((amax > 0) & torch.isfinite(amax))[:, :2].all(dim=1)
