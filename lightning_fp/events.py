@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from lightning_fp.counting import counted
+
 Tier = Literal["one step", "gap", "trajectory", "control"]
 """What a verdict rests on: a batch, several of them forward, a stretch of training in high
 precision, and the same in the run's own formats."""
@@ -176,7 +178,8 @@ class Rollback(Event):
 
     def _what(self) -> str:
         lost = self.step - self.to_step - self.replayed
-        return f"rollback to step {self.to_step}, {self.replayed} steps replayed, {lost} lost"
+        again = f"{counted(self.replayed, 'step')} trained again"
+        return f"rollback to step {self.to_step}, {again}, {lost} lost"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ class GateResult(Event):
     passed: bool
 
     def _what(self) -> str:
-        return f"gate {self.statistic} of stage {self.stage} {'passes' if self.passed else 'fails'}"
+        return f"gate of stage {self.stage} {'passes' if self.passed else 'fails'}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_fp.choices import near_names
+from lightning_fp.counting import counted
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
 
@@ -154,7 +155,7 @@ def check_rules_apply(
         if remaining.isdisjoint(matched):
             raise ValueError(
                 f"layers: rule {rule.pattern!r} never applies, earlier rules take all"
-                f" {len(matched)} layers it matches; put it before them"
+                f" {counted(len(matched), 'layer')} it matches; put it before them"
             )
         remaining.difference_update(matched)
 

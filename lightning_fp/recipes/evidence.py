@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from lightning_fp.counting import counted
 from lightning_fp.recipes.gate import Gate
 
 Series: TypeAlias = "tuple[tuple[int, float], ...]"
@@ -26,12 +27,11 @@ class GateVerdict:
 
     def sentence(self) -> str:
         """E.g. "clamped_mass/max is 0.03, must be below 0.01 (worst of 100 steps)"."""
-        gate = self.gate
+        gate, steps = self.gate, counted(self.gate.window, "step")
         if self.answer in ("no data", "too early"):
-            return f"{gate.statistic} was not measured in the last {gate.window} steps"
-        must = "as asked for" if self.answer == "passed" else "must be"
-        value = f"{self.value:.4g}"
-        return f"{gate.statistic} is {value}, {must} {gate.bounds} ({gate.reduce} of {gate.window})"
+            return f"{gate.statistic} was not measured in the last {steps}"
+        must = gate.bounds if self.answer == "passed" else f"must be {gate.bounds}"
+        return f"{gate.statistic} is {self.value:.4g}, {must} ({gate.reduce} of {steps})"
 
 
 def extend(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_fp.counting import counted
 from lightning_fp.layers.format import linear_format
 from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
 
@@ -69,7 +70,8 @@ class FormatEvidence:
         """E.g. "e8m3 failed in 4 of 15 runs of 200 steps: ..."."""
         why = f": {self.why}" if self.why else ""
         return (
-            f"{self.format} failed in {self.failed} of {self.runs} runs of {self.steps} steps{why}"
+            f"{self.format} failed in {self.failed} of {counted(self.runs, 'run')} of"
+            f" {counted(self.steps, 'step')}{why}"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
+from lightning_fp.counting import counted
 from lightning_fp.recipes.evidence import GateVerdict, Series, extend, judge
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import Stage
@@ -218,7 +219,7 @@ class Rollout:
         tries = state.tries.get(stage.name, 0) + 1
         final = tries >= stage.max_tries
         wait = stage.window * 2 ** min(tries - 1, MOST_DOUBLINGS)
-        then = "for good" if final else f"for {wait} steps at least"
+        then = "for good" if final else f"for at least {counted(wait, 'step')}"
         reason = f"{failed.sentence()}; try {tries} of {stage.max_tries}, back {then}"
         earlier = range(state.stage - 1, -1, -1)
         to = next((index for index in earlier if index not in signals.skipped), 0)
@@ -266,20 +267,21 @@ class Rollout:
         reasons: list[str] = []
         losses = [value for _, value in state.evidence.get("loss", ())][-LOSS_WINDOW:]
         loss = fmean(losses) if len(losses) >= LOSS_WINDOW else None
-        for name, value, limit in (
-            ("steps in the stage", lasted, stage.until.get("steps")),
-            ("tokens", signals.tokens, stage.until.get("tokens")),
-            ("share of the run", signals.share, stage.until.get("share")),
+        share = stage.until.get("share")
+        for said, value, limit in (
+            ("the stage has lasted {:,} steps (due at {:,})", lasted, stage.until.get("steps")),
+            ("{:,.0f} tokens are seen (due at {:,.0f})", signals.tokens, stage.until.get("tokens")),
+            ("{:.1%} of the run is done (due at {:.1%})", signals.share, share),
         ):
             if limit is None:
                 continue
             if value is None or value < limit:
                 return None
-            reasons.append(f"{name} is {value:g}, until {limit:g}")
+            reasons.append(said.format(value, limit))
         if (limit := stage.until.get("loss")) is not None:
             if loss is None or not loss < limit:
                 return None
-            reasons.append(f"loss is {loss:g}, until below {limit:g}")
+            reasons.append(f"the loss is {loss:.4g} (due below {limit:g})")
         return ", ".join(reasons)
 
     # -- state ----------------------------------------------------------------------------------

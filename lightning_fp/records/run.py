@@ -41,6 +41,9 @@ class RunInfo:
     step: int
     """Optimizer steps done when it started."""
 
+    model: str = ""
+    """The class of the model; empty in records of earlier versions."""
+
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Options by the class of the plugin and of each callback, as plain data."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from lightning_fp import __version__
 from lightning_fp.report.draw.parts import Chart, Section
 from lightning_fp.report.read.cost import RunCost, run_cost
 from lightning_fp.report.read.run_records import RunRecords, names_of, read_records
+from lightning_fp.report.sections.answer import answer
 from lightning_fp.report.sections.compare import comparison
 from lightning_fp.report.sections.every_section import sections
 from lightning_fp.report.sections.headline import alarming, headline, key_figures, low_precision
+from lightning_fp.report.sections.missing import lacking
+from lightning_fp.report.sections.title import particulars, title
 
 
 class _Charts:
@@ -54,7 +58,9 @@ def read_runs(
     given = None if baseline is None else read_records(baseline)
     among = _baseline_among(runs)
     others = [None if run is among else given or _own_baseline(run) or among for run in runs]
-    return runs, [run_cost(run, other) for run, other in zip(runs, others, strict=True)]
+    costs = [run_cost(run, other) for run, other in zip(runs, others, strict=True)]
+    runs = [replace(run, baseline=other) for run, other in zip(runs, others, strict=True)]
+    return runs, costs
 
 
 def write_report(
@@ -91,12 +97,16 @@ def render(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> str:
     """
     return _render(
         "report.html",
-        title=f"{', '.join(run.name for run in runs)}: run report",
+        title=f"{', '.join(title(run) for run in runs)}: run report",
         runs=list(zip(runs, costs, strict=True)),
+        title_of=title,
+        particulars=particulars,
+        answer=answer,
         headline=headline,
         alarming=alarming,
         key_figures=key_figures,
         sections=sections,
+        lacking=lacking,
         comparison=comparison(runs, costs) if len(runs) > 1 else None,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from lightning_fp.counting import counted
 from lightning_fp.report.draw.heatmaps import NAMES, worst_cells
 from lightning_fp.report.draw.marks import events_table
 from lightning_fp.report.draw.parts import Table, number
@@ -19,14 +20,22 @@ from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import format_histories, last_formats, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import Advice, advise, backend_of, limits_of
+from lightning_fp.report.sections.answer import Tone, answer
 from lightning_fp.report.sections.compare import differences
 from lightning_fp.report.sections.headline import alarming, headline, key_figures
 from lightning_fp.report.sections.missing import why_no_statistics
+from lightning_fp.report.sections.title import title
 from lightning_fp.terminal import FittedTable
 
+_TONES: dict[Tone, str] = {
+    "good": "bold green",
+    "changed": "bold yellow",
+    "bad": "bold red",
+    "open": "bold",
+}
 _EVENTS = 10
 _TELLING = (
-    *("demotion", "rollback", "stage", "verdict", "promotion", "skipped", "suspicion", "blame"),
+    *("demotion", "rollback", "stage", "verdict", "promotion", "skipped", "suspicion", "replay"),
     *("resume", "layer limit", "gate", "format"),
 )
 """Events as the report calls them; of too many, those are shown that come first here."""
@@ -65,6 +74,8 @@ def as_plain(run: RunRecords, cost: RunCost) -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
+        "title": title(run),
+        "answer": asdict(answer(run)),
         "headline": headline(run, cost),
         "unreadable": list(run.unreadable),
         "steps": cost.attempted,
@@ -93,8 +104,15 @@ def _advice(run: RunRecords) -> list[Advice]:
 
 
 def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool) -> None:
-    style = "bold red" if alarming(run) else ""
-    console.print(Text(run.name, style="bold"), Text(headline(run, cost), style=style))
+    console.print(Text(title(run), style="bold"), Text(str(run.path), style="dim"))
+    found = answer(run)
+    line = ". ".join(part for part in (found.word, found.cost.rstrip(".")) if part)
+    console.print(Text(f"{line}.", style=_TONES[found.tone]))
+    console.print(Text(headline(run, cost), style="bold red" if alarming(run) else ""))
+    if found.setting:
+        console.print(Text("recommended: ", style="dim"), Text(found.setting), sep="")
+    elif found.advice:
+        console.print(Text(found.advice, style="dim"))
     for sentence in run.unreadable:
         console.print(Text(sentence, style="yellow"))
     if short:
@@ -128,7 +146,7 @@ def _print_events(run: RunRecords, console: Console) -> None:
     ranked = sorted(range(len(rows)), key=lambda row: _TELLING.index(rows[row][1]))
     grid = FittedTable("", "step", "", "", right=("step",), bare=True)
     for step, what, why in (rows[row] for row in sorted(ranked[:_EVENTS])):
-        grid.add_row(Text(step), Text(what), Text(why))
+        grid.add_row(Text(step), Text(what), Text(why.partition("\n")[0]))
     console.print(grid)
     if len(rows) > _EVENTS:
         console.print(Text(f"           {len(rows) - _EVENTS} more", style="dim"))
@@ -144,7 +162,8 @@ def _print_formats(run: RunRecords, console: Console) -> None:
         )
         console.print(Text("format: ", style="dim"), Text(f"{group.label}: {history}"), sep="")
     if len(groups) > _GROUPS:
-        console.print(Text(f"        {len(groups) - _GROUPS} more groups of layers", style="dim"))
+        more = counted(len(groups) - _GROUPS, "more group")
+        console.print(Text(f"        {more} of layers", style="dim"))
 
 
 def _print_table(table: Table, console: Console) -> None:

@@ -36,7 +36,7 @@ class LowWatch:
             return ""
         asked = self._asked()
         what = "FP8" if any(format.is_fp8 for format in asked) else "Low precision"
-        layers = "its layer" if len(asked) == 1 else f"all {len(asked)} layers"
+        layers = "its only layer" if len(asked) == 1 else f"all {len(asked)} layers"
         last = next(reversed(self._table.changes), None)
         why, do = "", "ask for the formats it was to be in, or train longer"
         if last is not None:

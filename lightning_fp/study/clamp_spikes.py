@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.choices import check_at_least
+from lightning_fp.counting import counted
 from lightning_fp.records.jsonl import plain
 from lightning_fp.records.loss import Loss
 from lightning_fp.study.alignment import (
@@ -101,7 +102,7 @@ class ClampSpikes:
                 f" {best.layer}, {best.operand}: corrected p = {best.p_corrected:.2g})."
             )
         layers = list(dict.fromkeys(tie.layer for tie in found))
-        more = f", and {len(layers) - 1} more layers" if len(layers) > 1 else ""
+        more = f", and {counted(len(layers) - 1, 'more layer')}" if len(layers) > 1 else ""
         return (
             f"{count}; clamping in {best.layer} ({best.operand}) comes with them"
             f" (corrected p = {best.p_corrected:.2g}){more}. Whether it is the cause, an A/B tells."

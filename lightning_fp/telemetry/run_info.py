@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_fp.layers import ConversionReport, PrecisionMap
 from lightning_fp.records.run import LayerInfo, RunInfo
 from lightning_fp.telemetry.over_ranks import ranks
 
+_WRAPPERS = ("DistributedDataParallel", "OptimizedModule", "_FabricModule")
 _PACKAGES = ("lightning-fp", "torch", "lightning", "torchao", "transformer-engine")
 
 
@@ -42,6 +44,7 @@ def describe_run(
     formats: dict[str, str] = {} if table is None else table.formats()
     return RunInfo(
         step=step,
+        model=_class_of(model),
         settings=settings,
         layers=tuple(
             LayerInfo(
@@ -54,13 +57,35 @@ def describe_run(
             for row in ([] if report is None else report.layers)
         ),
         parameters=sum(p.numel() for p in model.parameters()),
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        device=_name_of(device),
         world_size=ranks(),
         strategy=strategy,
         versions={"python": platform.python_version(), **_versions()},
     )
+
+
+def _class_of(model: nn.Module) -> str:
+    """Its class, beneath what DDP, Fabric and torch.compile put around it."""
+    for name in ("module", "_orig_mod", "_forward_module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and type(model).__name__ in _WRAPPERS:
+            return _class_of(inner)
+    return type(model).__name__
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type.upper()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = named[0] if named else platform.processor() or platform.machine()
+    return name if "CPU" in name else f"{name} CPU"
 
 
 @cache

@@ -184,7 +184,7 @@ class TestSentences:
             ),
             (
                 Rollback(step=160, reason="r", to_step=144, replayed=15),
-                "step 160: rollback to step 144, 15 steps replayed, 1 lost: r",
+                "step 160: rollback to step 144, 15 steps trained again, 1 lost: r",
             ),
             (
                 StateChange(step=5, reason="r", before="SUSPECT", after="HEALTHY"),

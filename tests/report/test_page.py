@@ -51,6 +51,13 @@ class Page(HTMLParser):
         return [value or "" for key, value in self.attributes if key == name]
 
 
+def parts(text: str) -> int:
+    """Sections that are there, and those of which it says why they are not."""
+    lacking = re.findall(r"<li><b>([^<]*)</b>: ", text)
+    named = sum(len(titles.split(", ")) for titles in lacking)
+    return len(re.findall(r'<section id="(?!(?:run\d-)?lacking)', text)) + named
+
+
 def page_of(*run_dirs: Path, to: Path) -> tuple[str, Page]:
     text = write_report(run_dirs, to / "out" / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
@@ -59,7 +66,7 @@ def page_of(*run_dirs: Path, to: Path) -> tuple[str, Page]:
 def test_complete_and_offline(made_up: Path, tmp_path: Path) -> None:
     text, page = page_of(made_up, to=tmp_path)
     assert page.open == []
-    assert page.tags.count("section") == SECTIONS
+    assert parts(text) == SECTIONS
     assert not page.values("src")
     assert all(value.startswith(("#", "data:")) for value in page.values("href"))
     assert set(re.findall(r"https?://[\w./]+", text)) == {"http://www.w3.org/2000/svg"}
@@ -107,7 +114,7 @@ def test_stages_and_gates(tmp_path: Path) -> None:
     (chart,), (table,) = section.charts, section.tables
     assert [part["name"] for part in chart["rows"][0]["segments"]] == ["bf16", "fp8"]
     assert chart["lanes"][0]["marks"][0]["failed"]
-    row = ["50", "bf16", "clamped_mass", "0.02", "below 0.01", "held", "too much"]
+    row = ["50", "bf16", "clamped_mass", "0.02", "below 0.01", "held"]
     assert table.rows == [row]
 
 
@@ -145,8 +152,8 @@ def test_gradients_in_fp16(made_up: Path, tmp_path: Path) -> None:
         ["a", "25.0%", "50.0%", "12.5%"],
         ["the model itself", "0%", "0%", "0%"],
     ]
-    text, page = page_of(tmp_path, to=tmp_path)
-    assert page.tags.count("section") == SECTIONS + 1
+    text, _ = page_of(tmp_path, to=tmp_path)
+    assert parts(text) == SECTIONS + 1
     assert "Gradients in the range of FP16" in text
     assert "gradients" not in page_of(made_up, to=tmp_path)[1].values("id")
 
@@ -155,7 +162,7 @@ def test_runs_compared(made_up: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     LossWriter(other).append([LossRow(step=s, loss=1.0, seconds=0.05) for s in range(1, 641)])
     text, page = page_of(made_up, other, to=tmp_path)
-    assert page.tags.count("section") == 1 + 2 * SECTIONS
+    assert parts(text) == 1 + 2 * SECTIONS
     assert page.open == []
     ids = page.values("id")
     assert len(ids) == len(set(ids))
@@ -207,8 +214,9 @@ def test_records_cut_short_anywhere(
         content = (made_up / name).read_bytes()
         kept = data.draw(st.integers(0, len(content)), label=name)
         (run / name).write_bytes(content[:kept])
-    _, page = page_of(run, to=tmp_path_factory.mktemp("page"))
-    assert page.tags.count("section") == SECTIONS
+    text, page = page_of(run, to=tmp_path_factory.mktemp("page"))
+    assert parts(text) == SECTIONS
+    assert page.open == []
 
 
 def test_the_terminal_needs_no_jinja2(

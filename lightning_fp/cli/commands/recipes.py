@@ -9,6 +9,7 @@ from lightning_fp import recipes
 from lightning_fp.cli.commands.plan import planned
 from lightning_fp.cli.loading import load_model
 from lightning_fp.cli.output import console, print_json
+from lightning_fp.counting import counted
 from lightning_fp.layers import ConversionReport, linear_format
 from lightning_fp.recipes import RolloutRecipe, Stage, StageFormats
 from lightning_fp.recipes.text import as_plain
@@ -136,7 +137,9 @@ def _print_course(stages: Sequence[StageFormats], report: ConversionReport) -> N
         counts: dict[str, int] = {}
         for format in entry.formats.values():
             counts[format] = counts.get(format, 0) + 1
-        formats = "\n".join(f"{count} layers {format}" for format, count in counts.items())
+        formats = "\n".join(
+            f"{counted(count, 'layer')} {format}" for format, count in counts.items()
+        )
         share = f"{_low_share(entry, report):.1%}"
         grid.add_row(
             _plain(entry.stage.name), _plain(formats), share, _plain(_listed(entry.changes))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_fp.cli.output import console, print_json
+from lightning_fp.counting import counted
 from lightning_fp.records import read_statistics
 from lightning_fp.report.draw.heatmaps import NAMES
 from lightning_fp.report.draw.sparkline import sparkline
@@ -131,8 +132,8 @@ def _print_worst(
     run: str, rows: pa.Table, found: dict[Ranking, list[dict[str, Any]]], screen: Console
 ) -> None:
     steps = pc.min_max(rows["step"]).as_py()
-    layers = len(rows["layer"].unique())
-    line = f"{run}: {layers} layers in low precision, steps {steps['min']} to {steps['max']}"
+    layers = counted(len(rows["layer"].unique()), "layer")
+    line = f"{run}: {layers} in low precision, steps {steps['min']} to {steps['max']}"
     screen.print(line, markup=False, soft_wrap=True)
     for ranking, entries in found.items():
         title = NAMES[ranking]

@@ -12,6 +12,7 @@ from rich.text import Text
 from lightning_fp.cli.commands.plan import parse_rules
 from lightning_fp.cli.loading import find_factory
 from lightning_fp.cli.output import console, print_json
+from lightning_fp.counting import counted
 from lightning_fp.demo.run import quiet_lightning
 from lightning_fp.records import read_statistics
 from lightning_fp.report.draw.sparkline import sparkline
@@ -114,8 +115,7 @@ def _print_ties(found: ClampSpikes, top: int, screen: Console) -> None:
                 style="" if tie.p_corrected < 0.05 else "dim",
             )
         screen.print(grid)
-    plural = "" if found.resolution == 1 else "s"
-    notes = [f"a row of the statistics covers {found.resolution} step{plural}"]
+    notes = [f"a row of the statistics covers {counted(found.resolution, 'step')}"]
     if found.silent:
         notes.append(f"{found.silent} operands never clamped")
     if found.outside:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lightning_fp.cli.output import console, print_json
+from lightning_fp.counting import counted
 from lightning_fp.study.predictor_runs import read_runs
 from lightning_fp.study.predictors import REFERENCES, Predictor, Predictors, predictors
 from lightning_fp.terminal import FittedTable
@@ -44,7 +45,8 @@ def _print(found: Predictors, ahead: Sequence[int], screen: Console) -> None:
                 soft_wrap=True,
             )
     note = (
-        f"{found.runs} runs of {found.seeds} seeds, {found.failed} failed; AUC on held-out seeds,"
+        f"{counted(found.runs, 'run')} of {counted(found.seeds, 'seed')}, {found.failed} failed;"
+        " AUC on held-out seeds,"
         " intervals by a bootstrap over runs; dim: seen without a monitor, or no better than chance"
     )
     screen.print(note, style="dim", markup=False, soft_wrap=True)

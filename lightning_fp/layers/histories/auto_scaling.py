@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fp.counting import counted
+
 DELAYED_TOKEN_LIMIT = 200e9
 """Training tokens beyond which delayed scaling is known to fail late: SwiGLU outliers made it
 diverge at about 200B tokens (arXiv 2409.12517), so that no short trial can certify it."""
@@ -107,9 +109,11 @@ class AutoScalingState:
         since = self._safe_since.setdefault(layer, self._steps - self.config.check_every)
         if not self.config.allows_delayed or self._steps - since < self.config.window:
             return None
-        steps = self._steps - since
+        steps = counted(self._steps - since, "step")
         return Move(
-            layer, "fp8-delayed", f"delayed scaling would not have clamped in {steps} steps"
+            layer,
+            "fp8-delayed",
+            f"delayed scaling would not have clamped in {steps}",
         )
 
     def state_dict(self) -> dict[str, object]:

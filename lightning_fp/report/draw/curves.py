@@ -18,8 +18,26 @@ _WIDE = 30.0
 """Ratio of largest to smallest value from which on an axis is logarithmic."""
 
 
+GREY = -1
+"""In place of a number in the palette: for what a run is compared with."""
+
+_APART = (0, 3, 5, 6, 7)
+"""Numbers in the palette of blues and violets: orange, green and amber say how something went."""
+
+
+def told_apart(number: int) -> int:
+    """A colour that only tells one thing from another, by its number."""
+    return _APART[number % len(_APART)]
+
+
 def curve(
-    name: str, steps: Tensor, values: Tensor, *, color: int = 0, smooth: bool = False
+    name: str,
+    steps: Tensor,
+    values: Tensor,
+    *,
+    color: int = 0,
+    smooth: bool = False,
+    last: float | None = None,
 ) -> dict[str, Any]:
     """One line of a chart.
 
@@ -29,10 +47,13 @@ def curve(
         values: float64 [points]; of many points the extremes of each stretch are kept.
         color: number in the palette.
         smooth: whether to draw a running mean over it.
+        last: a value to write at the line's end.
     """
     steps, values = steps.double(), values.double()
     bad = steps[~values.isfinite()]
     drawn: dict[str, Any] = {"name": name, "color": color}
+    if last is not None:
+        drawn["last"] = float(f"{last:.4g}")
     stretch = math.ceil(len(steps) / _POINTS)
     if stretch > 1:
         padded = -len(steps) % stretch

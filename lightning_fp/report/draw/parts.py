@@ -29,6 +29,9 @@ class Table:
     folded: bool = False
     """Whether it shows only when asked for."""
 
+    long: bool = False
+    """Whether it does so on a phone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:

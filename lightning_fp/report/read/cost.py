@@ -68,6 +68,9 @@ class RunCost:
     baseline_step_seconds: float | None = None
     """Median time of a step of the baseline."""
 
+    emulated: bool = False
+    """Whether low precision was emulated: times then say nothing about hardware that has it."""
+
     memory: Mapping[str, float] = field(default_factory=dict[str, float])
     """Bytes, by what they are for."""
 
@@ -101,10 +104,10 @@ class RunCost:
             else f"{self.useful:,} of {self.attempted:,} steps were useful"
         )
         raw, effective = self.raw_speedup, self.effective_speedup
+        if self.emulated:
+            return f"{kept}; FP8 was emulated, so its times say nothing about FP8 hardware."
         if effective is not None and raw is not None:
-            gain = (
-                f"{effective:.2f}x as fast as the baseline after all losses ({raw:.2f}x per step)"
-            )
+            gain = f"{effective:.2f}x as fast as the baseline, all counted ({raw:.2f}x per step)"
             return f"{kept}; the run was {gain}."
         unknown = "what low precision gained is unknown without a baseline"
         return f"{kept}; {unknown} (record one with `lightning-fp baseline`)."
@@ -140,6 +143,7 @@ def run_cost(records: RunRecords, baseline: RunRecords | None = None) -> RunCost
         incident_seconds=_incidents(steps, records.events),
         baseline="" if baseline is None else baseline.name,
         baseline_step_seconds=against,
+        emulated=any("emulated" in layer.kernel for layer in records.layers),
         memory=_memory(records),
     )
 

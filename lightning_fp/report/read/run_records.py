@@ -58,6 +58,9 @@ class RunRecords:
     unreadable: tuple[str, ...] = ()
     """What is there and cannot be read, as sentences."""
 
+    baseline: RunRecords | None = None
+    """The run in high precision that it is compared with."""
+
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
         """As they were when the run first started."""

@@ -45,6 +45,16 @@ class Steps:
         """The last step."""
         return int(self.steps[-1])
 
+    def up_to(self, step: int) -> Steps:
+        """Those up to a step, that one included."""
+        kept = self.steps <= step
+        return Steps(
+            steps=self.steps[kept],
+            losses=self.losses[kept],
+            grad_norms=self.grad_norms[kept],
+            seconds=self.seconds[kept],
+        )
+
     def seconds_per_step(self) -> float | None:
         """Median; None if no step's time is known."""
         known = self.seconds[self.seconds.isfinite()]

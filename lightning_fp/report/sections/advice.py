@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from lightning_fp.counting import counted
 from lightning_fp.layers import Backend, linear_format
 from lightning_fp.layers.backends import could_run
 from lightning_fp.report.draw.heatmaps import LIMITS
@@ -114,7 +115,7 @@ def advice_table(advice: Sequence[Advice]) -> Table:
         title="",
         columns=("layer", "operand", "format", "what is wrong", "what to do"),
         rows=rows,
-        note=f"{more} more operands are over a limit." if more else "",
+        note=f"Over a limit: {counted(more, 'more operand')}." if more > 0 else "",
     )
 
 

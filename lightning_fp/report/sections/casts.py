@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_fp.report.draw.curves import curve, panel, panels, points
+from lightning_fp.counting import counted
+from lightning_fp.report.draw.curves import GREY, curve, panel, panels, points, told_apart
 from lightning_fp.report.draw.heatmaps import NAMES, UNITS, heatmap, worst_cells
 from lightning_fp.report.draw.marks import errors_alone
 from lightning_fp.report.draw.parts import (
@@ -54,7 +55,8 @@ def casts_section(records: RunRecords) -> Section:
         }
         for ranking in RANKINGS
     ]
-    cut = f"{digest.rows:,} rows, {len(digest.layers):,} layers, {digest.intervals:,} intervals."
+    of = (digest.rows, "row"), (len(digest.layers), "layer"), (digest.intervals, "interval")
+    cut = ", ".join(counted(number, thing) for number, thing in of) + "."
     return replace(about, charts=charts, text=(cut,))
 
 
@@ -83,7 +85,7 @@ def gradients_section(records: RunRecords) -> Section:
         [max((100 * getattr(of, name) for of in row.layers.values()), default=0.0) for row in rows]
         for name in ("zero", "subnormal")
     )
-    lines = [points("zero", at, zero), points("subnormal", at, subnormal, color=1)]
+    lines = [points("zero", at, zero), points("subnormal", at, subnormal, color=told_apart(1))]
     fields = [
         panel("loss scale", [points("loss scale", at, [row.scale for row in rows])], height=90),
         panel("worst layer", lines, unit="%", log=False, height=130),
@@ -134,14 +136,14 @@ def parity_section(records: RunRecords) -> Section:
                 "gradient error",
                 [
                     points("of the formats", at, [p["grad_error"] for p in probes.values()]),
-                    points("noise", at, [p["noise"] for p in probes.values()], color=2),
+                    points("noise", at, [p["noise"] for p in probes.values()], color=GREY),
                 ],
                 log=False,
                 height=130,
             ),
             panel(
                 "loss gap",
-                [points("low minus high", at, [p["loss_gap"] for p in probes.values()], color=1)],
+                [points("low minus high", at, [p["loss_gap"] for p in probes.values()])],
                 log=False,
                 height=110,
             ),
@@ -190,7 +192,7 @@ def _chosen(histories: Sequence[OperandHistory]) -> list[OperandHistory]:
 def _history(history: OperandHistory, limits: Mapping[Any, float], records: RunRecords) -> Chart:
     steps = torch.tensor(history.steps)
     fields: list[dict[str, Any]] = []
-    for color, name in enumerate(RANKINGS):
+    for name in RANKINGS:
         unit = UNITS[name]
         factor = 100.0 if unit == "%" else 1.0
         values = torch.tensor(
@@ -198,7 +200,7 @@ def _history(history: OperandHistory, limits: Mapping[Any, float], records: RunR
         )
         if values.isfinite().any() and (unit == "dB" or values.nan_to_num().max() > 0):
             limit = (limits[name] * factor, "limit")
-            line = curve(NAMES[name], steps, values, color=color)
+            line = curve(NAMES[name], steps, values)
             fields.append(panel(NAMES[name], [line], unit=unit, log=False, limit=limit, height=90))
     formats = ", then ".join(dict.fromkeys(history.formats))
     title = f"{history.layer}, {history.operand}"

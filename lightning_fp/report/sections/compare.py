@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from lightning_fp.report.draw.curves import curve, panel, panels
+from lightning_fp.report.draw.curves import curve, panel, panels, told_apart
 from lightning_fp.report.draw.parts import Section, Table, decibels, duration, number, share
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import format_histories
@@ -21,12 +21,19 @@ def comparison(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Section:
         costs: what each cost.
     """
     curves = [
-        curve(run.name, run.steps.steps, run.steps.losses, color=i, smooth=True)
+        curve(
+            run.name,
+            run.steps.steps,
+            run.steps.losses,
+            color=told_apart(i),
+            smooth=True,
+            last=run.steps.final_loss(),
+        )
         for i, run in enumerate(runs)
         if run.steps is not None
     ]
     norms = [
-        curve(run.name, run.steps.steps, run.steps.grad_norms, color=i, smooth=True)
+        curve(run.name, run.steps.steps, run.steps.grad_norms, color=told_apart(i), smooth=True)
         for i, run in enumerate(runs)
         if run.steps is not None and run.steps.grad_norms.isfinite().any()
     ]
@@ -63,7 +70,7 @@ def differences(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Table:
         ["skipped / rolled back", *(f"{c.skipped:,} / {c.rolled_back:,}" for c in costs)],
         ["time in all", *(duration(cost.seconds) for cost in costs)],
         ["time per step, median", *(duration(cost.step_seconds) for cost in costs)],
-        ["speed-up after all losses", *(_times(cost.effective_speedup) for cost in costs)],
+        ["speed-up, everything counted", *(_speedup(cost) for cost in costs)],
         [
             "layers in low precision",
             *(f"{low} of {all}" if all else "unknown" for low, all, _ in layers),
@@ -100,5 +107,7 @@ def _count(run: RunRecords, kind: str) -> str:
     return f"{sum(event.kind == kind for event in run.events):,}"
 
 
-def _times(factor: float | None) -> str:
-    return "unknown" if factor is None else f"{factor:.2f}x"
+def _speedup(cost: RunCost) -> str:
+    if cost.emulated:
+        return "FP8 emulated"
+    return "unknown" if cost.effective_speedup is None else f"{cost.effective_speedup:.2f}x"

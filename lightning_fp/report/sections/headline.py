@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from lightning_fp.counting import counted
 from lightning_fp.events import Rehearsed, WatchFailed
 from lightning_fp.records import Demotion, Event, StageChange, Verdict
+from lightning_fp.report.draw.marks import decisions
 from lightning_fp.report.draw.parts import duration, number, share
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import (
@@ -16,6 +18,7 @@ from lightning_fp.report.read.format_history import (
     last_formats,
 )
 from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.answer import loss_gap
 
 
 def headline(records: RunRecords, cost: RunCost) -> str:
@@ -28,13 +31,11 @@ def headline(records: RunRecords, cost: RunCost) -> str:
     never = never_low(records)
     incidents = "" if never else _incidents(records)
     parts = [never, unwatched(records), _end(records), incidents, _unproven(records.events)]
-    if cost.effective_speedup is not None:
+    if cost.emulated and not never:
+        parts.append("FP8 was emulated: its losses are those of FP8 hardware, its times are not.")
+    elif cost.effective_speedup is not None:
         gain = cost.effective_speedup
-        parts.append(f"All losses counted, it ran at {gain:.2f}x the speed of the baseline.")
-        if emulated(records):
-            parts.append(
-                "FP8 was emulated: its losses are those of FP8 hardware, its times are not."
-            )
+        parts.append(f"With everything counted, it ran at {gain:.2f}x the baseline's speed.")
     elif cost.attempted and cost.useful < cost.attempted:
         parts.append(f"{cost.useful:,} of {cost.attempted:,} steps were useful.")
     return " ".join(part for part in parts if part)
@@ -47,7 +48,7 @@ def never_low(records: RunRecords) -> str:
         return ""
     stages = [event.stage for event in records.events if isinstance(event, StageChange)]
     why = f"; the rollout ended in stage {stages[-1]!r}" if stages else ""
-    layers = "its layer" if len(asked) == 1 else f"all {len(asked)} layers"
+    layers = "its only layer" if len(asked) == 1 else f"all {len(asked)} layers"
     what = "FP8" if any("fp8" in format for format in asked) else "Low precision"
     return (
         f"{what} was asked for and never on: {layers} stayed in high precision in every step{why}."
@@ -76,24 +77,29 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     """What, how much, and a remark, for the top of a page."""
     steps = records.steps
     loss = steps.final_loss() if steps else None
+    gap = loss_gap(records)
     low, all, now = low_precision(records)
-    raw, effective = cost.raw_speedup, cost.effective_speedup
-    unknown = "no baseline"
-    against = f"against {cost.baseline}" if raw else unknown
-    if raw and emulated(records):
-        against = "FP8 emulated"
-    return [
+    found = [
         ("steps", f"{cost.attempted:,}", f"{cost.useful:,} useful"),
-        ("final loss", number(loss) or "unknown", "mean of the last steps"),
-        ("in low precision", f"{low} of {all}" if all else "unknown", now or "layers at the end"),
-        ("time per step", duration(cost.step_seconds), "median"),
-        ("speed-up per step", f"{raw:.2f}x" if raw else "unknown", against),
         (
-            "effective speed-up",
-            f"{effective:.2f}x" if effective else "unknown",
-            "after all losses" if effective else unknown,
+            "final loss",
+            number(loss) or "unknown",
+            "mean of the last steps" if gap is None else f"{gap:+.1%} against the baseline",
         ),
+        (
+            "in low precision",
+            f"{low} of {all}" if all else "unknown",
+            f"layers at the end, {now}" if now else "layers at the end",
+        ),
+        ("decisions", f"{len(decisions(records.events)):,}", "about precision; listed below"),
     ]
+    if cost.emulated:
+        return found
+    found.append(("time per step", duration(cost.step_seconds), "median"))
+    raw, effective = cost.raw_speedup, cost.effective_speedup
+    if raw and effective:
+        found.append(("speed-up", f"{effective:.2f}x", f"everything counted; {raw:.2f}x per step"))
+    return found
 
 
 def low_precision(records: RunRecords) -> tuple[int, int, str]:
@@ -107,11 +113,6 @@ def low_precision(records: RunRecords) -> tuple[int, int, str]:
     return len(low), len(ends), f"{share(sum(shares))} of FLOPs" if whole else ""
 
 
-def emulated(records: RunRecords) -> bool:
-    """Whether low precision was emulated, so that times say nothing about hardware that has it."""
-    return any("emulated" in layer.kernel for layer in records.layers)
-
-
 def updated(records: RunRecords) -> float | None:
     """Unix time of the newest record."""
     files = [path for path in records.path.glob("*") if path.suffix in (".csv", ".jsonl")]
@@ -123,7 +124,7 @@ def _end(records: RunRecords) -> str:
     loss = records.steps.final_loss() if records.steps else None
     with_loss = f" with a loss of {loss:.4g}" if loss is not None else ""
     if records.finished is not None:
-        return f"The run ended after {records.last_step:,} steps{with_loss}."
+        return f"The run ended after {counted(records.last_step, 'step')}{with_loss}."
     if not records.last_step:
         return "Nothing is recorded of this run's steps yet."
     when = updated(records)
@@ -132,7 +133,7 @@ def _end(records: RunRecords) -> str:
         return f"The run is recorded up to step {records.last_step:,}{with_loss}."
     return (
         "No end is recorded: the run still goes on, or was stopped, after"
-        f" {records.last_step:,} steps{with_loss}{at}."
+        f" {counted(records.last_step, 'step')}{with_loss}{at}."
     )
 
 
@@ -144,7 +145,7 @@ def _incidents(records: RunRecords) -> str:
     if convicted:
         times = "once" if len(convicted) == 1 else f"{len(convicted)} times"
         layers = {layer for event in demotions for layer in event.formats}
-        named = next(iter(layers)) if len(layers) == 1 else f"{len(layers)} layers"
+        named = next(iter(layers)) if len(layers) == 1 else counted(len(layers), "layer")
         at = ", ".join(f"{step:,}" for step in convicted[:3])
         what = f"Low precision was proved to harm it {times}, at step {at}"
         return f"{what}; {named} got a safer format.{_climbs(events)}" if layers else f"{what}."
@@ -169,7 +170,7 @@ def _unproven(events: Sequence[Event]) -> str:
     layers = len({layer for event in climbed for layer in event.layers})
     times = len({event.step for event in climbed})
     often = "one suspicion" if times == 1 else f"{times} suspicions"
-    moved = "1 layer" if layers == 1 else f"{layers} layers"
+    moved = counted(layers, "layer")
     return f"Without proof, on {often}, {moved} got a safer format: nothing could be replayed."
 
 

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_fp.records.tables import DIRECTORY
-from lightning_fp.report.draw.parts import not_recorded
+from lightning_fp.report.draw.parts import Section, not_recorded
 from lightning_fp.report.read.format_history import ever_low
 from lightning_fp.report.read.run_records import RunRecords
+
+
+def lacking(sections: Sequence[Section]) -> list[tuple[list[str], str]]:
+    """Titles of the sections without records, and why, together where the reason is the same.
+
+    Args:
+        sections: of a report.
+    """
+    found: dict[str, list[str]] = {}
+    for section in sections:
+        if section.missing:
+            found.setdefault(section.missing, []).append(section.title)
+    return [(titles, why) for why, titles in found.items()]
 
 
 def took_part(records: RunRecords, callback: str) -> bool:
@@ -42,8 +57,7 @@ def why_no_statistics(records: RunRecords, options: str = "") -> str:
         otherwise=(
             _none_yet(records, "ClampMonitor has no rows yet", "once per log interval")
             if ever_low(records)
-            else "ClampMonitor was there and had nothing to measure: no layer was in low precision"
-            " in any step."
+            else "ClampMonitor had nothing to measure: no layer was in low precision in any step."
         ),
     )
 
@@ -66,9 +80,9 @@ def why_no_probes(records: RunRecords) -> str:
 
 def why_no_gap(records: RunRecords) -> str:
     """Why EvaluationGap has measured nothing."""
-    none = "EvaluationGap was there, and no validation has been measured in this run."
+    none = "EvaluationGap has measured no validation in this run."
     return why_missing(records, "EvaluationGap", file="eval_gap.csv", otherwise=none)
 
 
 def _none_yet(records: RunRecords, what: str, when: str) -> str:
-    return f"{what}: they come {when}, and the run is recorded up to step {records.last_step:,}."
+    return f"{what}: it writes {when}, and the run is recorded up to step {records.last_step:,}."

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning_fp.counting import counted
 from lightning_fp.records import StageChange
 from lightning_fp.records.events import GateResult
-from lightning_fp.report.draw.curves import curve, panel, panels
+from lightning_fp.report.draw.curves import GREY, curve, panel, panels
 from lightning_fp.report.draw.marks import events_table, lanes
 from lightning_fp.report.draw.parts import (
     Chart,
@@ -19,6 +20,7 @@ from lightning_fp.report.draw.parts import (
 )
 from lightning_fp.report.read.format_history import format_histories, is_low, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.answer import baseline_name
 from lightning_fp.report.sections.missing import why_no_loss
 
 _GATES = 60
@@ -27,7 +29,7 @@ _GATES = 60
 def loss_section(records: RunRecords) -> Section:
     """Loss and gradient norm, with every event."""
     steps, events = records.steps, records.events
-    look = "The loss should fall; a jump with a mark beneath it is explained by that event."
+    look = "The loss should fall. If it jumps, the mark beneath the jump says what happened."
     marks = lanes(events, records.last_step)
     about = Section(id="loss", title="Loss and gradient norm", look=look)
     if steps is None and not marks:
@@ -35,11 +37,18 @@ def loss_section(records: RunRecords) -> Section:
     fields: list[dict[str, Any]] = []
     notes: list[str] = []
     if steps is not None:
-        fields.append(
-            panel("loss", [curve("loss", steps.steps, steps.losses, smooth=True)], height=220)
-        )
+        lines = [curve("this run", steps.steps, steps.losses, smooth=True, last=steps.final_loss())]
+        against = None if records.baseline is None else records.baseline.steps
+        if against is not None and records.baseline is not None:
+            same = against.up_to(max(steps.last, 1))
+            name = baseline_name(records.baseline)
+            last = same.final_loss() if len(same) else None
+            lines.insert(
+                0, curve(name, same.steps, same.losses, color=GREY, smooth=True, last=last)
+            )
+        fields.append(panel("loss", lines, height=220))
         if steps.grad_norms.isfinite().any():
-            line = curve("gradient norm", steps.steps, steps.grad_norms, color=1, smooth=True)
+            line = curve("gradient norm", steps.steps, steps.grad_norms, color=5, smooth=True)
             fields.append(panel("gradient norm", [line], height=130))
         else:
             notes.append(
@@ -47,12 +56,13 @@ def loss_section(records: RunRecords) -> Section:
             )
         bad = int((~steps.losses.isfinite()).sum())
         if bad:
-            notes.append(f"{bad:,} steps had a loss of inf or NaN; they are marked at the top.")
+            notes.append(f"{counted(bad, 'step')} had a loss of inf or NaN, marked at the top.")
     else:
         notes.append(f"The loss: {why_no_loss(records)}")
     chart = panels(
         "Loss, gradient norm and events by optimizer step",
-        "Faint: every step. Strong: running mean. Beneath: what happened, one lane for each kind.",
+        "Faint: every step. Strong: running mean; its last value is at the right. Beneath: what"
+        " happened, one lane for each kind.",
         fields,
         last=records.last_step,
         lanes=marks,
@@ -65,7 +75,7 @@ def events_section(records: RunRecords) -> Section:
     about = Section(
         id="events",
         title="What happened",
-        look="Every decision about precision, with its reason, in the order of the steps.",
+        look="A row for each decision about precision, with its reason.",
     )
     if not records.events:
         return replace(
@@ -91,7 +101,7 @@ def formats_section(records: RunRecords) -> Section:
     rows = [
         {
             "label": group.label,
-            "title": f"{len(group.layers)} layers" if len(group.layers) > 1 else group.label,
+            "title": counted(len(group.layers), "layer") if group.layers[1:] else group.label,
             "segments": _segments(group.history, last),
         }
         for group in groups
@@ -99,7 +109,7 @@ def formats_section(records: RunRecords) -> Section:
     chart: Chart = {
         "type": "strips",
         "title": "Format by layer and optimizer step",
-        "look": "A change of colour is a change of format; the table above says why it was made.",
+        "look": "A change of colour is a change of format; the decisions above say why.",
         "last": last,
         "rows": rows,
         "names": [{"name": name, "high": not is_low(name)} for name in used],
@@ -164,13 +174,13 @@ def stages_section(records: RunRecords) -> Section:
                 if bound in gate.numbers
             ),
             "passed" if gate.passed else "held",
-            gate.reason,
         ]
         for gate in gates
     ]
     table = Table(
         title="Gates",
-        columns=("step", "stage", "statistic", "value", "must be", "result", "why"),
+        columns=("step", "stage", "statistic", "value", "must be", "result"),
+        folded=True,
         rows=rows[-_GATES:],
         numbers=frozenset({0, 3}),
         note=f"The last {_GATES} of {len(rows)}." if len(rows) > _GATES else "",

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from lightning_fp.report.draw.curves import curve, panel, panels, points
+from lightning_fp.report.draw.curves import GREY, curve, panel, panels, points
 from lightning_fp.report.draw.parts import (
     Section,
     Table,
@@ -42,13 +42,13 @@ def evaluation_section(records: RunRecords) -> Section:
             "validation loss",
             [
                 points("training formats", at, loss.tolist()),
-                points("high precision", at, high.tolist(), color=2),
+                points("high precision", at, high.tolist(), color=GREY),
             ],
             height=140,
         ),
         panel(
             "gap",
-            [points("gap", at, (gap * 100).tolist(), color=1)],
+            [points("gap", at, (gap * 100).tolist())],
             unit="%",
             log=False,
             height=100,
@@ -77,10 +77,7 @@ def mismatch_section(records: RunRecords) -> Section:
     steps = records.mismatch["step"].long()
     first = [name for name in ("k3_kl", "logprob_abs_diff_mean", "kl") if name in drawn]
     names = [*first, *(name for name in drawn if name not in first)][:6]
-    fields = [
-        panel(name, [curve(name, steps, drawn[name], color=i % 5)], height=110)
-        for i, name in enumerate(names)
-    ]
+    fields = [panel(name, [curve(name, steps, drawn[name])], height=110) for name in names]
     look = "Each metric by itself; the page on training-inference mismatch says what is usual."
     chart = panels("Mismatch by optimizer step", look, fields, last=records.last_step)
     ends = [
@@ -107,7 +104,7 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
             f"{cost.useful:,}" + (f" ({share(cost.useful_share)})" if cost.attempted else ""),
         ),
         ("skipped", f"{cost.skipped:,}"),
-        ("rolled back", f"{cost.rolled_back:,}, of these {cost.made_good:,} made good"),
+        ("rolled back", f"{cost.rolled_back:,}, {cost.made_good:,} of them trained again"),
         ("with layers in a safer format", f"{cost.in_fallback:,}"),
         ("repeated after a resume", f"{cost.repeated:,}"),
         (
@@ -121,21 +118,29 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         ("parity probes took", _part(cost.probe_seconds, cost.seconds)),
         ("incidents took", _part(cost.incident_seconds, cost.seconds)),
         ("baseline's time per step, median", duration(cost.baseline_step_seconds)),
-        ("speed-up per step", _times(cost.raw_speedup)),
-        ("speed-up after all losses", _times(cost.effective_speedup)),
+        *(
+            [("speed-up", "not told: FP8 was emulated")]
+            if cost.emulated
+            else [
+                ("speed-up per step", _times(cost.raw_speedup)),
+                ("speed-up, everything counted", _times(cost.effective_speedup)),
+            ]
+        ),
         *((f"memory: {what}", size(value)) for what, value in cost.memory.items()),
     ]
     text = [cost.sentence()]
     if not known:
         text.append(f"Times: {why_no_loss(records)}")
     if records.finished is None and cost.attempted:
-        text.append("The run has not said what became of its steps: this is made from its events.")
+        text.append(
+            "The run has not written its own account of its steps: this is made from events."
+        )
     return Section(
         id="cost",
         title="What the run cost",
         look=(
-            "Speed-up after all losses is what counts: the time the baseline takes for as many"
-            " useful steps, over all the time of this run."
+            "What counts is the speed-up with everything counted: the time that the baseline takes"
+            " for as many useful steps, over all the time of this run."
         ),
         facts=facts,
         text=text,

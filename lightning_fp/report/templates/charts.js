@@ -4,7 +4,7 @@
   const charts = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
   const root = document.documentElement;
-  const COLORS = 6;
+  const COLORS = 8;
   const RIGHT = 10;
   const LANE = 18;
   const GAP = 32;
@@ -27,7 +27,7 @@
     if (parent) parent.append(node);
     return node;
   };
-  const color = (i) => `var(--c${i % COLORS})`;
+  const color = (i) => i < 0 ? "var(--soft)" : `var(--c${i % COLORS})`;
   const whole = (x) => Math.round(x).toLocaleString("en");
   const shown = (v, unit = "") => {
     if (v === null || v === undefined || Number.isNaN(v)) return "not measured";
@@ -120,13 +120,15 @@
     };
   };
 
-  // -- events beneath a chart --------------------------------------------------------------------
+  // -- events beneath a chart: green is passed or given back, orange is trouble, amber is a question,
+  // blue is a change of format or stage; grey is high precision and what a run is compared with --------------------------------------------------------------------
 
   const SHAPES = {
-    demote: ["M-5-4h10l-5 8z", 1], limit: ["M-4-3h8l-4 6z", 4], promote: ["M-5 4h10l-5-8z", 2],
-    suspect: ["M0-5a5 5 0 1 0 .01 0z", 4], verdict: ["M-5 0l5-5 5 5-5 5z", 3], gate: ["M-4-4h8v8h-8z", 2],
-    stage: ["M-1-6h2v12h-2z", 0], format: ["M-4-4h8v8h-8z", 0], resumed: ["M-4-5l8 5-8 5z", 5],
-    rollback: ["M5-5l-9 5 9 5z", 3], skip: ["M-1-5h2v10h-2z", 1],
+    demote: ["M-5-4h10l-5 8z", 1], limit: ["M-4-3h8l-4 6z", 1], unproven: ["M-4-3h8l-4 6z", 1],
+    promote: ["M-5 4h10l-5-8z", 2], suspect: ["M0-5a5 5 0 1 0 .01 0z", 4], verdict: ["M-5 0l5-5 5 5-5 5z", 4],
+    gate: ["M-4-4h8v8h-8z", 2], stage: ["M-1-6h2v12h-2z", 0], format: ["M-4-4h8v8h-8z", 0],
+    resumed: ["M-4-5l8 5-8 5z", -1], rollback: ["M5-5l-9 5 9 5z", 4], skip: ["M-1-5h2v10h-2z", 1],
+    watch_failed: ["M-4-4l8 8m0-8l-8 8M-4-4l8 8", 1],
   };
   const drawLanes = (svgNode, lanes, x, left, top, width) => lanes.map((lane, i) => {
     const y = top + i * LANE + LANE / 2;
@@ -184,7 +186,9 @@
       legend(el, several[0].series.map((line) => ({ name: line.name, fill: color(line.color) })));
     const width = el.clientWidth;
     const left = spec.lanes.length ? 76 : 60;
-    const x = (step) => left + (step - spec.first) / (spec.last - spec.first) * (width - left - RIGHT);
+    const labels = spec.panels.flatMap((field) => field.series).filter((line) => line.last !== undefined);
+    const ends = labels.length ? Math.max(...labels.map((line) => wide(shown(line.last)))) * 1.1 + 8 : 0;
+    const x = (step) => left + (step - spec.first) / (spec.last - spec.first) * (width - left - RIGHT - ends);
     const fieldsHeight = spec.panels.reduce((sum, field) => sum + field.height + GAP, 0);
     const bottom = fieldsHeight + spec.lanes.length * LANE + 4;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, height: bottom + 22, "aria-hidden": "true" }, el);
@@ -224,6 +228,13 @@
         svg("line", { class: "limit", x1: left, x2: width - RIGHT, y1: y(field.limit.value), y2: y(field.limit.value) }, picture);
         svg("text", { x: width - RIGHT, y: y(field.limit.value) - 4, "text-anchor": "end" }, picture, `limit ${shown(field.limit.value, field.unit)}`);
       }
+      // Values at the ends of the lines, moved apart where they would cover each other.
+      let free = Infinity;
+      for (const line of field.series.filter((l) => l.last !== undefined).sort((a, b) => a.last - b.last)) {
+        const at = Math.min(y(Math.max(low, Math.min(high, line.last))) + 4, free);
+        svg("text", { class: "end", x: x(spec.last) + 6, y: at, style: `fill: ${color(line.color)}` }, picture, shown(line.last));
+        free = at - 13;
+      }
       drawn.push({ field, y });
       top += field.height + GAP;
     }
@@ -252,7 +263,7 @@
     follow(el, {
       at: (px, py) => {
         if (px === null) return cursor.setAttribute("visibility", "hidden");
-        here = Math.max(spec.first, Math.min(spec.last, spec.first + (px - left) / (width - left - RIGHT) * (spec.last - spec.first)));
+        here = Math.max(spec.first, Math.min(spec.last, spec.first + (px - left) / (width - left - RIGHT - ends) * (spec.last - spec.first)));
         show(here, py - (several.length ? 24 : 0));
       },
       move: (dx) => {
@@ -268,7 +279,7 @@
 
   const strips = (el, spec) => {
     let hue = 0;
-    const calm = [0, 2, 3, 5, 4];
+    const calm = [0, 5, 3, 6, 7]; // blues and violets: green and orange say passed and trouble
     const fills = new Map(spec.names.map(({ name, high }) => [name, high ? "var(--grey)" : color(calm[hue++ % calm.length])]));
     const high = new Set(spec.names.filter((entry) => entry.high).map((entry) => entry.name));
     legend(el, spec.names.map(({ name }) => ({ name, fill: fills.get(name) })));
@@ -480,6 +491,7 @@
     const target = location.hash && document.getElementById(location.hash.slice(1));
     if (target && target.tagName === "DETAILS") target.open = true;
   };
+  if (innerWidth < 480) for (const long of document.querySelectorAll("details.long")) long.open = false;
   addEventListener("hashchange", opened);
   opened();
   root.dataset.charts = String(all.filter((el) => el.dataset.drawn).length);

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fp.recipes.format_evidence import what_evidence_cannot_say
-from lightning_fp.report.draw.curves import panel, panels, points
+from lightning_fp.report.draw.curves import panel, panels, points, told_apart
 from lightning_fp.report.draw.parts import Section, Table, number
 from lightning_fp.report.page import render_sections
 from lightning_fp.study.sweep.findings import Findings, FormatFindings
@@ -74,7 +74,7 @@ def _rates(findings: Findings) -> Section:
         ),
         "categories": [f"{lr:g}" for lr in lrs],
         "series": [
-            {"name": each.name, "color": i, "points": _points(each, lrs)}
+            {"name": each.name, "color": told_apart(i), "points": _points(each, lrs)}
             for i, each in enumerate(findings.formats)
         ],
     }
@@ -211,7 +211,7 @@ def _losses(findings: Findings) -> Section:
             continue
         at = [min(findings.steps, (i + 1) * stretch) for i in range(len(each.curve))]
         known = [None if loss is None or not math.isfinite(loss) else loss for loss in each.curve]
-        curves.append(points(f"{each.name}, lr {each.best.lr:g}", at, known, color))
+        curves.append(points(f"{each.name}, lr {each.best.lr:g}", at, known, told_apart(color)))
     chart = panels(
         "Loss by step, median over seeds",
         "Where a line leaves the reference's and stays away, precision costs loss at every rate.",

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lightning_fp.counting import counted
 from lightning_fp.kernels.padding import WORTH_SAYING
 from lightning_fp.layers import Backend, LinearFormat, linear_format
 from lightning_fp.layers.backends import could_run
@@ -49,9 +50,8 @@ class Warnings:
         due.sort(key=lambda entry: -entry[0])
         shown = [sentence for _, sentence in due[:_SHOWN]]
         if due[_SHOWN:]:
-            shown.append(
-                f"{len(due) - _SHOWN} more operands are over a limit; see `lightning-fp stats`"
-            )
+            more = counted(len(due) - _SHOWN, "more operand")
+            shown.append(f"{more} over a limit; see `lightning-fp stats`")
         if rows.padding_fraction > WORTH_SAYING and self._is_due("", "", "padding_fraction"):
             shown.append(_zeros(rows))
         return shown

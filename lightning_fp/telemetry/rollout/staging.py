@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lightning_fp.counting import counted
 from lightning_fp.layers.table_owner import TableOwner
 from lightning_fp.recipes import (
     Rollout,
@@ -206,8 +207,10 @@ class Staging:
         # The stage is told before its writes, whose events follow it in the log.
         name = self.recipe.stages[self.state.stage].name
         changes, left = moves.plan(self.state.stage, before.stage)
-        action = f"{len(changes)} layers change"
-        action += f", {len(left)} are left as others have set them" if left else ""
+        action = f"{counted(len(changes), 'layer')} {'changes' if len(changes) == 1 else 'change'}"
+        if left:
+            stay = "stays as others have set it" if len(left) == 1 else "stay as others set them"
+            action += f", {counted(len(left), 'layer')} {stay}"
         self._log.write(
             StageChange(
                 step=signals.step,

@@ -247,7 +247,7 @@ def test_a_gate_that_fails_holds_and_says_why(tmp_path: Path) -> None:
     failed, passed = [e for e in read_events(tmp_path) if isinstance(e, GateResult)]
     assert (failed.step, failed.passed, passed.step, passed.passed) == (3, False, 9, True)
     assert failed.sentence() == (
-        "step 3: gate falling of stage high fails: falling is 0.8, must be below 0.45 (worst of 3);"
+        "step 3: gate of stage high fails: falling is 0.8, must be below 0.45 (worst of 3 steps);"
         " the stage goes on until it passes"
     )
 
@@ -260,8 +260,8 @@ def test_a_gate_without_data_holds_and_says_so(tmp_path: Path) -> None:
     (missing,) = [e for e in read_events(tmp_path) if isinstance(e, GateResult)]
     assert not missing.passed
     assert missing.sentence() == (
-        "step 3: gate never_logged of stage high fails: never_logged was not measured in the last"
-        " 3 steps; the stage goes on until it is measured"
+        "step 3: gate of stage high fails: never_logged was not measured in the last 3 steps; the"
+        " stage goes on until it is measured"
     )
 
 
@@ -398,7 +398,7 @@ def test_what_others_have_set_is_left_alone(tmp_path: Path) -> None:
     ]
     delayed = [e for e in read_events(tmp_path) if isinstance(e, StageChange)][1]
     assert delayed.numbers["layers_left"] == 1
-    assert delayed.action == "7 layers change, 1 are left as others have set them"
+    assert delayed.action == "7 layers change, 1 layer stays as others have set it"
 
 
 def test_delayed_scales_are_found_anew_at_each_entry(tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_stages_are_announced_once_each(tmp_path: Path, caplog: pytest.LogCaptur
     lines = [line for line in caplog.messages if line.startswith("step ")]
     assert lines == [
         "step 0: stage high: the rollout begins; 4 layers change",
-        "step 2: stage high -> low: steps in the stage is 2, until 2; 4 layers change",
+        "step 2: stage high -> low: the stage has lasted 2 steps (due at 2); 4 layers change",
     ]
 
 

@@ -76,9 +76,8 @@ def test_events_in_words() -> None:
         Rollback(step=9, to_step=4, replayed=5, reason="why"),
     ]
     assert events_table(events).rows == [
-        ["5", "verdict", "precision (one step): r"],
-        ["5", "blame", "to blame: a 0.50"],
-        ["9", "rollback", "to step 4, 5 steps replayed, 0 lost: why"],
+        ["5", "verdict", "precision (one step): r\nreplay: to blame: a 0.50"],
+        ["9", "rollback", "to step 4, 5 steps trained again, 0 lost: why"],
     ]
     marks = {lane["name"]: lane["marks"][0] for lane in lanes(events, 10)}
     assert (marks["rollback"]["step"], marks["rollback"]["end"]) == (4, 9)

@@ -83,7 +83,7 @@ def test_speed_against_a_baseline() -> None:
     cost = run_cost(run, baseline)
     assert cost.raw_speedup == pytest.approx(2)
     assert cost.effective_speedup == pytest.approx(98 * 0.2 / 15)
-    assert "1.31x as fast as the baseline after all losses (2.00x per step)" in cost.sentence()
+    assert "1.31x as fast as the baseline, all counted (2.00x per step)" in cost.sentence()
 
 
 def test_steps_repeated_after_a_resume_cost_time() -> None:

@@ -52,19 +52,16 @@ def missing(directory: Path) -> dict[str, str]:
 
 def test_nothing_was_there_to_measure(tmp_path: Path) -> None:
     said = missing(run(tmp_path, *CALLBACKS, low=False))
-    nothing = (
-        "ClampMonitor was there and had nothing to measure: no layer was in low precision in any"
-        " step."
-    )
+    nothing = "ClampMonitor had nothing to measure: no layer was in low precision in any step."
     assert said["casts"] == said["worst"] == said["advice"] == nothing
-    assert said["parity"].startswith("ParityProbe has not probed yet: they come once per every_n")
-    assert said["evaluation"].startswith("EvaluationGap was there, and no validation")
+    assert said["parity"].startswith("ParityProbe has not probed yet: it writes once per every_n")
+    assert said["evaluation"].startswith("EvaluationGap has measured no validation")
 
 
 def test_the_run_was_too_short(tmp_path: Path) -> None:
     said = missing(run(tmp_path, *CALLBACKS, low=True))
     assert said["casts"] == (
-        "ClampMonitor has no rows yet: they come once per log interval, and the run is recorded up"
+        "ClampMonitor has no rows yet: it writes once per log interval, and the run is recorded up"
         " to step 10."
     )
 

@@ -1,0 +1,185 @@
+"""The top of a report: was it safe, what did it cost, and what to set next time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_fp.events import (
+    Demotion,
+    LayerClimb,
+    Note,
+    Promotion,
+    Started,
+    Verdict,
+    WatchFailed,
+)
+from lightning_fp.records import Event, LossRow, LossWriter
+from lightning_fp.records.events import EventWriter
+from lightning_fp.records.run import LayerInfo, RunInfo, write_run
+from lightning_fp.report.draw.marks import decisions
+from lightning_fp.report.page import read_runs, write_report
+from lightning_fp.report.sections.answer import Answer, answer
+from lightning_fp.report.sections.headline import headline, key_figures
+from lightning_fp.report.sections.title import particulars, title
+
+STARTED = Started(step=0, reason="watching")
+ENDED = Note(step=100, reason="", numbers={"attempted": 100.0, "useful": 100.0})
+TO_BF16 = {"b": ("fp8-delayed", "bf16")}
+
+
+def run(
+    directory: Path,
+    *events: Event,
+    loss: float = 2.0,
+    format: str = "fp8-delayed",
+    kernel: str = "native",
+    seconds: float = 0.1,
+) -> Path:
+    """100 steps of a model with two layers."""
+    layers = tuple(
+        LayerInfo(
+            name=name,
+            format=format,
+            kernel=kernel,
+            flops_share=0.5,
+            reason="the format of the run" if format == "bf16" else None,
+        )
+        for name in "ab"
+    )
+    settings = {"FP8Precision": {"scaling": format, "layers": {"*head": "bf16"}}}
+    info = RunInfo(
+        step=0, model="GPT", settings=settings, layers=layers, parameters=8_030_000, device="H100"
+    )
+    write_run(directory, info)
+    LossWriter(directory).append(
+        LossRow(step=step, loss=loss, seconds=seconds) for step in range(1, 101)
+    )
+    log = EventWriter(directory)
+    for event in events:
+        log.append(event)
+    return directory
+
+
+def answered(directory: Path, baseline: Path | None = None) -> Answer:
+    (records,), _ = read_runs([directory], baseline)
+    return answer(records)
+
+
+def test_safe(tmp_path: Path) -> None:
+    found = answered(run(tmp_path / "ended", STARTED, ENDED))
+    assert (found.tone, found.word, found.advice) == ("good", "Safe", "")
+    assert answered(run(tmp_path / "goes on", STARTED)).word == "Safe so far"
+    assert found.setting == 'FP8Precision("delayed", layers={"*head": "bf16"})'
+    assert found.cost == ""
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (2.02, "It costs 1.00% of loss against the baseline."),
+        (2.0, "It costs no loss: it ends where the baseline does."),
+        (1.98, "It costs no loss: it ends 1.00% below the baseline."),
+    ],
+)
+def test_what_it_costs(loss: float, said: str, tmp_path: Path) -> None:
+    baseline = run(tmp_path / "baseline", format="bf16")
+    assert answered(run(tmp_path / "run", STARTED, loss=loss), baseline).cost == said
+
+
+def test_a_baseline_that_is_shorter_says_nothing_of_the_loss(tmp_path: Path) -> None:
+    LossWriter(tmp_path / "short").append([LossRow(step=1, loss=9.0)])
+    assert answered(run(tmp_path / "run", STARTED), tmp_path / "short").cost == ""
+
+
+def test_without_a_watch_it_is_not_called_safe(tmp_path: Path) -> None:
+    found = answered(run(tmp_path))
+    assert (found.tone, found.word) == ("open", "FP8 trained; nobody watched for harm")
+    assert found.advice == "Add PrecisionFallback() to the callbacks to have it watched."
+
+
+def test_saved(tmp_path: Path) -> None:
+    verdict = Verdict(step=50, reason="harm", verdict="precision", tier="control")
+    demotion = Demotion(step=50, reason="to blame", formats=TO_BF16)
+    found = answered(run(tmp_path, STARTED, verdict, demotion))
+    assert (found.tone, found.word) == ("changed", "Saved: 1 layer needed a safer format")
+    assert found.setting == 'FP8Precision("delayed", layers={"b": "bf16", "*head": "bf16"})'
+
+
+def test_layers_over_a_limit(tmp_path: Path) -> None:
+    climb = LayerClimb(step=9, reason="clamps", formats={n: ("fp8-delayed", "e") for n in "ab"})
+    found = answered(run(tmp_path, STARTED, climb))
+    assert found.word == "Safe after a change: 2 layers needed a safer format"
+
+
+def test_a_layer_that_got_its_format_back_needs_no_rule(tmp_path: Path) -> None:
+    back = Promotion(step=80, reason="", formats={"b": ("bf16", "fp8-delayed")})
+    found = answered(run(tmp_path, STARTED, Demotion(step=50, reason="", formats=TO_BF16), back))
+    assert '"b"' not in found.setting
+
+
+def test_many_layers_are_told_in_words(tmp_path: Path) -> None:
+    formats = {f"layer{i}": ("fp8-delayed", "bf16") for i in range(9)}
+    found = answered(run(tmp_path, STARTED, Demotion(step=50, reason="", formats=formats)))
+    assert found.setting == ""
+    assert found.advice == "Give the 9 layers under FP8 the format they ended in."
+
+
+def test_bad_ends(tmp_path: Path) -> None:
+    lost = answered(run(tmp_path / "lost", STARTED, loss=math.nan))
+    assert (lost.tone, lost.word) == ("bad", "The loss is not finite")
+    failed = answered(run(tmp_path / "failed", STARTED, WatchFailed(step=7, reason="")))
+    assert (failed.tone, failed.word) == ("bad", "Unprotected from step 7")
+    high = answered(run(tmp_path / "high", format="bf16"))
+    assert (high.tone, high.word) == ("open", "A run in high precision")
+
+
+def test_title_and_particulars(tmp_path: Path) -> None:
+    (records,), (cost,) = read_runs([run(tmp_path, STARTED)])
+    assert title(records) == "GPT in FP8 (fp8-delayed)"
+    date, *others = particulars(records, cost)
+    assert date.startswith("20")
+    assert others == ["10 s", "H100", "8.0M parameters", str(tmp_path)]
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert "<h1>GPT in FP8 (fp8-delayed)</h1>" in page
+    assert '<div class="answer good">' in page
+
+
+def test_an_emulated_run_has_no_speed_tiles(tmp_path: Path) -> None:
+    baseline = run(tmp_path / "baseline", format="bf16", kernel="nn.Linear", seconds=0.2)
+    for kernel, shown in (("native", True), ("native (emulated)", False)):
+        directory = run(tmp_path / kernel, STARTED, kernel=kernel)
+        (records,), (cost,) = read_runs([directory], baseline)
+        figures = {name for name, _, _ in key_figures(records, cost)}
+        assert ({"time per step", "speed-up"} <= figures) == shown
+        assert ("2.00x" in headline(records, cost)) == shown
+        page = write_report([directory], tmp_path / "r.html", baseline=baseline).read_text()
+        assert ("2.00x" in page) == shown
+
+
+def test_the_baseline_is_in_the_first_chart_with_its_last_value(tmp_path: Path) -> None:
+    from lightning_fp.report.sections.over_time import loss_section
+
+    baseline = run(tmp_path / "baseline", format="bf16")
+    (records,), _ = read_runs([run(tmp_path / "run", STARTED, loss=2.5)], baseline)
+    lines = loss_section(records).charts[0]["panels"][0]["series"]
+    assert [(line["name"], line["last"]) for line in lines] == [
+        ("baseline", 2.0),
+        ("this run", 2.5),
+    ]
+
+
+def test_a_stage_is_one_decision_with_its_gates_inside() -> None:
+    from lightning_fp.records import FormatChange, GateResult, StageChange
+
+    gates = [
+        GateResult(step=9, reason=f"x is {i}, below 5", stage="a", statistic="x", passed=True)
+        for i in range(2)
+    ]
+    stage = StageChange(step=9, reason="all gates pass", stage="b", previous="a")
+    formats = {"a": ("bf16", "fp8-delayed")}
+    (found,) = decisions([*gates, stage, FormatChange(step=9, reason="", formats=formats)])
+    assert (found.step, found.what, found.why) == (9, "stage", "a -> b: all gates pass")
+    assert found.details == ("gate: passes: x is 0, below 5", "gate: passes: x is 1, below 5")
