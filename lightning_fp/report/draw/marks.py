@@ -162,12 +162,16 @@ def _decided(events: Sequence[Event]) -> list[Decision]:
     return [*(_together([event]) for event in apart), _together([leading, *told])]
 
 
+def _detail(event: Event, of: Event) -> str:
+    if event.kind == of.kind:
+        return said(event)
+    joint = " " if isinstance(event, GateResult) else ": "
+    return f"{_IN_TABLE[event.kind]}{joint}{said(event)}"
+
+
 def _together(events: Sequence[Event]) -> Decision:
     first = events[0]
-    details = [
-        said(event) if event.kind == first.kind else f"{_IN_TABLE[event.kind]}: {said(event)}"
-        for event in events[1:]
-    ]
+    details = [_detail(event, first) for event in events[1:]]
     return Decision(
         step=first.step, what=_IN_TABLE[first.kind], why=said(first), details=tuple(details)
     )

@@ -12,6 +12,7 @@ from lightning_fp.records import Verdict
 from lightning_fp.report.draw.parts import share
 from lightning_fp.report.read.format_history import ever_low, format_changes, is_low
 from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.stability import DivergenceDetector
 
 Tone: TypeAlias = Literal["good", "changed", "bad", "open"]
 """Green, amber, red, grey: colours that mean nothing else on the page."""
@@ -21,6 +22,8 @@ _NAMED = 6
 """Layers that the setting names one by one at most."""
 _LEAST_COST = 5e-4
 """Differences of the loss below this share are called none."""
+_MUCH = 0.01
+"""From this share on a run is not called safe; what benchmarks/rescue.py calls saved is below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ def answer(records: RunRecords) -> Answer:
     failed = [event.step for event in records.events if isinstance(event, WatchFailed)]
     if failed:
         word = f"Unprotected from step {failed[0]:,}"
-        advice = "The events have what the watch failed at."
+        advice = "What happened, below, says what failed."
         return Answer(tone="bad", word=word, cost=cost, advice=advice)
     if not ever_low(records):
         return Answer(tone="open", word="A run in high precision")
@@ -84,6 +87,13 @@ def answer(records: RunRecords) -> Answer:
     if not any(event.kind == "started" for event in records.events):
         word = f"{what} trained; nobody watched for harm"
         return Answer(tone="open", word=word, cost=cost, advice=_add_a_watch(records))
+    if records.last_step < (least := _armed(records)):
+        word = f"Too short to judge: the watch learns for {counted(least, 'step')}"
+        return Answer(tone="open", word=word, cost=cost)
+    if (loss_gap(records) or 0) > _MUCH:
+        word = "Nothing broke, and it costs loss"
+        advice = "What to change, below, names the layers that lose most."
+        return Answer(tone="changed", word=word, cost=cost, advice=advice)
     word = "Safe" if records.finished is not None else "Safe so far"
     return Answer(tone="good", word=word, cost=cost, setting=setting_for(records, {}))
 
@@ -127,7 +137,8 @@ def safer_formats(records: RunRecords) -> dict[str, str]:
                 safer[layer] = after
             elif event.kind == "promote":
                 safer.pop(layer, None)
-    return safer
+    order = [layer.name for layer in records.layers]
+    return dict(sorted(safer.items(), key=lambda item: _place(order, item[0])))
 
 
 def setting_for(records: RunRecords, safer: Mapping[str, str]) -> str:
@@ -159,6 +170,17 @@ def name_of_low(records: RunRecords) -> str:
         return "FP16"
     low = sorted({format for format in asked if is_low(format)})
     return low[0] if len(low) == 1 else "FP8" if not low else "Low precision"
+
+
+def _place(order: list[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _armed(records: RunRecords) -> int:
+    """Steps that the run's watch learns for, before it judges."""
+    detector = records.settings.get("PrecisionFallback", {}).get("detector")
+    armed = detector.get("armed") if isinstance(detector, Mapping) else None
+    return int(armed) if isinstance(armed, int) else DivergenceDetector().armed
 
 
 def _lost(records: RunRecords) -> bool:

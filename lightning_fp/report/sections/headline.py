@@ -84,7 +84,7 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
         (
             "final loss",
             number(loss) or "unknown",
-            "mean of the last steps" if gap is None else f"{gap:+.1%} against the baseline",
+            "mean of the last steps" if gap is None else against(gap),
         ),
         (
             "in low precision",
@@ -100,6 +100,11 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     if raw and effective:
         found.append(("speed-up", f"{effective:.2f}x", f"everything counted; {raw:.2f}x per step"))
     return found
+
+
+def against(gap: float) -> str:
+    """A difference of the loss from the baseline's, in a few words."""
+    return "as the baseline" if abs(gap) < 5e-4 else f"{gap:+.1%} against the baseline"
 
 
 def low_precision(records: RunRecords) -> tuple[int, int, str]:
@@ -124,6 +129,9 @@ def _end(records: RunRecords) -> str:
     loss = records.steps.final_loss() if records.steps else None
     with_loss = f" with a loss of {loss:.4g}" if loss is not None else ""
     if records.finished is not None:
+        made = int(records.finished.numbers["attempted"])
+        if made and records.last_step == 2 * made:  # two optimizers take turns
+            return f"The run ended at step {records.last_step:,}, two for each batch{with_loss}."
         return f"The run ended after {counted(records.last_step, 'step')}{with_loss}."
     if not records.last_step:
         return "Nothing is recorded of this run's steps yet."

@@ -76,10 +76,26 @@ def test_safe(tmp_path: Path) -> None:
     assert found.cost == ""
 
 
+def test_a_short_run_is_not_judged(tmp_path: Path) -> None:
+    log = LossWriter(tmp_path)
+    log.append(LossRow(step=step, loss=1.0) for step in range(1, 64))
+    layer = LayerInfo(name="a", format="fp8-delayed", kernel="", flops_share=None)
+    write_run(tmp_path, RunInfo(step=0, layers=(layer,)))
+    EventWriter(tmp_path).append(STARTED)
+    found = answered(tmp_path)
+    assert (found.tone, found.word) == ("open", "Too short to judge: the watch learns for 64 steps")
+
+
+def test_much_loss_is_not_safe(tmp_path: Path) -> None:
+    baseline = run(tmp_path / "baseline", format="bf16")
+    found = answered(run(tmp_path / "run", STARTED, ENDED, loss=2.1), baseline)
+    assert (found.tone, found.word) == ("changed", "Nothing broke, and it costs loss")
+
+
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (2.02, "It costs 1.00% of loss against the baseline."),
+        (2.01, "It costs 0.50% of loss against the baseline."),
         (2.0, "It costs no loss: it ends where the baseline does."),
         (1.98, "It costs no loss: it ends 1.00% below the baseline."),
     ],
@@ -182,4 +198,4 @@ def test_a_stage_is_one_decision_with_its_gates_inside() -> None:
     formats = {"a": ("bf16", "fp8-delayed")}
     (found,) = decisions([*gates, stage, FormatChange(step=9, reason="", formats=formats)])
     assert (found.step, found.what, found.why) == (9, "stage", "a -> b: all gates pass")
-    assert found.details == ("gate: passes: x is 0, below 5", "gate: passes: x is 1, below 5")
+    assert found.details == ("gate passes: x is 0, below 5", "gate passes: x is 1, below 5")
