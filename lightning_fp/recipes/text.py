@@ -126,7 +126,7 @@ def _fields(document: Any, of: type[Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} must be a mapping with {', '.join(known)}, got {document!r}")
     for key in document:
         if key not in known:
-            raise ValueError(f"{where}: {key!r} is no field{_meant(key, known)}")
+            raise ValueError(f"{where}: there is no field {key!r}{_meant(key, known)}")
     for field in fields(of):
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in document:

@@ -172,7 +172,9 @@ def test_evidence_that_is_none(changes: dict, said: str) -> None:
 
 def test_evidence_in_yaml_names_its_place_and_the_schema_knows_it() -> None:
     text = against("e8m3").to_yaml()
-    with pytest.raises(ValueError, match=r"evidence\[0\]: 'rnus' is no field; did you mean 'runs'"):
+    with pytest.raises(
+        ValueError, match=r"evidence\[0\]: there is no field 'rnus'; did you mean 'runs'"
+    ):
         RolloutRecipe.from_yaml(text.replace("runs:", "rnus:"))
     assert "evidence" in json_schema()["properties"]
     assert json_schema()["$defs"]["FormatEvidence"]["properties"]["passed"]["type"] == "boolean"

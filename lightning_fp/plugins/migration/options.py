@@ -96,6 +96,7 @@ def scaling_of(format: LinearFormat, history: DelayedScaling) -> str | DelayedSc
     if history == DelayedScaling():
         return format.name
     raise ValueError(
-        f"{format.name!r} together with {history} has no equal here: a history of one's own goes"
-        " with e5m2 gradients and FP8 for all products; take 'hybrid', or DelayedScaling()'s values"
+        f"{format.name!r} together with {history} has no equal here: a history other than"
+        " DelayedScaling()'s needs e5m2 gradients and FP8 for all products; take 'hybrid', or"
+        " DelayedScaling()'s values"
     )
