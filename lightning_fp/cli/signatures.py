@@ -16,7 +16,7 @@ Hardware = Literal["h100", "h200", "b200", "l40s", "rtx4090", "a100", "mi300"]
 
 
 def doctor(*, fp16: str | None = None, json: bool = False) -> int:
-    """Show what this machine has, and which formats run on it natively, emulated or not at all.
+    """Show what this machine has, and which formats run on it: in hardware, emulated or not.
 
     Args:
         fp16: FACTORY: advise on a loss scale for the model of package.module:factory or

@@ -1,4 +1,4 @@
-"""What this machine multiplies natively, and what its FP8 GEMM asks of shapes."""
+"""What this machine multiplies in hardware, and what its FP8 GEMM asks of shapes."""
 
 from __future__ import annotations
 

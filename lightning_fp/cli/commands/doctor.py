@@ -1,4 +1,4 @@
-"""Show what this machine has, and which formats run on it natively, emulated or not at all."""
+"""Show what this machine has, and which formats run on it: in hardware, emulated or not at all."""
 
 from __future__ import annotations
 
@@ -61,9 +61,13 @@ def run(*, fp16: str | None, json: bool) -> int:
             grid.add_row(key, escape(value))
         screen.print(grid)
     grid = FittedTable(f"Formats on {device.upper()}", "format", "here", "kernel", "why")
-    colours = {"native": "green", "emulated": "yellow", "not": "red"}
+    shown = {
+        "native": "[green]in hardware[/]",
+        "emulated": "[yellow]emulated[/]",
+        "not": "[red]no[/]",
+    }
     for row in formats:
-        status = f"[{colours[row.status]}]{row.status}[/]"
+        status = shown[row.status]
         grid.add_row(row.format, status, row.kernel, row.reason)
     screen.print(grid)
     grid = FittedTable("By card", "cards", "architecture", "fp8 by tensor or row", "by block")
