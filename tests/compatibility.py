@@ -26,10 +26,10 @@ VERDICTS = ("works", "works with a note", "refused")
 INTRODUCTION = """\
 # Compatibility
 
-Whatever trains under Lightning should train under this package. Each row has a test that runs it, most
-of them beside plain Lightning on the same program. The page is written from the tests' marks by
-`python dev.py compatibility`, and a test checks that the two agree. *Refused* means: an error at the start
-that names the reason and the way out.
+Whatever trains under Lightning should train under this package. Each row has a test that runs it,
+most of them beside plain Lightning on the same program. The page is written from the tests' marks
+by `python dev.py compatibility`, and a test checks that the two agree. *Refused* means: an error at
+the start that names the reason and the way out.
 """
 
 
