@@ -142,6 +142,7 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["code"] = _with_code
     return environment.get_template(template).render(
         **values,
         charts=_Charts(),
@@ -150,6 +151,16 @@ def _render(template: str, **values: Any) -> str:
         version=__version__,
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _with_code(text: str) -> Any:
+    """A sentence as HTML, with what stands between backticks as code."""
+    markup: Any = import_module("markupsafe")
+    parts = [str(markup.escape(part)) for part in text.split("`")]
+    if len(parts) % 2 == 0:  # a backtick of the run's own
+        return markup.escape(text)
+    shown = (f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    return markup.Markup("".join(shown))
 
 
 def _baseline_among(runs: Sequence[RunRecords]) -> RunRecords | None:

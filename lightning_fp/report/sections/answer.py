@@ -25,6 +25,11 @@ _LEAST_COST = 5e-4
 _MUCH = 0.01
 """From this share on a run is not called safe; what benchmarks/rescue.py calls saved is below."""
 
+_DRIFT = 2.0
+"""Times its beginning from where on a mismatch of training and rollout is said to have grown."""
+_ENDS = 8
+"""Measured steps that its beginning and its end are a median of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -90,6 +95,10 @@ def answer(records: RunRecords) -> Answer:
     if records.last_step < (least := _armed(records)):
         word = f"Too short to judge: the watch learns for {counted(least, 'step')}"
         return Answer(tone="open", word=word, cost=cost)
+    if _apart(records) > _DRIFT:
+        word = "Nothing broke, and training and rollout drift apart"
+        advice = "`lightning-fp mismatch RUN` says where that comes from, and what to do."
+        return Answer(tone="changed", word=word, cost=cost, advice=advice)
     if (loss_gap(records) or 0) > _MUCH:
         word = "Nothing broke, and it costs loss"
         advice = "What to change, below, names the layers that lose most."
@@ -181,6 +190,16 @@ def _armed(records: RunRecords) -> int:
     detector = records.settings.get("PrecisionFallback", {}).get("detector")
     armed = detector.get("armed") if isinstance(detector, Mapping) else None
     return int(armed) if isinstance(armed, int) else DivergenceDetector().armed
+
+
+def _apart(records: RunRecords) -> float:
+    """How many times its beginning the mismatch of training and rollout is at the end."""
+    values = records.mismatch.get("logprob_abs_diff_mean")
+    known = None if values is None else values[values.isfinite()]
+    if known is None or len(known) < 2 * _ENDS:
+        return 1.0
+    first = known[:_ENDS].median().item()
+    return known[-_ENDS:].median().item() / first if first > 0 else 1.0
 
 
 def _lost(records: RunRecords) -> bool:

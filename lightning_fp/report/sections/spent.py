@@ -104,7 +104,12 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
             f"{cost.useful:,}" + (f" ({share(cost.useful_share)})" if cost.attempted else ""),
         ),
         ("skipped", f"{cost.skipped:,}"),
-        ("rolled back", f"{cost.rolled_back:,}, {cost.made_good:,} of them trained again"),
+        (
+            "rolled back",
+            f"{cost.rolled_back:,}, {cost.made_good:,} of them trained again"
+            if cost.rolled_back
+            else "0",
+        ),
         ("with layers in a safer format", f"{cost.in_fallback:,}"),
         ("repeated after a resume", f"{cost.repeated:,}"),
         (

@@ -18,6 +18,7 @@ from lightning_fp.events import (
 )
 from lightning_fp.records import Event, LossRow, LossWriter
 from lightning_fp.records.events import EventWriter
+from lightning_fp.records.mismatch_rows import COLUMNS, MismatchWriter
 from lightning_fp.records.run import LayerInfo, RunInfo, write_run
 from lightning_fp.report.draw.marks import decisions
 from lightning_fp.report.page import read_runs, write_report
@@ -84,6 +85,18 @@ def test_a_short_run_is_not_judged(tmp_path: Path) -> None:
     EventWriter(tmp_path).append(STARTED)
     found = answered(tmp_path)
     assert (found.tone, found.word) == ("open", "Too short to judge: the watch learns for 64 steps")
+
+
+@pytest.mark.parametrize(("grows", "tone"), [(0.0, "good"), (3.0, "changed")])
+def test_training_and_rollout_that_drift_apart(grows: float, tone: str, tmp_path: Path) -> None:
+    directory = run(tmp_path, STARTED, ENDED)
+    log = MismatchWriter(directory)
+    for step in range(1, 101):
+        log.append(step, dict.fromkeys(COLUMNS[1:], 1e-3 * math.exp(grows * step / 100)))
+    found = answered(directory)
+    assert found.tone == tone
+    page = write_report([directory], tmp_path / "r.html").read_text()
+    assert ("<code>lightning-fp mismatch RUN</code>" in page) == (tone == "changed")
 
 
 def test_much_loss_is_not_safe(tmp_path: Path) -> None:
