@@ -137,15 +137,19 @@ _ELSEWHERE = {
     "torch.device": f"{_TORCH}/tensor_attributes.html#torch.device",
     "torch.dtype": f"{_TORCH}/tensor_attributes.html#torch.dtype",
     "torch.optim.Optimizer": f"{_TORCH}/optim.html#torch.optim.Optimizer",
-    "torch.compile": f"{_TORCH}/generated/torch.compile.html",
+    "torch.optim.optimizer.Optimizer": f"{_TORCH}/optim.html#torch.optim.Optimizer",
+    "torch.distributed": f"{_TORCH}/distributed.html",
     "lightning.Trainer": f"{_LIGHTNING}/common/trainer.html",
     "lightning.LightningModule": f"{_LIGHTNING}/common/lightning_module.html",
     "LightningModule": f"{_LIGHTNING}/common/lightning_module.html",
+    "lightning.pytorch.trainer.trainer.Trainer": f"{_LIGHTNING}/common/trainer.html",
+    "lightning.pytorch.core.module.LightningModule": f"{_LIGHTNING}/common/lightning_module.html",
 }
 
 
 def _elsewhere(name: str) -> str | None:
     """The address of something that is not ours; None where no rule is known."""
+    name = re.sub(r"^(?:torch\.)?nn\.(?:modules\.\w+\.)?(?=[A-Z])", "torch.nn.", name)
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     if re.fullmatch(r"torch\.(nn\.(functional\.)?|amp\.|optim\.|autograd\.)?[A-Za-z]\w+", name):
