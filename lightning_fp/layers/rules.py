@@ -154,7 +154,7 @@ def check_rules_apply(
             raise ValueError(f"layers: {no_match_message(rule.pattern, names, left_alone)}")
         if remaining.isdisjoint(matched):
             raise ValueError(
-                f"layers: rule {rule.pattern!r} never applies, earlier rules take all"
+                f"layers: rule {rule.pattern!r} never applies, earlier rules take the"
                 f" {counted(len(matched), 'layer')} it matches; put it before them"
             )
         remaining.difference_update(matched)

@@ -91,7 +91,7 @@ def test_near_misses_are_listed(pattern: str) -> None:
 
 
 def test_a_shadowed_rule_is_refused() -> None:
-    message = "rule 'blocks.1.fc1' never applies, earlier rules take all 1 layers it matches"
+    message = "rule 'blocks.1.fc1' never applies, earlier rules take the 1 layer it matches"
     with pytest.raises(ValueError, match=re.escape(message)):
         convert(TinyGPT(), layers={"blocks.*": "fp8-rowwise", "blocks.1.fc1": "bf16"})
 

@@ -51,7 +51,8 @@ class Warnings:
         shown = [sentence for _, sentence in due[:_SHOWN]]
         if due[_SHOWN:]:
             more = counted(len(due) - _SHOWN, "more operand")
-            shown.append(f"{more} over a limit; see `lightning-fp stats`")
+            are = "is" if len(due) - _SHOWN == 1 else "are"
+            shown.append(f"{more} {are} over a limit; see `lightning-fp stats`")
         if rows.padding_fraction > WORTH_SAYING and self._is_due("", "", "padding_fraction"):
             shown.append(_zeros(rows))
         return shown
