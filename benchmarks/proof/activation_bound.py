@@ -45,7 +45,7 @@ class ActivationBound(L.Callback):
                 if self.seen.limit is not None and total > self.seen.limit:
                     self.seen.refused += 1
                     raise torch.OutOfMemoryError(f"no room for {total} bytes of activations")
-                return tensor
+                return tensor.detach()  # itself would be a cycle, until a backward comes
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 output = step(*args, **kwargs)
