@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,7 +117,9 @@ class ScaleHistory(DelayedScales):
         recorded = [memory.recorded for memory in memories]
         here = torch.stack([each.to(self._history.device) for each in recorded])
         rows = torch.cat([here, self._grad_record.unsqueeze(1)], dim=1)
-        amax = torch.nan_to_num(rows[..., AMAX].float(), nan=torch.inf, posinf=torch.inf)
+        amax = torch.nan_to_num(
+            self._with_scalars(rows[..., AMAX].float(), memories), nan=torch.inf, posinf=torch.inf
+        )
         if many_ranks():
             self._compare_ranks(amax.device)
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
@@ -131,6 +133,18 @@ class ScaleHistory(DelayedScales):
         self._grad_record.zero_()
         self._share(memories)
         self._warm_up()
+
+    def _with_scalars(self, amax: Tensor, memories: Sequence[OperandMemory]) -> Tensor:
+        """With what eager forwards have left of input and weight as scalars; it is taken."""
+        left = [memory.amaxes for memory in memories]
+        if not any(left):
+            return amax
+        none = (amax.new_zeros(()),) * 2
+        seen = [each.to(amax) for pair in left for each in pair or none]
+        for memory in memories:
+            memory.amaxes = ()
+        first = torch.maximum(amax[:, :2], torch.stack(seen).view(-1, 2))
+        return torch.cat([first, amax[:, 2:]], dim=1)
 
     def _hand_out(self, scales: Tensor) -> None:
         if any(memory.captured for memory in self._memory):
