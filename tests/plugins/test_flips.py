@@ -171,7 +171,8 @@ def compile_it(model: nn.Module, how: str, backend: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "how", ["regional", "whole", pytest.param("in place", marks=pytest.mark.slow)]
+    "how",
+    ["regional", *(pytest.param(how, marks=pytest.mark.slow) for how in ("whole", "in place"))],
 )
 def test_flips_under_compile_are_the_eager_ones(how: str) -> None:
     walk = ["fp8-dynamic", "bf16", "fp8-rowwise", "e8m3", "fp8-dynamic", "high"]
@@ -201,6 +202,7 @@ def test_flips_under_compile_are_the_eager_ones(how: str) -> None:
     assert losses["eager"][-1] < losses["eager"][0]
 
 
+@pytest.mark.slow
 def test_forty_random_flips_never_fall_back_to_eager() -> None:
     random.seed(0)
     backend, model, x = CountingBackend(), Flat(), torch.randn(32, 16, requires_grad=True)

@@ -61,6 +61,7 @@ def kernel(name: str, backend: str, *, hardware: bool) -> Kernel:
     return on_hardware(emulated) if hardware else emulated
 
 
+@pytest.mark.slow
 def test_native_makes_the_passes_that_are_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     m, k, n = SHAPES[0]
     passes = PASSES["tensor"]
