@@ -21,6 +21,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 WORDS = 1500
 LONG = {
     # a page with two tables of evidence, read beside the code that it describes
+    "runs-that-fail-by-themselves.md",
     "stability-reproduction.md",
     "what-a-verdict-rests-on.md",
     "when-a-run-diverges.md",
