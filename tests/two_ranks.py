@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from tests import forked
 
@@ -47,3 +54,25 @@ def run_on_two_ranks(module: str, directory: Path, *arguments: Any, timeout: flo
             rank.join()
     for rank, log in zip(ranks, logs, strict=True):
         assert rank.exitcode == 0, log.read_text()[-4000:]
+
+
+@contextmanager
+def one_of_two_ranks(directory: Path, *, seconds: float = 60) -> Generator[int, None, None]:
+    """In such a program: this process's rank, in a gloo group with the other one.
+
+    Args:
+        directory: the one that `main` is called with.
+        seconds: for which a collective waits.
+    """
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=seconds),
+    )
+    yield rank
+    dist.barrier()
+    dist.destroy_process_group()

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from tests.golden.cases import rank_trace
+from tests.two_ranks import one_of_two_ranks
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=600),
-    )
-    told = rank_trace(directory, rank)
-    (directory / f"rank{rank}.json").write_text(json.dumps(told))
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory, seconds=600) as rank:
+        told = rank_trace(directory, rank)
+        (directory / f"rank{rank}.json").write_text(json.dumps(told))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.metrics import TrainingInferenceMismatch
+from tests.two_ranks import one_of_two_ranks
 
 
 def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -27,17 +25,8 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def main(directory: Path) -> None:
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    metric = TrainingInferenceMismatch()
-    for batch in batches()[rank::2]:
-        metric.update(*batch)
-    torch.save(metric.compute(), directory / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory) as rank:
+        metric = TrainingInferenceMismatch()
+        for batch in batches()[rank::2]:
+            metric.update(*batch)
+        torch.save(metric.compute(), directory / f"rank{rank}.pt")

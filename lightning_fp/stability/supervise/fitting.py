@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import islice
 
+from lightning_fp.counting import counted
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
@@ -47,8 +48,7 @@ def fitting(
     left = dict(formats)
     while left and not can_run(loop, step, left):
         left = dict(islice(left.items(), len(left) // 2))
-    plural = "" if len(formats) == 1 else "s"
-    note(f"the run has memory for {len(left)} of {len(formats)} layer{plural} to be demoted")
+    note(f"the run has memory for {len(left)} of {counted(len(formats), 'layer')} to be demoted")
     return left
 
 

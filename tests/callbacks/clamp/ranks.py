@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +16,7 @@ from lightning_fp import FP8Precision
 from lightning_fp.callbacks import ClampMonitor
 from lightning_fp.records import StatisticsWriter
 from tests.helper import make_trainer
+from tests.two_ranks import one_of_two_ranks
 
 
 class Net(L.LightningModule):
@@ -59,28 +58,18 @@ def train(directory: Path, world: int) -> tuple[Net, ClampMonitor]:
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    train(directory / "two", 2)
+    with one_of_two_ranks(directory) as rank:
+        train(directory / "two", 2)
 
-    logging.getLogger("lightning_fp").setLevel(logging.CRITICAL)
-    if rank == 0:  # the only rank that writes; the other one must stop with it
+        logging.getLogger("lightning_fp").setLevel(logging.CRITICAL)
+        if rank == 0:  # the only rank that writes; the other one must stop with it
 
-        def fail(*_: object) -> None:
-            raise OSError("disk full")
+            def fail(*_: object) -> None:
+                raise OSError("disk full")
 
-        StatisticsWriter.append = fail
-    model, monitor = train(directory / "failing", 2)
-    torch.save(
-        {"steps": model.steps, "failed": monitor._log.failed, "collects": model.first.collect},
-        directory / f"rank{rank}.pt",
-    )
-    dist.barrier()
-    dist.destroy_process_group()
+            StatisticsWriter.append = fail
+        model, monitor = train(directory / "failing", 2)
+        torch.save(
+            {"steps": model.steps, "failed": monitor._log.failed, "collects": model.first.collect},
+            directory / f"rank{rank}.pt",
+        )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_fp import FP8Precision
 from lightning_fp.callbacks import EvaluationGap, LossRecorder
 from tests.helper import LanguageModel, make_trainer, next_byte_loss, text_rows
+from tests.two_ranks import one_of_two_ranks
 
 
 class Evaluated(LanguageModel):
@@ -70,23 +69,13 @@ def train(directory: Path, model: Evaluated, strategy: Any = None) -> Evaluation
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    found = {
-        "ddp": train(directory / "ddp", Evaluated(), DDPStrategy()),
-        "fsdp2": train(directory / "fsdp2", Sharded(), sharding),
-    }
-    logging.getLogger("lightning_fp").setLevel(logging.ERROR)
-    found["silent"] = train(directory / "silent", Silent(), DDPStrategy())
-    rows = {name: None if g.latest is None else vars(g.latest) for name, g in found.items()}
-    torch.save(rows, directory / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory) as rank:
+        sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        found = {
+            "ddp": train(directory / "ddp", Evaluated(), DDPStrategy()),
+            "fsdp2": train(directory / "fsdp2", Sharded(), sharding),
+        }
+        logging.getLogger("lightning_fp").setLevel(logging.ERROR)
+        found["silent"] = train(directory / "silent", Silent(), DDPStrategy())
+        rows = {name: None if g.latest is None else vars(g.latest) for name, g in found.items()}
+        torch.save(rows, directory / f"rank{rank}.pt")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,6 +16,7 @@ from lightning_fp import FP8Precision
 from lightning_fp.callbacks.mismatch.mismatch_monitor import MismatchMonitor
 from lightning_fp.stability import MismatchDetector
 from tests.helper import make_trainer
+from tests.two_ranks import one_of_two_ranks
 
 STEPS = 44
 START = 18
@@ -77,18 +75,8 @@ def train(directory: Path, rank: int, steps: int, broken_at: int | None = None) 
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    found = {"growing": train(directory / "growing", rank, STEPS)}
-    logging.getLogger("lightning_fp").setLevel(logging.CRITICAL)
-    found["broken"] = train(directory / "broken", rank, 6, broken_at=3)
-    torch.save(found, directory / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory) as rank:
+        found = {"growing": train(directory / "growing", rank, STEPS)}
+        logging.getLogger("lightning_fp").setLevel(logging.CRITICAL)
+        found["broken"] = train(directory / "broken", rank, 6, broken_at=3)
+        torch.save(found, directory / f"rank{rank}.pt")

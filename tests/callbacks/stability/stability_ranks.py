@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from lightning_fp import FP8Precision, StabilityMonitor
 from lightning_fp.callbacks.run.run import run_of
 from lightning_fp.telemetry.stability.signals import PUBLISHED
 from tests.helper import LanguageModel, make_trainer, text_rows
+from tests.two_ranks import one_of_two_ranks
 
 STEPS = 6
 ROWS = 4
@@ -72,15 +71,5 @@ def train(directory: Path, world: int) -> list[float]:
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    torch.save(train(directory / "two", 2), directory / f"board{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory) as rank:
+        torch.save(train(directory / "two", 2), directory / f"board{rank}.pt")

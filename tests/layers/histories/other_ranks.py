@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lightning_fp import convert
+from tests.two_ranks import one_of_two_ranks
 
 
 def step(names: list[str]) -> str:
@@ -29,18 +27,8 @@ def step(names: list[str]) -> str:
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    stage = ["a", "b"] if rank == 0 else ["c", "d"]
-    more = ["a"] if rank == 0 else ["a", "b", "c"]
-    told = {"same": step(["a", "b"]), "other": step(stage), "fewer": step(more)}
-    torch.save(told, directory / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory) as rank:
+        stage = ["a", "b"] if rank == 0 else ["c", "d"]
+        more = ["a"] if rank == 0 else ["a", "b", "c"]
+        told = {"same": step(["a", "b"]), "other": step(stage), "fewer": step(more)}
+        torch.save(told, directory / f"rank{rank}.pt")

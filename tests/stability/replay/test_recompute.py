@@ -39,11 +39,9 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def test_the_gradients_are_the_same_to_the_bit() -> None:
-    model, x = Stack(), torch.randn(16, 8)
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    blocks = blocks_of(model, linears)
-    assert blocks == [*model.blocks]  # neither single layers nor what has batch normalization
+def check_same_gradients_in_half_the_memory(
+    model: nn.Module, blocks: list[nn.Module], x: Tensor
+) -> None:
     before = gradients(model, x)
     with saved_tensors() as kept:
         model(x)
@@ -53,6 +51,14 @@ def test_the_gradients_are_the_same_to_the_bit() -> None:
             model(x)
     assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
     assert kept_bytes(kept_again, model.parameters()) < kept_bytes(kept, model.parameters()) / 2
+
+
+def test_the_gradients_are_the_same_to_the_bit() -> None:
+    model, x = Stack(), torch.randn(16, 8)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    blocks = blocks_of(model, linears)
+    assert blocks == [*model.blocks]  # neither single layers nor what has batch normalization
+    check_same_gradients_in_half_the_memory(model, blocks, x)
     assert not any("forward" in vars(block) for block in blocks)
 
 
@@ -81,15 +87,7 @@ def test_a_perceptron_is_computed_again_in_segments() -> None:
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     blocks = blocks_of(model, linears)
     assert blocks == [model.net]
-    before = gradients(model, x)
-    with saved_tensors() as kept:
-        model(x)
-    with recomputed(blocks):
-        again = gradients(model, x)
-        with saved_tensors() as kept_again:
-            model(x)
-    assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
-    assert kept_bytes(kept_again, model.parameters()) < kept_bytes(kept, model.parameters()) / 2
+    check_same_gradients_in_half_the_memory(model, blocks, x)
     assert "forward" not in vars(model.net)
 
 
