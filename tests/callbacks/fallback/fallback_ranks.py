@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_fp import FP8Precision, PrecisionFallback
 from tests.callbacks.fallback.test_precision_fallback import LAYER, Reversed, SuspectAt, batches
 from tests.helper import LanguageModel, make_trainer
+from tests.two_ranks import one_of_two_ranks
 
 
 class ReversedOnOneRank(Reversed):
@@ -107,17 +105,7 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def main(directory: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
     logging.getLogger("lightning_fp").setLevel(logging.ERROR)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=120),
-    )
-    told = {name: RUNS[name](directory / name) for name in names}
-    torch.save(told, directory / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory, seconds=120) as rank:
+        told = {name: RUNS[name](directory / name) for name in names}
+        torch.save(told, directory / f"rank{rank}.pt")

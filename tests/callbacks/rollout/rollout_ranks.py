@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_fp import ClampMonitor, FP8Precision
@@ -17,6 +14,7 @@ from lightning_fp.callbacks import StagedRollout
 from lightning_fp.recipes import Gate, RolloutRecipe, Stage
 from tests.callbacks.rollout.test_staged_rollout import Course, batches
 from tests.helper import CONTEXT, LanguageModel, make_trainer
+from tests.two_ranks import one_of_two_ranks
 
 PER_STEP = 2 * 4 * (CONTEXT + 1)
 """Tokens of a step over both ranks."""
@@ -50,29 +48,19 @@ class Uneven(LanguageModel):
 
 
 def main(directory: Path) -> None:
-    torch.set_num_threads(1)
     logging.getLogger("lightning_fp").setLevel(logging.ERROR)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=120),
-    )
-    seen, rollout = Course(), StagedRollout(RECIPE, dirpath=directory)
-    trainer = make_trainer(
-        FP8Precision("delayed", base="32-true"),
-        max_epochs=1,
-        log_every_n_steps=1,
-        callbacks=[ClampMonitor(every_n_steps=1, dirpath=directory), rollout, seen],
-        default_root_dir=directory,
-        devices=2,
-        strategy=DDPStrategy(),
-        use_distributed_sampler=False,
-    )
-    trainer.fit(Uneven(), batches(20, seed=rank))
-    told = {"formats": seen.formats, "ended": rollout.state.ended, "stage": rollout.stage}
-    torch.save(told, directory / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory, seconds=120) as rank:
+        seen, rollout = Course(), StagedRollout(RECIPE, dirpath=directory)
+        trainer = make_trainer(
+            FP8Precision("delayed", base="32-true"),
+            max_epochs=1,
+            log_every_n_steps=1,
+            callbacks=[ClampMonitor(every_n_steps=1, dirpath=directory), rollout, seen],
+            default_root_dir=directory,
+            devices=2,
+            strategy=DDPStrategy(),
+            use_distributed_sampler=False,
+        )
+        trainer.fit(Uneven(), batches(20, seed=rank))
+        told = {"formats": seen.formats, "ended": rollout.state.ended, "stage": rollout.stage}
+        torch.save(told, directory / f"rank{rank}.pt")

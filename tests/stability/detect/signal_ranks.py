@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.stability.detect.signals import SignalQueue, StepSignals
+from tests.two_ranks import one_of_two_ranks
 
 NAN, INF = float("nan"), float("inf")
 
@@ -53,19 +51,9 @@ def put(queue: SignalQueue, step: int, case: dict[str, list[float] | None], devi
 
 
 def main(directory: Path) -> None:
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    queue = SignalQueue()
-    for step, case in enumerate(CASES.values()):
-        put(queue, step, case[rank], "cpu")
-    seen: list[StepSignals] = queue.take()
-    torch.save([asdict(signals) for signals in seen], directory / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two_ranks(directory) as rank:
+        queue = SignalQueue()
+        for step, case in enumerate(CASES.values()):
+            put(queue, step, case[rank], "cpu")
+        seen: list[StepSignals] = queue.take()
+        torch.save([asdict(signals) for signals in seen], directory / f"rank{rank}.pt")
