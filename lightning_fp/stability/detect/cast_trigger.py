@@ -111,23 +111,27 @@ class CastTrigger:
         # An amax of 0 stands for a layer that was not called. As a level it would pull the median
         # down, and every ordinary step would be a jump.
         level = torch.where(level == -torch.inf, torch.nan, level)
+        before = state.recent
+        state = replace(state, last=step, recent=torch.cat([before, level[None]])[-self.window :])
+        if len(before) < self.window:
+            return state, []
+        # No level is that far above the median which is not above the lowest: most steps end here.
+        lowest = before.nan_to_num(nan=torch.inf).amin(dim=0)
+        if not bool((level - lowest > self.bits).any()):
+            return state, []
         # Against the steps before, without this one: a jump must not raise its own reference.
-        above = level - state.recent.nanmedian(dim=0).values if len(state.recent) else level
-        recent = torch.cat([state.recent, level[None]])[-self.window :]
-        state = replace(state, last=step)
-        if len(state.recent) < self.window:
-            return replace(state, recent=recent), []
+        above = level - before.nanmedian(dim=0).values
         new = (step >= state.quiet_until) | (above >= state.reported + ONE_HIGHER)
         jumps = (above > self.bits) & new  # NaN is not
         if not bool(jumps.any()):
-            return replace(state, recent=recent), []
+            return state, []
         found = [
             CastJump(layer=row, operand=OPERANDS[column], bits=float(above[row, column]))
             for row, column in jumps.nonzero().tolist()
         ]
         after = CastState(
             last=step,
-            recent=recent,
+            recent=state.recent,
             reported=torch.where(jumps, above, state.reported),
             quiet_until=torch.where(jumps, step + state.waits, state.quiet_until),
             waits=torch.where(jumps, (2 * state.waits).clamp(max=LONGEST_WAIT), state.waits),

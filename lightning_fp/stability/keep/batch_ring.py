@@ -227,7 +227,9 @@ class BatchRing:
         formats: Mapping[str, str] | None = None,
     ) -> None:
         """What came of a step, where that is known only later; nothing if it is not kept."""
-        for index, recorded in enumerate(self._steps):
+        # Results arrive a step or two late: from the newest back, most steps are never looked at.
+        for index in reversed(range(len(self._steps))):
+            recorded = self._steps[index]
             if recorded.step == step:
                 self._steps[index] = replace(
                     recorded,
@@ -236,6 +238,7 @@ class BatchRing:
                     skipped=skipped,
                     formats=recorded.formats if formats is None else formats,
                 )
+                return
 
     # -- reading --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Layout:
         """The layout for copies of these."""
         return cls(tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Bytes of each, with what aligns the next."""
         return [

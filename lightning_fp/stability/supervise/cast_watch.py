@@ -24,7 +24,9 @@ class CastWatch:
         table.watch_casts(True)
         self._table = table
         self._rows = {name: row for row, name in enumerate(table.layers)}
-        self._pending: deque[tuple[int, list[int], Tensor, torch.cuda.Event | None]] = deque()
+        self._told: tuple[list[str], Tensor] = [], torch.empty(0, dtype=torch.int64)
+        """The layers whose amax is known, and their rows."""
+        self._pending: deque[tuple[int, Tensor, Tensor, torch.cuda.Event | None]] = deque()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -37,7 +39,9 @@ class CastWatch:
         names, amax = history.names, history.amax
         if not names or len(amax) != len(names):
             return
-        rows = [self._rows[name] for name in names]
+        if names != self._told[0]:
+            self._told = list(names), torch.tensor([self._rows[name] for name in names])
+        rows = self._told[1]
         seen, ready = amax[:, :_OPERANDS], None
         if seen.is_cuda:
             host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)

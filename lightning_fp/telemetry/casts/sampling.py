@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -53,12 +54,18 @@ class SampledSteps:
         if self.last >= step:
             self.last = -1
         window, place = divmod(step, self.every_n_steps)
-        # A text seeds alike in every process: `random` takes its SHA-512, not its `hash`.
-        chosen = random.Random(f"{self.seed} {window}").randrange(self.every_n_steps)
+        chosen = _place(self.seed, window, self.every_n_steps)
         due = place >= chosen and (self.last < 0 or self.last // self.every_n_steps < window)
         if due:
             self.last = step
         return due or asked
+
+
+@lru_cache(maxsize=16)
+def _place(seed: int, window: int, length: int) -> int:
+    """Of the sampled step in its window."""
+    # A text seeds alike in every process: `random` takes its SHA-512, not its `hash`.
+    return random.Random(f"{seed} {window}").randrange(length)
 
 
 class StepSampler:
