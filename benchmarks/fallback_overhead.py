@@ -1,9 +1,10 @@
 """What PrecisionFallback costs while nothing is wrong: a 4-layer d=256 GPT on text, on the CPU.
 
 Two runs of the same steps, with the fallback at its defaults and without, take turns in one
-process, 64 steps each: what the machine does meanwhile hits both alike. Beside the ratios of these
-blocks stands the time inside of the fallback's own entry points. Steps before `SKIP` are left out,
-with the rehearsal among them, which is told apart, in steps; the first probes are not.
+process, step by step: what the machine does meanwhile hits both alike. Each block is the sum of 64
+such steps, with all probes and snapshots that fall into it. Beside the ratios of these blocks
+stands the time inside of the fallback's own entry points. Steps before `SKIP` are left out, with
+the rehearsal among them, which is told apart, in steps; the first probes are not.
 """
 
 from __future__ import annotations
@@ -51,28 +52,27 @@ class Turns:
             self._changed.notify_all()
 
 
-class Blocks(L.Callback):
-    """Processor time of each block of steps, the whole loop and all callbacks included."""
+class Steps(L.Callback):
+    """Processor time of each step after `SKIP`, the whole loop and all callbacks included."""
 
     def __init__(self, turns: Turns, run: int) -> None:
         self.turns, self.run = turns, run
-        self.blocks: list[float] = []
         self.steps: list[float] = []
-        self._block = self._step = 0.0
+        self._began = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
         if trainer.precision_plugin.precision_map.frozen:  # a probe runs a step again, hooks too
             return
-        now, steps = time.process_time(), trainer.global_step - SKIP
-        if steps > 0:
-            self.steps.append(now - self._step)
-        if steps >= 0 and steps % BLOCK == 0:
-            if steps:
-                self.blocks.append(now - self._block)
-            self.turns.end(self.run)
-            self.turns.wait_for(self.run)
-            self._block = time.process_time()
-        self._step = time.process_time()
+        if trainer.global_step > SKIP:
+            self.steps.append(time.process_time() - self._began)
+        self.turns.end(self.run)
+        self.turns.wait_for(self.run)
+        self._began = time.process_time()
+
+    @property
+    def blocks(self) -> list[float]:
+        """The steps of each block together."""
+        return [sum(self.steps[i : i + BLOCK]) for i in range(0, len(self.steps), BLOCK)]
 
 
 class EntryPoints(PrecisionFallback):
@@ -122,10 +122,10 @@ def train(callbacks: list[L.Callback], steps: int) -> None:
     trainer.fit(ByteGPT(context=CONTEXT), batches)
 
 
-def side_by_side(blocks: int) -> tuple[Blocks, Blocks, EntryPoints]:
+def side_by_side(blocks: int) -> tuple[Steps, Steps, EntryPoints]:
     """Both runs, in turns."""
     turns, fallback = Turns(2), EntryPoints()
-    timed = [Blocks(turns, run) for run in range(2)]
+    timed = [Steps(turns, run) for run in range(2)]
 
     def run(number: int, callbacks: list[L.Callback]) -> None:
         turns.wait_for(number)
