@@ -124,15 +124,20 @@ class ScaleHistory(DelayedScales):
             self._compare_ranks(amax.device)
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
         self.amax = amax
-        if self._amax_only:  # no scales follow from these
-            amax = torch.where(self._counts, amax, 0.0)
-        self._watch(amax, rows[..., NONFINITE], self._scales)
-        self._history = advance_history(self._history, amax)
-        self._hand_out(history_scale(self._history, self._limits, self.config))
+        if len(self._amax_only) < len(self._layers):
+            self._advance(amax, rows[..., NONFINITE])
         torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
         self._grad_record.zero_()
         self._share(memories)
         self._warm_up()
+
+    def _advance(self, amax: Tensor, nonfinite: Tensor) -> None:
+        """The next step's scales, from this one's amax."""
+        if self._amax_only:  # no scales follow from these
+            amax = torch.where(self._counts, amax, 0.0)
+        self._watch(amax, nonfinite, self._scales)
+        self._history = advance_history(self._history, amax)
+        self._hand_out(history_scale(self._history, self._limits, self.config))
 
     def _with_scalars(self, amax: Tensor, memories: Sequence[OperandMemory]) -> Tensor:
         """With what eager forwards have left of input and weight as scalars; it is taken."""
