@@ -56,7 +56,7 @@ def cast_operand(
     if wide is None:
         return cast, cast
     if torch.compiler.is_compiling():
-        return cast, cast.to(wide)
+        return cast, widen(cast, format, wide)
     return cast, scaled.copy_(as_float16(cast)).to(wide)
 
 
@@ -66,10 +66,9 @@ def widen(cast: Tensor, format: FloatFormat, wide: torch.dtype | None) -> Tensor
         return cast
     if cast.dtype is torch.uint8:
         return from_codes(cast, format).to(wide)
-    if torch.compiler.is_compiling():
-        return cast.to(wide)
-    # By way of float32: torch vectorises both steps, and not the direct one.
-    return as_float16(cast).float().to(wide)
+    # By way of float32: torch and its compiler vectorise both steps, and not the direct one.
+    narrow = cast if torch.compiler.is_compiling() else as_float16(cast)
+    return narrow.float().to(wide)
 
 
 def unscale(scale: Tensor, amax: Tensor) -> Tensor:
