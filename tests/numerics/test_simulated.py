@@ -198,9 +198,10 @@ def test_stochastic_rounding_wants_a_seed() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 def test_compiled_is_eager_bit_for_bit(backend: str) -> None:
-    names = ["e8m3", "e8m0", "e4m3", "e5m9"]
+    names = ["e8m3", "e8m0", "e4m3", "e5m9", "e3m0", "e4m5", "e7m21", "e2m22"]
     exponents = torch.arange(-150, 128).repeat_interleave(16)
     x = torch.ldexp(1 + torch.rand(len(exponents), generator=generator()), exponents)
+    x = torch.cat([x, torch.arange(2**12) / 2**7])  # the midpoints of narrow formats among them
     x = torch.cat([x, -x, torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])])
 
     def all_of(x: Tensor, seed: Tensor) -> list[Tensor]:
