@@ -31,6 +31,7 @@ NAVIGATION = {
     ],
     "Where it runs": [
         "in-your-own-loop",
+        "many-devices",
         "fabric",
         "hugging-face",
         "manual-optimization",

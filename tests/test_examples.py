@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +37,10 @@ PROMISES = {
     "fabric/gpt.py": (["--steps", "4", "--output", "run"], "held-out loss, in high precision:"),
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
 }
+ON_TWO_RANKS = {
+    "tensor_parallel.py": "this rank's part of model.0.up: (128, 64) of (256, 64)",
+}
+"""What `torchrun` starts."""
 
 
 @pytest.mark.parametrize("name", PROMISES)
@@ -53,7 +59,24 @@ def test_example(
     assert promise in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_example_under_torchrun(name: str, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*torchrun, str(EXAMPLES / name)],
+        cwd=tmp_path,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert ON_TWO_RANKS[name] in run.stdout
+
+
 def test_every_script_is_run():
-    here = {name for name in PROMISES if "/" not in name}
+    here = {name for name in PROMISES if "/" not in name} | ON_TWO_RANKS.keys()
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*here, "models.py"}
     assert {f"fabric/{path.name}" for path in EXAMPLES.glob("fabric/*.py")} == {*PROMISES} - here

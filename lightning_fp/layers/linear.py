@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
 from lightning_fp.kernels.plain_linear import transformed
@@ -19,6 +20,7 @@ from lightning_fp.kernels.straight_through import straight_through
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.layouts import of_layout
 from lightning_fp.layers.observe import OperandStatistics, observe
+from lightning_fp.layers.sharded import multiply_shards
 from lightning_fp.layers.switchable import Phase
 from lightning_fp.numerics import FloatFormat
 
@@ -94,6 +96,13 @@ class FPLinear(nn.Linear):
             return F.linear(input, weight, self.bias)
         if input.layout is not torch.strided or input.is_nested:
             return of_layout(self, input, weight)
+        if (
+            isinstance(input, DTensor)
+            and isinstance(weight, DTensor)
+            and weight.device_mesh.ndim == 1
+            and not self.format.is_high_precision  # that is nn.Linear's product, bit for bit
+        ):
+            return multiply_shards(self._multiply, input, weight, self.bias)
         return self.multiply(input, weight)
 
     def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
@@ -106,6 +115,9 @@ class FPLinear(nn.Linear):
         Returns:
             [..., out_features].
         """
+        return self._multiply(input, weight, self.bias)
+
+    def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         evaluating = self.evaluating
         kernel, memory = self.kernel, self._memory_on(input.device)
         if kernel.records and self._after_its_trainer:
@@ -118,12 +130,12 @@ class FPLinear(nn.Linear):
         if transformed():
             if not kernel.every_derivative:
                 # Nothing is recorded in there, so a history's scales would never follow.
-                return straight_through(kernel, input, weight, self.bias)
+                return straight_through(kernel, input, weight, bias)
             collect = False
         # Code compiled for one block would not serve the next if the layer's name were in it.
         name = "in compiled code" if torch.compiler.is_compiling() else self.fqn
         output = kernel.multiply(
-            input, weight, self.bias, name, memory, record=record, evaluating=evaluating
+            input, weight, bias, name, memory, record=record, evaluating=evaluating
         )
         if collect and self.statistics is not None:
             scales = None if memory is None else memory.scales

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
-import torch
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
@@ -19,7 +18,7 @@ from lightning_fp.plugins.guard import StepGuard, unwrapped
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.base_answers import BaseAnswers
 from lightning_fp.stepping.base_precision import Base, BaseLike, base_precision, read_base
-from lightning_fp.stepping.gradients import clip_sparse, gradient_norm
+from lightning_fp.stepping.gradients import clip_by_norm, gradient_norm
 
 LARGEST_SCALE_TO_DIFFERENTIATE = 1024
 """Leaves derivatives of scaled gradients a factor of 64 below the largest FP16 number."""
@@ -142,12 +141,8 @@ class GuardedPrecision(BaseAnswers, Precision):
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
-        """As Lightning's, of sparse gradients too; the guard hears of the norm, computed once."""
-        parameters = list(self.main_params(optimizer))
-        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-            norm = clip_sparse(optimizer, clip_val)
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
+        """As Lightning's, of all kinds of gradients; the guard hears of the norm, computed once."""
+        norm = clip_by_norm(optimizer, clip_val)
         if self.guard is not None:
             self.guard.clipped(norm)
 

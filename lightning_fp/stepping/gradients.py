@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 
@@ -32,22 +34,52 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
     ]
     if not gradients:
         return torch.zeros(())
-    return whole_norm(torch.nn.utils.get_total_norm(gradients))
+    return total_norm(gradients)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm of all gradients together, also where each mesh has some of them, and none has others.
+
+    Under tensor parallelism torch's own function refuses those of layers that are not sharded.
+
+    Args:
+        gradients: dense, at least one.
+    """
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for gradient in gradients:
+        by_mesh.setdefault(_mesh(gradient), []).append(gradient)
+    norms = [whole_norm(torch.nn.utils.get_total_norm(each)) for each in by_mesh.values()]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.nn.utils.get_total_norm([norm.to(norms[0].device) for norm in norms])
+
+
+def _mesh(gradient: Tensor) -> DeviceMesh | None:
+    """That a gradient is sharded over; None of a plain tensor."""
+    return gradient.device_mesh if isinstance(gradient, DTensor) else None
 
 
 @torch.no_grad()
-def clip_sparse(optimizer: Optimizer, max_norm: float) -> Tensor:
-    """Clip gradients by their norm where some are sparse, which torch refuses.
+def clip_by_norm(optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Clip all gradients by their norm, as torch does, of kinds that it refuses too.
+
+    Those are sparse ones, and under tensor parallelism those of several meshes.
+
+    Args:
+        optimizer: its parameters' `.grad` are scaled down in place.
+        max_norm: the largest norm that is left as it is.
 
     Returns:
-        The norm before.
+        The norm before, a scalar.
     """
+    gradients = gradients_of(optimizer)
+    if len(set(map(_mesh, gradients))) < 2 and not any(g.is_sparse for g in gradients):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return whole_norm(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     norm = gradient_norm(optimizer)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.device))
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
     return norm
 
 

@@ -13,12 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.loop.steps.joint_optimizer import as_one
-from lightning_fp.stepping.gradients import (
-    calls_closure_once,
-    clip_sparse,
-    gradient_norm,
-    whole_norm,
-)
+from lightning_fp.stepping.gradients import calls_closure_once, clip_by_norm, gradient_norm
 from lightning_fp.stepping.guard import Guard
 
 ComputeLoss = Callable[[Any], Tensor]
@@ -159,10 +154,7 @@ class OptimizerSteps:
         """The norm of all gradients before clipping."""
         if self.clip_norm is None:
             return gradient_norm(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-            return clip_sparse(self.optimizer, self.clip_norm)
-        return whole_norm(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+        return clip_by_norm(self.optimizer, self.clip_norm)
 
 
 def ddp_of(model: nn.Module) -> DistributedDataParallel | None:

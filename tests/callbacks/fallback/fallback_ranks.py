@@ -12,6 +12,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from lightning_fp import FP8Precision, PrecisionFallback
 from tests.callbacks.fallback.test_precision_fallback import LAYER, Reversed, SuspectAt, batches
@@ -55,6 +61,26 @@ class Sharded(LanguageModel):
         fully_shard(self.model, mesh=mesh)
 
 
+class TensorParallel(LanguageModel):
+    """Each rank has half of every MLP; with `sharded` FSDP2 shards that, over one rank."""
+
+    def __init__(self, *, sharded: bool = False) -> None:
+        super().__init__()
+        self.sharded = sharded
+
+    def configure_model(self) -> None:
+        if isinstance(self.model.blocks[0].fc1.weight, DTensor):
+            return
+        mesh = self.device_mesh
+        for block in self.model.blocks:
+            plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+            parallelize_module(block, mesh["tensor_parallel"], plan)
+            if self.sharded:
+                fully_shard(block, mesh=mesh["data_parallel"])
+        if self.sharded:
+            fully_shard(self.model, mesh=mesh["data_parallel"])
+
+
 def run(
     directory: Path,
     scaling: str,
@@ -74,7 +100,8 @@ def run(
         strategy=DDPStrategy() if strategy is None else strategy,
         use_distributed_sampler=False,
     )
-    trainer.fit(model, batches(steps, seed=trainer.global_rank))
+    same_data = isinstance(model, TensorParallel)
+    trainer.fit(model, batches(steps, seed=0 if same_data else trainer.global_rank))
     table = trainer.precision_plugin.precision_map
     weights: Any = model.state_dict().items()
     return {
@@ -89,6 +116,10 @@ def run(
     }
 
 
+def tensor_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+
+
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "incident": lambda at: run(at, "dynamic", 64, ReversedOnOneRank(), LanguageModel()),
     "limit": lambda at: run(at, "delayed", 80, StuckOnOneRank(), LanguageModel()),
@@ -99,6 +130,12 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
         ReversedOnOneRank(),
         Sharded(),
         ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    ),
+    "tensor parallel": lambda at: run(
+        at, "dynamic", 64, ReversedOnOneRank(), TensorParallel(), tensor_parallel()
+    ),
+    "two dimensions": lambda at: run(
+        at, "delayed", 64, ReversedOnOneRank(), TensorParallel(sharded=True), tensor_parallel()
     ),
     "skip": lambda at: run(at, "dynamic", 34, None, PoisonedOnOneRank()),
 }

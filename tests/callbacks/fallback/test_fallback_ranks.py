@@ -16,7 +16,14 @@ Told = list[dict[str, Any]]
 """What each rank has told of a run."""
 
 SLOW = pytest.mark.slow
-RUN = ["incident", pytest.param("sharded", marks=SLOW), pytest.param("limit", marks=SLOW), "skip"]
+RUN = [
+    "incident",
+    pytest.param("sharded", marks=SLOW),
+    "tensor parallel",
+    pytest.param("two dimensions", marks=SLOW),
+    pytest.param("limit", marks=SLOW),
+    "skip",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,12 @@ def test_both_ranks_end_alike(told: Told) -> None:
     assert all(torch.equal(one["weights"][n], other["weights"][n]) for n in one["weights"])
 
 
-@of("incident", pytest.param("sharded", marks=SLOW))
+@of(
+    "incident",
+    pytest.param("sharded", marks=SLOW),
+    "tensor parallel",
+    pytest.param("two dimensions", marks=SLOW),
+)
 def test_an_incident_on_one_rank_demotes_on_both(told: Told) -> None:
     (demotion,) = read_events(told[0]["records"], kinds=["demote"])
     assert demotion.step == 60
