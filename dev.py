@@ -31,6 +31,9 @@ CALLER = VENV / "calling_python"
 OLDEST_TORCH = (2, 11)
 ALL_EXTRAS = {"dev", "docs"}
 TEST_EXTRAS = {"dev"}
+PACKAGE = ROOT / "build" / "package"
+PACKAGED_EXTRAS = ("completion", "storage", "te")
+"""Those that users install; dev.py itself installs the others."""
 
 
 # --- Targets ------------------------------------------------------------------------------------
@@ -120,7 +123,70 @@ def clean(args: list[str]) -> int:
     return 0
 
 
-_ALL = (setup, demo, test, proof, matrix, lint, docs, bench, peer_suite, compatibility, clean)
+def package(args: list[str]) -> int:
+    """Build wheel and sdist, install them where nothing else is, and use them there."""
+    os.environ.pop("PYTHONPATH", None)  # the package's own files are to be found, not these
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    tools, tested = PACKAGE / "tools", PACKAGE / "tested"
+    built = (
+        new_environment(tools)
+        and step("install build", *pip_in(tools), "build")
+        # the wheel is built from the sdist, which must have all that it takes
+        and step("build sdist and wheel", python_in(tools), "-m", "build", "--outdir", "dist", ".")
+    )
+    if not built or not new_environment(tested):
+        return 1
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    version = wheel.name.split("-")[1]
+    print(f"version {version}", flush=True)
+    install_wheel = [*pip_in(tested), "--constraint", "constraints-ci.txt"]
+    if not step("install the wheel alone", *install_wheel, wheel):
+        return 1
+    passed = use_it(tested, version)
+    for extra in args or PACKAGED_EXTRAS:
+        title = f"install the wheel with [{extra}]"
+        wanted = f"{wheel}[{extra}]"
+        if not step(f"resolve [{extra}]", *install_wheel, "--dry-run", wanted, quiet=True):
+            print(f"  [{extra}] does not resolve here, and is left out", flush=True)
+            continue
+        passed &= step(title, *install_wheel, wanted) and commands_answer(tested, version)
+    return 0 if passed else 1
+
+
+def use_it(environment: Path, version: str) -> bool:
+    """What somebody does first, in a directory of its own: `--version`, doctor, demo, report."""
+    place, run_dir = PACKAGE / "place", PACKAGE / "place" / "run"
+    place.mkdir()
+    commands = {
+        "doctor": ["doctor"],
+        "demo": ["demo", "--steps", "40", "--output", run_dir],
+        "report": ["report", run_dir, "--output", place / "report.html"],
+    }
+    command = command_in(environment)
+    passed = commands_answer(environment, version)
+    for name, arguments in commands.items():
+        passed &= step(f"lightning-fp {name}", command, *arguments, cwd=place)
+    written = place / "report.html"
+    return passed and written.is_file() and "<html" in written.read_text(encoding="utf-8")
+
+
+def commands_answer(environment: Path, version: str) -> bool:
+    """Whether `lightning-fp --version` names the version of the wheel, and its own files."""
+    ask = "import lightning_fp, sys; print(lightning_fp.__version__, lightning_fp.__file__)"
+    said: list[str] = []
+    for command in ([command_in(environment), "--version"], [python_in(environment), "-c", ask]):
+        done = subprocess.run([*map(str, command)], cwd=PACKAGE, capture_output=True, text=True)
+        said += done.stdout.split()
+    good = said.count(version) == 2 and str(environment) in said[-1]
+    print(f"lightning-fp --version ... {'ok' if good else f'FAILED: {said}'}", flush=True)
+    return good
+
+
+_ALL = (
+    *(setup, demo, test, proof, matrix, lint, docs, bench, peer_suite, compatibility, package),
+    clean,
+)
 TARGETS: dict[str, Callable[[list[str]], int]] = {
     target.__name__.replace("_", "-"): target for target in _ALL
 }
@@ -222,6 +288,26 @@ def make_venv(reuse_packages: bool) -> None:
         (Path(own.stdout.strip()) / "calling_python.pth").write_text("\n".join(lines) + "\n")
 
 
+def new_environment(where: Path) -> bool:
+    """An environment with nothing in it but pip."""
+    return step(f"create {where.relative_to(ROOT)}", sys.executable, "-m", "venv", where)
+
+
+def python_in(environment: Path) -> Path:
+    return environment / BIN.name / PYTHON.name
+
+
+def command_in(environment: Path) -> Path:
+    return environment / BIN.name / ("lightning-fp.exe" if os.name == "nt" else "lightning-fp")
+
+
+def pip_in(environment: Path) -> list[str]:
+    return [
+        *(str(python_in(environment)), "-m", "pip", "install", "--quiet", "--no-input"),
+        "--disable-pip-version-check",
+    ]
+
+
 def fingerprint() -> str:
     files = [ROOT / name for name in ("pyproject.toml", "constraints.txt", "constraints-ci.txt")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -239,14 +325,14 @@ def pytest(*args: str) -> int:
     return run(PYTHON, "-m", "pytest", "-n", "2", *args, env={"OMP_NUM_THREADS": "1"})
 
 
-def step(title: str, *command: object) -> bool:
-    """Run a command quietly, print one line about it; what it says only if it fails."""
+def step(title: str, *command: object, cwd: Path = ROOT, quiet: bool = False) -> bool:
+    """Run a command, print one line about it; what it says only if it fails, and not `quiet`."""
     print(f"{title} ...", end=" ", flush=True)
     start = time.monotonic()
     env = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
     done = subprocess.run(
         [str(part) for part in command],
-        cwd=ROOT,
+        cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -254,8 +340,9 @@ def step(title: str, *command: object) -> bool:
         text=True,
         errors="replace",
     )
-    print(f"{'ok' if done.returncode == 0 else 'FAILED'}, {time.monotonic() - start:.1f} s")
-    if done.returncode != 0:
+    failed = "no" if quiet else "FAILED"
+    print(f"{'ok' if done.returncode == 0 else failed}, {time.monotonic() - start:.1f} s")
+    if done.returncode != 0 and not quiet:
         print(done.stdout, flush=True)
     return done.returncode == 0
 

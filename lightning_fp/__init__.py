@@ -1,5 +1,6 @@
 """Low-precision training for PyTorch Lightning that is safe to turn on."""
 
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 from lightning_fp._lazy import lazy_names
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy_names(__name__)
 
-__version__ = "0.1.0.dev0"
+try:
+    __version__ = importlib.metadata.version("lightning-fp")
+except importlib.metadata.PackageNotFoundError:  # files that nobody has installed
+    __version__ = "0+unknown"
 
 __all__ = [
     # plugins

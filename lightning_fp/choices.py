@@ -6,7 +6,12 @@ import difflib
 from collections.abc import Collection
 from typing import TypeAlias
 
+from lightning_fp.shown import shown
+
 Names: TypeAlias = Collection[str]
+
+_LONGEST = 100
+"""Characters of a name that are compared with those there are."""
 
 
 def check_choice(field: str, value: object, known: Names) -> None:
@@ -58,7 +63,7 @@ def unknown(
     """
     hint = f"; for short: {', '.join(aliases)}" if aliases else ""
     hint += did_you_mean(value, (*known, *aliases))
-    return ValueError(f"{field} must be one of {', '.join(known)}{other}, got {value!r}{hint}")
+    return ValueError(f"{field} must be one of {', '.join(known)}{other}, got {shown(value)}{hint}")
 
 
 def did_you_mean(value: object, known: Names) -> str:
@@ -84,7 +89,8 @@ def near_names(value: object, known: Names, most: int, *, cutoff: float = 0.6) -
         most: how many, at most.
         cutoff: how much alike they must be, 0 to 1.
     """
-    text = str(value).lower()
+    text = str(value).lower() if isinstance(value, (str, int, float)) else ""
+    text = text[:_LONGEST]
     names = {str(name).lower(): str(name) for name in reversed(tuple(known))}
     begin = [low for low in reversed(names) if len(text) > 1 and low.startswith(text)]
     alike = difflib.get_close_matches(text, names, n=most, cutoff=cutoff)

@@ -14,11 +14,12 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers import ConversionReport, FormatLike, PrecisionMap
 from lightning_fp.layers.backends import BackendLike
 from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.scaling import ScalingLike
-from lightning_fp.loop.loop_precision import LoopPrecision, device_of
+from lightning_fp.loop.loop_precision import LoopPrecision, configuration, device_of
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.as_trained import as_trained
 from lightning_fp.stepping.base_precision import BaseLike, read_base
@@ -54,6 +55,7 @@ class FP8Precision(Precision):
         attention: see there.
     """
 
+    @checked
     def __init__(
         self,
         scaling: ScalingLike = "dynamic",
@@ -69,6 +71,16 @@ class FP8Precision(Precision):
     ) -> None:
         self.precision: Any = read_base(base)
         self._scaling = scaling
+        # What can be refused is refused here, and not only when the model comes.
+        configuration(
+            scaling,
+            layers=layers,
+            base=self.precision,
+            backend=backend,
+            tokens=tokens,
+            quantise_like=quantise_like,
+        )
+        PrecisionMap(attention=attention)
         self._options: dict[str, Any] = {
             "backend": backend,
             "base": base,
@@ -214,6 +226,7 @@ class FP16Precision(FP8Precision):
         ValueError: for another base.
     """
 
+    @checked
     def __init__(
         self,
         base: BaseLike = "16-mixed",

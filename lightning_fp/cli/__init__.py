@@ -43,6 +43,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{PROGRAM} {given[0]}: {error}", file=sys.stderr)
         return _REFUSED
+    except OSError as error:  # a full disk, a directory that nobody may write to
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"{PROGRAM} {given[0]}: {where}{error.strerror or error}", file=sys.stderr)
+        return _REFUSED
     except KeyboardInterrupt:
         from lightning_fp.cli.interrupted import kept
 

@@ -37,7 +37,10 @@ def attention_mode(format: FormatLike, field: str = "format") -> SimulatedAttent
     Raises:
         ValueError: for a format that is neither.
     """
-    read = linear_format(format)
+    try:
+        read = linear_format(format)
+    except ValueError as error:
+        raise ValueError(str(error).replace("format", field, 1)) from error
     if read.is_high_precision:
         return None
     kernel = kernel_for(read, "auto", cuda_fp8=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_choice, unknown
 from lightning_fp.format_names import (
     AUTO,
@@ -38,6 +39,7 @@ HIGH_PRECISION = tuple(row.name for row in TABLE if row.scaling == "none")
 """Formats that run nn.Linear; "high" is whatever nn.Linear computes in where it stands."""
 
 
+@checked
 @dataclass(frozen=True)
 class LinearFormat:
     """In which numbers a linear layer multiplies.
@@ -89,6 +91,8 @@ class LinearFormat:
         check_choice("granularity", self.granularity, get_args(Granularity))
         check_choice("grad_weight", self.grad_weight, get_args(GradWeight))
         check_choice("rounding", self.rounding, get_args(Rounding))
+        if self.torchao is not None and not hasattr(self.torchao, "cast_config_input"):
+            raise ValueError(f"torchao must be a Float8LinearConfig or None, got {self.torchao!r}")
         check_choice("quantise_like", self.quantise_like, get_args(QuantiseLike))
         if self.quantise_like != "master" and self.scaling == "none":
             raise ValueError(
@@ -114,7 +118,10 @@ class LinearFormat:
         if self.input == "high":
             return
         for operand in ("input", "weight", "grad_output"):
-            format = float_format(getattr(self, operand))
+            try:
+                format = float_format(getattr(self, operand))
+            except ValueError as error:
+                raise ValueError(f"{operand}: {error}") from error
             if self.granularity == "nv":
                 if format.name != "e2m1":
                     raise ValueError(
@@ -170,6 +177,7 @@ class LinearFormat:
         return f"LinearFormat({self.name!r})"
 
 
+@checked
 @dataclass(frozen=True)
 class DynamicScaling:
     """Scales taken from the tensor that is cast."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers.attention import attention_mode
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
@@ -23,7 +24,7 @@ from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_r
 from lightning_fp.layers.rules import compile_pattern, no_match_message
 from lightning_fp.layers.switchable import Phase, SwitchableLayer
 from lightning_fp.numerics import DelayedScaling
-from lightning_fp.state_version import check_version
+from lightning_fp.state_version import check_version, reads
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class PrecisionMap:
         ValueError: for a format of attention that is not simulated.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -104,9 +106,9 @@ class PrecisionMap:
         self._budget = PatternBudget()
         self._frozen = False
         self._seeds = BatchSeeds()
-        asked = NAMED_FORMATS["high"] if attention is None else linear_format(attention)
+        asked = NAMED_FORMATS["high"] if attention is None else attention
         self._attention = attention_mode(asked, "attention")
-        self.attention = "" if self._attention is None else asked.name
+        self.attention = "" if self._attention is None else linear_format(asked).name
         """The format of attention's products; "" for high precision."""
         self._histories = AmaxHistories(backend, delayed or DelayedScaling(), auto)
 
@@ -484,6 +486,7 @@ class PrecisionMap:
             **self._histories.state_dict(),
         }
 
+    @reads("precision map state")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a table; before the table is filled, the state waits for it.
 
@@ -493,11 +496,12 @@ class PrecisionMap:
         Raises:
             ValueError: if the state is of a version this package does not know.
         """
-        check_version(state, STATE_VERSION, "precision map state must have version")
-        self._loaded = dict(state)
+        current = check_version(state, STATE_VERSION, "precision map state")
+        self._loaded = {"version": STATE_VERSION, **current}
         if self._model is not None:
             self._restore(self._loaded)
 
+    @reads("precision map state")
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._loaded = None
         saved: dict[str, str] = state["formats"]

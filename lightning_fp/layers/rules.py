@@ -15,6 +15,7 @@ from lightning_fp.choices import near_names
 from lightning_fp.counting import counted
 from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
+from lightning_fp.shown import shown
 
 _WRAPPERS = (
     "_orig_mod",
@@ -126,11 +127,11 @@ def layer_rules(layers: Mapping[str, FormatLike] | None) -> tuple[Rule, ...]:
         )
     rules: list[Rule] = []
     for pattern, format in layers.items():
-        compile_pattern(pattern)
         try:
+            compile_pattern(pattern)
             rules.append(Rule(pattern, linear_format(format)))
         except ValueError as error:
-            raise ValueError(f"layers[{pattern!r}]: {error}") from error
+            raise ValueError(f"layers[{shown(pattern)}]: {error}") from error
     return tuple(rules)
 
 

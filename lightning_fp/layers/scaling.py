@@ -69,8 +69,8 @@ def layers_quantised_like(
     layers: Mapping[str, FormatLike] | None, like: QuantiseLike | None
 ) -> Mapping[str, FormatLike] | None:
     """Rules whose FP8 formats cast weights from other values; None: as the formats say."""
-    if like is None or layers is None:
-        return layers
+    if like is None or not isinstance(layers, Mapping):
+        return layers  # what else it is, `layer_rules` refuses
     return {pattern: quantised_like(linear_format(each), like) for pattern, each in layers.items()}
 
 

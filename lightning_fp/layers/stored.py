@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_fp.argument_types import checked
 from lightning_fp.kernels.stored.weight import StoredWeight
 from lightning_fp.layers.backends import Resolved
 from lightning_fp.layers.linear import is_switchable_linear
@@ -72,6 +73,7 @@ def decide_storing(model: nn.Module, resolved: Mapping[str, Resolved]) -> Storin
     )
 
 
+@checked
 def unstore(model: nn.Module, pattern: str = "*") -> int:
     """Give frozen layers that keep only FP8 a weight again, to merge adapters into it or to train.
 

@@ -23,17 +23,59 @@ from lightning_fp.layers.conversion.configured_layers import ConfiguredLayers
 from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.rules import layer_rules
-from lightning_fp.layers.scaling import ScalingLike, layers_quantised_like, read_scaling
+from lightning_fp.layers.scaling import (
+    RunScaling,
+    ScalingLike,
+    layers_quantised_like,
+    read_scaling,
+)
 from lightning_fp.loop.batches import with_dtype
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.as_trained import as_trained, modes
 from lightning_fp.stepping.base_answers import BaseAnswers
 from lightning_fp.stepping.base_precision import (
     LOSS_SCALE,
+    Base,
     BaseLike,
     base_precision,
     read_base,
 )
+
+
+def configuration(
+    scaling: ScalingLike,
+    *,
+    layers: Mapping[str, FormatLike] | None = None,
+    base: Base = "bf16-mixed",
+    backend: BackendLike = "auto",
+    tokens: float | None = None,
+    frozen: Frozen = "kept",
+    quantise_like: QuantiseLike | None = None,
+) -> tuple[RunScaling, ConfiguredLayers]:
+    """What the options ask for, of any model: how layers are scaled, and which get which format.
+
+    Raises:
+        ValueError: for an unknown or contradictory option.
+    """
+    read = read_scaling(scaling).quantised_like(quantise_like)
+    known = read_backend(backend)
+    read.check_backend(known)
+    if tokens is not None and not read.auto:
+        raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
+    configured = ConfiguredLayers(
+        format=read.format,
+        rules=layer_rules(layers_quantised_like(layers, quantise_like)),
+        backend=known,
+        empty=read.format.is_high_precision,
+        frozen=frozen,
+    )
+    fp8 = [f.name for f in (read.format, *(r.format for r in configured.rules)) if f.is_fp8]
+    if base == "16-true" and fp8:
+        raise ValueError(
+            f"base must not be '16-true' with FP8 layers ({', '.join(fp8)}), which cast from"
+            " the float32 weights; take '16-mixed'"
+        )
+    return read, configured
 
 
 class LoopPrecision(BaseAnswers):
@@ -74,27 +116,18 @@ class LoopPrecision(BaseAnswers):
         attention: FormatLike | None = None,
     ) -> None:
         self.model, self.name = model, read_base(base)
-        read = read_scaling(scaling).quantised_like(quantise_like)
-        backend = read_backend(backend)
-        read.check_backend(backend)
-        if tokens is not None and not read.auto:
-            raise ValueError(f"tokens must be None unless scaling is 'auto', got {tokens!r}")
-        configured = ConfiguredLayers(
-            format=read.format,
-            rules=layer_rules(layers_quantised_like(layers, quantise_like)),
+        read, configured = configuration(
+            scaling,
+            layers=layers,
+            base=self.name,
             backend=backend,
-            empty=read.format.is_high_precision,
+            tokens=tokens,
             frozen=frozen,
+            quantise_like=quantise_like,
         )
-        fp8 = [f.name for f in (read.format, *(r.format for r in configured.rules)) if f.is_fp8]
-        if self.name == "16-true" and fp8:
-            raise ValueError(
-                f"base must not be '16-true' with FP8 layers ({', '.join(fp8)}), which cast from"
-                " the float32 weights; take '16-mixed'"
-            )
         self.base = base_precision(self.name, loss_scaling)
         self.precision_map = PrecisionMap(
-            backend=backend,
+            backend=configured.backend,
             fp8_eval=fp8_eval,
             delayed=read.delayed,
             auto=AutoScaling(tokens=tokens) if read.auto else None,

@@ -129,4 +129,4 @@ class LoopRecords:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`; before `open`."""
-        self._before = state
+        self._before = {"directory": state["directory"], "position": state["position"]}

@@ -88,6 +88,8 @@ def check_fabric(fabric: Any) -> None:
     Raises:
         ValueError: naming it.
     """
+    if not callable(getattr(fabric, "backward", None)):
+        raise ValueError(f"fabric must be a lightning.Fabric or None, got {fabric!r}")
     plugin: Any = getattr(fabric, "_precision", None)
     if getattr(plugin, "precision", "32-true") != "32-true":
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import ConversionReport, FormatLike, Frozen, PrecisionMap
 from lightning_fp.layers.backends import BackendLike
@@ -44,7 +45,7 @@ from lightning_fp.stability import Parity
 from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.supervise.options import WatchOptions
-from lightning_fp.state_version import check_version
+from lightning_fp.state_version import check_version, reads
 from lightning_fp.stepping.base_precision import BaseLike
 from lightning_fp.telemetry.casts.cast_log import CastOptions
 from lightning_fp.telemetry.mismatch.mismatch_log import MismatchOptions
@@ -115,6 +116,7 @@ class PrecisionLoop:
             anything to convert.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -379,6 +381,7 @@ class PrecisionLoop:
             **self._parts.state_dict(),
         }
 
+    @reads("PrecisionLoop state")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`; before the first step of this loop, when the model is loaded.
 
@@ -390,7 +393,7 @@ class PrecisionLoop:
                 "load_state_dict must come before the first step of this loop; make a new"
                 " PrecisionLoop"
             )
-        check_version(state, STATE_VERSION, "PrecisionLoop state must have version")
+        state = check_version(state, STATE_VERSION, "PrecisionLoop state")
         self._steps.done = int(state["global_step"])
         self._precision.load_state_dict(state["precision"])
         self._records.load_state_dict(state["records"])

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.metrics.base import Float64Metric
+
+_LONGEST = 2**20
+"""A window takes 8 bytes for each step, and a second pass over all of them at every step."""
 
 _FLAT = 1e-10
 """A window with a smaller standard deviation than this has no noise to measure a jump by."""
@@ -50,9 +54,12 @@ class LossSpikeScore(Float64Metric):
     steps: Tensor
     recent: Tensor
 
+    @checked
     def __init__(self, *, window: int = 128, threshold: float = 7.0, **kwargs: Any) -> None:
         if window < 2:
             raise ValueError(f"window must be at least 2, got {window}")
+        if window > _LONGEST:
+            raise ValueError(f"window must be at most {_LONGEST}, got {window}")
         if not threshold > 0:
             raise ValueError(f"threshold must be greater than 0, got {threshold}")
         super().__init__(**kwargs)

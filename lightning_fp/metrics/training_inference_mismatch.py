@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import did_you_mean
 from lightning_fp.metrics.base import Float64Metric
 from lightning_fp.metrics.log_histogram import BINS, histogram
@@ -64,6 +65,7 @@ class TrainingInferenceMismatch(Float64Metric):
     moments: Tensor
     magnitudes: Tensor
 
+    @checked
     def __init__(
         self,
         aliases: Aliases = "verl",

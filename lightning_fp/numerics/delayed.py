@@ -8,9 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.numerics.scaling import AMAX_LOWER_BOUND
 
+LONGEST = 2**16
+"""Steps that a history may have: every operand of every layer keeps one. 1024 are usual at most."""
 
+
+@checked
 @dataclass(frozen=True)
 class DelayedScaling:
     """How the scale follows from the amax history.
@@ -31,6 +36,8 @@ class DelayedScaling:
     def __post_init__(self) -> None:
         if not isinstance(self.history_len, int) or self.history_len < 1:
             raise ValueError(f"history_len must be at least 1, got {self.history_len!r}")
+        if self.history_len > LONGEST:
+            raise ValueError(f"history_len must be at most {LONGEST}, got {self.history_len}")
         if self.algorithm not in ("max", "most_recent"):
             raise ValueError(f"algorithm must be 'max' or 'most_recent', got {self.algorithm!r}")
         if not isinstance(self.margin, int) or self.margin < 0:

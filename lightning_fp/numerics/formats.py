@@ -167,6 +167,8 @@ def float_format(name: str) -> FloatFormat:
     Raises:
         ValueError: if there is no such format.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name must be that of a number format, such as 'e4m3', got {name!r}")
     name = _ALIASES.get(name, name)
     if name in FORMATS:
         return FORMATS[name]

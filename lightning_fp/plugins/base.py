@@ -41,6 +41,7 @@ from lightning_fp.plugins.guarded import GuardedPrecision
 from lightning_fp.plugins.strategies import refuse_strategy
 from lightning_fp.plugins.throughput import FP8_PEAK, PEAK, tell_throughput_monitors
 from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.state_version import reads
 from lightning_fp.stepping.as_trained import as_trained
 from lightning_fp.stepping.base_precision import LOSS_SCALE, Base
 from lightning_fp.stepping.low_watch import LowWatch
@@ -437,6 +438,7 @@ class LayerPrecision(GuardedPrecision):
             checkpoint[STATE_KEY] = {**self.precision_map.state_dict(), **of_base}
 
     @override
+    @reads("the precision plugin's state")
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the table and the loss scale, which may be that of Lightning's own plugin."""
         state = dict(checkpoint.get(STATE_KEY) or {})

@@ -7,6 +7,7 @@ from typing import Literal
 
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers import FormatLike, linear_format
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.plugins.base import LayerPrecision
@@ -41,6 +42,7 @@ class FP16Precision(LayerPrecision):
             LBFGS, or an FSDP2 policy that reduces gradients in FP16.
     """
 
+    @checked
     def __init__(
         self,
         base: HalfBase = "16-mixed",

@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers import AutoScaling, FormatLike, Frozen, LinearFormat
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.format import QuantiseLike
@@ -54,6 +55,7 @@ class FP8Precision(LayerPrecision):
             nothing, an unsupported strategy, or a model without anything to convert.
     """
 
+    @checked
     def __init__(
         self,
         scaling: ScalingLike = "dynamic",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers.scaling import ScalingLike, read_scaling
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.plugins.fp8 import FP8Precision
 from lightning_fp.plugins.fp16 import FP16Precision
 
 
+@checked
 def precision_plugin(name: ScalingLike, **options: Any) -> LayerPrecision:
     """The precision plugin for a format.
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_fp.layers.rules import compile_pattern
+from lightning_fp.shown import shown
 
 _END = r"(?:-?\d+|\d+(?:\.\d+)?%)"
 _SELECTOR = re.compile(
@@ -43,7 +44,7 @@ def check_pattern(pattern: object) -> str:
     """
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(
-            f"layer pattern must be a text such as '*' or 'blocks[0]', got {pattern!r}"
+            f"layer pattern must be a text such as '*' or 'blocks[0]', got {shown(pattern)}"
         )
     if not pattern.startswith("blocks["):
         compile_pattern(pattern)
@@ -52,11 +53,11 @@ def check_pattern(pattern: object) -> str:
     if found is None:
         raise ValueError(
             f"layer pattern must be 'blocks[i]' or 'blocks[i:j]' with integers or per cent, then"
-            f" perhaps '.' and a glob, got {pattern!r}; e.g. 'blocks[1:-1].mlp.*'"
+            f" perhaps '.' and a glob, got {shown(pattern)}; e.g. 'blocks[1:-1].mlp.*'"
         )
     for end in ("one", "start", "stop"):
         if (found[end] or "").endswith("%") and not 0 <= float(found[end][:-1]) <= 100:
-            raise ValueError(f"layer pattern: per cent must be in 0 to 100, got {pattern!r}")
+            raise ValueError(f"layer pattern: per cent must be in 0 to 100, got {shown(pattern)}")
     return pattern
 
 

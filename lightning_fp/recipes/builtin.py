@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lightning_fp.choices import did_you_mean, unknown
+from lightning_fp.argument_types import checked
+from lightning_fp.choices import check_at_least, did_you_mean, unknown
 from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
 from lightning_fp.recipes.catalogue import CATALOGUE
 from lightning_fp.recipes.gate import Gate
@@ -44,6 +47,15 @@ def _named(name: str, *stages: Stage, few_blocks: FewBlocks = "refuse") -> Rollo
     return RolloutRecipe(name=name, description=description, stages=stages, few_blocks=few_blocks)
 
 
+def _check(*, share: Mapping[str, float] | None = None, **counts: int | None) -> None:
+    """Refuse shares of the run that leave nothing for the stages around, and lengths of none."""
+    for name, value in (share or {}).items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must be a share of the run, above 0 and below 1, got {value}")
+    check_at_least(1, **counts)
+
+
+@checked
 def conservative(*, warmup: float = 0.05, window: int = 500) -> RolloutRecipe:
     """High precision, one block, all but the ends, everything, and high precision at the end.
 
@@ -59,6 +71,9 @@ def conservative(*, warmup: float = 0.05, window: int = 500) -> RolloutRecipe:
         warmup: share of the run in high precision at the beginning.
         window: steps that the gates look back, and least length of the stages.
     """
+    _check(share={"warmup": warmup}, window=window)
+    if warmup >= 0.9:
+        raise ValueError(f"warmup must be below 0.9, where the last stage begins, got {warmup}")
     parity = Gate(statistic="parity/grad_cosine", above=0.95, window=window)
     return _named(
         "conservative",
@@ -89,6 +104,7 @@ def conservative(*, warmup: float = 0.05, window: int = 500) -> RolloutRecipe:
     )
 
 
+@checked
 def balanced(*, warmup: float = 0.02, window: int = 100) -> RolloutRecipe:
     """A short start in high precision, all but the first and last block, then everything.
 
@@ -101,6 +117,7 @@ def balanced(*, warmup: float = 0.02, window: int = 100) -> RolloutRecipe:
         warmup: share of the run in high precision at the beginning.
         window: steps that the gates look back, and least length of the stage between.
     """
+    _check(share={"warmup": warmup}, window=window)
     return _named(
         "balanced",
         Stage(name="high", layers=_ALL_HIGH, until={"share": warmup}),
@@ -115,6 +132,7 @@ def balanced(*, warmup: float = 0.02, window: int = 100) -> RolloutRecipe:
     )
 
 
+@checked
 def aggressive(*, steps: int = 50, window: int = 50) -> RolloutRecipe:
     """Everything after a few steps, and back if casts clamp.
 
@@ -126,6 +144,7 @@ def aggressive(*, steps: int = 50, window: int = 50) -> RolloutRecipe:
         steps: length of the start in high precision.
         window: steps that the gate looks back.
     """
+    _check(steps=steps, window=window)
     gate = Gate(statistic="clamped_mass/max", below=0.01, window=window, reduce="mean")
     return _named(
         "aggressive",
@@ -145,6 +164,7 @@ def first_last_bf16() -> RolloutRecipe:
     return _named("first-last-bf16", ends_high, few_blocks="thirds")
 
 
+@checked
 def bf16_cooldown(*, share: float = 0.9) -> RolloutRecipe:
     """Low precision until near the end, high precision for the last 10%.
 
@@ -154,6 +174,7 @@ def bf16_cooldown(*, share: float = 0.9) -> RolloutRecipe:
     Args:
         share: share of the run at which high precision takes over.
     """
+    _check(share={"share": share})
     return _named(
         "bf16-cooldown",
         Stage(name="low", layers=_ALL_LOW, until={"share": share}),
@@ -161,6 +182,7 @@ def bf16_cooldown(*, share: float = 0.9) -> RolloutRecipe:
     )
 
 
+@checked
 def delayed_after_dynamic(
     *, window: int = 200, token_limit: int | None = int(DELAYED_TOKEN_LIMIT)
 ) -> RolloutRecipe:
@@ -176,6 +198,7 @@ def delayed_after_dynamic(
         token_limit: training tokens after which scaling is dynamic again; None: never, for runs
             that are short or have no tokens.
     """
+    _check(window=window, token_limit=token_limit)
     what_if = Gate(statistic="what_if_delayed_clamped_mass/max", below=0.01, window=window)
     clamped = Gate(statistic="clamped_mass/max", below=0.01, window=window)
     delayed = Stage(
@@ -195,6 +218,7 @@ def delayed_after_dynamic(
     )
 
 
+@checked
 def fp16_rl(*, k3: float = 1e-3, window: int = 20) -> RolloutRecipe:
     """FP16 for reinforcement learning, and back to BF16 if training and inference part.
 
@@ -207,6 +231,9 @@ def fp16_rl(*, k3: float = 1e-3, window: int = 20) -> RolloutRecipe:
         k3: mismatch (the k3 estimate of the KL divergence) that ends FP16.
         window: steps that the gate looks back, and length of the start in BF16.
     """
+    _check(window=window)
+    if not math.isfinite(k3):
+        raise ValueError(f"k3 must be finite, got {k3}")
     gate = Gate(statistic="mismatch/k3_kl", below=k3, window=window, reduce="mean")
     return _named(
         "fp16-rl",
@@ -232,6 +259,7 @@ def names() -> list[str]:
     return list(RECIPES)
 
 
+@checked
 def get(name: str, **options: Any) -> RolloutRecipe:
     """A built-in recipe.
 
@@ -248,7 +276,7 @@ def get(name: str, **options: Any) -> RolloutRecipe:
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     recipe = RECIPES[name]
-    known = recipe.__kwdefaults__ or {}
+    known = signature(recipe).parameters
     for option in options:
         if option not in known:
             has = f"; it has {', '.join(known) or 'none'}{did_you_mean(option, known)}"

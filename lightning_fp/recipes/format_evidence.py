@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_fp.argument_types import checked
 from lightning_fp.counting import counted
 from lightning_fp.layers.format import linear_format
 from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
+from lightning_fp.shown import shown
 
 _AT_ALL_COSTS = "take StagedRollout(..., force=True), or the evidence out of the recipe"
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class FormatEvidence:
     """One format, as `lightning-fp study sweep --emit` has seen it."""
@@ -47,24 +50,24 @@ class FormatEvidence:
     def __post_init__(self) -> None:
         where = f"evidence of {self.format!r}"
         if not isinstance(self.format, str) or not self.format:
-            raise ValueError(f"evidence: format must be a name, got {self.format!r}")
+            raise ValueError(f"evidence: format must be a name, got {shown(self.format)}")
         try:
             linear_format(self.format)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if not isinstance(self.passed, bool):
-            raise ValueError(f"{where}: passed must be true or false, got {self.passed!r}")
+            raise ValueError(f"{where}: passed must be true or false, got {shown(self.passed)}")
         for name in ("failed", "runs", "steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{where}: {name} must be a count, got {value!r}")
+                raise ValueError(f"{where}: {name} must be a count, got {shown(value)}")
         for name in ("lr_low", "lr_high", "gap"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and math.isfinite(value)):
-                raise ValueError(f"{where}: {name} must be a finite number, got {value!r}")
+                raise ValueError(f"{where}: {name} must be a finite number, got {shown(value)}")
         if not isinstance(self.why, str):
-            raise ValueError(f"{where}: why must be a text, got {self.why!r}")
+            raise ValueError(f"{where}: why must be a text, got {shown(self.why)}")
 
     def sentence(self) -> str:
         """E.g. "e8m3 failed in 4 of 15 runs of 200 steps: ..."."""

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Literal, get_args
 
 from lightning_fp.choices import check_choice
+from lightning_fp.shown import shown
 
 Reduce = Literal["worst", "max", "min", "mean", "last", "sum"]
 
@@ -47,12 +48,13 @@ class Gate:
     def __post_init__(self) -> None:
         if not isinstance(self.statistic, str) or not self.statistic.strip():
             raise ValueError(
-                f"gate: statistic must be a name such as 'clamped_mass/max', got {self.statistic!r}"
+                "gate: statistic must be a name such as 'clamped_mass/max', got"
+                f" {shown(self.statistic)}"
             )
         for field in ("below", "above"):
             value = getattr(self, field)
             if value is not None and not is_number(value):
-                raise ValueError(f"{self}: {field} must be a finite number, got {value!r}")
+                raise ValueError(f"{self}: {field} must be a finite number, got {shown(value)}")
         if self.below is None and self.above is None:
             raise ValueError(f"{self}: below or above must be given, got neither")
         if self.below is not None and self.above is not None and self.below <= self.above:
@@ -62,7 +64,7 @@ class Gate:
             )
         if not is_count(self.window):
             raise ValueError(
-                f"{self}: window must be an integer of at least 1, got {self.window!r}"
+                f"{self}: window must be an integer of at least 1, got {shown(self.window)}"
             )
         check_choice(f"{self}: reduce", self.reduce, get_args(Reduce))
 

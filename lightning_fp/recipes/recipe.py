@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from lightning_fp.choices import check_choice
 from lightning_fp.recipes.format_evidence import FormatEvidence
 from lightning_fp.recipes.stage import Stage
+from lightning_fp.shown import shown
 
 FewBlocks = Literal["refuse", "thirds"]
 
@@ -51,22 +52,24 @@ class RolloutRecipe:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"name must be made of letters, digits, '.', '-' and '_', got {self.name!r}"
+                f"name must be made of letters, digits, '.', '-' and '_', got {shown(self.name)}"
             )
         if not isinstance(self.description, str):
-            raise ValueError(f"description must be a text, got {self.description!r}")
+            raise ValueError(f"description must be a text, got {shown(self.description)}")
         if not isinstance(self.stages, (tuple, list)) or not self.stages:
-            raise ValueError(f"stages must be a list of at least one stage, got {self.stages!r}")
+            raise ValueError(
+                f"stages must be a list of at least one stage, got {shown(self.stages)}"
+            )
         for stage in self.stages:
             if not isinstance(stage, Stage):
-                raise ValueError(f"stages must be Stages, got {stage!r}")
+                raise ValueError(f"stages must be Stages, got {shown(stage)}")
         object.__setattr__(self, "stages", tuple(self.stages))
         check_choice("few_blocks", self.few_blocks, get_args(FewBlocks))
         if not isinstance(self.evidence, (tuple, list)):
-            raise ValueError(f"evidence must be a list, got {self.evidence!r}")
+            raise ValueError(f"evidence must be a list, got {shown(self.evidence)}")
         for each in self.evidence:
             if not isinstance(each, FormatEvidence):
-                raise ValueError(f"evidence must be FormatEvidence, got {each!r}")
+                raise ValueError(f"evidence must be FormatEvidence, got {shown(each)}")
         object.__setattr__(self, "evidence", tuple(self.evidence))
         self._check_names()
         self._check_order()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
+from lightning_fp.argument_types import built
 from lightning_fp.counting import counted
 from lightning_fp.recipes.evidence import GateVerdict, Series, extend, judge
 from lightning_fp.recipes.recipe import RolloutRecipe
@@ -300,7 +301,7 @@ class Rollout:
         Raises:
             ValueError: if the state is of another version, or the recipe lacks its stage.
         """
-        values = check_version(saved, STATE_VERSION, "rollout state must have version")
+        values = check_version(saved, STATE_VERSION, "rollout state")
         name = values.pop("stage")
         try:
             stage = -1 if name is None else self.recipe.index(name)
@@ -313,4 +314,4 @@ class Rollout:
             statistic: tuple((int(at), float(value)) for at, value in series)
             for statistic, series in values.pop("evidence").items()
         }
-        return RolloutState(stage=stage, evidence=evidence, **values)
+        return built(RolloutState, {"stage": stage, "evidence": evidence, **values})

@@ -11,6 +11,7 @@ from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.format import DynamicScaling
 from lightning_fp.recipes.blocks import check_pattern
 from lightning_fp.recipes.gate import Gate, is_count, is_number
+from lightning_fp.shown import shown
 
 CONFIGURED = "configured"
 """Stands for the format that the precision plugin was configured to give a layer."""
@@ -61,14 +62,14 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
-            raise ValueError(f"stage: name must be a text, got {self.name!r}")
+            raise ValueError(f"stage: name must be a text, got {shown(self.name)}")
         object.__setattr__(self, "layers", self._checked_layers())
         object.__setattr__(self, "until", self._checked_until())
         if not isinstance(self.gates, (tuple, list)):
-            raise ValueError(f"{self}: gates must be a list, got {self.gates!r}")
+            raise ValueError(f"{self}: gates must be a list, got {shown(self.gates)}")
         for gate in self.gates:
             if not isinstance(gate, Gate):
-                raise ValueError(f"{self}: gates must be Gates, got {gate!r}")
+                raise ValueError(f"{self}: gates must be Gates, got {shown(gate)}")
         object.__setattr__(self, "gates", tuple(self.gates))
         twice = [gate for i, gate in enumerate(self.gates) if gate in self.gates[:i]]
         if twice:
@@ -80,7 +81,7 @@ class Stage:
             )
         if not is_count(self.max_tries):
             raise ValueError(
-                f"{self}: max_tries must be an integer of at least 1, got {self.max_tries!r}"
+                f"{self}: max_tries must be an integer of at least 1, got {shown(self.max_tries)}"
             )
 
     def __str__(self) -> str:
@@ -100,7 +101,7 @@ class Stage:
         layers: Any = self.layers
         if not isinstance(layers, Mapping):
             raise ValueError(
-                f"{self}: layers must be a mapping {{pattern: format}}, got {layers!r};"
+                f"{self}: layers must be a mapping {{pattern: format}}, got {shown(layers)};"
                 " e.g. {'*': 'configured'}"
             )
         if not layers:
@@ -126,7 +127,7 @@ class Stage:
             return CONFIGURED
         where = f"{self}: layers[{pattern!r}]"
         if not isinstance(format, (str, LinearFormat, DynamicScaling)):
-            raise ValueError(f"{where}: format must be a name, got {format!r}")
+            raise ValueError(f"{where}: format must be a name, got {shown(format)}")
         try:
             return linear_format(format).name
         except ValueError as error:
@@ -137,7 +138,7 @@ class Stage:
         known = Until.__annotations__
         if not isinstance(until, Mapping):
             raise ValueError(
-                f"{self}: until must be a mapping of {', '.join(known)}, got {until!r};"
+                f"{self}: until must be a mapping of {', '.join(known)}, got {shown(until)};"
                 " e.g. {'steps': 500}"
             )
         for key, value in until.items():
@@ -146,9 +147,9 @@ class Stage:
                 hint = did_you_mean(key, known)
                 raise ValueError(f"{where} is not known; until has {', '.join(known)}{hint}")
             if key in ("steps", "tokens") and not is_count(value):
-                raise ValueError(f"{where} must be an integer of at least 1, got {value!r}")
+                raise ValueError(f"{where} must be an integer of at least 1, got {shown(value)}")
             if key == "share" and not (is_number(value) and 0 < value <= 1):
-                raise ValueError(f"{where} must be above 0 and at most 1, got {value!r}")
+                raise ValueError(f"{where} must be above 0 and at most 1, got {shown(value)}")
             if key == "loss" and not is_number(value):
-                raise ValueError(f"{where} must be a finite number, got {value!r}")
+                raise ValueError(f"{where} must be a finite number, got {shown(value)}")
         return cast(Until, dict(until))

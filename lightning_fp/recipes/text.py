@@ -15,6 +15,7 @@ from lightning_fp.recipes.format_evidence import FormatEvidence
 from lightning_fp.recipes.gate import Gate
 from lightning_fp.recipes.recipe import RolloutRecipe
 from lightning_fp.recipes.stage import Stage
+from lightning_fp.shown import shown
 
 
 class _Loader(yaml.SafeLoader):
@@ -123,7 +124,9 @@ def _fields(document: Any, of: type[Any], where: str) -> dict[str, Any]:
     """A mapping with the fields of a dataclass."""
     known = [field.name for field in fields(of)]
     if not isinstance(document, dict):
-        raise ValueError(f"{where} must be a mapping with {', '.join(known)}, got {document!r}")
+        raise ValueError(
+            f"{where} must be a mapping with {', '.join(known)}, got {shown(document)}"
+        )
     for key in document:
         if key not in known:
             raise ValueError(f"{where}: there is no field {key!r}{_meant(key, known)}")
@@ -136,7 +139,7 @@ def _fields(document: Any, of: type[Any], where: str) -> dict[str, Any]:
 
 def _list(document: Any, where: str) -> list[Any]:
     if not isinstance(document, (list, tuple)):
-        raise ValueError(f"{where} must be a list, got {document!r}")
+        raise ValueError(f"{where} must be a list, got {shown(document)}")
     return list(document)
 
 

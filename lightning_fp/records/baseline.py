@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.records.loss import FILE, read_steps
 from lightning_fp.records.step_rows import numbers
 
@@ -43,6 +44,7 @@ class Baseline:
     """Steps whose loss is inf or NaN."""
 
 
+@checked
 def read_baseline(run_dir: str | Path) -> Baseline:
     """The figures of a run that LossRecorder or ClampMonitor has recorded.
 

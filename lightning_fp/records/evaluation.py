@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from lightning_fp.argument_types import checked
 from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.step_rows import StepRows, read_step_rows
 
@@ -56,6 +57,7 @@ class EvaluationWriter:
         self._rows.append([(row.step, row.loss, row.loss_high, row.gap)])
 
 
+@checked
 def read_evaluation(run_dir: str | Path) -> pa.Table:
     """The evaluations of a run, also of one that still runs or was killed.
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lightning_fp.argument_types import checked
 from lightning_fp.events import (
     Demotion,
     Event,
@@ -34,7 +35,7 @@ from lightning_fp.events import (
     Verdict,
     WatchFailed,
 )
-from lightning_fp.records.jsonl import append_line, read_lines
+from lightning_fp.records.jsonl import append_line, read_lines, step_of
 from lightning_fp.records.newest_run import newest_run
 
 FILE = "events.jsonl"
@@ -105,6 +106,7 @@ class EventWriter:
         append_line(self.path, _to_json(event))
 
 
+@checked
 def read_events(run_dir: str | Path, *, kinds: Collection[str] | None = None) -> list[Event]:
     """The events of a run, also of one that is still going on or was killed.
 
@@ -153,6 +155,7 @@ def _to_json(event: Event) -> dict[str, Any]:
 
 def _from_json(values: dict[str, Any]) -> Event:
     kind: str = values.pop("kind")
+    values["step"] = step_of(values)
     values["numbers"] = {name: float(value) for name, value in values["numbers"].items()}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     if "formats" in values:

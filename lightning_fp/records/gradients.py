@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_fp.records.jsonl import append_line, read_lines
+from lightning_fp.records.jsonl import append_line, read_lines, step_of
 from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.resume import rows_in_force
 
@@ -71,4 +71,4 @@ def _row(values: dict[str, Any]) -> GradientRow:
         name: GradientShares(**{share: float(value) for share, value in shares.items()})
         for name, shares in values["layers"].items()
     }
-    return GradientRow(step=values["step"], scale=float(values["scale"]), layers=layers)
+    return GradientRow(step=step_of(values), scale=float(values["scale"]), layers=layers)

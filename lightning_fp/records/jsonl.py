@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_fp.records.one_at_a_time import one_at_a_time
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
     text = json.dumps(plain(values, names=True), allow_nan=False, default=str)
     line = text.encode() + b"\n"
     # Opened anew each time: lines are rare, and so nothing is left to close or to pickle.
-    with path.open("a+b", buffering=0) as file:
+    with one_at_a_time(), path.open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # what was cut short must not spoil this line too
@@ -85,7 +87,20 @@ def read_lines(path: Path, make: Callable[[dict[str, Any]], T]) -> list[tuple[in
                 raise ValueError("its end is missing")  # still being written, or cut short
             if line.strip():
                 made.append((position, make(json.loads(line))))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             log.warning("line %d of %s is left out: %s", number, path, error)
         position += len(line)
     return made
+
+
+def step_of(values: Mapping[str, Any]) -> int:
+    """The step of a line.
+
+    Raises:
+        KeyError: if it has none.
+        TypeError: if that is no number of steps.
+    """
+    step = values["step"]
+    if not isinstance(step, int) or isinstance(step, bool) or abs(step) >= 2**53:
+        raise TypeError("step must be a whole number")
+    return step

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.step_rows import (
     StepRows,
@@ -104,6 +105,7 @@ def write_loss(run_dir: str | Path, loss: Loss) -> None:
     LossWriter(run_dir).append(rows)
 
 
+@checked
 def read_loss(
     run_dir: str | Path, *, file: str | Path | None = None, column: str = TRAIN_LOSS
 ) -> Loss:
@@ -134,12 +136,12 @@ def read_loss(
         raise ValueError(f"there is no file {str(path)!r}")
     try:
         table = pq.read_table(path) if path.suffix == ".parquet" else read_csv(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-    names = table.column_names
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} cannot be read: {reason}") from error
     if tuple(names) == COLUMNS:
         step, column, first = "step", "loss", 0
-        table = table_in_force(table)
     elif len(names) == 2:
         step, column = names
         first = 0
@@ -151,12 +153,14 @@ def read_loss(
             f"{str(path)!r} has no column {column!r} beside 'step'; it has {', '.join(names)}"
         )
     try:
+        table = table_in_force(table) if tuple(names) == COLUMNS else table
         steps, values = (numbers(table[name]) for name in (step, column))
         return Loss.of(steps.long() + first, values)
-    except (pa.ArrowInvalid, ValueError) as error:
+    except (pa.ArrowException, ValueError) as error:
         raise ValueError(f"{column!r} of {str(path)!r}: {error}") from error
 
 
+@checked
 def read_steps(run_dir: str | Path) -> pa.Table:
     """Loss, gradient norm and time of a run's steps.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from lightning_fp.argument_types import checked
 from lightning_fp.metrics.mismatch_values import COUNTS, VALUES
 from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.step_rows import StepRows, read_step_rows
@@ -69,6 +70,7 @@ class MismatchWriter:
         self._causes.append([(step, *(values.get(name) for name in CAUSE_COLUMNS[1:]))])
 
 
+@checked
 def read_mismatch_causes(run_dir: str | Path) -> pa.Table:
     """What the mismatch of a run's steps came from.
 
@@ -85,6 +87,7 @@ def read_mismatch_causes(run_dir: str | Path) -> pa.Table:
     return read_step_rows(newest_run(run_dir) / CAUSES_FILE, CAUSE_COLUMNS)
 
 
+@checked
 def read_mismatch(run_dir: str | Path) -> pa.Table:
     """The training-inference mismatch of a run's steps.
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from lightning_fp.records.jsonl import append_line, plain, read_lines
+from lightning_fp.argument_types import checked
+from lightning_fp.records.jsonl import append_line, plain, read_lines, step_of
 from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.resume import rows_in_force
 
@@ -51,6 +52,7 @@ def append_parity(run_dir: str | Path, probe: Mapping[str, Any]) -> None:
     append_line(Path(run_dir) / FILE, plain(probe))
 
 
+@checked
 def read_parity(run_dir: str | Path) -> pa.Table:
     """The probes of a run, also of one that still runs or was killed.
 
@@ -62,13 +64,15 @@ def read_parity(run_dir: str | Path) -> pa.Table:
         run has repeated a step, the later probe counts.
     """
     probes = [probe for _, probe in read_lines(newest_run(run_dir) / FILE, _probe)]
+    tables = [table for _, table in rows_in_force(probes, lambda probe: probe[0])]
+    return pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
+
+
+def _probe(values: dict[str, Any]) -> tuple[int, pa.Table]:
+    """Its step, and a row for each layer."""
+    step = step_of(values)
     rows = [
-        {name: (layer if name in _OF_LAYER else probe).get(name) for name in SCHEMA.names}
-        for probe in rows_in_force(probes, lambda probe: probe["step"])
-        for layer in probe["layers"]
+        {name: (layer if name in _OF_LAYER else values).get(name) for name in SCHEMA.names}
+        for layer in values["layers"]
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-def _probe(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "step": int(values["step"]), "layers": list(values["layers"])}
+    return step, pa.Table.from_pylist(rows, schema=SCHEMA)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lightning_fp.records.jsonl import append_line, read_lines
+from lightning_fp.argument_types import checked
+from lightning_fp.records.jsonl import append_line, read_lines, step_of
 from lightning_fp.records.newest_run import newest_run
 
 FILE = "run.jsonl"
@@ -74,6 +75,7 @@ def write_run(run_dir: str | Path, info: RunInfo) -> None:
     append_line(Path(run_dir) / FILE, asdict(info))
 
 
+@checked
 def read_run(run_dir: str | Path) -> list[RunInfo]:
     """Every start of a run, oldest first; empty if nobody has written any.
 
@@ -84,6 +86,7 @@ def read_run(run_dir: str | Path) -> list[RunInfo]:
 
 
 def _start(values: dict[str, Any]) -> RunInfo:
+    values["step"] = step_of(values)
     values["layers"] = tuple(LayerInfo(**layer) for layer in values["layers"])
     known = {item.name for item in fields(RunInfo)}  # a later version may have more
     return RunInfo(**{name: value for name, value in values.items() if name in known})

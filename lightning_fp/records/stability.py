@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from lightning_fp.argument_types import checked
 from lightning_fp.records.newest_run import newest_run
 from lightning_fp.records.tables import TableWriter, read_parts
 
@@ -42,6 +43,7 @@ class StabilityWriter(TableWriter):
         super().__init__(run_dir, DIRECTORY, SCHEMA, step=step)
 
 
+@checked
 def read_stability(run_dir: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
     """The signals of a run, also of one that is still being written or was killed.
 

@@ -11,6 +11,7 @@ import pyarrow.csv
 import torch
 from torch import Tensor
 
+from lightning_fp.records.one_at_a_time import one_at_a_time
 from lightning_fp.records.resume import in_force
 
 
@@ -26,25 +27,35 @@ class StepRows:
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self._path = path
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._path.read_bytes() if self._path.is_file() else b""
-        whole = lines.rfind(b"\n") + 1
-        if whole < len(lines):
-            os.truncate(self._path, whole)
-        self._header = "" if whole else ",".join(columns) + "\n"
+        self._path, self._columns = path, tuple(columns)
+        self._header: str | None = None
 
     def append(self, rows: Iterable[Sequence[float | None]]) -> None:
         """Add rows; they are in the file when this returns. Without a row there is no file.
 
         Args:
             rows: a value for each column; None leaves it empty.
+
+        Raises:
+            OSError: if the disk is full, for example, or the directory read-only.
         """
         lines = [",".join("" if v is None else repr(v) for v in row) + "\n" for row in rows]
-        if lines:
+        if not lines:
+            return
+        with one_at_a_time():
+            header = self._begin() if self._header is None else self._header
             with self._path.open("a", encoding="ascii") as file:
-                file.write("".join([self._header, *lines]))
+                file.write("".join([header, *lines]))
             self._header = ""
+
+    def _begin(self) -> str:
+        """Make the directory, and cut off what was torn; what the first row needs before it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._path.read_bytes() if self._path.is_file() else b""
+        whole = lines.rfind(b"\n") + 1
+        if whole < len(lines):
+            os.truncate(self._path, whole)
+        return "" if whole else ",".join(self._columns) + "\n"
 
 
 def read_csv(path: Path, schema: pa.Schema | None = None) -> pa.Table:
@@ -104,5 +115,6 @@ def read_step_rows(path: Path, columns: Sequence[str]) -> pa.Table:
                 f" {', '.join(table.column_names)}"
             )
         return table_in_force(table)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} cannot be read: {reason}") from error

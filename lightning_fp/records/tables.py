@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lightning_fp.argument_types import checked
 from lightning_fp.records.newest_run import newest_run
+from lightning_fp.records.one_at_a_time import one_at_a_time
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ class TableWriter:
         self._rows_per_part, self._seconds = rows_per_part, seconds
         self._buffer: list[pa.Table] = []
         self._flushed = time.monotonic()
+        self._process = os.getpid()
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
@@ -142,15 +145,23 @@ class TableWriter:
         """
         fields = [field for field in self._schema if field.name in columns]
         arrays = [_array(columns[field.name], field.type) for field in fields]
-        self._buffer.append(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
-        many = sum(table.num_rows for table in self._buffer) >= self._rows_per_part
-        if many or time.monotonic() - self._flushed >= self._seconds:
-            self.flush()
+        table = pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+        with one_at_a_time():
+            self._buffer.append(table)
+            many = sum(table.num_rows for table in self._buffer) >= self._rows_per_part
+            if many or time.monotonic() - self._flushed >= self._seconds:
+                self.flush()
 
     def flush(self) -> None:
-        """Write what is held back as a part, and merge parts where there are enough."""
-        if not self._buffer:
-            return
+        """Write what is held back as a part, and merge parts where there are enough.
+
+        A copy in a forked process writes nothing: its rows are the other's, which goes on.
+        """
+        with one_at_a_time():
+            if self._buffer and self._process == os.getpid():
+                self._flush()
+
+    def _flush(self) -> None:
         table = _concat(self._buffer)
         self._buffer.clear()
         self._flushed = time.monotonic()
@@ -196,6 +207,7 @@ class StatisticsWriter(TableWriter):
         )
 
 
+@checked
 def read_statistics(
     run_dir: str | Path,
     *,
@@ -257,7 +269,9 @@ def unreadable_parts(run_dir: str | Path) -> list[str]:
     """The names of the files that `read_statistics` leaves out, because they are no statistics."""
     directory = newest_run(run_dir) / DIRECTORY
     files = sorted(directory.glob("part-*.parquet"))  # before the rest: a writer may go on
-    parts = _parts(directory)
+    parts = [
+        part for part in _parts(directory) if _rows_of(part.path, sorted(part.columns)) is not None
+    ]
     taken_in = {number for part in parts for number in range(part.number, part.last + 1)}
     return [path.name for path in files if _number(path) not in taken_in]
 
@@ -278,8 +292,24 @@ def _read(
             valid = pc.field("step") <= min(later)
             wanted = valid if filters is None else filters & valid
         names = part.columns if columns is None else part.columns & {"step", *columns}
-        tables.append(pq.read_table(part.path, columns=sorted(names), filters=wanted))
+        table = _rows_of(part.path, sorted(names), wanted)
+        if table is not None:
+            tables.append(table)
     return _concat(tables).select(columns or schema.names)
+
+
+def _rows_of(
+    path: Path, columns: list[str], filters: pc.Expression | None = None
+) -> pa.Table | None:
+    """The rows of a part; None, with a warning, if its pages are damaged."""
+    try:
+        return pq.read_table(path, columns=columns, filters=filters)
+    except FileNotFoundError:
+        raise  # the writer has merged it in between
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        log.warning("%s cannot be read and is left out: %s", path, reason)
+        return None
 
 
 def _parts(directory: Path, *, warn: bool = False) -> list[_Part]:
@@ -301,7 +331,9 @@ def _parts(directory: Path, *, warn: bool = False) -> list[_Part]:
                 rows=metadata.num_rows,
                 columns=frozenset(metadata.schema.to_arrow_schema().names),
             )
-        except (pa.ArrowInvalid, KeyError) as error:
+        except FileNotFoundError:
+            raise  # the writer has merged it in between
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             if warn:
                 log.warning("%s cannot be read and is left out: %s", path, error)
             continue
@@ -310,7 +342,8 @@ def _parts(directory: Path, *, warn: bool = False) -> list[_Part]:
 
 
 def _number(path: Path) -> int:
-    return int(path.stem.removeprefix("part-"))
+    digits = path.stem.removeprefix("part-")
+    return int(digits) if digits.isdecimal() else -1  # somebody else's
 
 
 def _concat(tables: Sequence[pa.Table]) -> pa.Table:

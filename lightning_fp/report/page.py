@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fp import __version__
+from lightning_fp.argument_types import checked
 from lightning_fp.report.draw.parts import Chart, Section
 from lightning_fp.report.read.cost import RunCost, run_cost
 from lightning_fp.report.read.run_records import RunRecords, names_of, read_records
@@ -63,6 +64,7 @@ def read_runs(
     return runs, costs
 
 
+@checked
 def write_report(
     run_dirs: Sequence[str | Path], path: str | Path, *, baseline: str | Path | None = None
 ) -> Path:

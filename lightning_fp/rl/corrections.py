@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_choice, unknown
 from lightning_fp.rl.importance_weights import (
     masked_importance_weights,
@@ -23,6 +24,7 @@ from lightning_fp.rl.reports import CorrectionReport, report_of
 Kind = Literal["truncated", "masked"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Correction:
     """Bounds on importance weights, and what becomes of those beyond.
@@ -181,6 +183,7 @@ CORRECTIONS: Mapping[str, Correction] = {
 """By framework, its default, and variants by name."""
 
 
+@checked
 def correction(name: str) -> Correction:
     """The correction called `name`, see `CORRECTIONS`.
 

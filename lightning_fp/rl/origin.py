@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.rl.log_ratios import check_tokens
 
 Experts = Mapping[str, Tensor]
@@ -25,6 +26,7 @@ NEUTRAL: Mapping[str, float] = {
 """Sampling parameters by the names of vLLM and transformers, at the values that change nothing."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SampleOrigin:
     """What is known of a batch of samples; what is None is not asked about.

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.state_version import check_version
 
 STATE_VERSION = 1
@@ -26,6 +27,7 @@ class LossScaleError(ArithmeticError):
     """Gradients overflow although the loss scale cannot fall any further."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LossScaling:
     """How the loss scale moves.
@@ -191,7 +193,7 @@ class LossScaling:
                 "clean": saved["_growth_tracker"],
                 "patience": self.hysteresis,
             }
-        check_version(saved, STATE_VERSION, "loss scaling state must have version")
+        check_version(saved, STATE_VERSION, "loss scaling state")
         scale = min(max(float(saved["scale"]), self.min_scale), self.max_scale)
         # `update` looks for the step at which `clean` reaches the interval. If it was saved under a
         # longer one, it may be past that already, and the scale would never grow again.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from lightning_fp.argument_types import built
 from lightning_fp.stability.accounting import Accounting
 from lightning_fp.stability.detect.cast_trigger import CastState, CastTrigger
 from lightning_fp.stability.detect.detector import DivergenceDetector
@@ -101,11 +102,11 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
     Raises:
         ValueError: if it is of another version.
     """
-    saved = check_version(plain, VERSION, "the watch's state must have version")
+    saved = check_version(plain, VERSION, "the watch's state")
     casts: dict[str, Any] | None = saved.get("casts")
     harmless, harmless_until = saved.get("harmless", (0, 0))
     skip_looks, skip_look_next = saved.get("skip_looks", (0, 0))
-    overflows = OverflowState(**saved.get("overflows", {}))
+    overflows = built(OverflowState, saved.get("overflows", {}))
     limits: Mapping[str, Any] = saved.get("limits") or {"over": {}, "resting": {}, "climbs": 0}
     return WatchState(
         fallback=Fallback().load_state_dict(saved["fallback"]),
@@ -115,14 +116,14 @@ def from_plain(plain: Mapping[str, Any], detector: DivergenceDetector) -> WatchS
             over=dict(limits["over"]), resting=dict(limits["resting"]), climbs=limits["climbs"]
         ),
         overflows=replace(overflows, recent=tuple(overflows.recent)),
-        steps=Accounting(**saved["steps"]),
+        steps=built(Accounting, saved["steps"]),
         skips=saved["skips"],
         calm=saved["calm"],
         misbehaving=saved.get("misbehaving", False),
-        anomaly=Anomaly(**saved["anomaly"]),
+        anomaly=built(Anomaly, saved["anomaly"]),
         first_losses=tuple(saved.get("first_losses", ())),
         casts=None if casts is None else CastTrigger().load_state_dict(casts),
-        cases=CasesState(**saved.get("cases", {})),
+        cases=built(CasesState, saved.get("cases", {})),
         harmless=harmless,
         harmless_until=harmless_until,
         skip_looks=skip_looks,

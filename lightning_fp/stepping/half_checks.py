@@ -10,12 +10,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_fp.argument_types import checked
 from lightning_fp.numerics import float_format
 from lightning_fp.stepping.gradients import calls_closure_itself
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
+@checked
 def half_policy(dtype: torch.dtype = torch.float16) -> MixedPrecisionPolicy:
     """What to give FSDP2's `fully_shard`: FP16 weights and compute, float32 masters and gradients.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import FormatLike
 from lightning_fp.layers.scaling import ScalingLike
@@ -96,6 +97,7 @@ class ClampAB:
         return plain({**derived, "loss_difference": self.loss_difference, **asdict(self)})
 
 
+@checked
 def clamp_ab(
     factory: Factory,
     layers: str | Sequence[str],

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.counting import counted
 from lightning_fp.records.jsonl import plain
@@ -113,6 +114,7 @@ class ClampSpikes:
         return plain({**asdict(self), "summary": self.summary()})
 
 
+@checked
 def clamp_spikes(
     statistics: pa.Table,
     loss: Loss,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.records.loss import Loss
 
 MAD_TO_SIGMA = 1.4826
@@ -20,6 +21,7 @@ _CHUNK = 2**16
 """Points whose medians are taken at a time: the windows of all would fill the memory."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SpikeRule:
     """What counts as a loss spike."""
@@ -57,6 +59,7 @@ class Spike:
     """Above the level, in robust standard deviations of the noise; inf if the loss is."""
 
 
+@checked
 def find_spikes(loss: Loss, rule: SpikeRule = SpikeRule()) -> list[Spike]:
     """The spikes of a loss curve, each at its first step.
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers.table_owner import TableOwner
 from lightning_fp.records.parity import append_parity
 from lightning_fp.stability import Parity, measure_parity
 from lightning_fp.stability.replay.parity import Run
+from lightning_fp.state_version import check_version, reads
 from lightning_fp.telemetry.over_ranks import is_first
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
 
@@ -32,6 +34,7 @@ PUBLISHED = tuple(f"precision/parity/{name}" for name in _NUMBERS)
 """The names on the board."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ParityOptions:
     """How often a step is compared, and how closely.
@@ -164,9 +167,10 @@ class ParityLog:
         """The period probed last."""
         return {"version": STATE_VERSION, "last": self._last}
 
+    @reads("ParityProbe state")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`."""
-        self._last = int(state["last"])
+        self._last = int(check_version(state, STATE_VERSION, "ParityProbe state")["last"])
 
 
 def _metrics(parity: Parity, layers: set[str]) -> dict[str, float]:

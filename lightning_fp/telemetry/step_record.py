@@ -125,7 +125,7 @@ class StepRecorder:
         self._step, self._losses, self._given, self._optimizers = None, [], [], []
         loss = torch.stack(losses).mean() if losses else None
         now = perf_counter()
-        seconds, self._mark = now - self._mark, now
+        seconds, self._mark = max(0.0, now - self._mark), now  # no clock is quite monotonic
         return StepRecord(
             step=begun,
             loss=torch.stack(given).sum() if given else loss,

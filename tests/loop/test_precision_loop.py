@@ -333,7 +333,7 @@ def test_optimizers_that_cannot_step_together_are_refused() -> None:
     for optimizers, words in (
         ([adam, lbfgs], "must not have LBFGS among several"),
         ([adam, torch.optim.SGD(model.parameters(), lr=0.1)], "of different Parameters"),
-        ([adam, "sgd"], "or a list of those that step together, got str"),
+        ([adam, "sgd"], "optimizer must be an Optimizer or a list of Opt"),
         ([], "got none"),
     ):
         with pytest.raises(ValueError, match=words):

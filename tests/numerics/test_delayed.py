@@ -56,7 +56,7 @@ def test_many_at_once_are_each_alone() -> None:
     ("options", "message"),
     [
         ({"history_len": 0}, "history_len must be at least 1, got 0"),
-        ({"history_len": 1.5}, "history_len must be at least 1, got 1.5"),
+        ({"history_len": 1.5}, "history_len must be a whole number, got 1.5"),
         ({"algorithm": "mean"}, "algorithm must be 'max' or 'most_recent', got 'mean'"),
         ({"margin": -1}, "margin must be an integer of at least 0, got -1"),
     ],

@@ -154,7 +154,7 @@ class TestRefusals:
             found(0.1, rollout_version=torch.where(STALE, 9, 7), train_version=7)
 
     def test_sampling_parameters_that_are_no_numbers(self) -> None:
-        with pytest.raises(ValueError, match="train_sampling must be numbers by name, got stop="):
+        with pytest.raises(ValueError, match="train_sampling must be a dict from texts to numbers"):
             SampleOrigin(train_sampling={"stop": "."})  # pyright: ignore[reportArgumentType]
 
     def test_shapes(self) -> None:

@@ -126,7 +126,7 @@ def test_a_loaded_scale_is_kept_within_bounds() -> None:
         ({"growth_factor": 1.0}, "growth_factor must be more than 1"),
         ({"backoff_factor": 1.0}, "backoff_factor must be between 0 and 1"),
         ({"hysteresis": 0}, "hysteresis must be an integer of at least 1"),
-        ({"growth_interval": 2.5}, "growth_interval must be an integer"),
+        ({"growth_interval": 2.5}, "growth_interval must be a whole number"),
         ({"on_min_scale": "stop"}, "on_min_scale must be 'fallback' or 'raise'"),
     ],
 )

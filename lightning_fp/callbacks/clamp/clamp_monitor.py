@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import lightning as L
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.layers import LinearFormat
 from lightning_fp.records import StatisticsRows
@@ -64,6 +65,7 @@ class ClampMonitor(RunCallback):
     }
     writes_loss: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
         every_n_steps: int = 16,

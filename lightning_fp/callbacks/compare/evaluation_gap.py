@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.compare.loop_replay import muted
 from lightning_fp.callbacks.run.replaced import replaced
 from lightning_fp.callbacks.run.run import RunCallback, run_of
@@ -30,8 +31,11 @@ from lightning_fp.numerics.combining import wide_dtype
 from lightning_fp.records.evaluation import EvaluationRow, EvaluationWriter
 from lightning_fp.stability.keep.host_batch import copy_batch
 from lightning_fp.stability.replay.untouched import untouched
+from lightning_fp.state_version import check_version, reads
 
 log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
 
 METRIC = "precision/eval_gap"
 """Its name for the loggers, and in `trainer.callback_metrics`."""
@@ -79,6 +83,7 @@ class EvaluationGap(RunCallback):
 
     publishes: ClassVar[Mapping[str, str]] = {METRIC: ""}
 
+    @checked
     def __init__(
         self,
         every_n_validations: int = 1,
@@ -257,11 +262,13 @@ class EvaluationGap(RunCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were: a resumed run measures where the whole run would."""
-        return {"version": 1, "validations": self._validations}
+        return {"version": STATE_VERSION, "validations": self._validations}
 
     @override
+    @reads("EvaluationGap state")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validations = int(state_dict["validations"])
+        state = check_version(state_dict, STATE_VERSION, "EvaluationGap state")
+        self._validations = int(state["validations"])
 
 
 def _arguments(

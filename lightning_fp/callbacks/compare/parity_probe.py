@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.compare.step_replay import StepReplay, check_replayable
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import FP16Precision, LayerPrecision
@@ -50,6 +51,7 @@ class ParityProbe(RunCallback):
 
     publishes: ClassVar[Mapping[str, str]] = dict.fromkeys(PUBLISHED, "")
 
+    @checked
     def __init__(
         self,
         every_n_steps: int = 500,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.plugins import LayerPrecision
@@ -44,6 +45,7 @@ class FP16Monitor(RunCallback):
         ValueError: for an option out of range; at setup without a plugin that scales the loss.
     """
 
+    @checked
     def __init__(self, every_n_steps: int = 64, *, dirpath: str | Path | None = None) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")

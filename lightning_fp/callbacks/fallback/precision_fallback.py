@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import lightning as L
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.compare.loop_position import loop_position, steps_done
 from lightning_fp.callbacks.fallback.trainer_loop import TrainerLoop
@@ -32,12 +33,12 @@ from lightning_fp.stability.respond.limits import LayerLimit
 from lightning_fp.stability.supervise.options import WatchOptions
 from lightning_fp.stability.supervise.step_count import StepCount
 from lightning_fp.stability.supervise.supervisor import Supervisor
+from lightning_fp.stability.watch_state import VERSION
 from lightning_fp.state_version import check_version
 from lightning_fp.telemetry.casts.layer_watch import LayerWatch
 
 log = logging.getLogger("lightning_fp.fallback")
 
-STATE_VERSION = 1
 
 FALLBACKS = "fallbacks"
 """Published at every step: how many incidents have ended in a demotion since the one before."""
@@ -89,6 +90,7 @@ class PrecisionFallback(RunCallback):
 
     publishes: ClassVar[Mapping[str, str]] = {FALLBACKS: ""}
 
+    @checked
     def __init__(
         self,
         detector: DivergenceDetector | None = None,
@@ -359,5 +361,5 @@ class PrecisionFallback(RunCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this before the model is set up: it takes effect at the start."""
-        check_version(state_dict, STATE_VERSION, "PrecisionFallback state must have version")
+        check_version(state_dict, VERSION, "the watch's state")  # it is read at the start
         self._loaded = state_dict

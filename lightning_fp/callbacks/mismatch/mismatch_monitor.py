@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.callbacks.run.run_info import table_of
 from lightning_fp.layers import FormatLike
@@ -87,6 +88,7 @@ class MismatchMonitor(RunCallback):
 
     publishes: ClassVar[Mapping[str, str]] = {"mismatch/*": ""}
 
+    @checked
     def __init__(
         self,
         logprobs: Hook | None = None,

@@ -16,6 +16,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.clamp.clamp_monitor import ClampMonitor
 from lightning_fp.callbacks.fallback.precision_fallback import PrecisionFallback
 from lightning_fp.callbacks.rollout.gate_names import (
@@ -78,6 +79,7 @@ class StagedRollout(RunCallback):
             length is not known.
     """
 
+    @checked
     def __init__(
         self,
         recipe: RolloutRecipe | str | Path = "balanced",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.run.run import RunCallback
 
 
@@ -29,5 +30,6 @@ class LossRecorder(RunCallback):
     writes_loss: ClassVar[bool] = True
     needs_grad_norm: ClassVar[bool] = True
 
+    @checked
     def __init__(self, dirpath: str | Path | None = None) -> None:
         self.dirpath = dirpath

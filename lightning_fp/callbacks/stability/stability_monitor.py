@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import lightning as L
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.callbacks.run.run import RunCallback, run_of
 from lightning_fp.callbacks.run.run_info import table_of
 from lightning_fp.layers.regions import is_compiled
@@ -46,6 +47,7 @@ class StabilityMonitor(RunCallback):
     writes_loss: ClassVar[bool] = True
     needs_grad_norm: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
         head: str | None = None,

@@ -35,8 +35,10 @@ def run(
         page = render(records, costs)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         raise ValueError(str(error)) from error
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
     if not json:
         screen.print(f"report: {path}", markup=False, soft_wrap=True)
     if open:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers.histories.auto_scaling import DELAYED_TOKEN_LIMIT
 
 CONTINUED_TOKEN_LIMIT = 1e12
@@ -25,6 +26,7 @@ class ScalingAdvice:
         return "\n".join((f"scaling: {self.scaling}", *(f"- {reason}" for reason in self.reasons)))
 
 
+@checked
 def recommend_scaling(*, tokens: float | None = None, continued: bool = False) -> ScalingAdvice:
     """Choose between dynamic and delayed scaling.
 

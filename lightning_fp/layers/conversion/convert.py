@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_fp.argument_types import checked
 from lightning_fp.kernels.hardware import cuda_has_fp8
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.conversion.decide import (
@@ -44,6 +45,7 @@ from lightning_fp.layers.stored import Frozen, decide_storing, saved_bytes
 from lightning_fp.numerics import DelayedScaling
 
 
+@checked
 def convert(
     model: nn.Module,
     format: ScalingLike = "fp8-dynamic",
@@ -145,6 +147,7 @@ def convert_into(
     return report
 
 
+@checked
 def revert(model: nn.Module) -> int:
     """Turn every converted layer back into a plain nn.Linear, in place.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.counting import counted
 
 DELAYED_TOKEN_LIMIT = 200e9
@@ -15,6 +16,7 @@ DELAYED_TOKEN_LIMIT = 200e9
 diverge at about 200B tokens (arXiv 2409.12517), so that no short trial can certify it."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class AutoScaling:
     """When a layer may move from dynamic to delayed scaling, and when it has to move back."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.records import Event, Note, read_events, read_parity
 from lightning_fp.records.evaluation import FILE as EVALUATION_FILE
 from lightning_fp.records.gradients import FILE as GRADIENTS_FILE
@@ -93,6 +94,7 @@ class RunRecords:
         return not recorded and self.steps is None and self.statistics is None
 
 
+@checked
 def read_records(run_dir: str | Path, *, name: str | None = None) -> RunRecords:
     """Everything a run has left behind, also one that still runs or was killed.
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning_fp.argument_types import checked
 from lightning_fp.stability.detect.decision import Cause, Decision
 from lightning_fp.stability.detect.detector_state import DetectorState, from_plain, to_plain
 from lightning_fp.stability.detect.incident import (
@@ -37,6 +38,7 @@ _GRADIENT_OUTLIER = 8.0
 """Of the logarithm of gradient norm and update ratio: healthy runs have large ones now and then."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DivergenceDetector:
     """A pure state machine: suspicion within steps, a verdict only on what does not heal.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from lightning_fp.argument_types import built
 from lightning_fp.stability.detect.decision import Cause
 from lightning_fp.stability.detect.incident import AnomalyScores, Incident
 from lightning_fp.stability.detect.signal_level import SignalLevel
@@ -54,14 +55,16 @@ def from_plain(plain: Mapping[str, Any]) -> DetectorState:
     Raises:
         ValueError: if it is of another version, or no detector's.
     """
-    must, do = "version of the detector's state must be", "start with detector.init()"
-    parts = check_version(plain, VERSION, must, do=f"it is of another release: {do}")
+    do = "it is of another release: start with detector.init()"
+    parts = check_version(plain, VERSION, "the detector's state", do=do)
     for name in ("loss", "grad_norm", "update_ratio"):
         parts[name] = _record(SignalLevel, parts.get(name))
     parts["evidence"] = _record(AnomalyScores, parts.get("evidence"))
     if parts.get("incident") is not None:
-        incident = _record(Incident, parts["incident"])
-        parts["incident"] = replace(incident, cause=Cause[str(incident.cause)])
+        incident: dict[str, Any] = dict(parts["incident"])
+        if "cause" in incident:
+            incident["cause"] = Cause[str(incident["cause"])]
+        parts["incident"] = _record(Incident, incident)
     return _record(DetectorState, parts)
 
 
@@ -82,4 +85,4 @@ def _record(kind: type[Record], values: Any) -> Record:
             f"state_dict must have {sorted(names)} for {kind.__name__}, got {values!r}; pass what"
             " detector.state_dict(state) returned"
         )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return built(kind, values)

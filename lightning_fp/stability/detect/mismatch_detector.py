@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lightning_fp.argument_types import checked
 from lightning_fp.stability.detect.decision import Decision
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.detect.detector_state import DetectorState
@@ -83,6 +84,7 @@ class MismatchDecision:
         return f"training and rollout drift apart ({figures})"
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MismatchDetector:
     """Watches the mean absolute log-ratio and k3 for a rise that lasts.
@@ -206,8 +208,8 @@ class MismatchDetector:
         Raises:
             ValueError: if it is of another version, or no detector's.
         """
-        must = "version of the mismatch detector's state must be"
-        check_version(state_dict, VERSION, must, do="start with detector.init()")
+        of, do = "the mismatch detector's state", "start with detector.init()"
+        state_dict = check_version(state_dict, VERSION, of, do=do)
         of_abs_diff, of_k3 = self._detectors
         return MismatchState(
             abs_diff=of_abs_diff.load_state_dict(state_dict["abs_diff"]),

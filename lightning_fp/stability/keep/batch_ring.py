@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers.histories.delayed_scales import StepScales
 from lightning_fp.stability.keep.host_batch import batch_bytes, host_copy, is_plain_batch
 from lightning_fp.stability.keep.random_state import RandomState
@@ -99,6 +100,7 @@ class BatchRing:
         max_steps: bound on the number of steps; None: only memory counts.
     """
 
+    @checked
     def __init__(self, *, max_bytes: int = 2**30, max_steps: int | None = None) -> None:
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
@@ -350,7 +352,7 @@ class BatchRing:
         Raises:
             ValueError: if the state is of a version this package does not know.
         """
-        check_version(state, STATE_VERSION, "batch ring's state must have version")
+        state = check_version(state, STATE_VERSION, "batch ring's state")
         self.clear()
         if any("begun_with" not in step for step in state["steps"]):
             return  # recorded as training steps got them: their way there cannot be replayed

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lightning_fp.argument_types import checked
 from lightning_fp.stability.keep.host_memory import HostMemory
 from lightning_fp.stability.keep.snapshot import LiveState, Part, Snapshot, stated_bytes
 from lightning_fp.state_version import check_version
 
 STATE_VERSION = 1
+
+MOST_KEPT = 64
+"""Levels there can be: with the least growth the last one would be 2^63 steps old."""
 
 
 class Snapshots:
@@ -45,6 +49,7 @@ class Snapshots:
         limit_bytes: bound on the host memory of all together; fewer are kept if need be.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -61,6 +66,8 @@ class Snapshots:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if depth > MOST_KEPT:
+            raise ValueError(f"depth must be at most {MOST_KEPT}, got {depth}")
         self.depth = depth
         self.every_n_steps = every_n_steps
         self.growth = growth
@@ -253,7 +260,7 @@ class Snapshots:
         Raises:
             ValueError: if the state is of a version this package does not know.
         """
-        check_version(state, STATE_VERSION, "snapshots' state must have version")
+        state = check_version(state, STATE_VERSION, "snapshots' state")
         self.clear()
         *saved, held = [
             None if s is None else Snapshot.from_state_dict(s)

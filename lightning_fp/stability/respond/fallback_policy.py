@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from lightning_fp.argument_types import built, checked
 from lightning_fp.state_version import check_version
 
 Phase = Literal["warmup", "healthy", "suspect", "attribute", "demote", "probation", "permanent"]
@@ -20,6 +21,7 @@ MOST_DOUBLINGS = 6
 """Of the grace: a run is never left unwatched for longer than 64 times that."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class FallbackPolicy:
     """How long the fallback waits, and how often it tries.
@@ -253,8 +255,7 @@ class Fallback:
         Raises:
             ValueError: if the state is of another version.
         """
-        must = "fallback state must have version"
-        return FallbackState(**check_version(saved, STATE_VERSION, must))
+        return built(FallbackState, check_version(saved, STATE_VERSION, "fallback state"))
 
 
 def _enter(state: FallbackState, phase: Phase, step: int) -> FallbackState:

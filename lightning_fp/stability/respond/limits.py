@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp.argument_types import checked
 from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics.combining import COLUMN
 from lightning_fp.numerics.statistics import shares
@@ -23,6 +24,7 @@ from lightning_fp.numerics.statistics import shares
 _CASTS = [OPERANDS.index(operand) for operand in ("input", "weight", "grad_output")]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LayerLimit:
     """How much the casts of one layer may lose before it climbs a rung of the ladder.

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lightning_fp.argument_types import built
 from lightning_fp.stability.replay.gap import Gap
 
 
@@ -156,4 +157,4 @@ class OpenCases:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> CasesState:
         """See `state_dict`."""
-        return CasesState(**saved)
+        return built(CasesState, saved)

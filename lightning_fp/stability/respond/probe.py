@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 from typing import Any
 
+from lightning_fp.argument_types import built
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR
 
 FIRST = 64
@@ -101,5 +102,4 @@ class Probe:
         """See `state_dict`."""
         names = {item.name for item in fields(ProbeState)}  # earlier versions knew more
         values = {name: value for name, value in saved.items() if name in names}
-        values["errors"] = tuple(values["errors"])
-        return ProbeState(**values)
+        return built(ProbeState, values)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_fp.argument_types import checked
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.keep.batch_ring import BatchRing
-from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.keep.snapshots import MOST_KEPT, Snapshots
 from lightning_fp.stability.replay.budget import ReplayBudget
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.respond.limits import LayerLimit
@@ -16,6 +17,7 @@ from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 from lightning_fp.stability.watch import Watch
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchOptions:
     """What `PrecisionFallback` takes, and says more of.
@@ -78,11 +80,16 @@ class WatchOptions:
         for name, value, least in (
             ("every_n_steps", self.every_n_steps, 1),
             ("probe_every_n_steps", probes, 1),
+            ("snapshots", self.snapshots, 1),
+            ("snapshot_every_n_steps", self.snapshot_every_n_steps, 1),
+            ("snapshot_bytes", 1 if self.snapshot_bytes is None else self.snapshot_bytes, 1),
             ("ring_bytes", self.ring_bytes, 1),
             ("checkpoint_bytes", self.checkpoint_bytes, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.snapshots > MOST_KEPT:
+            raise ValueError(f"snapshots must be at most {MOST_KEPT}, got {self.snapshots}")
         self.make_snapshots()
         _ = self.budget
 

@@ -50,6 +50,7 @@ from lightning_fp.stability.supervise.run_state import ATTRIBUTES
 from lightning_fp.stability.supervise.step_count import StepCount
 from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop
 from lightning_fp.stability.watch_state import WatchState
+from lightning_fp.state_version import reads
 
 log = logging.getLogger("lightning_fp.fallback")
 
@@ -418,6 +419,7 @@ class Supervisor:
             state["ring"] = self.ring.state_dict()
         return state
 
+    @reads("the watch's state")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the state of an interrupted run, before its next step."""
         layers = state["layers"] or {}

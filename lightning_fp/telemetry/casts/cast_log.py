@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import FPLinear
 from lightning_fp.layers.table_owner import TableOwner
 from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
+from lightning_fp.state_version import check_version, reads
 from lightning_fp.telemetry.casts.remedies import Limits, Warnings
 from lightning_fp.telemetry.casts.sampling import Listener, SampledSteps, StepSampler
 from lightning_fp.telemetry.casts.summary import (
@@ -37,7 +39,10 @@ from lightning_fp.telemetry.run_telemetry import RunTelemetry
 
 log = logging.getLogger(__name__)
 
+STATE_VERSION = 1
 
+
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CastOptions:
     """What is measured, how often, and what is warned of.
@@ -303,9 +308,15 @@ class CastLog(Failsafe):
 
     def state_dict(self) -> dict[str, Any]:
         """The step sampled last: a resumed run samples the steps that the whole run would have."""
-        return {"version": 1, "sampled_at": self._steps.last, "sample_next": self._steps.asked}
+        return {
+            "version": STATE_VERSION,
+            "sampled_at": self._steps.last,
+            "sample_next": self._steps.asked,
+        }
 
+    @reads("ClampMonitor state")
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See `state_dict`."""
+        state_dict = check_version(state_dict, STATE_VERSION, "ClampMonitor state")
         self._steps.last = int(state_dict["sampled_at"])
         self._steps.asked = bool(state_dict.get("sample_next", False))

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers import FormatLike, linear_format
 from lightning_fp.layers.table_owner import TableOwner
@@ -25,7 +26,7 @@ from lightning_fp.records.mismatch_rows import MismatchWriter
 from lightning_fp.rl.causes import Causes
 from lightning_fp.rl.corrections import Correction, correction
 from lightning_fp.stability.detect.mismatch_detector import MismatchDetector
-from lightning_fp.state_version import check_version
+from lightning_fp.state_version import check_version, reads
 from lightning_fp.telemetry.mismatch.early_warning import Act, EarlyWarning
 from lightning_fp.telemetry.mismatch.mismatch_tally import MismatchTally, RankFailedError
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 STATE_VERSION = 1
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MismatchOptions:
     """How often mismatch is measured, and what follows.
@@ -280,8 +282,9 @@ class MismatchLog:
             **self.warning.state_dict(),
         }
 
+    @reads("MismatchMonitor state")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`."""
-        check_version(state, STATE_VERSION, "MismatchMonitor state must have version")
+        state = check_version(state, STATE_VERSION, "MismatchMonitor state")
         self._measured_at = int(state["measured_at"])
         self.warning.load_state_dict(state)

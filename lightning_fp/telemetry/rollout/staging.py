@@ -27,7 +27,7 @@ from lightning_fp.recipes import (
 from lightning_fp.recipes.evidence import GateVerdict
 from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.events import GateResult, Note, StageChange
-from lightning_fp.state_version import check_version
+from lightning_fp.state_version import check_version, reads
 from lightning_fp.telemetry.casts.summary import flops_share
 from lightning_fp.telemetry.rollout.gate_evidence import GateEvidence
 from lightning_fp.telemetry.rollout.stage_moves import StageMoves, follow
@@ -288,12 +288,14 @@ class Staging:
             "tokens": None if self.tokens is None else self.tokens.state_dict(),
         }
 
+    @reads("StagedRollout state")
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See `state_dict`; it takes effect when the run begins."""
-        check_version(state_dict, STATE_VERSION, "StagedRollout state must have version")
-        self.state = self.rollout.load_state_dict(state_dict["rollout"])
-        self._loaded = state_dict
+        saved = check_version(state_dict, STATE_VERSION, "StagedRollout state")
+        self.state = self.rollout.load_state_dict(saved["rollout"])
+        self._loaded = saved
 
+    @reads("StagedRollout state")
     def _restore(self, loaded: Mapping[str, Any], moves: StageMoves) -> None:
         same = loaded["recipe"] == self.recipe.to_yaml()
         self.evidence.load_state_dict(loaded["evidence"], same_recipe=same)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode
 
+from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.records.stability import StabilityWriter
 from lightning_fp.telemetry.failsafe import Failsafe
@@ -33,6 +34,7 @@ from lightning_fp.telemetry.step_record import StepRecord
 _RECORD = ("loss", "grad_norm")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class StabilityOptions:
     """What is measured.

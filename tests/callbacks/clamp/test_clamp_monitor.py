@@ -517,5 +517,5 @@ class TestRefusals:
             ClampMonitor(**options)
 
     def test_globs_in_one_string(self) -> None:
-        with pytest.raises(ValueError, match="list of globs, got 'blocks"):
+        with pytest.raises(ValueError, match="log_layers must be a list of texts, got 'blocks"):
             ClampMonitor(log_layers="blocks.*")

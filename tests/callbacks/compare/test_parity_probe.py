@@ -407,7 +407,7 @@ def test_a_failure_is_logged_once_and_changes_nothing(
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"worst": -1}, "worst must not be negative, got -1"),
-        ({"log_layers": "*fc1"}, "log_layers must be a list of globs"),
+        ({"log_layers": "*fc1"}, "log_layers must be a list of texts"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -405,7 +405,7 @@ def test_push_in_the_wrong_place(caplog: pytest.LogCaptureFixture) -> None:
         ({"hold_steps": 0}, "hold_steps must be at least 1, got 0"),
         ({"act": "stop"}, "act must be 'log', 'raise-precision', 'by-cause' or None, got 'stop'"),
         ({"raise_to": "fp16"}, "raise_to must be None unless act is 'raise-precision'"),
-        ({"logprobs": "engine"}, r"logprobs must be a function of \(trainer, module, batch\)"),
+        ({"logprobs": "engine"}, "logprobs must be a function or None, got 'engine'"),
         ({"aliases": "vllm"}, "aliases must be one of"),
         ({"threshold": 1.0}, "threshold must be above 1"),
     ],

@@ -101,7 +101,7 @@ def test_continues_from_a_checkpoint() -> None:
         loaded, other = detector.step(loaded, abs_diff=r, k3=k3)
         assert (loaded, other) == (state, decision)
     assert decision.raised
-    with pytest.raises(ValueError, match="version of the mismatch detector's state must be 1"):
+    with pytest.raises(ValueError, match="the mismatch detector's state must have version 1"):
         detector.load_state_dict({})
 
 

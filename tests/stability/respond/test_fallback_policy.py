@@ -256,7 +256,8 @@ def test_a_suspicion_restarts_probation() -> None:
 @pytest.mark.parametrize("field", ["grace", "hold", "max_demotions", "max_skips"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, None])
 def test_a_policy_out_of_range_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field} must be an integer of at least 1, got {value}"):
+    must = "an integer of at least 1" if isinstance(value, int) else "a whole number"
+    with pytest.raises(ValueError, match=f"{field} must be {must}, got {value}"):
         FallbackPolicy(**{field: value})
 
 
