@@ -33,9 +33,11 @@ class Accounting:
         return self.attempted - self.skipped - self.undone + self.made_good
 
     def sentence(self) -> str:
-        """E.g. "300 steps: 297 useful, 3 skipped, 12 rolled back (12 made good), 40 replayed"."""
+        """E.g. "300 steps: 297 useful, 3 skipped, 12 rolled back and trained again, 40 replayed"."""
+        again = f" ({self.made_good} of them trained again)"
+        if self.made_good == self.rolled_back:
+            again = " and trained again" if self.rolled_back else ""
         return (
             f"{self.attempted} steps: {self.useful} useful, {self.skipped} skipped,"
-            f" {self.rolled_back} rolled back ({self.made_good} made good),"
-            f" {self.replayed} replayed"
+            f" {self.rolled_back} rolled back{again}, {self.replayed} replayed"
         )
