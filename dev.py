@@ -34,6 +34,8 @@ TEST_EXTRAS = {"dev"}
 PACKAGE = ROOT / "build" / "package"
 PACKAGED_EXTRAS = ("completion", "storage", "te")
 """Those that users install; dev.py itself installs the others."""
+SHORT = ("--steps", "8", "--context", "16", "--batch-size", "2", "--rollout", "false")
+"""A demo of half a minute, without its second part."""
 
 
 # --- Targets ------------------------------------------------------------------------------------
@@ -160,8 +162,8 @@ def use_it(environment: Path, version: str) -> bool:
     place.mkdir()
     commands = {
         "doctor": ["doctor"],
-        "demo": ["demo", "--steps", "40", "--output", run_dir],
-        "report": ["report", run_dir, "--output", place / "report.html"],
+        "demo": ["demo", *SHORT, "--output", run_dir],
+        "report": ["report", run_dir / "fp8-dynamic", "--output", place / "report.html"],
     }
     command = command_in(environment)
     passed = commands_answer(environment, version)

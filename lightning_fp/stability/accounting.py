@@ -33,7 +33,7 @@ class Accounting:
         return self.attempted - self.skipped - self.undone + self.made_good
 
     def sentence(self) -> str:
-        """E.g. "300 steps: 297 useful, 3 skipped, 12 rolled back and trained again, 40 replayed"."""
+        """E.g. "300 steps: 297 useful, 3 skipped, 8 rolled back and trained again, 9 replayed"."""
         again = f" ({self.made_good} of them trained again)"
         if self.made_good == self.rolled_back:
             again = " and trained again" if self.rolled_back else ""
