@@ -1,4 +1,4 @@
-"""Runs a test's program on two real ranks."""
+"""Runs a test's program on two real ranks, or a few more."""
 
 from __future__ import annotations
 
@@ -24,25 +24,39 @@ def run_on_two_ranks(module: str, directory: Path, *arguments: Any, timeout: flo
     Each finds its rank in the environment, as under torchrun, and meets the other one by a file in
     the directory: ports may be taken. If one fails, its output is the error.
     """
+    logs = [directory / f"log{rank}" for rank in range(WORLD)]
+    codes = run_on_ranks(WORLD, module, directory, *arguments, timeout=timeout)
+    for code, log in zip(codes, logs, strict=True):
+        assert code == 0, log.read_text()[-4000:]
+
+
+def run_on_ranks(
+    world: int, module: str, directory: Path, *arguments: Any, timeout: float = 240
+) -> list[int | None]:
+    """The same on so many ranks, which may fail.
+
+    Returns:
+        Their exit codes; what they print is in files `log0`, `log1`, ... of the directory.
+    """
     environment = {
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_WORLD_SIZE": str(WORLD),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",  # Lightning asks for one, nobody listens on it
         "TORCHELASTIC_RUN_ID": "tests",  # so that Lightning starts no processes of its own
     }
     if Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    logs = [directory / f"log{rank}" for rank in range(WORLD)]
+    (directory / "store").unlink(missing_ok=True)  # where those of an earlier run have met
     ranks = [
         forked.start(
             module,
             directory,
             *arguments,
-            log=log,
+            log=directory / f"log{rank}",
             environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank, log in enumerate(logs)
+        for rank in range(world)
     ]
     until = time.monotonic() + timeout
     try:
@@ -52,13 +66,12 @@ def run_on_two_ranks(module: str, directory: Path, *arguments: Any, timeout: flo
         for rank in ranks:
             rank.kill()
             rank.join()
-    for rank, log in zip(ranks, logs, strict=True):
-        assert rank.exitcode == 0, log.read_text()[-4000:]
+    return [rank.exitcode for rank in ranks]
 
 
 @contextmanager
 def one_of_two_ranks(directory: Path, *, seconds: float = 60) -> Generator[int, None, None]:
-    """In such a program: this process's rank, in a gloo group with the other one.
+    """In such a program: this process's rank, in a gloo group with the others.
 
     Args:
         directory: the one that `main` is called with.
@@ -70,7 +83,7 @@ def one_of_two_ranks(directory: Path, *, seconds: float = 60) -> Generator[int, 
         "gloo",
         init_method=f"file://{directory}/store",
         rank=rank,
-        world_size=WORLD,
+        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=seconds),
     )
     yield rank
