@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -111,4 +112,10 @@ def takes_closure(optimizer: Optimizer) -> bool:
 def _step_parameters(optimizer: Optimizer) -> Mapping[str, inspect.Parameter]:
     """None of a step that is no Python function: one in C has no signature, a mock any."""
     step = type(optimizer).step
-    return inspect.signature(step).parameters if inspect.isfunction(step) else {}
+    return _parameters(step) if inspect.isfunction(step) else {}
+
+
+@lru_cache(maxsize=64)
+def _parameters(step: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Looked up at every step."""
+    return inspect.signature(step).parameters
