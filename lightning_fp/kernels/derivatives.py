@@ -93,14 +93,15 @@ def refuse_transforms(layer: str, grad_output: Tensor) -> None:
     Raises:
         RuntimeError: inside of such a transform, naming the layer.
     """
-    if transformed() or _batched(grad_output):
+    if transformed() or batched(grad_output):
         raise RuntimeError(
             f"layer {layer!r}: its format cannot go backward under vmap or is_grads_batched where"
             f" its forward ran without; {_remedy(layer)}"
         )
 
 
-def _batched(x: Tensor) -> bool:
+def batched(x: Tensor) -> bool:
+    """Whether it is many gradients at once, as torch.autograd.grad(is_grads_batched=True) has."""
     return not torch.compiler.is_compiling() and is_legacy_batchedtensor(x)
 
 
@@ -120,9 +121,15 @@ class _Place(torch.autograd.Function):
 
 
 class _Placed(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, place: Tensor, values: Tensor) -> Tensor:
+    def forward(place: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore

@@ -2,7 +2,8 @@
 
 No float8 dtype is involved, so this runs on every device. Values of at most 7 mantissa bits are
 bf16 values too: they are multiplied in bf16 where that is the dtype of the layer and the hardware
-is fast in it, which is as exact as float32, since both sum in float32.
+is fast in it, which is as exact as float32, since both sum in float32. Where they have scales, CPUs
+multiply the scaled values and undo the scales in the product; see `scaled_product`.
 
 Kept for backward are the rounded input and the parameter, which is rounded again there, alike: what
 rounds by chance keeps its seed.
@@ -25,6 +26,7 @@ from lightning_fp.kernels.plain_linear import (
     linear_without_autocast,
     transformed,
 )
+from lightning_fp.kernels.scaled_product import ScaledOperand, scaled_linear
 from lightning_fp.numerics import (
     FORMATS,
     FloatFormat,
@@ -74,10 +76,13 @@ class SimulatedKernel(Kernel):
         input = input.to(compute_dtype(input))
         seeds = self.seeds(input.device)
         with without_autocast(input.device.type):
-            x = _rounded(input, self, INPUT, None, self.product_dtype(input), seeds)
-            output = linear_without_autocast(x, weight, None, self, seeds)
-            output = _rounded(output, self, None, GRAD_OUTPUT, output.dtype, seeds)
-            output = output.to(input.dtype)
+            if self.multiplies_scaled(input, weight):
+                output = scaled_linear(input, weight, self, seeds)
+            else:
+                x = _rounded(input, self, INPUT, None, self.product_dtype(input), seeds)
+                output = linear_without_autocast(x, weight, None, self, seeds)
+                output = _rounded(output, self, None, GRAD_OUTPUT, output.dtype, seeds)
+                output = output.to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
     def seeds(self, device: torch.device) -> Tensor | None:
@@ -108,13 +113,40 @@ class SimulatedKernel(Kernel):
 
     def product_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype that holds the rounded operands and is multiplied in."""
-        bf16 = FORMATS["bf16"]
-        fits = all(
-            format.mantissa_bits <= bf16.mantissa_bits
-            for format in (self.input, self.weight, self.grad_output)
-        )
         unscaled = not self.scaled or self.power_of_two
-        return operand_dtype(input) if fits and unscaled else torch.float32
+        return operand_dtype(input) if self._fits_bf16 and unscaled else torch.float32
+
+    def multiplies_scaled(self, input: Tensor, weight: Tensor) -> bool:
+        """Whether the rounded, scaled values themselves are multiplied, in bf16.
+
+        Not on GPUs, whose product would be rounded before its scales are undone, and again after.
+        """
+        scaled = self.scaled and not self.power_of_two and self._fits_bf16
+        there = input.device.type == "cpu" and operand_dtype(input) is torch.bfloat16
+        return scaled and there and input.numel() * weight.numel() > 0 and not transformed()
+
+    def scaled_operand(
+        self, operand: int, x: Tensor, seeds: Tensor | None, scale: Tensor | None = None
+    ) -> ScaledOperand:
+        """See `ScalesOperands`."""
+        seed = None if seeds is None else seeds[operand]
+        format = self.operand_formats[operand]
+        if scale is None:
+            scale, _ = self.cast_of(operand, x, None)
+        rounded = round_to_format(x.float() * scale, format, self.rounding, seed)
+        # The scale's exponent alone, of its reciprocal, which is never subnormal.
+        power = (scale.reciprocal().view(torch.int32) & 0x7F800000).view(torch.float32)
+        return ScaledOperand((rounded * power).bfloat16(), (scale * power).reciprocal(), scale)
+
+    @property
+    def operand_formats(self) -> tuple[FloatFormat, FloatFormat, FloatFormat]:
+        """Of input, weight and grad_output."""
+        return self.input, self.weight, self.grad_output
+
+    @property
+    def _fits_bf16(self) -> bool:
+        most = FORMATS["bf16"].mantissa_bits
+        return all(format.mantissa_bits <= most for format in self.operand_formats)
 
     def cast_weight(self, weight: Tensor, dtype: torch.dtype, seeds: Tensor | None) -> Tensor:
         """See `CastsWeight`."""
@@ -146,7 +178,7 @@ class SimulatedKernel(Kernel):
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`."""
-        format = (self.input, self.weight, self.grad_output)[operand]
+        format = self.operand_formats[operand]
         if not self.scaled:
             return torch.ones((), device=x.device), format
         amax = tensor_amax(x)

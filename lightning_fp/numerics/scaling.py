@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 AMAX_LOWER_BOUND = 1e-12
 """Smaller amax values are treated as this one. Without a bound the scale of a nearly empty tensor
@@ -24,7 +25,7 @@ def tensor_amax(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x.detach().abs().amax().float()
     # One pass instead of two; aminmax propagates NaN.
-    low, high = torch.aminmax(x.detach())
+    low, high = torch.aminmax(x if is_legacy_batchedtensor(x) else x.detach())
     return torch.maximum(high, -low).float()
 
 

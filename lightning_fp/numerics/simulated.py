@@ -130,7 +130,19 @@ def _by_bits(x: Tensor, format: FloatFormat, rounding: Rounding, noise: Tensor |
 def _sums_round(x: Tensor, format: FloatFormat) -> bool:
     """Whether `_by_sums` is the fast way: Inductor does not vectorise a look at bits on a CPU."""
     fits = format.exponent_bits < 8 and format.mantissa_bits < _MANTISSA - 1
-    return fits and x.device.type == "cpu" and torch.compiler.is_compiling()
+    return fits and x.device.type == "cpu" and torch.compiler.is_compiling() and _sums_stay()
+
+
+@torch.compiler.assume_constant_result
+def _sums_stay() -> bool:
+    """Whether Inductor's C++ keeps the order of sums.
+
+    It does by -fno-unsafe-math-optimizations, its own default (`cpp_builder.py`), which this option
+    of torch leaves out.
+    """
+    from torch._inductor import config
+
+    return not config.cpp.enable_unsafe_math_opt_flag
 
 
 def _by_sums(x: Tensor, format: FloatFormat) -> Tensor:

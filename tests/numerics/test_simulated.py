@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from lightning_fp.format_names import Rounding
 from lightning_fp.numerics import FORMATS, float_format, new_seed, random_bits, round_to_format
@@ -216,3 +217,20 @@ def test_compiled_is_eager_bit_for_bit(backend: str) -> None:
     compiled = torch.compile(all_of, backend=backend, fullgraph=True)(x, seed)
     for one, other in zip(all_of(x, seed), compiled, strict=True):
         assert_same_codes(other, one)
+
+
+def test_a_compiler_that_may_reorder_sums_is_given_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled to C++ here: with this option gcc flushes subnormals of the whole process."""
+
+    def compiled() -> Tensor:
+        torch._dynamo.reset()
+        function = torch.compile(lambda x: round_to_format(x, e4m5), backend="aot_eager")
+        return function(x)
+
+    e4m5 = float_format("e4m5")
+    x = torch.randn(2**12, generator=generator())
+    sums = "lightning_fp.numerics.simulated._by_sums"
+    monkeypatch.setattr(sums, lambda x, format: torch.zeros_like(x))
+    assert not compiled().any()
+    with inductor_config.patch({"cpp.enable_unsafe_math_opt_flag": True}):
+        assert torch.equal(compiled(), round_to_format(x, e4m5))

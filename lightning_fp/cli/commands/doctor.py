@@ -158,7 +158,7 @@ def _lacking(format: LinearFormat, device: str) -> str | None:
     if format.is_fp8:
         return cuda_fp8_refusal()
     if not format.is_high_precision:
-        return "operands are rounded, products in float32"
+        return "operands are rounded, products summed in float32"
     if format.input == "bf16":
         has = torch.cuda.is_bf16_supported(False) if device == "cuda" else CPU_HAS_BF16
         return None if has else "no bf16 instructions: slower than float32"
