@@ -76,6 +76,7 @@ def test_every_part_of_a_bare_machine(tmp_path: Path) -> None:
     assert rows(parts["snapshots"])["restore, turn 2"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_the_parts_that_need_lightning(tmp_path: Path) -> None:
     parts = lane(tmp_path, "--only", "gpu_tests", "overhead", "rescue")
     assert {part["status"] for part in parts.values()} == {"done"}

@@ -62,7 +62,7 @@ MOMENTS = [
     ("rollout", 20, "warmup"),
 ]
 
-QUICK = {("demoted", 38, "plain"), ("rollout", 9, "plain"), ("demoted", 30, "fabric")}
+QUICK = {("demoted", 38, "plain"), ("rollout", 9, "plain"), ("rollout", 9, "fabric")}
 
 
 class Whole(NamedTuple):

@@ -133,6 +133,7 @@ def test_other_loops_do_the_same(train: Any) -> None:
     assert asked != train(gpt(), None)
 
 
+@pytest.mark.slow
 def test_compiled_and_replayed(tmp_path: Path) -> None:
     alone = in_a_loop(gpt(), FORMAT)[0]
     torch._dynamo.reset()

@@ -284,6 +284,7 @@ def test_regions_are_found_however_they_were_compiled() -> None:
     assert region.code is Flat.forward.__code__
 
 
+@pytest.mark.slow
 def test_a_compiled_lightning_module_is_found() -> None:
     model = LanguageModel()
     compiled = torch.compile(model, backend="eager")

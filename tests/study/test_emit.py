@@ -158,9 +158,9 @@ def test_the_emitted_recipe_runs_and_says_what_it_cannot_know(
     ("changes", "said"),
     [
         ({"format": "fp9"}, "fp9"),
-        ({"passed": "yes"}, "passed must be true or false"),
+        ({"passed": "yes"}, "passed must be True or False"),
         ({"runs": -1}, "runs must be a count"),
-        ({"gap": float("nan")}, "gap must be a finite number"),
+        ({"gap": float("nan")}, "gap must be a number or None"),
         ({"why": 3}, "why must be a text"),
     ],
 )

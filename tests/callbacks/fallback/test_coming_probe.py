@@ -153,7 +153,7 @@ def in_a_loop(micro_batches: int, fallback: bool, path: Path) -> tuple[nn.Module
     return model, loop
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_in_a_loop_of_ones_own(
     micro_batches: int, told: list[Answered], errors: list[float], tmp_path: Path
 ) -> None:

@@ -484,7 +484,7 @@ class Interrupt(L.Callback):
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(step, marks=() if step == 105 else pytest.mark.slow, id=f"after {step}")
+        pytest.param(step, marks=() if step == 62 else pytest.mark.slow, id=f"after {step}")
         for step in (40, 58, 62, 85, 105)
     ],
 )
