@@ -36,6 +36,7 @@ def rows(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["what"]: row for row in part["rows"]}
 
 
+@pytest.mark.slow
 def test_every_part_of_a_bare_machine(tmp_path: Path) -> None:
     """Torch and nothing else, and the package from the checkout."""
     lines = [f"sys.modules[{name!r}] = None\n" for name in BARE]

@@ -42,6 +42,7 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert all(torch.equal(one[what][name], other[what][name]) for name in one[what]), what
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_goes_on(tmp_path: Path) -> None:
     one, other = (told["disk 0"] for told in ranks(tmp_path, "disk 0"))
     assert_alike(one, other)

@@ -19,7 +19,7 @@ SLOW = pytest.mark.slow
 RUN = [
     "incident",
     pytest.param("sharded", marks=SLOW),
-    "tensor parallel",
+    pytest.param("tensor parallel", marks=SLOW),
     pytest.param("two dimensions", marks=SLOW),
     pytest.param("limit", marks=SLOW),
     "skip",
@@ -56,7 +56,7 @@ def test_both_ranks_end_alike(told: Told) -> None:
 @of(
     "incident",
     pytest.param("sharded", marks=SLOW),
-    "tensor parallel",
+    pytest.param("tensor parallel", marks=SLOW),
     pytest.param("two dimensions", marks=SLOW),
 )
 def test_an_incident_on_one_rank_demotes_on_both(told: Told) -> None:
