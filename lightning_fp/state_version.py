@@ -17,6 +17,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from lightning_fp.shown import shown
+
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 Load = TypeVar("Load", bound=Callable[..., Any])
 
@@ -68,7 +70,7 @@ def check_version(
     while at < version and (migrate := _MIGRATIONS.get((of, at))):
         values, at = migrate(values), at + 1
     if at != version:
-        raise ValueError(f"{of} must have version {version}, got {found!r}; {do}")
+        raise ValueError(f"{of} must have version {version}, got {shown(found)}; {do}")
     return values
 
 

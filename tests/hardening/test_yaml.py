@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -141,8 +142,9 @@ def configure(change: Any, directory: Path, capsys: pytest.CaptureFixture[str]) 
     parts = [*config["trainer"]["plugins"], *config["trainer"]["callbacks"]]
     parts[index % len(parts)].setdefault("init_args", {})[name] = value
     config["trainer"] |= {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    config["trainer"]["default_root_dir"] = mkdtemp(dir=directory)  # each saves its configuration
     config["model"] = {"layers": 1, "width": 16}
-    path = directory / "changed.yaml"
+    path = Path(mkdtemp(dir=directory)) / "changed.yaml"
     path.write_text(yaml.safe_dump(config))
     main = runpy.run_path(str(CONFIG / "main.py"))["main"]
     try:

@@ -51,5 +51,5 @@ class StepCount:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self.done = state["done"]
-        self._global = {step: at for step, at in state["global"]}
+        self.done = int(state["done"])
+        self._global = {int(step): int(at) for step, at in state["global"]}
