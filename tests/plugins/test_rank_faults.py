@@ -71,7 +71,8 @@ def test_a_rank_that_dies_stops_the_others_and_leaves_readable_records(tmp_path:
     left, dead = run_on_ranks(2, PROGRAM, tmp_path, ["dies"], timeout=60)
     assert dead == 9
     assert left not in (0, None), "the other rank goes on, or waits"
-    assert "closed by peer" in (tmp_path / "log0").read_text()
+    # Which of torch's messages it is, of a closed or of a reset connection, is a matter of timing.
+    assert "Check the logs of the remote worker" in (tmp_path / "log0").read_text()
     kinds = {event.kind for event in read_events(tmp_path / "dies")}
     assert {"started", "rehearsal"} <= kinds
 

@@ -311,6 +311,7 @@ def test_a_dry_run_only_logs(tmp_path: Path) -> None:
     assert not events(tmp_path, Rollback)
 
 
+@pytest.mark.slow
 def test_promotion_after_probation_and_a_longer_one_after_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def is_saved(case: str, seed: int) -> bool:
     return rescued.blamed and rescued.gap(reference(seed)) < 0.01
 
 
+@pytest.mark.slow
 def test_a_precision_fault_is_blamed_and_the_run_is_saved() -> None:
     rescued = trial("outliers", "fallback", 0, steps=BRIEF)
     assert rescued.blamed
@@ -49,6 +50,7 @@ def test_a_precision_fault_is_blamed_and_the_run_is_saved() -> None:
     assert rescued.gap(trial(HEALTHY, "high precision", 0, steps=BRIEF)) < 0.01
 
 
+@pytest.mark.slow
 def test_precision_is_not_blamed_for_a_learning_rate() -> None:
     assert not trial("learning-rate", "fallback", 0, steps=BRIEF).blamed
 
