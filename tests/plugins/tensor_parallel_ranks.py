@@ -24,7 +24,7 @@ HALF = 12
 CHECKPOINT = "half.ckpt"
 
 
-class Parallel(LanguageModel):
+class TensorParallel(LanguageModel):
     """Each rank has half of every MLP; with `sharded` FSDP2 shards it too, over one rank."""
 
     def __init__(self, *, sharded: bool = False) -> None:
@@ -42,6 +42,10 @@ class Parallel(LanguageModel):
                 fully_shard(block, mesh=mesh["data_parallel"])
         if self.sharded:
             fully_shard(self.model, mesh=mesh["data_parallel"])
+
+
+def tensor_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
 
 
 class Flips(L.Callback):
@@ -75,14 +79,13 @@ def train(
     clamps = ClampMonitor(every_n_steps=4, dirpath=directory)
     fallback = PrecisionFallback(dirpath=directory, snapshot_every_n_steps=4)
     plugin = FP8Precision(scaling, base="32-true")
-    model = Parallel(sharded=sharded) if parallel else LanguageModel()
-    both = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    model = TensorParallel(sharded=sharded) if parallel else LanguageModel()
     trainer = make_trainer(
         plugin,
         max_epochs=2,
         callbacks=[clamps, fallback, Flips(), *([] if resume else [Saves(directory)])],
         devices=2 if parallel else 1,
-        strategy=both if parallel else "auto",
+        strategy=tensor_parallel() if parallel else "auto",
         gradient_clip_val=0.5,
         default_root_dir=directory,
         limit_val_batches=2,

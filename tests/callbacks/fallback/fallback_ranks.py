@@ -12,16 +12,11 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 from lightning_fp import FP8Precision, PrecisionFallback
 from tests.callbacks.fallback.test_precision_fallback import LAYER, Reversed, SuspectAt, batches
 from tests.helper import LanguageModel, make_trainer
+from tests.plugins.tensor_parallel_ranks import TensorParallel, tensor_parallel
 from tests.two_ranks import one_of_two_ranks
 
 
@@ -61,26 +56,6 @@ class Sharded(LanguageModel):
         fully_shard(self.model, mesh=mesh)
 
 
-class TensorParallel(LanguageModel):
-    """Each rank has half of every MLP; with `sharded` FSDP2 shards that, over one rank."""
-
-    def __init__(self, *, sharded: bool = False) -> None:
-        super().__init__()
-        self.sharded = sharded
-
-    def configure_model(self) -> None:
-        if isinstance(self.model.blocks[0].fc1.weight, DTensor):
-            return
-        mesh = self.device_mesh
-        for block in self.model.blocks:
-            plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
-            parallelize_module(block, mesh["tensor_parallel"], plan)
-            if self.sharded:
-                fully_shard(block, mesh=mesh["data_parallel"])
-        if self.sharded:
-            fully_shard(self.model, mesh=mesh["data_parallel"])
-
-
 def run(
     directory: Path,
     scaling: str,
@@ -114,10 +89,6 @@ def run(
             float(state["step"]) for state in trainer.optimizers[0].state_dict()["state"].values()
         ],
     }
-
-
-def tensor_parallel() -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
 
 
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
