@@ -6,7 +6,6 @@ ranks; shares are formed at the end, from sums.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,10 @@ from lightning_fp.numerics.scaling import tensor_amax
 
 _LARGEST = 1e16
 """Scaled magnitudes count as this at most, so that sums of squares stay within float32."""
+
+_PIECE = 2**16
+"""Elements that are looked at together on the CPU: two float32 buffers of so many fit into a core's
+cache of 1 MiB and more, and float32 counts them exactly."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ def operand_statistics(
         return torch.zeros(len(STATISTICS), dtype=wide_dtype(x.device), device=x.device)
     casts = casts_of(x, scale, format) if casts is None else casts
     x, scale = x.detach(), torch.nan_to_num(scale, nan=1.0)
-    by_passes = _reading_is_free(x)
-    sums = (_by_passes if by_passes else _at_once)(x, scale, format)
+    on_cpu = _reading_is_free(x)
+    sums = (_in_cache if on_cpu else _at_once)(x, scale, format)
     counted = torch.stack([torch.full_like(sums[0], flops) for flops in work])
-    sums = torch.cat([sums, _squares(casts, format, by_passes), _scales(casts.scale), counted])
+    sums = torch.cat([sums, _squares(casts, format, on_cpu), _scales(casts.scale), counted])
     return torch.cat([sums, sums.new_zeros(len(WHAT_IF)) if what_if is None else what_if])
 
 
@@ -138,41 +141,44 @@ def _at_once(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
     return torch.stack([amax, nonfinite, numel, nonzero, clamped, excess, magnitude, underflow])
 
 
-def _by_passes(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
-    """The same where each operation is a pass over memory: few of them, and in place.
+def _in_cache(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
+    """The same where each operation is a pass over memory: over pieces that fit into a cache.
 
-    Most tensors have nothing to clamp and nothing that is not finite, which their amax tells.
+    Most tensors have nothing to clamp and nothing that is not finite; others are left to
+    `_at_once`.
     """
-    amax = tensor_amax(x).item()
-    size = x.abs() if x.dtype is torch.float32 else x.float().abs_()
-    nonfinite = 0
-    if not math.isfinite(amax):
-        finite = torch.isfinite(size)
-        nonfinite = x.numel() - int(torch.count_nonzero(finite))
-        size = torch.where(finite, size, 0.0)
-        amax = size.amax().item()
-    fits = amax * scale.amax().item() <= format.max
-    size.mul_(scale)
-    clamped = excess = 0.0
-    if not fits:
-        over = _over(size.clamp_(max=_LARGEST), format)
-        clamped = torch.count_nonzero(over).item()
-        excess = _sums(torch.where(over, size - format.max, 0.0)).sum().item()
-    magnitude = _sums(size).sum().item()
-    # Masks of floats: twice as fast as those of bools.
-    left = torch.gt(size, format.underflow_point, out=torch.empty_like(size))
-    left, nonzero = _sums(left).sum().item(), _sums(size.gt_(0)).sum().item()
+    if scale.numel() == 1:
+        pieces = x.reshape(-1).split(_PIECE)
+        scales = [scale.reshape(())] * len(pieces)
+    else:
+        pieces = x.split(max(1, _PIECE // x.shape[1]))
+        scales = scale.split(len(pieces[0]))
+    size, large = (torch.empty_like(pieces[0], dtype=torch.float32) for _ in range(2))
+    sums = torch.empty(5, len(pieces))
+    for piece, by, row in zip(pieces, scales, sums.unbind(1), strict=True):
+        amax, scaled_amax, magnitude, nonzero, left = row.unbind()
+        if len(piece) < len(size):
+            size, large = size[: len(piece)], large[: len(piece)]
+        torch.amax(size.copy_(piece).abs_(), (), out=amax)
+        torch.amax(size.mul_(by), (), out=scaled_amax)
+        torch.sum(size, (), out=magnitude)
+        # Masks of floats: their sums are vectorised, those of bools are not.
+        torch.sum(torch.gt(size, format.underflow_point, out=large), (), out=left)
+        torch.sum(size.gt_(0), (), out=nonzero)
+    amax, scaled_amax = sums[:2].amax(1)
+    if not torch.isfinite(amax) or _over(scaled_amax, format):
+        return _at_once(x, scale, format)
+    magnitude, nonzero, left = sums[2:].double().sum(1).tolist()
     return torch.tensor(
-        [amax, nonfinite, x.numel(), nonzero, clamped, excess, magnitude, nonzero - left],
-        dtype=torch.float64,
+        [amax.item(), 0, x.numel(), nonzero, 0, 0, magnitude, nonzero - left], dtype=torch.float64
     )
 
 
-def _squares(casts: Casts, format: FloatFormat, by_passes: bool) -> Tensor:
+def _squares(casts: Casts, format: FloatFormat, on_cpu: bool) -> Tensor:
     """The columns "signal", "noise" and "clamp_noise"; float64 [3]."""
     errors = [casts.scaled, casts.cast - casts.scaled]
     # What is unknown counts as large; a NaN to compare with would not do for compiled floats.
-    amax = tensor_amax(casts.scaled).item() if by_passes else None
+    amax = tensor_amax(casts.scaled).item() if on_cpu else None
     if amax is None or not amax <= format.max:
         errors.append(casts.clamped - casts.scaled)
     if amax is None or not amax < _LARGEST:  # only then can there have been inf or NaN

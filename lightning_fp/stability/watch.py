@@ -204,7 +204,8 @@ class Watch:
 
     def _count_skipped(self, turn: Turn, seen: StepSeen) -> None:
         if not seen.signals.skipped:
-            turn.state = replace(turn.state, skips=0)
+            if turn.state.skips:
+                turn.state = replace(turn.state, skips=0)
             return
         turn.count(skipped=1)
         turn.state = replace(turn.state, skips=turn.state.skips + 1)

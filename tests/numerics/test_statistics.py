@@ -116,7 +116,7 @@ def test_one_scale(x: list[float], scale: float, format: FloatFormat) -> None:
     assert_same(row, brute_force([x], [scale], format), scale)
     if x:  # what compilers and devices get is the same
         torch.testing.assert_close(_at_once(operand, factor, format), row[:8])
-        squares = _squares(casts_of(operand, factor, format), format, by_passes=False)
+        squares = _squares(casts_of(operand, factor, format), format, on_cpu=False)
         torch.testing.assert_close(squares, row[8:11])
 
 
@@ -191,6 +191,29 @@ def test_a_scale_per_value_is_that_of_its_block(at_once: bool) -> None:
     assert shares(operand_statistics(x, spread, E4M3))["scale_spread_bits"] == pytest.approx(
         deviation
     )
+
+
+@pytest.mark.parametrize("shape", ["scalar", "rows", "values"])
+@pytest.mark.parametrize("shift", [1.0, 0.99, 8.0], ids=["to the limit", "within", "clamped"])
+def test_pieces_of_a_large_operand_add_up(shape: str, shift: float) -> None:
+    """Three whole pieces and a rest; what is largest, and not finite, in the last of them."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 1000) * torch.logspace(-6, 0, 200).unsqueeze(1)
+    x[:, ::7] = 0
+    x[-1, -1] = 10.0
+    full = torch.tensor(448 / 10.0 * shift)
+    scale = {
+        "scalar": full,
+        "rows": full.expand(200, 1).clone(),
+        "values": full * torch.logspace(-3, 0, 200).unsqueeze(1).expand(200, 1000),
+    }[shape]
+    for broken in (False, True):
+        if broken:
+            x[-1, -2] = math.nan
+        row = operand_statistics(x, scale, E4M3)[:8]
+        torch.testing.assert_close(row, _at_once(x, scale, E4M3), rtol=1e-6, atol=0)
+        assert row[1] == broken
+        torch.testing.assert_close(operand_statistics(x.bfloat16(), scale, E4M3)[1], row[1])
 
 
 @pytest.mark.parametrize("split", [1, 3, 7])

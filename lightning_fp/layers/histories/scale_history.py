@@ -105,7 +105,9 @@ class ScaleHistory(DelayedScales):
     @torch.no_grad()
     def fold(self) -> None:
         """After a backward: take in the records of grad_output."""
-        fold_gradients(self._memories(), self._grad_record)
+        memories = self._memories()
+        if len(self._amax_only) < len(self._layers):  # of the others no gradient is recorded
+            fold_gradients(memories, self._grad_record)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -115,7 +117,7 @@ class ScaleHistory(DelayedScales):
         self.fold()
         memories = self._memories()
         recorded = [memory.recorded for memory in memories]
-        here = torch.stack([each.to(self._history.device) for each in recorded])
+        here = _stacked(recorded, self._history.device)
         rows = torch.cat([here, self._grad_record.unsqueeze(1)], dim=1)
         amax = torch.nan_to_num(
             self._with_scalars(rows[..., AMAX].float(), memories), nan=torch.inf, posinf=torch.inf
@@ -145,10 +147,10 @@ class ScaleHistory(DelayedScales):
         if not any(left):
             return amax
         none = (amax.new_zeros(()),) * 2
-        seen = [each.to(amax) for pair in left for each in pair or none]
+        seen = _stacked([each for pair in left for each in pair or none], amax.device)
         for memory in memories:
             memory.amaxes = ()
-        first = torch.maximum(amax[:, :2], torch.stack(seen).view(-1, 2))
+        first = torch.maximum(amax[:, :2], seen.view(-1, 2))
         return torch.cat([first, amax[:, 2:]], dim=1)
 
     def _hand_out(self, scales: Tensor) -> None:
@@ -301,6 +303,12 @@ class ScaleHistory(DelayedScales):
             if name in rows:
                 history[index] = rows[name]
         self._use(history)
+
+
+def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """On one device; calls of `to` for each layer at every step would cost more than all the rest."""
+    here = all(each.device == device for each in tensors)
+    return torch.stack(list(tensors) if here else [each.to(device) for each in tensors])
 
 
 def _is_whole(layer: SwitchableLayer) -> bool:

@@ -193,11 +193,6 @@ class BatchRing:
         self.nbytes += nbytes
         self._sizes[self._open.step] = self._sizes.get(self._open.step, 0) + nbytes
 
-    def set_hyperparameters(self, hyperparameters: Hyperparameters) -> None:
-        """What the optimizers really stepped with, if a hook has changed it since `begin`."""
-        if self._open is not None:
-            self._open = replace(self._open, hyperparameters=hyperparameters)
-
     def set_formats(self, formats: Mapping[str, str], scales: StepScales | None) -> None:
         """What the step runs in, if that was decided after `begin`."""
         if self._open is not None:
@@ -205,15 +200,27 @@ class BatchRing:
 
     def end(
         self,
+        hyperparameters: Hyperparameters | None = None,
         *,
         loss: float | None = None,
         grad_norm: float | None = None,
         skipped: bool = False,
     ) -> None:
-        """The step has ended."""
+        """The step has ended.
+
+        Args:
+            hyperparameters: what the optimizers stepped with, where it is not what it was at
+                `begin`: a hook may have changed it.
+            loss: of the step, where it is known by now; see `set_results`.
+            grad_norm: the same.
+            skipped: the same.
+        """
         if self._open is None:
             return
-        step = replace(self._open, loss=loss, grad_norm=grad_norm, skipped=skipped)
+        groups = self._open.hyperparameters if hyperparameters is None else hyperparameters
+        step = replace(
+            self._open, hyperparameters=groups, loss=loss, grad_norm=grad_norm, skipped=skipped
+        )
         self._steps.append(step)
         self._open = None
         while self.max_steps is not None and len(self._steps) > self.max_steps:

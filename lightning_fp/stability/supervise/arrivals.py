@@ -136,8 +136,11 @@ class Arrivals:
     def _all(self, *, wait: bool = False) -> list[StepSignals]:
         """Signals that have arrived, with steps as they are counted here."""
         new = self._signals.take(all=wait)
-        counted = [replace(signals, step=self._count.step(signals.step)) for signals in new]
-        return [*self._waiting, *counted]
+        return [*self._waiting, *map(self._counted, new)]
+
+    def _counted(self, signals: StepSignals) -> StepSignals:
+        step = self._count.step(signals.step)
+        return signals if step == signals.step else replace(signals, step=step)
 
     def _seen(self, signals: StepSignals, at: int) -> StepSeen:
         loop, half = self._loop, self._loop.half

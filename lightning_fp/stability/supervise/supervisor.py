@@ -216,7 +216,7 @@ class Supervisor:
         if global_step == self._began_at:
             return
         self.count.ended(global_step)
-        self._alone(self._end_record, stepped_with)
+        self._alone(self.ring.end, stepped_with)
         self.safely(self._arrivals.after_step)
         self.open = False
 
@@ -234,11 +234,6 @@ class Supervisor:
         if len(table.changes) != self._formats[0]:
             self._formats = len(table.changes), table.formats()
             self.ring.set_formats(self._formats[1], table.scale_history.in_force())
-
-    def _end_record(self, stepped_with: Hyperparameters | None) -> None:
-        if stepped_with is not None:
-            self.ring.set_hyperparameters(stepped_with)
-        self.ring.end()
 
     # -- between two steps ----------------------------------------------------------------------
 

@@ -219,8 +219,7 @@ class TestRecording:
     def test_known_later(self) -> None:
         ring = BatchRing()
         ring.begin(3, [[{"lr": 0.1}]])
-        ring.set_hyperparameters([[{"lr": torch.tensor(0.25)}]])
-        ring.end()
+        ring.end([[{"lr": torch.tensor(0.25)}]])
         step_with(ring, 4)
         ring.set_results(3, loss=1.5, grad_norm=2.0, skipped=True)
         ring.set_results(99, loss=1.5)
@@ -414,8 +413,7 @@ class TestCheckpoint:
         ring, position = BatchRing(), {"batch": [{"ready": 3}, {"ready": 1}], "last": False}
         ring.begin(0, [[{"lr": 0.1}]])
         ring.add(torch.ones(2), 1, RandomState.capture(), position=position)
-        ring.set_hyperparameters([[{"lr": 0.2}]])
-        ring.end()
+        ring.end([[{"lr": 0.2}]])
         loaded = BatchRing()
         loaded.load_state_dict(saved_and_loaded(ring.state_dict()))
         step = loaded.last
