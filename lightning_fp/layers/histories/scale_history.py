@@ -306,7 +306,7 @@ class ScaleHistory(DelayedScales):
 
 
 def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """On one device; calls of `to` for each layer at every step would cost more than all the rest."""
+    """On one device; most are there, and a call of `to` for each would cost more than the rest."""
     here = all(each.device == device for each in tensors)
     return torch.stack(list(tensors) if here else [each.to(device) for each in tensors])
 
