@@ -29,10 +29,10 @@ from lightning_fp.demo.model import ByteGPT
 from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.supervise.supervisor import Supervisor
 
-SKIP, BLOCK, BLOCKS = 64, 64, 15
+SKIP, BLOCK, BLOCKS = 64, 64, 30
 BATCH, CONTEXT = 8, 64
-T_95 = 2.145
-"""Student's t of two sides at 95% with 14 degrees of freedom: of 15 blocks."""
+T_95 = 2.045
+"""Student's t of two sides at 95% with 29 degrees of freedom: of 30 blocks."""
 
 
 class Turns:

@@ -145,9 +145,11 @@ class OperandMemory(OperandRecord):
         there.amax_only = self.amax_only
         return there
 
-    @torch.no_grad()
     def record(self, *rows: Tensor) -> None:
-        """Add one forward's rows, each [width]; with `amax_only` its amaxes, each a scalar."""
+        """Add one forward's rows, each [width]; with `amax_only` its amaxes, each a scalar.
+
+        No row has a gradient.
+        """
         if not self.amax_only:
             super().record(*rows)
             return
@@ -157,8 +159,9 @@ class OperandMemory(OperandRecord):
         if not fixed:
             self.amaxes = tuple(map(torch.maximum, self.amaxes, rows)) if self.amaxes else rows
             return
-        recorded = self.recorded[:, AMAX]
-        recorded.copy_(torch.maximum(recorded, wide(torch.stack(rows))))
+        with torch.no_grad():
+            recorded = self.recorded[:, AMAX]
+            recorded.copy_(torch.maximum(recorded, wide(torch.stack(rows))))
 
     def weight_cast_of(self, weight: Tensor, kernel: object) -> WeightCast | None:
         """The cast kept, if it is one of this weight with these scales."""
