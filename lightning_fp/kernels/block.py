@@ -1,4 +1,4 @@
-"""FP8 with one scale per block, emulated: `fp8-block` on 128 values, `mxfp8` on 32.
+"""FP8 with one scale per block: `fp8-block` on 128 values, `mxfp8` (emulated) on 32.
 
 Scales lie along the dimension that a product sums over, and the three products of a layer sum over
 three dimensions. So input and grad_output are cast twice, each time from high precision: along
@@ -9,8 +9,7 @@ and the parameter itself.
 
 What is exact: every product of two FP8 values; and a value times the reciprocal of its scale, if
 scales are powers of two. Scales of any factor round that value once to float32, less than the sum
-over the values does. Hardware undoes the scales after each block, here they are undone before one
-float32 (or exact bf16) product over all blocks.
+over the values does.
 """
 
 from __future__ import annotations
@@ -23,14 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
+from lightning_fp.kernels.block_products import (
+    SCALES,
+    BlockCast,
+    cast_in_blocks,
+    grad_input,
+    grad_weight,
+    output,
+)
 from lightning_fp.kernels.derivatives import (
     gradients_again,
     in_place_of,
     place_of,
     refuse_transforms,
 )
-from lightning_fp.kernels.gemm import emulated_product, operand_dtype, widen
+from lightning_fp.kernels.gemm import operand_dtype
+from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.memory import WEIGHT
+from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
 from lightning_fp.numerics import (
     FORMATS,
@@ -41,10 +50,7 @@ from lightning_fp.numerics import (
     block_amax,
     spread_blocks,
     through_bf16,
-    times_blocks,
 )
-from lightning_fp.numerics.bits import to_codes
-from lightning_fp.numerics.devices import has_dtype
 
 Scales = Literal["any", "power_of_two", "e8m0"]
 
@@ -83,21 +89,29 @@ class BlockKernel(Kernel):
     through_bf16: bool = False
     """Whether weights are rounded to bf16 before they are cast, as an engine receives them."""
 
+    cuda_fp8: bool = False
+    """Whether CUDA tensors go to Hopper's tensor cores; everything else is emulated."""
+
     def __post_init__(self) -> None:
         if self.length.bit_count() != 1:
             raise ValueError(
                 f"length must be a power of two, got {self.length}; take {BLOCK} or {MX_BLOCK}"
             )
+        if self.cuda_fp8 and not (self.length == BLOCK and self.square_weight):
+            raise ValueError(
+                f"cuda_fp8 must be False for blocks of {self.length}, got True: tensor cores take"
+                f" {BLOCK} values, and {BLOCK} by {BLOCK} of a weight"
+            )
 
     @property
     def name(self) -> str:
         """See `Kernel.name`."""
-        return "native (emulated)"
+        return "native" if self.cuda_fp8 else "native (emulated)"
 
     @property
     def runs_on_fp8_hardware(self) -> bool:
         """See `Kernel.runs_on_fp8_hardware`."""
-        return False
+        return self.cuda_fp8
 
     @property
     def by_row(self) -> Block:
@@ -119,11 +133,16 @@ class BlockKernel(Kernel):
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         input = input.to(compute_dtype(input))
+        if not self.emulates(input):
+            out_features, in_features = weight.shape
+            check_alignment(
+                layer, in_features=in_features, out_features=out_features, multiple=BLOCK
+            )
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
-            output: Tensor = _BlockLinear.apply(rows, place_of(rows, weight), weight, self, layer)
-            output = output.reshape(*input.shape[:-1], weight.shape[0])
-            return output if bias is None else output + bias.to(output.dtype)
+            result: Tensor = _BlockLinear.apply(rows, place_of(rows, weight), weight, self, layer)
+            result = result.reshape(*input.shape[:-1], weight.shape[0])
+            return result if bias is None else result + bias.to(result.dtype)
 
     def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
         """See `Kernel.cast_of`; one scale per element, those of the cast along the features."""
@@ -143,9 +162,36 @@ class BlockKernel(Kernel):
             return amax_to_e8m0(amax, format.max)
         return amax_to_scale(amax, format.max, power_of_two=self.scales == "power_of_two")
 
-    def product_dtype(self, input: Tensor) -> torch.dtype:
-        """The dtype that holds the operands, scales undone, and is multiplied in."""
+    def cast(self, x: Tensor, block: Block, format: FloatFormat) -> BlockCast:
+        """An operand of one product."""
+        return cast_in_blocks(x, self.scale(x, block, format), block, format)
+
+    def cast_weight(self, weight: Tensor, block: Block, scale: Tensor | None = None) -> BlockCast:
+        """The weight of one product, as it is exported; with the scales of its forward, if kept."""
+        x = self.exported(weight)
+        scale = self.scale(x, block, self.weight) if scale is None else scale
+        return cast_in_blocks(x, scale, block, self.weight)
+
+    def product_dtype(self, input: Tensor) -> torch.dtype | None:
+        """The dtype that holds the operands, scales undone, and is multiplied in.
+
+        None where tensor cores multiply the casts.
+        """
+        if not self.emulates(input):
+            return None
         return torch.float32 if self.scales == "any" else operand_dtype(input)
+
+    def emulates(self, input: Tensor) -> bool:
+        """Whether the products with this input are emulated."""
+        return not (self.cuda_fp8 and input.is_cuda)
+
+    def padding(self, tokens: int, in_features: int, out_features: int) -> int:
+        """See `Kernel.padding`; the weight's gradient sums over whole blocks of tokens."""
+        if not self.cuda_fp8:
+            return 0
+        rows = 2 * zeros_to(SCALES, tokens)
+        summed = 0 if self.high_grad_weight else zeros_to(self.length, tokens)
+        return 2 * (rows + summed) * in_features * out_features
 
 
 class _BlockLinear(torch.autograd.Function):
@@ -161,29 +207,24 @@ class _BlockLinear(torch.autograd.Function):
         layer: str,
     ) -> Tensor:
         wide = kernel.product_dtype(input)
-        cast_from = kernel.exported(weight)
-        scale_w = kernel.scale(cast_from, kernel.weight_block, kernel.weight)
-        w = _rounded(cast_from, scale_w, kernel.weight_block, kernel.weight, wide)
-        del cast_from
-        scale_x = kernel.scale(input, kernel.by_row, kernel.input)
-        x = _rounded(input, scale_x, kernel.by_row, kernel.input, wide)
-
+        w = kernel.cast_weight(weight, kernel.weight_block)
+        x = kernel.cast(input, kernel.by_row, kernel.input)
         needs_input, _, needs_weight = ctx.needs_input_grad[:3]
         saved_input = scale_saved = None
         if needs_weight and kernel.high_grad_weight:
             saved_input = input
         elif needs_weight:
-            scale_saved = kernel.scale(input, kernel.by_column, kernel.input)
-            saved_input = _cast(input, scale_saved, kernel.by_column, kernel.input)
+            by_column = kernel.cast(input, kernel.by_column, kernel.input)
+            saved_input, scale_saved = by_column.values, by_column.scale
         ctx.save_for_backward(
             saved_input,
             scale_saved,
             weight if needs_input else None,
-            scale_w if kernel.square_weight else None,
+            w.scale if kernel.square_weight else None,
         )
         ctx.kernel, ctx.wide, ctx.place, ctx.layer = kernel, wide, place, layer
         ctx.dtypes = input.dtype, weight.dtype
-        return (x @ w.t()).to(input.dtype)
+        return output(x, w, input.dtype, wide)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
@@ -191,58 +232,27 @@ class _BlockLinear(torch.autograd.Function):
         refuse_transforms(ctx.layer, grad_output)
         kernel: BlockKernel = ctx.kernel
         wide, (input_dtype, weight_dtype) = ctx.wide, ctx.dtypes
-        grad_input: Tensor | None = None
-        grad_weight: Tensor | None = None
+        of_input: Tensor | None = None
+        of_weight: Tensor | None = None
         x = saved_input
         with torch.no_grad(), without_autocast(grad_output.device.type):
             if weight is not None:
                 block = kernel.weight_block if kernel.square_weight else kernel.by_column
-                cast_from = kernel.exported(weight)
-                if scale_w is None:
-                    scale_w = kernel.scale(cast_from, block, kernel.weight)
-                w = _rounded(cast_from, scale_w, block, kernel.weight, wide)
-                del cast_from
-                g = kernel.scale(grad_output, kernel.by_row, kernel.grad_output)
-                g = _rounded(grad_output, g, kernel.by_row, kernel.grad_output, wide)
-                grad_input = (g @ w).to(input_dtype)
+                w = kernel.cast_weight(weight, block, scale_w)
+                g = kernel.cast(grad_output, kernel.by_row, kernel.grad_output)
+                of_input = grad_input(g, w, input_dtype, wide)
                 del w
             if saved_input is not None and kernel.high_grad_weight:
-                grad_weight = (grad_output.t() @ saved_input).to(weight_dtype)
+                of_weight = (grad_output.t() @ saved_input).to(weight_dtype)
             elif saved_input is not None:
-                x = _dequantised(saved_input, scale_x, kernel.by_column, kernel.input, wide)
-                g = kernel.scale(grad_output, kernel.by_column, kernel.grad_output)
-                g = _rounded(grad_output, g, kernel.by_column, kernel.grad_output, wide)
-                grad_weight = emulated_product(g.t(), x, weight_dtype).to(weight_dtype)
+                kept = BlockCast(
+                    values=saved_input, scale=scale_x, block=kernel.by_column, format=kernel.input
+                )
+                g = kernel.cast(grad_output, kernel.by_column, kernel.grad_output)
+                of_weight = grad_weight(g, kept, weight_dtype, wide)
+                x = kept
         if differentiated_again():
-            if x is not None and not kernel.high_grad_weight:
-                x = in_place_of(x.to(input_dtype), ctx.place)
-            grad_input, grad_weight = gradients_again(
-                grad_input, grad_weight, grad_output, x, weight
-            )
-        return grad_input, None, grad_weight, None, None
-
-
-def _cast(x: Tensor, scale: Tensor, block: Block, format: FloatFormat) -> Tensor:
-    """Each value times its block's scale, cast, as `cast_operand` does.
-
-    Only rounding errors of a scale are clamped.
-    """
-    scaled = times_blocks(x, scale, block)
-    limit = format.max
-    compiling = torch.compiler.is_compiling()
-    clamped = scaled.clamp(-limit, limit) if compiling else scaled.clamp_(-limit, limit)
-    return clamped.to(format.dtype) if has_dtype(format, x.device) else to_codes(clamped, format)
-
-
-def _dequantised(
-    cast: Tensor, scale: Tensor, block: Block, format: FloatFormat, wide: torch.dtype
-) -> Tensor:
-    """The values that a cast stands for; NaN where the scale is."""
-    return times_blocks(widen(cast, format, torch.float32), scale.reciprocal(), block).to(wide)
-
-
-def _rounded(
-    x: Tensor, scale: Tensor, block: Block, format: FloatFormat, wide: torch.dtype
-) -> Tensor:
-    """What an operand is after its cast."""
-    return _dequantised(_cast(x, scale, block, format), scale, block, format, wide)
+            if isinstance(x, BlockCast):
+                x = in_place_of(x.dequantised(input_dtype), ctx.place)
+            of_input, of_weight = gradients_again(of_input, of_weight, grad_output, x, weight)
+        return of_input, None, of_weight, None, None

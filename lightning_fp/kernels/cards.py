@@ -1,6 +1,6 @@
 """What runs how on which card, without having one: for plans and for whoever is about to rent.
 
-By the rules of torch 2.11 and later, torchao 0.18 and Transformer Engine 2.20. None of it was
+By the rules of torch 2.11 and later (2.13 for `fp8-block`), torchao 0.18 and Transformer Engine 2.20. None of it was
 measured here; docs/on-the-gpu.md says what is proven.
 """
 
@@ -23,7 +23,7 @@ class Cards:
 
 
 _PRODUCTS = "FP8 tensor cores"
-_BLOCK_TE = "fp8-block with Transformer Engine"
+_BLOCKS = "fp8-block (from CUDA 12.9 on)"
 _BELOW = "emulated in bf16, rounded by integers: Triton stores no float8 (pytorch#167082)"
 _EMULATED = "emulated with backend='native', rounded by integers"
 
@@ -41,7 +41,7 @@ CARDS = (
         fp8=_PRODUCTS,
         blocks="emulated with backend='native'",
     ),
-    Cards(names="H100, H200, GH200", architecture="sm90", fp8=_PRODUCTS, blocks=_BLOCK_TE),
+    Cards(names="H100, H200, GH200", architecture="sm90", fp8=_PRODUCTS, blocks=_BLOCKS),
     Cards(
         names="B200, B300, GB200, GB300",
         architecture="sm100, sm103",

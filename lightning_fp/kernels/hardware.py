@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from lightning_fp.format_names import ALIGNMENT
@@ -59,6 +61,46 @@ def cuda_mx_refusal() -> str | None:
             major, minor = capability
             return f"MX formats need sm100 (Blackwell), this device is sm{major}{minor}"
     return None
+
+
+BLOCK_ARCHITECTURE = 9
+"""NVIDIA's major version whose tensor cores undo one float32 scale per 128 values: Hopper alone
+(ATen's ScaledBlas.cpp; cuBLASLt of CUDA 12.9 and later)."""
+
+_BLOCK_CUDA, _BLOCK_TORCH = (12, 9), (2, 13)
+"""The first CUDA with these products; the first torch known to lay their scales out as we do."""
+
+
+def cuda_block_refusal() -> str | None:
+    """Why the CUDA devices here cannot multiply blocks of 128 without Transformer Engine.
+
+    Initialises CUDA, so call it at conversion, not at import.
+
+    Returns:
+        The reason; None if they can, or if there is no CUDA device, as in a plan for another
+        machine.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip is not None:
+        return "products of blocks of 128 need Hopper, this is ROCm"
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major != BLOCK_ARCHITECTURE:
+            return f"products of blocks of 128 need sm90 (Hopper), this device is sm{major}{minor}"
+    cuda = torch.version.cuda or "0"
+    if _version(cuda) < _BLOCK_CUDA or _version(torch.__version__) < _BLOCK_TORCH:
+        return (
+            "products of blocks of 128 need torch 2.13 built for CUDA 12.9 or later, this is torch"
+            f" {torch.__version__} for CUDA {cuda}"
+        )
+    return None
+
+
+def _version(text: str) -> tuple[int, int]:
+    """Major and minor."""
+    major, minor = re.findall(r"\d+", text + ".0")[:2]
+    return int(major), int(minor)
 
 
 def cuda_product_refusal(

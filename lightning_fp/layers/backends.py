@@ -19,7 +19,11 @@ from lightning_fp.kernels import (
     TorchaoKernel,
     TorchaoMXKernel,
 )
-from lightning_fp.kernels.hardware import cuda_mx_refusal, cuda_product_refusal
+from lightning_fp.kernels.hardware import (
+    cuda_block_refusal,
+    cuda_mx_refusal,
+    cuda_product_refusal,
+)
 from lightning_fp.kernels.torchao import import_float8
 from lightning_fp.kernels.transformer_engine.kernel import (
     NVFP4_CASTS,
@@ -224,25 +228,30 @@ def _transformer_engine_kernel(format: LinearFormat) -> Kernel:
 
 
 def _block_kernel(format: LinearFormat, backend: Backend, *, cuda_fp8: bool) -> Kernel:
-    """Blocks of 128: ours, which emulates them; what has the hardware for it is TE."""
+    """Blocks of 128: ours, on Hopper's tensor cores or emulated."""
     if backend == "torchao":
         raise ValueError(
             f"backend 'torchao' cannot run {format.name!r}: it has no such linear layer outside of"
             " its prototypes; take backend='native', which emulates it"
         )
-    if backend == "auto" and cuda_fp8:
-        raise ValueError(
-            f"format {format.name!r} cannot run on FP8 hardware without Transformer Engine, which"
-            " has the kernels for it; take backend='transformer-engine', 'fp8-rowwise', or"
-            " backend='native' to emulate it"
-        )
+    high = format.grad_weight == "high"
+    on_cards = cuda_fp8 and backend == "auto"
+    if on_cards:
+        operands = format.input, format.weight, format.grad_output
+        why = cuda_block_refusal() or cuda_product_refusal(*operands, high_grad_weight=high)
+        if why is not None:
+            raise ValueError(
+                f"format {format.name!r} cannot run on FP8 hardware here: {why}; take"
+                " backend='transformer-engine', 'fp8-rowwise', or backend='native' to emulate it"
+            )
     return BlockKernel(
         input=float_format(format.input),
         weight=float_format(format.weight),
         grad_output=float_format(format.grad_output),
         scales="power_of_two" if format.power_of_two else "any",
-        high_grad_weight=format.grad_weight == "high",
+        high_grad_weight=high,
         through_bf16=format.quantise_like == "bf16-export",
+        cuda_fp8=on_cards,
     )
 
 

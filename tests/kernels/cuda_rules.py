@@ -10,13 +10,28 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from lightning_fp.kernels import MX_EMULATION, Kernel, NativeKernel, TorchaoKernel, TorchaoMXKernel
+from lightning_fp.kernels import (
+    MX_EMULATION,
+    BlockKernel,
+    Kernel,
+    NativeKernel,
+    TorchaoKernel,
+    TorchaoMXKernel,
+)
+from lightning_fp.numerics import spread_blocks
 
 NAMES = [argument.name for argument in torch.ops.aten._scaled_mm.default._schema.arguments]
 
 
 class OnHardware(NativeKernel):
     """Takes the branch of FP8 tensor cores on every device."""
+
+    def emulates(self, input: Tensor) -> bool:
+        return False
+
+
+class BlocksOnHardware(BlockKernel):
+    """Blocks of 128, likewise."""
 
     def emulates(self, input: Tensor) -> bool:
         return False
@@ -53,9 +68,10 @@ class MXOnHardware(TorchaoMXKernel):
 
 def on_hardware(kernel: Kernel) -> Kernel:
     """The kernel that multiplies the same format on FP8 hardware, of one that emulates it."""
-    if isinstance(kernel, NativeKernel):
-        fields = {each.name: getattr(kernel, each.name) for each in dataclasses.fields(kernel)}
-        return OnHardware(**{**fields, "cuda_fp8": True})
+    for kind, there in ((NativeKernel, OnHardware), (BlockKernel, BlocksOnHardware)):
+        if isinstance(kernel, kind) and kernel != MX_EMULATION:
+            fields = {each.name: getattr(kernel, each.name) for each in dataclasses.fields(kernel)}
+            return there(**{**fields, "cuda_fp8": True})
     if isinstance(kernel, TorchaoKernel):
         return TorchaoOnHardware(config=kernel.config, cuda_fp8=True)
     assert kernel == MX_EMULATION
@@ -74,14 +90,58 @@ class CudaRules:
         self.products = 0
         self.shapes: list[tuple[int, int, int]] = []
         """[M, K] by [K, N], of each."""
-        self.multiply = torch._scaled_mm
+        self.multiply, self.multiply_blocks = torch._scaled_mm, torch._scaled_mm_v2
 
     def __enter__(self) -> CudaRules:
-        torch._scaled_mm = self
+        torch._scaled_mm, torch._scaled_mm_v2 = self, self.blocks
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch._scaled_mm = self.multiply
+        torch._scaled_mm, torch._scaled_mm_v2 = self.multiply, self.multiply_blocks
+
+    def blocks(
+        self,
+        a: Tensor,
+        b: Tensor,
+        scale_a: list[Tensor],
+        recipe_a: list[int],
+        swizzle_a: list[int],
+        scale_b: list[Tensor],
+        recipe_b: list[int],
+        swizzle_b: list[int],
+        bias: Tensor | None,
+        out: torch.dtype,
+        *_: object,
+    ) -> Tensor:
+        """Hopper's product with a scale per 128 values: refuses what it does, and is float32.
+
+        Of the same two files. No CPU has it.
+        """
+        self.products += 1
+        (scale_a, scale_b), (m, k), n = (scale_a[0], scale_b[0]), a.shape, b.shape[1]
+        self.shapes.append((m, k, n))
+        assert {a.dtype, b.dtype} <= {torch.float8_e4m3fn, torch.float8_e5m2}
+        assert a.is_contiguous()
+        assert b.t().is_contiguous()
+        assert k % 128 == n % 16 == m % 4 == 0, (m, k, n)
+        assert recipe_a == [torch.nn.functional.ScalingType.BlockWise1x128.value]
+        assert swizzle_a == swizzle_b == []
+        assert bias is None
+        assert out in (torch.bfloat16, torch.float32)
+        square = recipe_b == [torch.nn.functional.ScalingType.BlockWise128x128.value]
+        assert square or recipe_b == recipe_a
+        whole = -(-(k // 128) // 4) * 4
+        shape_b = (whole, -(-n // 128)) if square else (n, k // 128)
+        for scale, shape in ((scale_a, (m, k // 128)), (scale_b, shape_b)):
+            assert scale.dtype is torch.float32
+            assert scale.shape == shape
+            assert scale.t().is_contiguous(), scale.stride()
+        by_row = spread_blocks(scale_a, (1, 128), a.shape)
+        if square:
+            by_column = spread_blocks(scale_b[: k // 128], (128, 128), b.shape)
+        else:
+            by_column = spread_blocks(scale_b, (1, 128), b.t().shape).t()
+        return ((a.float() * by_row) @ (b.float() * by_column)).to(out)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         self.products += 1
@@ -120,6 +180,8 @@ class _Ruled(torch.fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.aten._scaled_mm.default:
             return self.rules(*args, **kwargs)
+        if target is torch.ops.aten._scaled_mm_v2.default:
+            return self.rules.blocks(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
 

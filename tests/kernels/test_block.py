@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_fp.kernels import MX_EMULATION, BlockKernel, Kernel, NativeKernel, hardware
+from lightning_fp.kernels.block import Scales
+from lightning_fp.kernels.block_products import _on_tensor_cores
 from tests.helper import kept_bytes, saved_tensors, sqnr_db
+from tests.kernels.cuda_rules import CudaRules, on_hardware
 from tests.kernels.quantised import rounded
 
 BLOCK = BlockKernel()
@@ -265,3 +269,71 @@ def test_protocol() -> None:
     assert BlockKernel() == BLOCK != POWERS
     assert hash(BlockKernel()) == hash(BLOCK)
     assert (BLOCK.name, BLOCK.runs_on_fp8_hardware) == ("native (emulated)", False)
+
+
+# -- on Hopper's tensor cores ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scales", ["any", "power_of_two"])
+@pytest.mark.parametrize("tokens", [1, 130, 256])
+def test_tensor_cores_multiply_the_same_casts(tokens: int, scales: Scales) -> None:
+    """Behind CUDA's rules; where the scales are undone alone differs."""
+    kernel = BlockKernel(scales=scales)
+    tensors = operands(tokens, 384, 640)
+    emulated = run(kernel, tensors)
+    with CudaRules() as rules:
+        found = run(on_hardware(kernel), tensors)
+    assert rules.products == 3
+    for ours, theirs in zip(found, emulated, strict=True):
+        assert sqnr_db(ours, theirs) > 120
+
+
+def test_tensor_cores_keep_what_is_not_finite_in_its_block() -> None:
+    tensors = operands(256, 256, 128)
+    tensors[0][200, 10] = math.inf
+    with CudaRules():
+        output, grad_x, grad_w, _ = run(on_hardware(BLOCK), tensors)
+    assert output.isfinite().all(dim=1).sum() == 255
+    assert grad_x.isfinite().all()
+    assert grad_w.isfinite().all(dim=0).sum() == 255  # one feature, over one block of tokens
+
+
+def test_tensor_cores_have_a_gradient_in_high_precision_too() -> None:
+    tensors = operands(64, 128, 256)
+    high = BlockKernel(high_grad_weight=True)
+    with CudaRules() as rules:
+        found = run(on_hardware(high), tensors)
+    assert rules.products == 2
+    assert torch.equal(found[2], run(high, tensors)[2])
+
+
+def test_tensor_cores_take_whole_blocks_of_features() -> None:
+    with pytest.raises(ValueError, match="layer 'layer': in_features must be a multiple of 128"):
+        on_hardware(BLOCK)(torch.randn(4, 96), torch.randn(128, 96), None, "layer")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "summed", "columns"), [(1, 128, 640), (130, 130, 256)])
+@pytest.mark.parametrize("square", [False, True])
+def test_torch_takes_the_operands(
+    rows: int, summed: int, columns: int, square: bool, dtype: torch.dtype
+) -> None:
+    """Its own rules for CUDA tensors, which fake ones obey on a machine without a card."""
+    blocks, of_b = -(-summed // 128), columns // 128 if square else columns
+    with FakeTensorMode():
+        a, b = (
+            torch.empty(size, summed, dtype=torch.float8_e4m3fn, device="cuda")
+            for size in (rows, columns)
+        )
+        scale_a, scale_b = (torch.empty(n, blocks, device="cuda") for n in (rows, of_b))
+        product = _on_tensor_cores(a, scale_a, b, scale_b, dtype, square=square)
+    assert (product.shape, product.dtype) == ((rows, columns), dtype)
+
+
+def test_what_zeros_cost_is_counted() -> None:
+    card = BlockKernel(cuda_fp8=True)
+    assert card.padding(128, 256, 384) == 0
+    assert card.padding(130, 256, 384) == 2 * (2 * 2 + 126) * 256 * 384
+    assert BLOCK.padding(130, 256, 384) == 0
+    with pytest.raises(ValueError, match="cuda_fp8 must be False for blocks of 32"):
+        dataclasses.replace(MX_EMULATION, cuda_fp8=True)

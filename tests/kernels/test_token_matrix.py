@@ -28,7 +28,7 @@ SIZES = 160, 224
 of 128."""
 
 WHOLE = 128, 256
-"""As Transformer Engine wants them for `fp8-block`."""
+"""As hardware wants them for `fp8-block`."""
 
 FORMATS = [row.name for row in TABLE if row.scaling != "none" and row.name != "nvfp4"]
 STANDS_IN = {
@@ -41,10 +41,10 @@ STANDS_IN = {
 BRANCHES = {
     **{f"{format}, emulated": (format, "auto") for format in FORMATS},
     "mxfp8, torchao's emulation": ("mxfp8", "torchao"),
-    **{f"{format}, hardware": (format, "hardware") for format in FORMATS if format != "fp8-block"},
+    **{f"{format}, hardware": (format, "hardware") for format in FORMATS},
     **{f"{format}, Transformer Engine": (format, "transformer-engine") for format in STANDS_IN},
 }
-"""(format, what multiplies it). For `fp8-block` Transformer Engine alone has hardware."""
+"""(format, what multiplies it)."""
 
 branches = pytest.mark.parametrize("branch", BRANCHES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,7 +59,8 @@ class Cell:
         # torch returns products by row, and torchao's of MX formats, in bf16 alone.
         self.dtype, self.returned = dtype, torch.bfloat16 if by_row else dtype
         torch.manual_seed(0)
-        self.sizes = WHOLE if self.backend == "transformer-engine" else SIZES
+        blocks = branch == "fp8-block, hardware"
+        self.sizes = WHOLE if blocks or self.backend == "transformer-engine" else SIZES
         self.model = nn.Sequential(nn.Linear(*self.sizes, bias=False).to(dtype))
         with torch.no_grad():
             self.model[0].weight.copy_(self.given(self.model[0].weight))

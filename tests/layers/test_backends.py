@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -122,7 +123,12 @@ def test_the_details_of_a_block_format_reach_its_kernel() -> None:
 @pytest.mark.parametrize(
     ("name", "backend", "cuda_fp8", "message"),
     [
-        ("fp8-block", "auto", True, "'fp8-block' cannot run on FP8 hardware without Transformer"),
+        (
+            "fp8-block[input=e5m2,grad_output=e5m2]",
+            "auto",
+            True,
+            "grad_weight would be grad_output in e5m2",
+        ),
         ("fp8-block", "torchao", False, "backend 'torchao' cannot run 'fp8-block'"),
         ("mxfp8[input=e5m2]", "torchao", False, "torchao's MXFP8 has e4m3 for all operands"),
         ("mxfp8[grad_output=e5m2]", "auto", True, "torchao's MXFP8 has e4m3 for all operands"),
@@ -148,16 +154,50 @@ def test_products_that_hardware_has_not_are_emulated_elsewhere(name: str) -> Non
         dataclasses.replace(kernel, cuda_fp8=True)
 
 
-def test_mxfp8_before_blackwell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    kernel_for.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=r"cannot run here: MX formats need.*sm90.*'native'"):
-            kernel_for(linear_format("mxfp8"), "auto", cuda_fp8=True)
-    finally:
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Pretends that one CUDA device is here."""
+
+    def pretend(*capability: int, torch_version: str = "2.13.0", cuda: str = "12.9") -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch, "__version__", torch_version)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         kernel_for.cache_clear()
+
+    yield pretend
+    kernel_for.cache_clear()
+
+
+def test_mxfp8_before_blackwell_is_refused(card: Callable[..., None]) -> None:
+    card(9, 0)
+    with pytest.raises(ValueError, match=r"cannot run here: MX formats need.*sm90.*'native'"):
+        kernel_for(linear_format("mxfp8"), "auto", cuda_fp8=True)
+
+
+def test_blocks_of_128_run_on_hopper(card: Callable[..., None]) -> None:
+    card(9, 0, torch_version="2.14.1+cu130", cuda="13.0")
+    kernel = kernel_for(linear_format("fp8-block"), "auto", cuda_fp8=True)
+    assert (kernel.name, kernel.runs_on_fp8_hardware) == ("native", True)
+    assert not kernel_for(linear_format("mxfp8"), "native", cuda_fp8=True).runs_on_fp8_hardware
+
+
+@pytest.mark.parametrize(
+    ("capability", "versions", "reason"),
+    [
+        ((10, 0), {}, "need sm90 (Hopper), this device is sm100; take"),
+        ((8, 9), {}, "need sm90 (Hopper), this device is sm89; take"),
+        ((9, 0), {"cuda": "12.8"}, "built for CUDA 12.9 or later, this is torch 2.13.0 for CUDA"),
+        ((9, 0), {"torch_version": "2.11.0"}, "need torch 2.13 built for CUDA 12.9 or later"),
+    ],
+)
+def test_blocks_of_128_are_refused_elsewhere(
+    card: Callable[..., None], capability: tuple[int, int], versions: dict[str, str], reason: str
+) -> None:
+    card(*capability, **versions)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        kernel_for(linear_format("fp8-block"), "auto", cuda_fp8=True)
 
 
 def test_a_plan_for_another_machine_leaves_out_what_has_no_whole_blocks() -> None:
