@@ -1,7 +1,7 @@
 """What runs how on which card, without having one: for plans and for whoever is about to rent.
 
-By the rules of torch 2.11 and later (2.13 for `fp8-block`), torchao 0.18 and Transformer Engine 2.20. None of it was
-measured here; docs/on-the-gpu.md says what is proven.
+By the rules of torch 2.11 and later (2.13 for `fp8-block`), torchao 0.18 and Transformer Engine
+2.20. None of it was measured here; docs/on-the-gpu.md says what is proven.
 """
 
 from __future__ import annotations
