@@ -75,7 +75,7 @@ CELLS = [
     (format, hardware)
     for format in FORMATS
     for hardware in (False, True)
-    if (format, hardware) != ("fp8-block", True)  # needs whole blocks of 128: see below
+    if (format, hardware) != ("fp8-block", True)  # of whole blocks of 128: test_block.py
 ]
 
 

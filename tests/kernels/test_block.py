@@ -320,7 +320,7 @@ def test_torch_takes_the_operands(
 ) -> None:
     """Its own rules for CUDA tensors, which fake ones obey on a machine without a card."""
     blocks, of_b = -(-summed // 128), columns // 128 if square else columns
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.no_grad():
         a, b = (
             torch.empty(size, summed, dtype=torch.float8_e4m3fn, device="cuda")
             for size in (rows, columns)
