@@ -38,6 +38,7 @@ PROMISES = {
     "byte_gpt.py": (["--steps", "4"], "resumed run ended with the same weights: True"),
 }
 ON_TWO_RANKS = {
+    "moe.py": "model.layers.0.mlp.experts: bf16",
     "tensor_parallel.py": "this rank's part of model.0.up: (128, 64) of (256, 64)",
 }
 """What `torchrun` starts."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.format_names import Rounding
+from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.numerics import FloatFormat
 
 
@@ -48,6 +49,11 @@ class Kernel(Protocol):
     def name(self) -> str:
         """What runs, in the words of the conversion report, e.g. "native (emulated)"."""
         ...
+
+    @property
+    def name_for_groups(self) -> str:
+        """Likewise where it multiplies for the experts of a mixture."""
+        return f"{self.name}, one expert after the other"
 
     @property
     def runs_on_fp8_hardware(self) -> bool:
@@ -111,6 +117,32 @@ class Kernel(Protocol):
             As `__call__`.
         """
         return self(input, weight, bias, layer)
+
+    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
+        """The products of a mixture's experts, of which nothing is kept.
+
+        Here one expert after the other, each as a layer of its own; a GPU's host waits for their
+        sizes.
+
+        Args:
+            input: [tokens, in_features], sorted by expert.
+            weight: [experts, out_features, in_features].
+            groups: whose the rows of `input` are.
+            layer: the layer's name, for error messages.
+
+        Returns:
+            [tokens, out_features], as `__call__`; 0 for rows of nobody.
+        """
+        input = input.to(compute_dtype(input))
+        sizes = groups.sizes()
+        parts = input[: sum(sizes)].split(sizes)
+        multiplied = [
+            self(x, w, None, layer)
+            for x, w in zip(parts, weight.unbind(0), strict=True)
+            if x.numel() > 0
+        ]
+        nobody = input.new_zeros(input.shape[0] - sum(sizes), weight.shape[1])
+        return torch.cat([*multiplied, nobody])
 
     def exported(self, weight: Tensor) -> Tensor:
         """What of a weight is cast: itself, or what its bf16 export leaves of it.

@@ -30,6 +30,11 @@ class HighPrecisionKernel(Kernel):
         return "nn.Linear"
 
     @property
+    def name_for_groups(self) -> str:
+        """See `Kernel.name_for_groups`; in autocast's dtype, or the operands', as it is written."""
+        return "as written"
+
+    @property
     def runs_on_fp8_hardware(self) -> bool:
         """See `Kernel.runs_on_fp8_hardware`."""
         return False

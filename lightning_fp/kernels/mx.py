@@ -22,9 +22,11 @@ from torch import Tensor
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
+from lightning_fp.kernels.grouped.groups import Groups
+from lightning_fp.kernels.grouped.torchao import torchao_groups
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.padding import whole, zeros_to
-from lightning_fp.kernels.torchao import import_quietly
+from lightning_fp.kernels.quiet import import_quietly
 from lightning_fp.numerics import FloatFormat
 from lightning_fp.numerics.devices import has_dtype
 
@@ -60,6 +62,11 @@ class TorchaoMXKernel(Kernel):
     def name(self) -> str:
         """See `Kernel.name`."""
         return "torchao" if self.cuda_mx else "torchao (emulated)"
+
+    @property
+    def name_for_groups(self) -> str:
+        """See `Kernel.name_for_groups`."""
+        return "torchao (grouped)" if self.cuda_mx else super().name_for_groups
 
     @property
     def runs_on_fp8_hardware(self) -> bool:
@@ -99,6 +106,14 @@ class TorchaoMXKernel(Kernel):
             output = output[: rows.shape[0], : weight.shape[0]].to(dtype)
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             return output if bias is None else output + bias.to(dtype)
+
+    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
+        """See `Kernel.multiply_groups`."""
+        if self.emulates(input):
+            return super().multiply_groups(input, weight, groups, layer)
+        high = self.high_grad_weight
+        input = input.to(compute_dtype(input))
+        return torchao_groups(input, weight, groups, layer, "mx", wgrad_with_hp=high)
 
     def padding(self, tokens: int, in_features: int, out_features: int) -> int:
         """See `Kernel.padding`; whole blocks of tokens stand in all three products."""

@@ -28,6 +28,7 @@ from lightning_fp.kernels.derivatives import (
     place_of,
     refuse_transforms,
 )
+from lightning_fp.kernels.float8_free import Cast, Casts
 from lightning_fp.kernels.gemm import (
     backward_products,
     cast_operand,
@@ -36,6 +37,8 @@ from lightning_fp.kernels.gemm import (
     unscale,
     widen,
 )
+from lightning_fp.kernels.grouped.emulated import emulated_groups
+from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.hardware import check_alignment, cuda_product_refusal
 from lightning_fp.kernels.memory import (
     GRAD_OUTPUT,
@@ -99,6 +102,11 @@ class NativeKernel(Kernel):
     def name(self) -> str:
         """See `Kernel.name`."""
         return "native" if self.cuda_fp8 else "native (emulated)"
+
+    @property
+    def name_for_groups(self) -> str:
+        """See `Kernel.name_for_groups`."""
+        return super().name_for_groups if self.cuda_fp8 else self.name
 
     @property
     def runs_on_fp8_hardware(self) -> bool:
@@ -179,6 +187,21 @@ class NativeKernel(Kernel):
             if memory is not None and record:
                 memory.record(*recorded)
             return output if bias is None else output + bias.to(output.dtype)
+
+    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
+        """See `Kernel.multiply_groups`; each expert's tensors have scales of their own."""
+        input = input.to(compute_dtype(input))
+        if not self.emulates(input):
+            return super().multiply_groups(input, weight, groups, layer)
+        x, w, g = (
+            Cast(format=format, by_row=False, power_of_two=False)
+            for format in (self.input, self.weight, self.grad_output)
+        )
+        casts = Casts(
+            output=(x, w), grad_input=(g, w), grad_weight=None if self.high_grad_weight else (g, x)
+        )
+        with without_autocast(input.device.type):
+            return emulated_groups(input, weight, groups, casts, layer, exported=self.through_bf16)
 
     def exported(self, weight: Tensor) -> Tensor:
         """See `Kernel.exported`."""

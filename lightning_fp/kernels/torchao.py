@@ -7,8 +7,6 @@ on them stays in this one file.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import logging
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,11 +21,16 @@ from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.derivatives import gradients_again, refuse_transforms
 from lightning_fp.kernels.float8_free import Cast, Casts, float8_free_linear
+from lightning_fp.kernels.grouped.emulated import emulated_groups
+from lightning_fp.kernels.grouped.groups import Groups
+from lightning_fp.kernels.grouped.torchao import has_grouped_fp8, torchao_groups
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.memory import WEIGHT
 from lightning_fp.kernels.padding import zeros_to
 from lightning_fp.kernels.plain_linear import differentiated_again
+from lightning_fp.kernels.quiet import import_quietly
 from lightning_fp.numerics import (
+    FORMATS,
     FloatFormat,
     amax_to_scale,
     format_of_dtype,
@@ -88,6 +91,17 @@ class TorchaoKernel(Kernel):
         return "torchao" if self.runs_on_fp8_hardware else "torchao (emulated)"
 
     @property
+    def name_for_groups(self) -> str:
+        """See `Kernel.name_for_groups`; the emulation is ours, of the same casts."""
+        if not self.runs_on_fp8_hardware:
+            return "native (emulated)"
+        return "torchao (grouped)" if self._groups_on_cuda else super().name_for_groups
+
+    @property
+    def _groups_on_cuda(self) -> bool:
+        return self._casts == _GROUPED_ON_CUDA and has_grouped_fp8()
+
+    @property
     def runs_on_fp8_hardware(self) -> bool:
         """See `Kernel.runs_on_fp8_hardware`."""
         return self.cuda_fp8 and not self.config.emulate
@@ -127,6 +141,18 @@ class TorchaoKernel(Kernel):
             output = output.reshape(*input.shape[:-1], weight.shape[0]).to(dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
+    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
+        """See `Kernel.multiply_groups`."""
+        input = input.to(compute_dtype(input))
+        if self.emulates(input):
+            casts, exported = self._casts, self.through_bf16
+            with without_autocast(input.device.type):
+                return emulated_groups(input, weight, groups, casts, layer, exported=exported)
+        if self._groups_on_cuda:
+            weight = _Exported.apply(weight) if self.through_bf16 else weight
+            return torchao_groups(input, weight, groups, layer, "rowwise")
+        return super().multiply_groups(input, weight, groups, layer)
+
     def exported(self, weight: Tensor) -> Tensor:
         """See `Kernel.exported`."""
         return through_bf16(weight) if self.through_bf16 else weight
@@ -149,6 +175,13 @@ class TorchaoKernel(Kernel):
         amax = row_amax(x) if cast.by_row else tensor_amax(x)
         scale = amax_to_scale(amax, cast.format.max, power_of_two=cast.power_of_two)
         return scale, cast.format
+
+
+_ROWWISE = Cast(format=FORMATS["e4m3"], by_row=True, power_of_two=True)
+_GROUPED_ON_CUDA = Casts(
+    output=(_ROWWISE, _ROWWISE), grad_input=(_ROWWISE, _ROWWISE), grad_weight=(_ROWWISE, _ROWWISE)
+)
+"""The casts of torchao's grouped product, which leaves nothing to choose."""
 
 
 class _Exported(torch.autograd.Function):
@@ -204,16 +237,6 @@ class _TwiceDifferentiable(torch.autograd.Function):
             )
             grad_weight_t = None if grad_weight is None else grad_weight.t()
         return grad_input, grad_weight_t, None, None, None
-
-
-def import_quietly(module: str) -> Any:
-    """A module of torchao, without its notes about CUDA libraries it did not find."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        return importlib.import_module(module)
-    finally:
-        logging.disable(before)
 
 
 @cache

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_fp.layers.conversion.convert import convert, convert_into, revert
     from lightning_fp.layers.conversion.decide import Conversion
     from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
+    from lightning_fp.layers.experts.experts import FPExperts, is_switchable
     from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
     from lightning_fp.layers.histories.auto_scaling import AutoScaling
     from lightning_fp.layers.linear import FPLinear
@@ -27,9 +28,11 @@ __all__ = [
     "linear_format",
     "simulated_attention",
     # layers
+    "FPExperts",
     "FPLinear",
     "Phase",
     "SwitchableLayer",
+    "is_switchable",
     # conversion
     "Backend",
     "Conversion",

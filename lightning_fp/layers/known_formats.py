@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch.nn import Module
 
 from lightning_fp.layers.backends import Backend, Resolved, resolve
+from lightning_fp.layers.experts.rows import without_history
 from lightning_fp.layers.format import LinearFormat, linear_format
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.layers.transformer_engine.setup import check_delayed_is_eager
@@ -54,10 +55,15 @@ class KnownFormats:
             self._resolved[key] = resolve(format, self.backend, cuda_fp8=self.cuda_fp8)
         return self._resolved[key]
 
+    @staticmethod
+    def taken(layer: SwitchableLayer, format: LinearFormat) -> LinearFormat:
+        """What a layer makes of a format: experts scale from what they see now."""
+        return format if layer.keeps_history else without_history(format)
+
     def can_run(self, layer: SwitchableLayer, format: LinearFormat) -> bool:
         """Whether a layer can run a format with this backend, on this hardware, in its shape."""
         try:
-            resolved = self.resolve(format)
+            resolved = self.resolve(self.taken(layer, format))
         except ValueError:
             return False
         return resolved.refusal is None and resolved.fits(layer.in_features, layer.out_features)

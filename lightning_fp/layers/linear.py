@@ -54,6 +54,9 @@ class FPLinear(nn.Linear):
     statistics: OperandStatistics | None
     """Where statistics go while they are collected; kept by `StatisticsTable`."""
 
+    keeps_history = True
+    """See `SwitchableLayer`."""
+
     stored: FloatFormat | None
     """The format in which alone the weight is kept, see `lightning_fp.layers.stored`; None: it is a
     Parameter as any."""
@@ -69,8 +72,7 @@ class FPLinear(nn.Linear):
     @property
     def evaluating(self) -> bool:
         """Whether this forward belongs to an evaluation."""
-        phase = self.phase.evaluating
-        return not self.training if phase is None else phase
+        return self.phase.evaluates(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """The product in the layer's format, in high precision during evaluation.
@@ -83,11 +85,7 @@ class FPLinear(nn.Linear):
         """
         if getattr(self, "phase", None) is None:  # turned back; who wrapped `forward` kept this one
             return F.linear(input, self.weight, self.bias)
-        phase = self.phase
-        if self.evaluating:
-            high = not phase.fp8_eval
-        else:
-            high = phase.evaluating is None and phase.away is not None and phase.away()
+        high = self.phase.stays_high(self.training)
         # Asked for once: a parametrization computes it anew, and spectral_norm's then moves on.
         weight = self.weight
         if high or input.dtype not in CAST_DTYPES or weight.dtype not in CAST_DTYPES:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_fp.kernels import Kernel
+from lightning_fp.format_names import Rounding
 from lightning_fp.kernels.base import compute_dtype, without_autocast
 from lightning_fp.kernels.block import BLOCK
+from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT, OperandRecord, for_leaf
 from lightning_fp.numerics import (
     STATISTICS,
     Casts,
+    FloatFormat,
     casts_of,
     operand_statistics,
     output_statistics,
@@ -30,6 +32,23 @@ and ranks add up to the whole."""
 
 ROWS = ("input", "weight", "output")
 """What forward records, in order; grad_output's statistics come from backward."""
+
+
+class KnowsCasts(Protocol):
+    """What the statistics ask of a kernel, see there."""
+
+    @property
+    def rounding(self) -> Rounding:
+        """How its casts round."""
+        ...
+
+    def cast_of(self, operand: int, x: Tensor, scales: Tensor | None) -> tuple[Tensor, FloatFormat]:
+        """How an operand is cast."""
+        ...
+
+    def padding(self, tokens: int, in_features: int, out_features: int) -> int:
+        """FLOPs that are spent on zeros."""
+        ...
 
 
 @dataclass
@@ -68,9 +87,9 @@ class Sampling:
         """Indices of the rows of an operand to sample; None for all."""
         return None if self.stride == 1 else sampled_rows(x.shape[0], self.stride, self.offset)
 
-    def output_features(self, weight: Tensor) -> Tensor:
+    def output_features(self, weight: Tensor, most: int = OUTPUT_FEATURES) -> Tensor:
         """Indices of the rows of the weight, which are features of the output, to sample."""
-        return sampled_rows(weight.shape[0], -(-weight.shape[0] // OUTPUT_FEATURES), self.offset)
+        return sampled_rows(weight.shape[0], -(-weight.shape[0] // most), self.offset)
 
 
 class OperandStatistics(OperandRecord):
@@ -94,19 +113,21 @@ def observe(
     output: Tensor,
     input: Tensor,
     weight: Tensor,
-    kernel: Kernel,
+    kernel: KnowsCasts,
     scales: Tensor | None,
     statistics: OperandStatistics,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Record one call of a layer.
 
     Args:
         output: [..., out_features], what the kernel returned.
         input: [..., in_features], what it was given.
-        weight: [out_features, in_features].
+        weight: [out_features, in_features]; of a mixture all experts', one below the other.
         kernel: the kernel, which knows how it casts.
         scales: the layer's delayed scales, if it has any.
         statistics: where the rows go.
+        groups: whose the rows of the input are, of a mixture of experts.
 
     Returns:
         `output`, through an identity whose backward records grad_output.
@@ -122,16 +143,22 @@ def observe(
         casts_x = casts_of(x, scale_x, format_x, rows, kernel.rounding)
         casts_w = casts_of(weight, scale_w, format_w, features, kernel.rounding)
         what_if_x = what_if_w = None
-        if sampling.what_if:
+        if sampling.what_if and groups is None:  # they ask for one tensor of each operand
             scale_h = (None, None) if scales is None else (scales[INPUT], scales[WEIGHT])
             what_if_x = what_if_statistics(x, format_x, scale_h[0], rows)
             what_if_w = what_if_statistics(weight, format_w, scale_h[1], features, (BLOCK, BLOCK))
-        some = sampling.output_features(weight)
+        experts = 1 if groups is None else groups.experts
+        some = sampling.output_features(weight, OUTPUT_FEATURES * min(experts, 16))
         some_w = casts_of(weight, scale_w, format_w, some, kernel.rounding)
+        own = None
+        if groups is not None:
+            of_row = groups.of_row if rows is None else groups.of_row.index_select(0, rows)
+            own = of_row.unsqueeze(1) == some // (weight.shape[0] // experts)
+        work = _work(kernel, x.shape[0], weight.shape[1], weight.shape[0] // experts)
         statistics.record(
-            operand_statistics(x, scale_x, format_x, casts_x, what_if_x, _work(kernel, x, weight)),
+            operand_statistics(x, scale_x, format_x, casts_x, what_if_x, work),
             operand_statistics(weight, scale_w, format_w, casts_w, what_if_w),
-            _output_row(casts_x, some_w),
+            _output_row(casts_x, some_w, own),
         )
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
@@ -139,27 +166,40 @@ def observe(
     return _ObserveGradient.apply(output, scales, leaf, slot, kernel, sampling)
 
 
-def _work(kernel: Kernel, x: Tensor, weight: Tensor) -> tuple[float, float]:
+def _work(
+    kernel: KnowsCasts, tokens: int, in_features: int, out_features: int
+) -> tuple[float, float]:
     """FLOPs of forward and backward, and those of the zeros that hardware wants beside."""
-    tokens, (out_features, in_features) = x.shape[0], weight.shape
     flops = 3 * 2 * tokens * in_features * out_features
     return flops, kernel.padding(tokens, in_features, out_features)
 
 
-def _output_row(x: Casts, weight: Casts) -> Tensor:
-    """The output's error, on the sampled rows of the input and some features."""
-    exact = x.values @ weight.values.t()
+def _output_row(x: Casts, weight: Casts, own: Tensor | None) -> Tensor:
+    """The output's error, on the sampled rows of the input and some features.
+
+    Args:
+        x: rows of the input.
+        weight: rows of the weight.
+        own: bool [rows, features], whether a feature is of the row's expert; None: there is one.
+    """
     if x.scale.dim() and x.scale.shape[1] > 1:  # blocks: scales are undone before the sum
         x_scale, w_scale = x.scale.reciprocal(), weight.scale.reciprocal()
-        clamped, cast = (
-            (x_part * x_scale) @ (w_part * w_scale).t()
-            for x_part, w_part in ((x.clamped, weight.clamped), (x.cast, weight.cast))
+        pairs = (
+            (x.clamped * x_scale, weight.clamped * w_scale),
+            (x.cast * x_scale, weight.cast * w_scale),
         )
-        return output_statistics(exact, clamped, cast)
-    scale = x.scale * weight.scale.reshape(-1)
-    return output_statistics(
-        exact, x.clamped @ weight.clamped.t() / scale, x.cast @ weight.cast.t() / scale
-    )
+        scale = None
+    else:
+        pairs = (x.clamped, weight.clamped), (x.cast, weight.cast)
+        scale = x.scale * weight.scale.reshape(-1)
+
+    def product(a: Tensor, b: Tensor, scale: Tensor | None) -> Tensor:
+        output = a @ b.t()
+        output = output if scale is None else output / scale
+        return output if own is None else torch.where(own, output, 0.0)
+
+    exact = product(x.values, weight.values, None)
+    return output_statistics(exact, *(product(a, b, scale) for a, b in pairs))
 
 
 class _ObserveGradient(torch.autograd.Function):
@@ -172,7 +212,7 @@ class _ObserveGradient(torch.autograd.Function):
         scales: Tensor | None,
         leaf: Tensor,
         slot: int,
-        kernel: Kernel,
+        kernel: KnowsCasts,
         sampling: Sampling,
     ) -> Tensor:
         ctx.save_for_backward(scales, sampling.offset)

@@ -15,6 +15,7 @@ from lightning_fp.argument_types import checked
 from lightning_fp.layers.attention import attention_mode
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
+from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
@@ -154,6 +155,7 @@ class PrecisionMap:
             ValueError: if there is none; it lists near misses.
         """
         compiled = compile_pattern(pattern)
+        self.set_apart(pattern)
         names = [name for name in self.layers if compiled.fullmatch(name)]
         if self._configured and not self._layers:
             raise ValueError(
@@ -163,6 +165,26 @@ class PrecisionMap:
         if not names:
             raise ValueError(no_match_message(pattern, self._layers))
         return names
+
+    def set_apart(self, pattern: str) -> None:
+        """Give rows to single experts that a pattern names, and not the module they are in.
+
+        Args:
+            pattern: see `matching`; one that names none changes nothing.
+        """
+        compiled = compile_pattern(pattern)
+        layers: dict[str, SwitchableLayer] = {}
+        for name, layer in self.layers.items():
+            layers.setdefault(name, layer)
+            if is_switchable_experts(layer) and not compiled.fullmatch(name):
+                for number, single in enumerate(layer.expert_names()):
+                    if compiled.fullmatch(single) or single in self._layers:
+                        layers[single] = layer.expert(number)
+        if len(layers) > len(self._layers):
+            for name in layers.keys() - self._layers.keys():
+                module = name.rpartition("[")[0]
+                self._configured.setdefault(name, self._configured.get(module, ""))
+            self._layers = layers
 
     def settings(self) -> dict[str, Any]:
         """What was asked for besides the layers' formats, as plain data."""
@@ -255,7 +277,7 @@ class PrecisionMap:
     ) -> list[Change]:
         changes: list[Change] = []
         for name, layer in self._layers.items():
-            format = formats.get(name, layer.format)
+            format = self.known.taken(layer, formats.get(name, layer.format))
             if format == layer.format:
                 continue
             before = layer.format.name
@@ -301,7 +323,8 @@ class PrecisionMap:
         """
         switches: dict[str, Resolved] = {}
         for name, format in formats.items():
-            switches[name] = self.known.resolve(linear_format(format))
+            taken = self.known.taken(self._layers[name], linear_format(format))
+            switches[name] = self.known.resolve(taken)
             self.known.check(switches[name], [name], self._layers, self._model)
         kept = [(layer, layer.format, layer.kernel) for layer in self._layers.values()]
         flags = [(layer, layer.record, layer.collect) for layer in self._layers.values()]
@@ -449,7 +472,8 @@ class PrecisionMap:
             return []
         there = set(map(id, self._model.modules()))
         own = self.layers.items()
-        gone = [name for name, x in own if isinstance(x, nn.Module) and id(x) not in there]
+        modules = {name: getattr(x, "owner", x) for name, x in own}  # a single expert's module
+        gone = [n for n, x in modules.items() if isinstance(x, nn.Module) and id(x) not in there]
         if gone:
             self.scale_history.release(gone)
         for name in gone:
@@ -508,6 +532,8 @@ class PrecisionMap:
         configured: dict[str, str] = state["configured"]
         formats: dict[str, LinearFormat] = {}
         changed = 0
+        for name in saved.keys() - self._layers.keys():
+            self.set_apart(f"re:{re.escape(name)}")
         for name in self._layers:
             if name not in saved or configured.get(name) != self._configured.get(name):
                 changed += 1

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -28,6 +29,9 @@ _CALL_IT_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, Average
 _HEAD_ANYWHERE = {"lm_head", "output_layer", "embed_out", "classifier", "score", "logits"}
 _HEAD_AT_END = {"head", "output", "decoder", "unembed", "unembedding", "to_logits"}
 _ROUTER_AT_END = {"gate", "router", "gating", "gate_network", "router_linear", "shared_expert_gate"}
+_SINGLE_EXPERT = re.compile(r"(.+)\[([\d*?]+)\]")
+_END = fnmatch.translate("").removeprefix("(?s:)")
+"""What ends an expression made of a glob."""
 _ADAPTER = re.compile(r"lora_|adapter|vera_|dora_|ia3_")
 
 
@@ -70,6 +74,20 @@ def modules_by_both_names(
         yield fqn, name, module
 
 
+class Sized(Protocol):
+    """What multiplies, by its features: a linear layer, or experts."""
+
+    @property
+    def in_features(self) -> int:
+        """Of the input."""
+        ...
+
+    @property
+    def out_features(self) -> int:
+        """Of the output; of experts those inside."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rule:
     """One entry of `layers=`: a pattern and the format of the layers it matches."""
@@ -97,7 +115,12 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     if not isinstance(pattern, str):
         raise ValueError(f"layer pattern must be a string, got {pattern!r}")
     if not pattern.startswith("re:"):
-        return re.compile(fnmatch.translate(pattern))
+        expression = fnmatch.translate(pattern)
+        if found := _SINGLE_EXPERT.fullmatch(pattern):  # its brackets are a glob's too: either
+            module, expert = (fnmatch.translate(part) for part in found.groups())
+            single = rf"{module.removesuffix(_END)}\[{expert.removesuffix(_END)}\]"
+            expression = f"(?:{expression})|(?:{single})"
+        return re.compile(expression)
     try:
         return re.compile(pattern.removeprefix("re:"))
     except re.error as error:
@@ -181,7 +204,7 @@ def no_match_message(
 
 
 def default_exclusion(
-    name: str, linear: nn.Linear, *, tied: bool, too_small: bool, multiple: int = ALIGNMENT
+    name: str, linear: Sized, *, tied: bool, too_small: bool, multiple: int = ALIGNMENT
 ) -> str | None:
     """Why a layer that no rule names stays in high precision.
 
@@ -214,7 +237,7 @@ def default_exclusion(
     return None
 
 
-def narrow_adapter(name: str, linear: nn.Linear) -> str | None:
+def narrow_adapter(name: str, linear: Sized) -> str | None:
     """Why an adapter stays in high precision even where a rule names it; None if it need not.
 
     FP8 hardware cannot multiply LoRA's usual ranks of 4 and 8. So nobody does, and what is tried on

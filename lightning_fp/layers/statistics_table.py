@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.memory import fold_gradients
+from lightning_fp.layers.experts.rows import ExpertsRow
 from lightning_fp.layers.format import LinearFormat
 from lightning_fp.layers.histories.delayed_scales import first_device
 from lightning_fp.layers.linear import FPLinear
 from lightning_fp.layers.observe import OperandStatistics, Sampling
+from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import MAXIMA, STATISTICS
 from lightning_fp.numerics.combining import wide_dtype
 
 OPERANDS = ("input", "weight", "output", "grad_output")
 """The rows of a layer's statistics, in order."""
+
+
+class ObservedLayer(SwitchableLayer, Protocol):
+    """A layer of the table that can collect statistics."""
+
+    statistics: OperandStatistics | None
+    """Where they go; None: nowhere."""
+
+
+def observable(layers: Mapping[str, SwitchableLayer]) -> dict[str, ObservedLayer]:
+    """Those of a table's layers that can collect statistics."""
+    kinds = FPLinear, ExpertsRow
+    return {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
 
 
 class StatisticsTable:
@@ -33,7 +49,7 @@ class StatisticsTable:
     """
 
     def __init__(
-        self, layers: Mapping[str, FPLinear], *, stride: int = 8, what_if: bool = False
+        self, layers: Mapping[str, ObservedLayer], *, stride: int = 8, what_if: bool = False
     ) -> None:
         self._layers = dict(layers)
         device = first_device(layers.values())

@@ -32,6 +32,20 @@ class Phase:
     """Asked by training forwards where nobody says the phase: whether somebody trains the model who
     knows of no formats, as a Trainer of another precision. He finds nn.Linear's products."""
 
+    def evaluates(self, training: bool) -> bool:
+        """Whether a forward now belongs to an evaluation.
+
+        Args:
+            training: the layer's `training`, which says where nobody else does.
+        """
+        return not training if self.evaluating is None else self.evaluating
+
+    def stays_high(self, training: bool) -> bool:
+        """Whether a forward now is in high precision, whatever the layer's format."""
+        if self.evaluates(training):
+            return not self.fp8_eval
+        return self.evaluating is None and self.away is not None and self.away()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model, made in the middle of a step, is in none."""
         return Phase, (None, self.fp8_eval)
@@ -42,9 +56,6 @@ class SwitchableLayer(Protocol):
     """A linear layer whose format can change while it keeps its Parameters and its identity."""
 
     fqn: str
-    in_features: int
-    out_features: int
-    weight: Tensor
 
     collect: bool
     """Whether this step gathers the full statistics of the operands."""
@@ -54,6 +65,26 @@ class SwitchableLayer(Protocol):
 
     memory: KernelMemory | None
     """What its kernel keeps of it between calls, delayed scales among it; the kernel makes it."""
+
+    @property
+    def in_features(self) -> int:
+        """Of the input."""
+        ...
+
+    @property
+    def out_features(self) -> int:
+        """Of the output; of experts those inside."""
+        ...
+
+    @property
+    def weight(self) -> Tensor:
+        """What is multiplied with; of experts one of several."""
+        ...
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether scales may come from what it saw in earlier steps."""
+        ...
 
     @property
     def format(self) -> LinearFormat:

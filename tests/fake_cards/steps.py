@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_fp import PrecisionMap, convert, numerics
 from lightning_fp.format_names import TABLE
 from lightning_fp.layers.histories.scale_history import ScaleHistory
-from lightning_fp.layers.statistics_table import StatisticsTable
+from lightning_fp.layers.statistics_table import StatisticsTable, observable
+from tests.experts import GroupedExperts
 from tests.kernels.cuda_rules import on_hardware
 
 CARD, OTHER = torch.device("card:0"), torch.device("card:1")
@@ -86,6 +87,24 @@ def slowly(cases: list[Any], quick: list[Any]) -> list[Any]:
 
 def _each(case: Any) -> tuple[Any, ...]:
     return case if isinstance(case, tuple) else (case,)
+
+
+@pytest.mark.parametrize("format", ["fp8-rowwise", "fp8-dynamic"])
+def test_whole_steps_of_experts(format: str) -> None:
+    """Forward, backward, statistics; nothing is read, whoever has how many tokens."""
+    model = nn.ModuleDict({"experts": GroupedExperts(), "out": nn.Linear(32, 32)})
+    table = convert(model, format, layers={"experts": format}).precision_map
+    put(model, CARD)
+    statistics = StatisticsTable(observable({"experts": table.layers["experts"]}))
+    statistics.collect(format == "fp8-rowwise")  # per tensor, it is read whose tokens are where
+    x = torch.randn(33, 32, device=CARD, requires_grad=True)
+    output = model["experts"](x, torch.ones(4, dtype=torch.int64, device=CARD))
+    assert (output.shape, output.device) == ((33, 32), CARD)
+    output.square().mean().backward()
+    statistics.fold()
+    for tensor in (x, *model["experts"].parameters()):
+        assert tensor.grad is not None
+        assert (tensor.grad.shape, tensor.grad.device) == (tensor.shape, CARD)
 
 
 @pytest.mark.parametrize(("format", "hardware"), slowly(CELLS, QUICK))

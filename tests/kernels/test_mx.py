@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_fp.kernels import MX_EMULATION, Kernel, TorchaoMXKernel, mx
 from lightning_fp.kernels.hardware import CPU_HAS_BF16
-from lightning_fp.kernels.torchao import import_quietly
+from lightning_fp.kernels.quiet import import_quietly
 from lightning_fp.layers import kernel_for, linear_format
 from tests.helper import order_db, sqnr_db
 

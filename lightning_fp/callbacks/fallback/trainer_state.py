@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.callbacks.compare.loop_replay import hearing_callbacks
-from lightning_fp.layers import FPLinear
+from lightning_fp.layers import is_switchable
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.stability.keep.snapshot import Part
 from lightning_fp.stability.supervise.run_state import LOSS_SCALE, SCALES, RunState
@@ -43,7 +43,7 @@ def state_of(trainer: L.Trainer, plugin: LayerPrecision) -> RunState:
         modules: dict[str, object] = {
             f"module {name}": each
             for name, each in module.named_modules()
-            if not isinstance(each, FPLinear)
+            if not is_switchable(each)
         }
         heard = {f"callback {index}": each for index, each in enumerate(hearing)}
         steppers = {f"optimizer {index}": each for index, each in enumerate(trainer.optimizers)}

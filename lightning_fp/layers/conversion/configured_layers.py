@@ -19,6 +19,7 @@ from lightning_fp.layers import (
     convert_into,
     kernel_for,
 )
+from lightning_fp.layers.experts.kinds import kind_of
 from lightning_fp.layers.linear import has_formats
 from lightning_fp.layers.rules import Rule
 from lightning_fp.layers.transformer_engine.setup import check_device
@@ -82,7 +83,8 @@ class ConfiguredLayers:
             ValueError: for rules that do not fit the model, or if it has nothing to convert.
         """
         table.known.cuda_fp8 = cuda_has_fp8() and on_cuda
-        if self.empty and not any(map(has_formats, module.modules())):
+        every = module.modules()
+        if self.empty and not any(has_formats(m) or kind_of(m) is not None for m in every):
             table.fill(module, {}, {})
             return None
         conversion = Conversion(

@@ -17,6 +17,7 @@ from lightning_fp.layers.conversion.decide import (
     LayerDecision,
     decide,
     why_not_convertible,
+    why_not_experts,
 )
 from lightning_fp.layers.conversion.flops import (
     ITSELF,
@@ -26,10 +27,18 @@ from lightning_fp.layers.conversion.flops import (
     size,
 )
 from lightning_fp.layers.conversion.report import ConversionReport, LayerReport
+from lightning_fp.layers.experts.experts import (
+    FPExperts,
+    is_switchable_experts,
+    make_plain_experts,
+    make_switchable_experts,
+)
+from lightning_fp.layers.experts.kinds import kind_of
 from lightning_fp.layers.format import FormatLike, QuantiseLike
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
 from lightning_fp.layers.linear import (
     FPLinear,
+    has_formats,
     is_plain_linear,
     is_switchable_linear,
     make_plain,
@@ -42,6 +51,7 @@ from lightning_fp.layers.rules import (
 )
 from lightning_fp.layers.scaling import ScalingLike, layers_quantised_like, read_scaling
 from lightning_fp.layers.stored import Frozen, decide_storing, saved_bytes
+from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling
 
 
@@ -121,12 +131,16 @@ def convert_into(
     decisions = decide(model, conversion)
     storing = None
     if conversion.frozen == "stored":
-        storing = decide_storing(model, {name: d.resolved for name, d in decisions.items()})
-    switchable: dict[str, FPLinear] = {}
+        linears = {name for name, module in clean_named_modules(model) if has_formats(module)}
+        resolved = {name: d.resolved for name, d in decisions.items() if name in linears}
+        storing = decide_storing(model, resolved)
+    switchable: dict[str, SwitchableLayer] = {}
     for name, module in clean_named_modules(model):
         if name not in decisions:
             continue
-        if is_plain_linear(module):
+        if kind_of(module) is not None:
+            switchable |= _experts(name, module, table, decisions)
+        elif is_plain_linear(module):
             switchable[name] = make_switchable(module, name, table.phase)
         elif is_switchable_linear(module):
             if module.phase is not table.phase:  # another table's until now: begin anew
@@ -135,10 +149,13 @@ def convert_into(
     table.fill(model, switchable, {name: decisions[name].resolved for name in switchable})
     if storing is not None:
         for name, stored in storing.formats.items():
-            switchable[name].store(stored)
-    report = _report(model, table, decisions)
+            layer = switchable[name]
+            if isinstance(layer, FPLinear):
+                layer.store(stored)
+    report = _report(model, table, decisions, conversion)
     if storing is not None:
-        saved = sum(map(saved_bytes, switchable.values()))
+        linears = [layer for layer in switchable.values() if isinstance(layer, FPLinear)]
+        saved = sum(map(saved_bytes, linears))
         report = dataclasses.replace(
             report, stored=tuple(storing.formats), saved_bytes=saved, frozen_kept=storing.kept
         )
@@ -147,9 +164,32 @@ def convert_into(
     return report
 
 
+def _experts(
+    name: str, module: nn.Module, table: PrecisionMap, decisions: Mapping[str, LayerDecision]
+) -> dict[str, SwitchableLayer]:
+    """A module of experts, made switchable, and those of its experts that have rows of their own.
+
+    Args:
+        name: the module's.
+        module: plain, or another table's until now.
+        table: whose layers they become.
+        decisions: by name.
+    """
+    if is_switchable_experts(module) and module.phase is not table.phase:
+        module = make_plain_experts(module)
+    if not is_switchable_experts(module):
+        module = make_switchable_experts(module, name, table.phase)
+    module.apart.clear()
+    rows: dict[str, SwitchableLayer] = {name: module}
+    for number, single in enumerate(module.expert_names()):
+        if single in decisions:
+            rows[single] = module.expert(number)
+    return rows
+
+
 @checked
 def revert(model: nn.Module) -> int:
-    """Turn every converted layer back into a plain nn.Linear, in place.
+    """Turn every converted layer back into what it was, in place.
 
     Args:
         model: a model that `convert` or a precision plugin converted.
@@ -160,21 +200,35 @@ def revert(model: nn.Module) -> int:
     converted = [module for module in model.modules() if is_switchable_linear(module)]
     for module in converted:
         make_plain(module)
-    return len(converted)
+    experts = [module for module in model.modules() if is_switchable_experts(module)]
+    for module in experts:
+        make_plain_experts(module)
+    return len(converted) + len(experts)
 
 
 def _report(
-    model: nn.Module, table: PrecisionMap, decisions: Mapping[str, LayerDecision]
+    model: nn.Module,
+    table: PrecisionMap,
+    decisions: Mapping[str, LayerDecision],
+    conversion: Conversion,
 ) -> ConversionReport:
     """Every layer with weights to multiply, in the order of the model."""
     rows: list[tuple[LayerReport, int]] = []
+    left_alone = {
+        name: why_not_experts(name, module, kind, conversion)
+        for name, module in clean_named_modules(model)
+        if (kind := kind_of(module)) is not None
+    }
     for name, module in clean_named_modules(model):
+        if is_switchable_experts(module) and name in decisions:
+            rows += _rows_of_experts(module, decisions)
+            continue
         if is_switchable_linear(module) and name in decisions:
             format, kernel, reason = module.format.name, module.kernel.name, decisions[name].reason
         elif isinstance(module, (nn.Linear, nn.MultiheadAttention)) or multiplies(module):
             linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))
             format, kernel = "high" if linear else "not linear", type(module).__name__
-            reason = why_not_convertible(module)
+            reason = left_alone.get(name) or why_not_convertible(module)
         else:
             continue
         layer = LayerReport(
@@ -198,3 +252,27 @@ def _report(
         precision_map=table,
     )
     return report.with_shares(per_token)
+
+
+def _rows_of_experts(
+    experts: FPExperts, decisions: Mapping[str, LayerDecision]
+) -> list[tuple[LayerReport, int]]:
+    """A module of experts, and behind it the experts with rows of their own.
+
+    What of the FLOPs is whose depends on the tokens: here each expert has an equal share.
+    """
+    parameters, flops = size(experts), flops_per_token(experts)
+    count, apart = experts.shape.experts, list(experts.apart.values())
+    rows: list[tuple[LayerReport, int]] = []
+    for row, experts_in_row in [(experts, count - len(apart)), *((row, 1) for row in apart)]:
+        layer = LayerReport(
+            name=row.fqn,
+            format=row.format.name,
+            kernel=row.kernel.name_for_groups,
+            parameters=parameters * experts_in_row // count,
+            flops_share=0.0,
+            reason=decisions[row.fqn].reason,
+            experts=experts_in_row,
+        )
+        rows.append((layer, flops * experts_in_row // count))
+    return rows

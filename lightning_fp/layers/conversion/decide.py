@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -17,6 +18,9 @@ from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.layers.backends import Backend, Resolved, read_backend, resolve
 from lightning_fp.layers.conversion.casting import casting_of
 from lightning_fp.layers.conversion.flops import CONVOLUTIONS, multiplies
+from lightning_fp.layers.experts.experts import why_experts_stay
+from lightning_fp.layers.experts.kinds import ExpertsKind, ExpertsShape, kind_of, shape_of
+from lightning_fp.layers.experts.rows import NAME, without_history
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.linear import (
     CAST_DTYPES,
@@ -27,6 +31,7 @@ from lightning_fp.layers.linear import (
 )
 from lightning_fp.layers.rules import (
     Rule,
+    Sized,
     check_rules_apply,
     clean_named_modules,
     default_exclusion,
@@ -77,6 +82,7 @@ class Conversion:
         return resolve(format, self.backend, cuda_fp8=self.cuda_fp8)
 
 
+_ROUTER = re.compile(r"Router|Gate|Gating")
 _LAZY = "its size is unknown before its first batch; run one forward before the conversion"
 
 
@@ -106,6 +112,7 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
     """
     read_backend(conversion.backend)
     linears: dict[str, nn.Linear] = {}
+    experts: dict[str, ExpertsShape] = {}
     fixed: dict[str, str] = {}
     multiplying: dict[str, str] = {}
     other_dtypes: list[str] = []
@@ -113,17 +120,26 @@ def decide(model: nn.Module, conversion: Conversion) -> dict[str, LayerDecision]
         if has_formats(module):
             linears[name] = module
             continue
-        fixed[name] = why_not_convertible(module)
+        reason = why_not_convertible(module)
+        kind = kind_of(module)
+        if kind is not None:
+            reason = why_not_experts(name, module, kind, conversion)
+            if reason is None:
+                experts |= named_experts(name, shape_of(module, kind), conversion.rules)
+                continue
+        fixed[name] = reason
         if multiplies(module):
             multiplying[name] = fixed[name]
         if is_plain_linear(module) and module.weight.dtype not in CAST_DTYPES:
             other_dtypes.append(name)  # a rule may name them: it then has no effect
-    check_rules_apply(conversion.rules, [*linears, *other_dtypes], fixed)
+    check_rules_apply(conversion.rules, [*linears, *experts, *other_dtypes], fixed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decisions = {
         name: _decide_one(name, linear, conversion, tied=id(first_parameter(linear)) in embeddings)
         for name, linear in linears.items()
     }
+    for name, shape in experts.items():
+        decisions[name] = _decide_one(name, shape, conversion, tied=False)
     _check_something_to_do(decisions, multiplying)
     if conversion.backend == "transformer-engine":
         _check_transformer_engine(model, conversion.backend, decisions)
@@ -144,11 +160,11 @@ def _check_transformer_engine(
 
 
 def _decide_one(
-    name: str, linear: nn.Linear, conversion: Conversion, *, tied: bool
+    name: str, linear: nn.Linear | ExpertsShape, conversion: Conversion, *, tied: bool
 ) -> LayerDecision:
     for rule in conversion.rules:
         if rule.matches(name):
-            chosen = conversion.resolve(rule.format)
+            chosen = conversion.resolve(_taken(linear, rule.format))
             narrow = narrow_adapter(name, linear) if rule.format.is_fp8 else None
             if narrow is not None:
                 high = conversion.resolve(conversion.high_precision)
@@ -157,13 +173,13 @@ def _decide_one(
             high = rule.format.is_high_precision
             reason = f"rule {rule.pattern!r}: {rule.format.name!r}" if high else None
             return LayerDecision(resolved=chosen, reason=reason)
-    chosen = conversion.resolve(conversion.format)
+    chosen = conversion.resolve(_taken(linear, conversion.format))
     if chosen.format.is_high_precision:
         return LayerDecision(resolved=chosen, reason="the format of the run")
     too_small = chosen.kernel.runs_on_fp8_hardware and _too_small(linear, chosen.format, conversion)
     # Emulated blocks may be ragged: only hardware leaves such layers alone by default.
     multiple = max(chosen.alignment, ALIGNMENT)
-    if is_lazy(first_parameter(linear)) and chosen.kernel.runs_on_fp8_hardware:
+    if _is_lazy(linear) and chosen.kernel.runs_on_fp8_hardware:
         reason = _LAZY
     else:
         reason = default_exclusion(name, linear, tied=tied, too_small=too_small, multiple=multiple)
@@ -173,7 +189,16 @@ def _decide_one(
     return LayerDecision(resolved=chosen, reason=None)
 
 
-def _too_small(linear: nn.Linear, format: LinearFormat, conversion: Conversion) -> bool:
+def _taken(layer: nn.Linear | ExpertsShape, format: LinearFormat) -> LinearFormat:
+    """What a layer makes of a format: experts keep no history."""
+    return without_history(format) if isinstance(layer, ExpertsShape) else format
+
+
+def _is_lazy(layer: nn.Linear | ExpertsShape) -> bool:
+    return isinstance(layer, nn.Linear) and is_lazy(first_parameter(layer))
+
+
+def _too_small(linear: Sized, format: LinearFormat, conversion: Conversion) -> bool:
     """Whether FP8 is predicted to gain nothing on a layer whose size is known."""
     casting = casting_of(format, str(conversion.backend))
     shape = linear.in_features, linear.out_features
@@ -182,9 +207,9 @@ def _too_small(linear: nn.Linear, format: LinearFormat, conversion: Conversion) 
     return not gains(casting, *shape, card=conversion.card, tokens=conversion.tokens)
 
 
-def _check_runs(name: str, linear: nn.Linear, chosen: Resolved) -> None:
+def _check_runs(name: str, linear: nn.Linear | ExpertsShape, chosen: Resolved) -> None:
     """An explicit rule overrules the defaults, but not the hardware."""
-    if is_lazy(first_parameter(linear)) and chosen.kernel.runs_on_fp8_hardware:
+    if _is_lazy(linear) and chosen.kernel.runs_on_fp8_hardware:
         raise ValueError(f"layer {name!r} cannot run {chosen.format.name!r}: {_LAZY}")
     check_alignment(
         name,
@@ -234,4 +259,35 @@ def why_not_convertible(module: nn.Module) -> str:
         return "nn.MultiheadAttention multiplies with its weights directly"
     if isinstance(module, CONVOLUTIONS):
         return f"{type(module).__name__}: only linear layers are converted"
+    if _ROUTER.search(type(module).__name__):
+        return f"router: {type(module).__name__} stays in high precision"
     return f"a {type(module).__name__}, not an nn.Linear"
+
+
+def why_not_experts(
+    name: str, module: nn.Module, kind: ExpertsKind, conversion: Conversion
+) -> str | None:
+    """Why a module of experts has no row of the table; None if it has."""
+    if conversion.backend == "transformer-engine":
+        return "experts: Transformer Engine's backend has linear layers alone; take backend='auto'"
+    named = any(rule.matches(name) for rule in conversion.rules)
+    if kind.by_rule and not named:
+        return (
+            f"looks like experts of {kind.name}; name it in layers={{{name!r}: ...}} if its forward"
+            " is theirs"
+        )
+    return why_experts_stay(module, kind)
+
+
+def named_experts(name: str, shape: ExpertsShape, rules: Sequence[Rule]) -> dict[str, ExpertsShape]:
+    """A module of experts, and those of its experts that rules name by themselves.
+
+    Args:
+        name: the module's.
+        shape: how large they are.
+        rules: the user's.
+    """
+    names = [NAME.format(module=name, expert=expert) for expert in range(shape.experts)]
+    single = [rule for rule in rules if not rule.matches(name)]
+    apart = [each for each in names if any(rule.matches(each) for rule in single)]
+    return dict.fromkeys([name, *apart], shape)

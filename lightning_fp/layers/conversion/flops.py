@@ -21,6 +21,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_fp.kernels.padding import padded_share
+from lightning_fp.layers.experts.experts import is_switchable_experts
+from lightning_fp.layers.experts.kinds import experts_per_token, kind_of
 from lightning_fp.layers.linear import is_switchable_linear
 from lightning_fp.layers.rules import clean_named_modules
 
@@ -43,17 +45,24 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> i
 
 
 def _grouped(a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:
-    """Of `torch._grouped_mm`: every row of the tokens meets one group's matrix."""
+    """Of `torch._grouped_mm` and its likes: every row of the tokens meets one group's matrix."""
     rows = a_shape[1:] if len(a_shape) > len(b_shape) else a_shape
     return 2 * math.prod(rows) * b_shape[-1]
 
 
-COUNTED_HERE = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
-    torch.ops.aten._grouped_mm: _grouped,
-    torch.ops.aten._scaled_grouped_mm: _grouped,
-}
-"""What torch's counter does not count by itself (2.11 to 2.13)."""
+def counted_here() -> dict[Any, Any]:
+    """What torch's counter does not count by itself (2.11 to 2.13), by operator."""
+    formulas: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
+        torch.ops.aten._grouped_mm: _grouped,
+        torch.ops.aten._scaled_grouped_mm: _grouped,
+        torch.ops.lightning_fp.grouped_of_rows: _grouped,
+        torch.ops.lightning_fp.grouped_over_rows: _grouped,
+    }
+    theirs = torch.ops.transformers  # what its experts fall back to, once it is imported
+    if hasattr(theirs, "grouped_mm_fallback"):
+        formulas[theirs.grouped_mm_fallback] = _grouped
+    return formulas
 
 
 def _recurrent(module: nn.RNNBase, input: Any) -> int:
@@ -97,11 +106,19 @@ def size(module: nn.Module) -> int:
 
 
 def flops_per_token(module: nn.Module) -> int:
-    """FLOPs of one token, known without running; 0 for convolutions, which depend on the input."""
+    """FLOPs of one token, known without running; 0 where it is not.
+
+    Those of convolutions depend on the input, and those of experts on how many see a token.
+    """
     if isinstance(module, nn.Linear):
         return 2 * module.in_features * module.out_features
     if isinstance(module, nn.MultiheadAttention):
         return 2 * 3 * module.embed_dim**2
+    kind = kind_of(module)
+    if kind is not None:
+        weights = kind.weights(module)
+        per_expert = sum(weight.numel() for weight in weights) // weights[0].shape[0]
+        return 2 * per_expert * (experts_per_token(module) or 0)
     return 0
 
 
@@ -120,7 +137,7 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
         order in which they ran; those of everything together under "".
     """
     flops: dict[str, int] = defaultdict(int)
-    counter = FlopCounterMode(display=False, custom_mapping=COUNTED_HERE)
+    counter = FlopCounterMode(display=False, custom_mapping=counted_here())
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     unseen = 0
     running: list[list[int]] = []
@@ -138,7 +155,12 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
         formula = _formula(module, inputs)
         if formula is not None:
             unseen += formula - (count() - start)
-        flops[name] += count() - start - inside
+        own = count() - start - inside
+        if is_switchable_experts(module):  # whose tokens these were, nobody has counted
+            for row in module.apart.values():
+                flops[row.fqn] += own // module.shape.experts
+            own -= own // module.shape.experts * len(module.apart)
+        flops[name] += own
         if running:
             running[-1][1] += count() - start
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_fp.counting import counted
 from lightning_fp.kernels.padding import WORTH_SAYING, padded_share
 from lightning_fp.layers.conversion.flops import ITSELF
 from lightning_fp.layers.format import HIGH_PRECISION
@@ -45,6 +46,9 @@ class LayerReport:
     reason: str | None
     """Why it is in high precision; None if it was converted."""
 
+    experts: int = 0
+    """How many experts it is; 0 for a linear layer."""
+
     padding: float = 0.0
     """Share of its FLOPs, forward and backward, that FP8 hardware spends on zeros which fill up
     blocks of tokens, 0 to 1; 0 where that was not measured."""
@@ -53,6 +57,11 @@ class LayerReport:
     def title(self) -> str:
         """The name, also for a model that is a single layer."""
         return self.name or "(the model itself)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data."""
+        data = dataclasses.asdict(self)
+        return data if self.experts else {k: v for k, v in data.items() if k != "experts"}
 
 
 def _share(row: LayerReport, flops: Mapping[str, int]) -> float:
@@ -66,6 +75,10 @@ def padding_of(layers: Iterable[LayerReport]) -> float:
         flops += layer.flops_share
         zeros += layer.flops_share * layer.padding / (1 - layer.padding)
     return padded_share(zeros, flops)
+
+
+def _about_experts(count: int) -> str:
+    return f" ({counted(count, 'group')} of experts among them)" if count else ""
 
 
 def _some(titles: list[str]) -> str:
@@ -164,7 +177,7 @@ class ConversionReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "flops_share": self.flops_share,
             "measured": self.measured,
             "padding": self.padding,
@@ -180,11 +193,14 @@ class ConversionReport:
     def summary(self) -> str:
         """A few lines: what runs in which format and kernel, and what was left alone and why."""
         linear = [layer for layer in self.layers if layer.format != "not linear"]
-        what = "the model's FLOPs" if self.measured else "its linear layers' FLOPs"
+        experts = sum(layer.experts > 0 for layer in self.converted)
+        these = "its linear layers' and experts'" if experts else "its linear layers'"
+        what = "the model's FLOPs" if self.measured else f"{these} FLOPs"
         if not self.measured and len(linear) < len(self.layers):
             what += f", which hold {self.linear_parameters:.0%} of its parameters"
         lines = [
-            f"{len(self.converted)} of {len(linear)} linear layers in low precision,"
+            f"{len(self.converted)} of {len(linear)} {'layers' if experts else 'linear layers'}"
+            f" in low precision{_about_experts(experts)},"
             f" {self.flops_share:.1%} of {what}"
         ]
         by_kernel: dict[tuple[str, str], int] = defaultdict(int)

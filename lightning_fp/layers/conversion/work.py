@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lightning_fp.layers.conversion.flops import COUNTED_HERE, run_example
+from lightning_fp.layers.conversion.flops import counted_here, run_example
 from lightning_fp.layers.linear import has_formats
 from lightning_fp.layers.rules import clean_named_modules
 
@@ -163,6 +163,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.work = Work()
+        self.formulas = counted_here()
         self.inside = 0
         """How many linear layers run now; what they do is counted by their shapes."""
         self.loop = 0
@@ -179,7 +180,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = getattr(func, "overloadpacket", func)
-        formula = COUNTED_HERE.get(packet) or flop_registry.get(packet)
+        formula = self.formulas.get(packet) or flop_registry.get(packet)
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if self.inside:

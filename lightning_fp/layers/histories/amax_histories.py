@@ -41,9 +41,7 @@ class AmaxHistories:
     def track(self, layers: Mapping[str, SwitchableLayer]) -> None:
         """Keep histories of those layers of a table that need one in their present formats."""
         needed = {name for name, each in layers.items() if self._needed(each)}
-        watched = {
-            name for name, each in layers.items() if self._watch_casts and each.kernel.records
-        }
+        watched = {name for name, each in layers.items() if self._watch_casts and _can_record(each)}
         tracked = {name: each for name, each in layers.items() if name in needed | watched}
         self.scales.track(tracked, watched - needed)
 
@@ -51,7 +49,7 @@ class AmaxHistories:
         if layer.format.scaling == "delayed":
             return True
         followed = self._follow or (self._auto is not None and layer.format in _AUTO_FORMATS)
-        return followed and layer.kernel.records
+        return followed and _can_record(layer)
 
     def follow(self, on: bool, layers: Mapping[str, SwitchableLayer]) -> None:
         """Keep a history of dynamic layers too; see `PrecisionMap.follow`."""
@@ -95,3 +93,7 @@ class AmaxHistories:
         self._resumed = state["scales"]
         if self._auto is not None and state["auto"] is not None:
             self._auto.load_state_dict(state["auto"])
+
+
+def _can_record(layer: SwitchableLayer) -> bool:
+    return layer.keeps_history and layer.kernel.records

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fp.layers import FPLinear, LinearFormat
+from lightning_fp.layers import LinearFormat, is_switchable
 from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps, ddp_of
@@ -198,7 +198,7 @@ def _state_of(precision: LoopPrecision, steps: OptimizerSteps) -> RunState:
         modules: dict[str, object] = {
             f"module {name}": each
             for name, each in model.named_modules()
-            if not isinstance(each, FPLinear)
+            if not is_switchable(each)
         }
         steppers = {f"optimizer {index}": each for index, each in enumerate(steps.optimizers)}
         return {**modules, **steppers}

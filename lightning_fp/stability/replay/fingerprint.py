@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_fp.layers import FPLinear
+from lightning_fp.layers import is_switchable
 
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), range),
@@ -158,7 +158,7 @@ class Fingerprint:
         if isinstance(owner, nn.Module):
             self._seen.update(id(module) for module in owner.modules())
             for path, module in owner.named_modules():
-                if not isinstance(module, FPLinear):  # the table's, with its histories
+                if not is_switchable(module):  # the table's, with its histories
                     prefix = f"self.{path}" if path else "self"
                     self._vars(name, prefix, vars(module), _DEPTH, skip, list_unseen)
             return

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_fp.layers import FormatLike, FPLinear, PrecisionMap
-from lightning_fp.layers.statistics_table import StatisticsTable
+from lightning_fp.layers import FormatLike, PrecisionMap
+from lightning_fp.layers.statistics_table import StatisticsTable, observable
 from lightning_fp.numerics.combining import wide_dtype
 from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.replay.untouched import untouched
@@ -163,8 +163,7 @@ def _worst_of_ranks(outcome: Outcome, device: torch.device) -> Outcome:
 
 def _observe(table: PrecisionMap) -> StatisticsTable:
     """Look at the casts of all rows; leaving `untouched` ends it."""
-    layers = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
-    casts = StatisticsTable(layers, stride=1)
+    casts = StatisticsTable(observable(table.layers), stride=1)
     casts.collect(True)
     return casts
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
-from lightning_fp.layers import FPLinear
+from lightning_fp.layers.statistics_table import observable
 from lightning_fp.layers.table_owner import TableOwner
 from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
 from lightning_fp.state_version import check_version, reads
@@ -169,9 +169,9 @@ class CastLog(Failsafe):
 
     def _open(self, owner: TableOwner, directory: Path | None, step: int) -> None:
         table, options = owner.precision_map, self.options
-        linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
+        layers = observable(table.layers)
         self._sampler = StepSampler(
-            linears,
+            layers,
             options.sample,
             self._steps,
             what_if=options.what_if,

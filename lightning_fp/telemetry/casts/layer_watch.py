@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_fp.layers import FPLinear, LinearFormat, PrecisionMap
-from lightning_fp.layers.statistics_table import over_ranks
+from lightning_fp.layers import LinearFormat, PrecisionMap
+from lightning_fp.layers.statistics_table import observable, over_ranks
 from lightning_fp.stability.respond.limits import Excess, LayerLimit, LimitWatch
 from lightning_fp.telemetry.casts.sampling import Listener, SampledSteps, StepSampler
 
@@ -61,8 +61,8 @@ class LayerWatch:
         if monitor is not None:
             monitor.listeners.append(self._look)
             return
-        linears = {n: layer for n, layer in table.layers.items() if isinstance(layer, FPLinear)}
-        self._sampler = StepSampler(linears, STRIDE, self._steps, listeners=[self._look])
+        layers = observable(table.layers)
+        self._sampler = StepSampler(layers, STRIDE, self._steps, listeners=[self._look])
 
     def close(self) -> None:
         """Leave the layers as they were."""

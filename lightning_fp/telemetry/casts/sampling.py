@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_fp.layers import FPLinear, LinearFormat
-from lightning_fp.layers.statistics_table import StatisticsTable, over_ranks
+from lightning_fp.layers import LinearFormat
+from lightning_fp.layers.statistics_table import ObservedLayer, StatisticsTable, over_ranks
 from lightning_fp.numerics import combine
 from lightning_fp.records import Sampled
 
@@ -81,7 +81,7 @@ class StepSampler:
 
     def __init__(
         self,
-        layers: Mapping[str, FPLinear],
+        layers: Mapping[str, ObservedLayer],
         stride: int,
         steps: SampledSteps,
         *,

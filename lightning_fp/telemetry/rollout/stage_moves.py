@@ -73,10 +73,12 @@ class StageMoves:
         moves: Moves = {}
         left: list[str] = []
         for name, layer in table.layers.items():
-            now, format = layer.format, table.known[wanted[name]]
+            if name not in wanted:  # an expert that somebody has named since
+                continue
+            now, format = layer.format, table.known.taken(layer, table.known[wanted[name]])
             if now == format:
                 continue
-            own = now == table.known[before[name]]
+            own = now == table.known.taken(layer, table.known[before[name]])
             if own or (format.is_high_precision and not now.is_high_precision):
                 moves[name] = format
             elif before[name] != wanted[name]:
@@ -107,6 +109,9 @@ def follow(recipe: RolloutRecipe, owner: TableOwner) -> list[StageFormats]:
             or where nothing can be moved.
     """
     table = owner.precision_map
+    for pattern in (each for stage in recipe.stages for each in stage.layers):
+        if not pattern.startswith("blocks["):
+            table.set_apart(pattern)
     configured = table.configured()
     formats = {name: table.known[format] for name, format in configured.items()}
     low = [name for name, format in formats.items() if not format.is_high_precision]
