@@ -35,6 +35,7 @@ NAVIGATION = {
         "fabric",
         "hugging-face",
         "manual-optimization",
+        "experts",
         "lora",
         "fp16-training",
         "transformer-engine",

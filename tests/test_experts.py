@@ -8,17 +8,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fp import ClampMonitor, DivergenceDetector, FP8Precision, PrecisionFallback
+from lightning_fp.demo.faults.corruption import ForwardCorruption
 from lightning_fp.events import Demotion, Rehearsed
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.records import read_events, read_statistics
 from lightning_fp.report.page import write_report
 from lightning_fp.stability.respond.limits import LayerLimit
 from tests.experts import mixture
-from tests.helper import LanguageModel, fit, make_trainer, text_loader
+from tests.helper import LanguageModel, fit, make_trainer, next_byte_loss, text_loader
 
 FIRST, SECOND = (f"model.model.model.layers.{layer}.mlp.experts" for layer in (0, 1))
 
@@ -86,18 +86,14 @@ def test_a_run_goes_on_bit_for_bit_and_its_report_names_experts(
     assert f"{SECOND}[2]" in page
 
 
-def noise(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    """What a broken format would do: nothing in high precision."""
-    return output if module.format.is_high_precision else output * -25
+class BrokenExperts(ForwardCorruption):
+    """Noise in what one layer's experts return, while their format is FP8."""
 
-
-class Broken(L.Callback):
-    """From a step on one layer's experts are wrong wherever they are not in high precision."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-        if trainer.global_step == 24 and not hasattr(self, "hook"):
-            experts = module.model.model.model.layers[0].mlp.experts
-            self.hook = experts.register_forward_hook(noise)
+    def install(self, model: nn.Module, owner: Any) -> None:
+        self._owner = owner
+        self._start_clock(model)
+        experts: Any = model.get_submodule(self.layers)
+        self.attach(self.layers, experts)
 
 
 @pytest.mark.slow
@@ -105,18 +101,15 @@ def test_the_fallback_finds_the_experts_at_fault(tmp_path: Path) -> None:
     fallback = PrecisionFallback(
         detector=DivergenceDetector(armed=16), snapshot_every_n_steps=8, dirpath=tmp_path
     )
-    plugin = FP8Precision("rowwise")
-    fit(plugin, language_model(), max_steps=40, callbacks=[Broken(), fallback])
+    plugin = FP8Precision("rowwise", base="32-true")
+    broken = BrokenExperts(FIRST, kind="noise", strength=20, start=24)
+    fit(plugin, language_model(), max_steps=35, callbacks=[broken, fallback])
     events = read_events(tmp_path)
     rehearsed = [event for event in events if isinstance(event, Rehearsed)]
     assert [event.outcome for event in rehearsed] == ["passed"]
     demoted = {name for event in events if isinstance(event, Demotion) for name in event.formats}
     assert demoted == {FIRST}
     assert plugin.precision_map.formats()[SECOND] == "fp8-rowwise"
-
-
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
 @pytest.mark.slow
@@ -126,10 +119,12 @@ def test_experts_over_a_limit_climb_and_others_stay(tmp_path: Path) -> None:
         model.model.model.layers[0].mlp.experts.down_proj[:, :, 0] *= 1e6
         model.model.model.layers[0].mlp.experts.gate_up_proj[:, 0] *= 1e-6
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    watch = {"limit": LayerLimit(patience=2), "every_n_steps": 1}
+    armed = DivergenceDetector(armed=16)
+    watch = {"limit": LayerLimit(patience=2), "every_n_steps": 1, "detector": armed}
     loop = PrecisionLoop(model, optimizer, "fp8-dynamic", fallback=watch, dirpath=tmp_path)
-    for batch in text_loader(80):
-        loop.step(loss_of, batch)
-    formats = loop.precision_map.formats()
-    changed = {name for name, format in formats.items() if format not in ("fp8-dynamic", "bf16")}
-    assert changed == {"model.model.layers.0.mlp.experts"}
+    for batch in text_loader(160):
+        loop.step(lambda batch: next_byte_loss(model, batch), batch)
+    climbed = {change.layer for change in loop.precision_map.changes}
+    assert climbed == {"model.model.layers.0.mlp.experts"}
+    reasons = [change.reason for change in loop.precision_map.changes]
+    assert reasons[0].startswith("underflow_fraction of weight is ")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from lightning_fp.layers.conversion.flops import counted_here, run_example
 from lightning_fp.layers.linear import has_formats
@@ -163,7 +163,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.work = Work()
-        self.formulas = counted_here()
+        self.formulas = {op: shape_wrapper(count) for op, count in counted_here().items()}
         self.inside = 0
         """How many linear layers run now; what they do is counted by their shapes."""
         self.loop = 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_fp.kernels import HighPrecisionKernel, Kernel
+from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
 from lightning_fp.kernels.base import compute_dtype
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.grouped.product import of_rows
@@ -20,6 +20,7 @@ from lightning_fp.layers.experts.kinds import ExpertsKind, ExpertsShape, kind_of
 from lightning_fp.layers.experts.rows import NAME, ExpertsRow
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
 from lightning_fp.layers.linear import CAST_DTYPES, FPLinear
+from lightning_fp.layers.observe import OperandStatistics
 from lightning_fp.layers.switchable import Phase
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,8 @@ class Expert(ExpertsRow):
         self.owner, self.number = owner, number
         self.fqn = NAME.format(module=owner.fqn, expert=number)
         self.collect = self.record = False
-        self.memory = self.statistics = None
+        self.memory: KernelMemory | None = None
+        self.statistics: OperandStatistics | None = None
         self.switch(owner.format, owner.kernel)
 
     @property
