@@ -12,6 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
+
+
+def _attends_in_bf16() -> bool:
+    """Whether torch's fast attention runs: with AMX it packs by AVX-512, allowed to or not."""
+    q = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
+    try:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+# Under ATEN_CPU_CAPABILITY below avx512, on a CPU that has more, plain torch would fail.
+torch.backends.cuda.enable_flash_sdp(_attends_in_bf16())  # on CPUs too, in spite of its name
 
 
 @pytest.fixture(autouse=True)

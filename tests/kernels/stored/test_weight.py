@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -33,6 +33,8 @@ def same(a: StoredWeight, b: StoredWeight) -> bool:
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     format=st.sampled_from(["e4m3", "e5m2"]),
 )
+@example(seed=5111251, size=2.0**-23, spread=1.0, dtype=torch.float16, format="e5m2")
+@example(seed=5111251, size=2.0**-6, spread=8.0, dtype=torch.float16, format="e5m2")
 def test_to_cast_the_values_again_changes_nothing(
     seed: int, size: float, spread: float, dtype: torch.dtype, format: str
 ) -> None:
@@ -41,7 +43,14 @@ def test_to_cast_the_values_again_changes_nothing(
     weight = torch.randn(8, 8).mul_(torch.exp2(spread * torch.randn(8, 8))) * size
     weight = weight.clamp(-limit, limit).to(dtype)
     stored = StoredWeight.of(weight, FORMATS[format])
-    assert same(StoredWeight.of(stored.dequantised(), FORMATS[format]), stored)
+    values = stored.dequantised()
+    # The steps of fp16's own subnormal values may be wider than those of the cast.
+    fine = values.abs() >= (torch.finfo(dtype).tiny if dtype is torch.float16 else 0)
+    assume(bool(fine[weight.abs() == weight.abs().amax()].all()))
+    again = StoredWeight.of(values, FORMATS[format])
+    assert torch.equal(again.cast.view(torch.uint8)[fine], stored.cast.view(torch.uint8)[fine])
+    assert torch.equal(again.scale, stored.scale)
+    assert torch.equal(again.amax, stored.amax)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
