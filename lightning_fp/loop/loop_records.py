@@ -99,7 +99,7 @@ class LoopRecords:
             )
             write_run(directory, info)
         except Exception:
-            log.exception("what this run is cannot be written down; the training goes on")
+            log.exception("what this run is cannot be written down; training continues")
 
     def _changed(self, changes: Sequence[Change]) -> None:
         self.log.changed(self.run.step, changes)

@@ -83,7 +83,7 @@ class EventLog:
             yield
         except OSError:
             self._failed = True
-            log.exception("events cannot be written; the training goes on without them")
+            log.exception("events cannot be written; training continues without them")
 
     def changed(self, step: int, changes: Sequence[Change], *, quiet: bool = False) -> None:
         """What was written to the table, one event for each reason."""

@@ -33,11 +33,11 @@ class Accounting:
         return self.attempted - self.skipped - self.undone + self.made_good
 
     def sentence(self) -> str:
-        """E.g. "300 steps: 297 useful, 3 skipped, 8 rolled back and trained again, 9 replayed"."""
+        """E.g. "300 steps: 300 useful, 0 skipped, 0 rolled back; 9 more in replays"."""
         again = f" ({self.made_good} of them trained again)"
         if self.made_good == self.rolled_back:
             again = " and trained again" if self.rolled_back else ""
         return (
             f"{self.attempted} steps: {self.useful} useful, {self.skipped} skipped,"
-            f" {self.rolled_back} rolled back{again}, {self.replayed} replayed"
+            f" {self.rolled_back} rolled back{again}; {self.replayed} more in replays"
         )

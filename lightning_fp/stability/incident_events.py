@@ -38,10 +38,10 @@ def skipped(step: int, layer: str | None, loss: float | None = None) -> SkippedS
         layer: in which backward overflowed first, if that is known.
         loss: the step's, if that is known.
     """
-    where = "" if layer is None else f", in backward first that of {layer}"
+    first = "" if layer is None else f" (first that of {layer})"
     return SkippedStep(
         step=step,
-        reason=f"a gradient was inf or NaN{where}: the optimizer step was left out",
+        reason=f"a gradient was inf or NaN{first}: the optimizer step was skipped",
         numbers={} if loss is None else {"loss": loss},
         layers=() if layer is None else (layer,),
     )
@@ -64,7 +64,7 @@ def suspicion(step: int, decision: Decision, *, skips: int, overflow: str | None
     known = {name: float(value) for name, value in measured.items() if value is not None}
     reason = decision.reason
     if skips and decision.kind in ("ok", "skip"):
-        reason = f"{skips} steps in a row were left out as not finite"
+        reason = f"{skips} steps in a row were skipped because of inf or NaN"
     return Suspicion(
         step=step,
         reason=reason if overflow is None else overflow,
@@ -77,7 +77,7 @@ def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
     """A probe's gradients were out of the usual."""
     return Suspicion(
         step=step,
-        reason=f"the gradients' error against high precision is {error:.2f}, usual is {usual:.2f}",
+        reason=f"the gradients' error is {error:.2f} against high precision (usually {usual:.2f})",
         numbers={"grad_error": error, "usual": usual},
         action="replay in high precision",
     )
@@ -85,7 +85,7 @@ def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
 
 def skip_suspicion(step: int, batch: int) -> Suspicion:
     """A single step was left out."""
-    reason = f"step {batch} was left out: inf or NaN"
+    reason = f"step {batch} was skipped because of inf or NaN"
     return Suspicion(step=step, reason=reason, action="replay in high precision")
 
 
@@ -123,9 +123,9 @@ def attribution(step: int, found: Attribution) -> Replayed:
     return Replayed(
         step=step,
         reason=(
-            "alone in low precision these layers make most of the gradients' error"
+            "these layers, alone in low precision, cause most of the gradients' error"
             if found.culprits
-            else "no few layers make most of the gradients' error"
+            else "the gradients' error does not come from a few layers"
         ),
         numbers={
             "grad_error": found.error,
@@ -172,9 +172,9 @@ def climbed(climb: Climb, to: Climbed, *, dry_run: bool) -> Iterator[Event]:
 def rolled_back(step: int, to_step: int, replayed: int) -> Rollback:
     """The run goes back."""
     reason = (
-        "the same batches in high precision become the run"
+        "the run goes on from the replay of the same batches in high precision"
         if replayed
-        else "the data moves on, the batches since then are lost"
+        else "the run goes on with new data, and the batches since then are lost"
     )
     return Rollback(step=step, to_step=to_step, replayed=replayed, reason=reason)
 
@@ -184,7 +184,7 @@ def tried_high_precision(step: int, outcome: str) -> Note:
     does = "fits into memory" if outcome == "done" else f"does not work here: {outcome}"
     text = f"a step with all layers in high precision {does}"
     if outcome != "done":
-        text = f"{text}; verdicts that need one will be unclear"
+        text = f"{text}; verdicts that need such a step will be unclear"
     return Note(step=step, reason=text)
 
 
@@ -198,21 +198,21 @@ def not_healed(layers: int) -> str:
     """What high precision is for layers that keep their frozen weights in FP8 alone."""
     one = layers == 1
     return (
-        f"{layers} frozen {'layer keeps its weight' if one else 'layers keep their weights'} in FP8"
-        " alone: high precision, in replays and after a fallback, computes with the rounded"
-        f" {'weight' if one else 'weights'}, and does not heal what rounding does"
+        f"{layers} frozen {'layer keeps its weight' if one else 'layers keep their weights'} only"
+        " in FP8: high precision, in replays and after a fallback, computes with the rounded"
+        f" {'weight' if one else 'weights'} and cannot undo what rounding did"
     )
 
 
 def still_misbehaves(step: int, decision: Decision) -> Note:
     """High precision, for good, misbehaves too."""
-    text = f"high precision misbehaves too ({decision.reason}): look at data, learning rate"
-    return Note(step=step, reason=f"{text} and hardware; precision is left alone")
+    text = f"the run misbehaves in high precision too ({decision.reason}): look at the data"
+    return Note(step=step, reason=f"{text}, the learning rate and the hardware")
 
 
 def failed(step: int, error: str) -> Note:
     """A replay raised."""
-    return Note(step=step, reason=f"an investigation failed, the training goes on: {error}")
+    return Note(step=step, reason=f"an investigation failed; training continues: {error}")
 
 
 def ended(step: int, steps: Accounting) -> Note:

@@ -75,16 +75,17 @@ class Sentence:
             unclear = self.fallback.unclear(fallback, step)
             turn.state = replace(turn.state, fallback=unclear)
             return
-        reason = "a suspicion that cannot be proved here"
+        reason = "a suspicion that cannot be checked here"
         turn.actions += [
             Climb(at=step, layer=name, reason=reason, proved=False) for name in evidence.survey.low
         ]
-        turn.enter(step, self.fallback.acquitted(fallback, step), "layers have climbed, unproven")
+        acquitted = self.fallback.acquitted(fallback, step)
+        turn.enter(step, acquitted, "layers have moved to safer formats, without proof")
 
     def _acquit(self, turn: Turn, evidence: Evidence, conclusion: Conclusion) -> None:
         step = evidence.case.step
         if evidence.survey.low:
-            text = f"precision is left alone; {conclusion.likeness}"
+            text = f"formats stay as they are; {conclusion.likeness}"
             if evidence.survey.stored:
                 text = f"{text}; but {tell.not_healed(evidence.survey.stored)}"
             turn.events.append(Note(step=step, reason=text))

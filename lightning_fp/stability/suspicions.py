@@ -85,7 +85,7 @@ class Suspicions:
         step = seen.signals.step
         turn.events.append(tell.skip_suspicion(seen.at, step))
         after = self._fallback.suspected(turn.state.fallback, seen.at, step)
-        turn.enter(seen.at, after, "a step was left out")
+        turn.enter(seen.at, after, "a step was skipped")
         self.look_into(turn, seen.at, step, risen=False, batch=step, left_out=True)
 
     def look_or_probe(self, turn: Turn, step: int) -> None:
@@ -178,7 +178,7 @@ class Suspicions:
         turn.events.append(tell.probe_suspicion(step, probed.suspicion, usual))
         # Between two probes nobody has looked: it may have begun right after the last good one.
         onset = step if probed.healthy is None else probed.healthy
-        self._suspect(turn, step, onset, "a probe is out of the usual", by_probe=True)
+        self._suspect(turn, step, onset, "a probe has unusual gradients", by_probe=True)
 
     @staticmethod
     def _is_dear(state: WatchState, probed: Probed) -> bool:
@@ -210,7 +210,7 @@ class Suspicions:
             suspicious = gap.convicts or (gap.alarming and step >= state.harmless_until)
         if suspicious:
             turn.events.append(tell.gap_suspicion(step, gap))
-            self._suspect(turn, step, onset, "batches are out of the usual", rise=rise)
+            self._suspect(turn, step, onset, "the last batches are unusual", rise=rise)
 
     @staticmethod
     def _rise(state: WatchState) -> Anomaly | None:

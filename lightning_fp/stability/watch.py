@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from lightning_fp.counting import counted
 from lightning_fp.events import Event, Promotion
 from lightning_fp.stability import incident_events as tell
 from lightning_fp.stability.actions import (
@@ -229,7 +230,7 @@ class Watch:
         after, action = self.fallback.step(before, signals)
         turn.enter(step, after, decision.reason)
         if action == "promote":
-            reason = f"{self.fallback.hold(after)} steps of probation are over"
+            reason = f"{counted(self.fallback.hold(after), 'step')} of probation are over"
             formats = tuple(after.demoted.items())
             turn.actions.append(Promote(at=step, formats=formats, reason=reason))
         elif action == "investigate":

@@ -38,13 +38,15 @@ class LowWatch:
         what = "FP8" if any(format.is_fp8 for format in asked) else "Low precision"
         layers = "its only layer" if len(asked) == 1 else f"all {len(asked)} layers"
         last = next(reversed(self._table.changes), None)
-        why, do = "", "ask for the formats it was to be in, or train longer"
+        why, do = "", "check layers= and the recipe, or train longer"
         if last is not None:
             why = f" ({last.reason})" if last.reason else f" (set by {last.author})"
             if last.author == "rollout":
-                do = "the run ended before its recipe came so far: train longer, or shorten it"
+                do = (
+                    "the run ended before its recipe got there: train longer, or shorten the recipe"
+                )
         return (
-            f"{what} was asked for and never on: {layers} stayed in high precision in every step"
+            f"{what} was asked for but never on: {layers} stayed in high precision in every step"
             f"{why}; {do}"
         )
 

@@ -37,6 +37,6 @@ class Failsafe:
     def _fail(self) -> None:
         """In an except clause: say so, once."""
         if not self.failed:
-            message = "%s failed; the training goes on, its %s end here"
+            message = "%s failed; training continues, its %s end here"
             log.exception(message, self._name, self._measured)
         self.failed = True

@@ -57,4 +57,4 @@ class LossFiles:
                 writer.append(rows)
         except OSError:
             self._writers.clear()
-            log.exception("losses cannot be written; the training goes on without them")
+            log.exception("losses cannot be written; training continues without them")

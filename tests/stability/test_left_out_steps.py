@@ -77,7 +77,7 @@ def test_a_format_that_overflows_is_demoted_at_the_first_step_and_nothing_is_und
 
 @pytest.mark.parametrize(
     ("low", "high", "says"),
-    [(True, True, "comes from elsewhere"), (False, False, "not reproducible")],
+    [(True, True, "comes from somewhere else"), (False, False, "cannot be reproduced")],
 )
 def test_others_faults_are_acquitted_by_one_batch(low: bool, high: bool, says: str) -> None:
     loop = Overflows(low=low, high=high)

@@ -276,11 +276,11 @@ def test_a_rise_that_high_precision_takes_away_convicts_and_goes_back() -> None:
 @pytest.mark.parametrize(
     ("shown", "verdict", "words"),
     [
-        ({"eager": 0.05}, "not reproducible", "shows 5% of the harm"),
-        ({"eager": 0.35}, "unclear", "shows 35% of the harm"),
-        ({"eager": 0.8}, "precision", "shows 80% of the harm"),
-        ({"eager": 0.0, "compiled": 0.1}, "not reproducible", "shows 10% of the harm"),
-        ({"eager": 0.0, "compiled": 1.0}, "precision", "compiled kernel shows it"),
+        ({"eager": 0.05}, "not reproducible", "show 5% of the harm"),
+        ({"eager": 0.35}, "unclear", "show 35% of the harm"),
+        ({"eager": 0.8}, "precision", "show 80% of the harm"),
+        ({"eager": 0.0, "compiled": 0.1}, "not reproducible", "show 10% of the harm"),
+        ({"eager": 0.0, "compiled": 1.0}, "precision", "only in low precision"),
         (
             {"eager": 0.0, "compiled": 1.0, "compiled_high": 0.9},
             "compiled code",
@@ -337,7 +337,7 @@ def test_a_trajectory_convicts_of_what_is_three_times_a_placebo(
     asked = [q.precision for q in loop.asked if isinstance(q, ReplayStretch)]
     assert asked == (["high"] if harm == 0.02 else ["high", "own", "placebo"])
     if chaos and not convicted:
-        assert "chaos" in kinds(events, Verdict)[-1].reason
+        assert "chance" in kinds(events, Verdict)[-1].reason
 
 
 @pytest.mark.parametrize("harm", [0.0, 0.045, 0.5])
@@ -511,7 +511,7 @@ def test_no_harm_so_far_is_asked_again_and_stays_as_alarming() -> None:
     """A slow fault is probed before it harms: its error is not usual, nor is a rise waited out."""
     loop, watch = Loop(error=0.9), machine()
     state, events = run(watch, loop, lambda _: 3.0, 150)
-    assert "does not suffer" in kinds(events, Note)[0].reason
+    assert "does not harm the loss" in kinds(events, Note)[0].reason
     assert state.fallback.quiet_until == 0
     at = [q.at for q in loop.asked if isinstance(q, Survey)]
     looks = [q.at for q in loop.asked if isinstance(q, CompareLosses) and q.at > at[0]]
@@ -738,8 +738,8 @@ def test_an_acquittal_says_what_high_precision_cannot_heal() -> None:
     state, _ = run(machine(), loop, lambda _: 3.0, 160)
     _, events = tell(machine(), state, Asked(at=160, onset=150), loop)
     (note,) = kinds(events, Note)
-    assert note.reason.startswith("precision is left alone; ")
-    assert "but 2 frozen layers keep their weights in FP8 alone: high precision" in note.reason
+    assert note.reason.startswith("formats stay as they are; ")
+    assert "but 2 frozen layers keep their weights only in FP8: high precision" in note.reason
 
 
 def test_where_all_is_high_nothing_is_replayed() -> None:

@@ -11,7 +11,7 @@ import pytest
 from lightning_fp import ClampMonitor, FP8Precision, FP16Precision, StagedRollout
 from tests.helper import LanguageModel, make_trainer, text_loader
 
-FIRST = "FP8 was asked for and never on: all 4 layers stayed in high precision in every step"
+FIRST = "FP8 was asked for but never on: all 4 layers stayed in high precision in every step"
 
 
 class WithoutFP8(L.Callback):

@@ -30,7 +30,7 @@ class ClampMonitor(RunCallback):
     Nothing waits for the device but the log interval. Then all layers' rows go to Parquet parts in
     `<dirpath>/statistics/`, the loss of every step to `<dirpath>/loss.csv`, a few fixed names to
     every logger, and what is over a limit to the log, with a remedy. Failures in here are logged,
-    and the training goes on without it.
+    and training continues without it.
 
     >>> from lightning_fp import FP8Precision
     >>> from lightning_fp.callbacks import ClampMonitor

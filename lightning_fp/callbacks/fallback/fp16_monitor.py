@@ -92,7 +92,7 @@ class FP16Monitor(RunCallback):
             self._look(trainer, optimizer, scaler, step)
         except Exception:
             self._failed = True
-            log.exception("FP16Monitor failed at step %d; the training goes on without it", step)
+            log.exception("FP16Monitor failed at step %d; training continues without it", step)
 
     def _look(self, trainer: Trainer, optimizer: Optimizer, scaler: LossScaler, step: int) -> None:
         parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
@@ -136,9 +136,7 @@ class FP16Monitor(RunCallback):
         for step, layer in overflowed.items():
             if step > self._told and self._alone:
                 scale = float(_scaler(trainer).state.scale)
-                reason = (
-                    f"the gradient of {layer} overflowed first: the optimizer step was left out"
-                )
+                reason = f"the gradient of {layer} overflowed first: the optimizer step was skipped"
                 numbers = {"loss_scale": scale}
                 self._log.write(
                     SkippedStep(step=step, reason=reason, layers=(layer,), numbers=numbers)

@@ -83,7 +83,7 @@ class MismatchMonitor(RunCallback):
     Raises:
         ValueError: for an option out of range; at setup if precision is to be raised and the
             plugin has no table of formats; in the first measured step for what are no
-            log-probabilities. Later ones are logged, and the training goes on without the monitor.
+            log-probabilities. Later ones are logged, and training continues without the monitor.
     """
 
     publishes: ClassVar[Mapping[str, str]] = {"mismatch/*": ""}

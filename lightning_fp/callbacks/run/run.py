@@ -402,7 +402,7 @@ def _info(trainer: L.Trainer, callbacks: Sequence[RunCallback]) -> RunInfo | Non
     try:
         return run_info(trainer, callbacks)
     except Exception:
-        log.exception("what this run is cannot be told; the training goes on")
+        log.exception("what this run is cannot be told; training continues")
         return None
 
 
@@ -412,7 +412,7 @@ def _write_down(info: RunInfo | None, directory: Path) -> None:
         if info is not None:
             write_run(directory, info)
     except Exception:
-        log.exception("what this run is cannot be written down; the training goes on")
+        log.exception("what this run is cannot be written down; training continues")
 
 
 def _guard(trainer: L.Trainer) -> StepGuard | None:

@@ -57,7 +57,7 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, Mapping[str, Any]]) 
         for logger in trainer.loggers:
             logger.log_hyperparams(told)
     except Exception:
-        log.exception("the loggers cannot be told the settings; the training goes on")
+        log.exception("the loggers cannot be told the settings; training continues")
 
 
 def _of_the_module(trainer: L.Trainer) -> dict[str, Any]:

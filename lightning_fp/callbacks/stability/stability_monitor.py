@@ -28,7 +28,7 @@ class StabilityMonitor(RunCallback):
     stay on the device until the log interval ends; then each step's go to board and loggers under
     the same names, and to Parquet parts in `<dirpath>/stability/`, which
     `lightning_fp.records.read_stability` and `lightning-fp study predictors` read. It needs no
-    precision plugin of this package. Failures in here are logged, and the training goes on.
+    precision plugin of this package. Failures in here are logged, and training continues.
 
     >>> from lightning_fp import StabilityMonitor
     >>> trainer = L.Trainer(accelerator="cpu", callbacks=[StabilityMonitor()])

@@ -146,8 +146,8 @@ def _decided(events: Sequence[Event]) -> list[Decision]:
     if events[0].kind == "skip":
         what = "a gradient was inf or NaN"
         last = events[-1].step
-        many = f"{counted(len(events), 'step')} were left out, the last at step {last:,}"
-        why = f"{many}: {what}" if len(events) > 1 else f"the step was left out: {what}"
+        many = f"{counted(len(events), 'step')} were skipped, the last at step {last:,}"
+        why = f"{many}: {what}" if len(events) > 1 else f"the step was skipped: {what}"
         return [Decision(step=events[0].step, what=WORDS["skip"], why=why)]
     leading = next((e for kind in _LEADING for e in events if e.kind == kind), None)
     if leading is None:

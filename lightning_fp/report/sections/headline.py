@@ -51,7 +51,7 @@ def never_low(records: RunRecords) -> str:
     layers = "its only layer" if len(asked) == 1 else f"all {len(asked)} layers"
     what = "FP8" if any("fp8" in format for format in asked) else "Low precision"
     return (
-        f"{what} was asked for and never on: {layers} stayed in high precision in every step{why}."
+        f"{what} was asked for but never on: {layers} stayed in high precision in every step{why}."
     )
 
 

@@ -13,16 +13,18 @@ class Cause(Enum):
     """Why; the values are the sentences that users read, each with what to do."""
 
     HEALTHY = "nothing unusual"
-    LEARNING = "level and noise of the run are still being learned: only what is not finite counts"
-    NOT_FINITE = "loss, gradient or update is not finite: do not apply it"
+    LEARNING = (
+        "the run's usual level and noise are still being learned: until then only inf and NaN count"
+    )
+    NOT_FINITE = "the loss, a gradient or an update is inf or NaN: do not apply this step"
     OFTEN_NOT_FINITE = (
-        "loss, gradient or update is not finite, several steps in a row: replay a batch in high"
-        " precision, look at the data"
+        "the loss, a gradient or an update has been inf or NaN for several steps in a row: replay a"
+        " batch in high precision, and look at the data"
     )
     STAYS_NOT_FINITE = (
-        "loss, gradient or update stays not finite: go back to a state before that began"
+        "the loss, a gradient or an update stays inf or NaN: go back to a state before this began"
     )
-    RAISED = "the loss stands above its usual level: replay recent batches in high precision"
+    RAISED = "the loss is above its usual level: replay recent batches in high precision"
     DRIFT = (
         "the loss drifts upwards by more than its noise explains: replay recent batches in high"
         " precision"
@@ -39,7 +41,7 @@ class Cause(Enum):
         "most of the last updates are far larger than usual for their parameters: watch the loss,"
         " replay a batch in high precision"
     )
-    LASTING = "the loss rose and does not come back: go back to a state before that began"
+    LASTING = "the loss rose and does not come back: go back to a state before the rise"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -88,11 +88,11 @@ class OverflowWatch:
 
     def _reason(self, state: OverflowState, *, stuck: bool) -> str | None:
         if stuck:
-            return "gradients overflow at the least loss scale"
+            return "gradients overflow even at the smallest loss scale"
         if state.lost > self._patience:
-            return f"the loss of {state.lost} steps in a row was not finite, which no scale helps"
+            return f"the loss was inf or NaN {state.lost} times in a row, which no loss scale mends"
         if state.found and state.in_a_row > self._patience + self._scaling.hysteresis:
-            return f"gradients overflowed in {state.in_a_row} steps in a row"
+            return f"gradients overflowed {state.in_a_row} times in a row"
         # Each growth of the scale is answered by overflows, `hysteresis` of them, until it falls.
         interval = self._scaling.growth_interval
         usual = 0 if interval is None else WINDOW * self._scaling.hysteresis / interval

@@ -31,7 +31,7 @@ def by_gap(evidence: Evidence) -> Judgement | None:
         return None
     explained, known = explains(seen, case.anomaly), case.anomaly.level is not None
     finding: Finding = "precision" if gap.convicts and explained and known else "unclear"
-    reason = gap.sentence if explained else f"{gap.sentence}, a small part of the loss's rise"
+    reason = gap.sentence if explained else f"{gap.sentence}, which explains little of the rise"
     return Judgement(finding=finding, reason=reason, numbers=gap.numbers)
 
 

@@ -19,6 +19,7 @@ from lightning_fp.stability.replay.control import TOLERATED, Control, judge_cont
 from lightning_fp.stability.replay.paired import (
     FLOOR,
     PLACEBO,
+    WHAT_PLACEBO,
     WITHOUT_PLACEBO,
     Paired,
     judge_paired,
@@ -51,7 +52,7 @@ def by_trajectory(case: Case, survey: Surveyed, high: StretchReplayed) -> Judgem
     """
     record = survey.losses or ()
     if not high.done:
-        reason = "memory does not suffice for a replay in high precision"
+        reason = "there is not enough memory for a replay in high precision"
         return Judgement(finding="unclear", reason=reason, numbers={})
     least = case.anomaly.least
     if case.risen:
@@ -94,7 +95,7 @@ def by_control(evidence: Evidence, high: StretchReplayed) -> tuple[Judgement, Re
     # A probe has no rise to explain, and a slow fault may show in the last steps only.
     own = replace(question, precision="own", until=question if case.risen else None)
     if not affordable(evidence, own):
-        return Judgement(finding="unclear", reason=f"{SPENT}: no control", numbers={}), own
+        return Judgement(finding="unclear", reason=f"{SPENT} before a control run", numbers={}), own
     seen = _compare(survey, evidence.answer(own), high)
     if seen.finding != "not reproducible" or not survey.compiled:
         return _judged(seen), own
@@ -107,10 +108,10 @@ def by_control(evidence: Evidence, high: StretchReplayed) -> tuple[Judgement, Re
     # The fault is there only where code is compiled: is it the format's, or the compiler's?
     again = evidence.answer(replace(question, compiled=True))
     blamed = _compare(survey, again, high).finding != "repeats"
-    cause = "only the format's compiled kernel shows it" if blamed else "in high precision too"
+    cause = "only in low precision" if blamed else "in high precision too"
     said = Judgement(
         finding="precision" if blamed else "compiled code",
-        reason=f"compiled, {compiled.reason}; eagerly, {seen.reason}; {cause}",
+        reason=f"compiled: {compiled.reason}, {cause}; not compiled: {seen.reason}",
         numbers={"share_compiled": compiled.share, "share_eager": seen.share},
     )
     return said, compiled_own
@@ -153,14 +154,14 @@ def proved(
     placebo = evidence.answer(again).losses if affordable(evidence, again) else None
     if "rise" in candidate.numbers or math.isinf(candidate.numbers.get("gain", 0.0)):
         gain, moved = _tail(own, high.losses, placebo, least)
-        proof, reason = gain > PLACEBO * moved, f"a placebo makes a difference of {moved:.3g}"
-        numbers = {"placebo": moved}
+        proof, numbers = gain > PLACEBO * moved, {"placebo": moved}
+        reason = f"{WHAT_PLACEBO}, makes a difference of {moved:.3g}"
     else:
         pair = judge_paired(own, high.losses, placebo=placebo, least=least)
         proof, reason, numbers = pair.finding == "harm", pair.reason, pair.numbers
     return Judgement(
         finding=control.finding if proof else "unclear",
-        reason=f"{control.reason}; {reason}" + ("" if proof else ": this may be chaos"),
+        reason=f"{control.reason}; {reason}" + ("" if proof else ": this may be chance"),
         numbers={**control.numbers, **numbers},
     )
 

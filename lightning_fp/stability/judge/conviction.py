@@ -51,6 +51,9 @@ show: a fault that has grown since, as gradients that come to be rounded away, h
 culprits then, with an error of 0.21 instead of 3.0."""
 
 
+ELSEWHERE = "the inf or NaN comes from somewhere else"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conclusion:
     """What a case has come to."""
@@ -137,7 +140,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     elif case.risen:
         likeness = likely_cause(_around(evidence, seen))
     else:
-        likeness = "the loss does not suffer from the error"
+        likeness = "the error does not harm the loss"
     # Only what the control repeats is the run; else its steps are not made again, but kept.
     repeated = afforded and (control is None or control.finding == "precision")
     taken = high if repeated and stretch is not None and stretch.done else None
@@ -163,7 +166,7 @@ def _left_out(evidence: Evidence, seen: OneStep | None, one_step: Judgement | No
     if one_step.finding == "precision" and not seen.finite:
         attribution = _attribute(evidence, _error(seen))
         return Conclusion(finding="precision", one_step=one_step, attribution=attribution)
-    again = _of_one_moment("not reproducible") if seen.finite else "inf or NaN comes from elsewhere"
+    again = _of_one_moment("not reproducible") if seen.finite else ELSEWHERE
     return Conclusion(finding="not precision", one_step=one_step, likeness=again)
 
 
@@ -206,9 +209,9 @@ def _rises_anyway(case: Case, trajectory: Judgement | None) -> bool:
 
 def _of_one_moment(finding: Finding) -> str:
     if finding == "compiled code":
-        return "it looks like compiled code: run eagerly, the same batches do not show it"
+        return "it looks like compiled code: without compilation the same batches do not show it"
     return (
-        "it is not reproducible: something of one moment, weights changed outside of the training"
+        "it cannot be reproduced: a single event, weights that were changed outside of the training"
         " step, or a step that depends on more than its batch and its weights"
     )
 
@@ -253,7 +256,7 @@ def _overflow(evidence: Evidence, reason: str) -> Conclusion:
         finding=finding,
         one_step=Judgement(finding=finding, reason=said, numbers=numbers),
         start=None if survey.finite else survey.start,
-        likeness="" if finding == "precision" else "inf or NaN comes from elsewhere",
+        likeness="" if finding == "precision" else ELSEWHERE,
     )
 
 

@@ -81,7 +81,9 @@ def judge_control(
     share = _share(record, control, high)
     finding, reason = _weigh(share)
     if finding == "not reproducible" and step is not None:
-        reason = f"{reason}; from step {step} on it differs from what was recorded, by {apart:.1%}"
+        reason = (
+            f"{reason}; from step {step} on their losses differ from those recorded, by {apart:.1%}"
+        )
     return Control(
         finding=finding, reason=reason, share=share, first_difference=step, difference=apart
     )
@@ -145,9 +147,9 @@ def _share(
 
 def _weigh(share: float) -> tuple[Literal["repeats", "unclear", "not reproducible"], str]:
     if math.isnan(share):
-        return "unclear", "there is no harm that a control could repeat"
+        return "unclear", "there is no harm for a control run to repeat"
     again = "all" if share >= 1 else f"{max(share, 0.0):.0%}"
-    said = f"run again in its own formats, the same stretch shows {again} of the harm"
+    said = f"trained again in the run's own formats, the same steps show {again} of the harm"
     if share >= REPEATS:
         return "repeats", said
     return ("not reproducible" if share <= DOES_NOT else "unclear"), said

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from lightning_fp.counting import counted
+
 BATCHES = 8
 """Batches of a look, to begin with."""
 
@@ -108,15 +110,14 @@ class Gap:
 
     @property
     def sentence(self) -> str:
-        """E.g. "8 batches on the weights of now: high precision has a loss 3.1% lower"."""
-        batches = "1 batch" if self.count == 1 else f"{self.count} batches"
+        """E.g. "on 8 batches the loss is 3.1% lower in high precision"."""
+        batches = counted(self.count, "batch", "batches")
         if math.isnan(self.mean):
             return "no batch has a finite loss in high precision"
         if math.isinf(self.mean):
-            return f"{batches} on the weights of now: only high precision has a finite loss"
+            return f"on {batches} the loss is finite in high precision only"
         side = "lower" if self.mean >= 0 else "higher"
-        text = f"{batches} on the weights of now: high precision has a loss {abs(self.mean):.1%}"
-        return f"{text} {side}"
+        return f"on {batches} the loss is {abs(self.mean):.1%} {side} in high precision"
 
 
 def measure_gap(

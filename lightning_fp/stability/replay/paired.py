@@ -30,6 +30,8 @@ a few steps are mostly their outliers: at 100 times the learning rate 4 steps ca
 FLOOR = 0.01
 """Share of the loss that a gain must come to. At 0.5% warm restarts would be blamed."""
 
+WHAT_PLACEBO = "a placebo, tiny random changes of the weights"
+
 PLACEBO = 3.0
 """Times the placebo's difference that a gain must come to."""
 
@@ -159,7 +161,7 @@ def _after(pairs: Sequence[_Pair], placebo: Sequence[float | None] | None, least
     last = pairs[-1][0]
     lost = [index for index, low, _ in pairs[-WINDOWS[0] :] if not math.isfinite(low)]
     if len(lost) == WINDOWS[0]:
-        reason = f"{len(lost)} steps in a row give inf or NaN, none in high precision"
+        reason = f"{len(lost)} steps in a row give inf or NaN, and none in high precision"
         return Paired(finding="harm", reason=reason, gain=math.inf, window=len(lost), decided=last)
     finite = [(index, low, top) for index, low, top in pairs if math.isfinite(low)]
     if len(finite) < WINDOWS[0]:
@@ -180,15 +182,16 @@ def _after(pairs: Sequence[_Pair], placebo: Sequence[float | None] | None, least
 def _weigh(gain: float, score: float, window: int, chaos: float | None, last: int) -> Paired:
     least = WITHOUT_PLACEBO if chaos is None else max(FLOOR, PLACEBO * chaos)
     shows = score > Z * math.sqrt(max(1.0, LONG / window)) and gain > FLOOR
-    over = f"over {window} steps"
+    side = "lower" if gain >= 0 else "higher"
+    lower = f"the loss is {abs(gain):.1%} {side} in high precision over {window} steps"
     if shows and gain > least:
-        reason = f"high precision learns the same batches to a loss {gain:.1%} lower {over}"
+        reason = f"with the same batches {lower}"
         finding, decided = "harm", last
     elif shows and chaos is not None:
-        reason = f"a loss {gain:.1%} lower {over} may be chaos: a placebo moved it by {chaos:.1%}"
+        reason = f"{lower}; this may be chance: {WHAT_PLACEBO}, moves it by {chaos:.1%}"
         finding, decided = "unclear", None
     else:
-        reason = f"high precision has a loss {gain:.1%} lower {over}, which does not tell"
+        reason = f"{lower}, which is not enough to decide"
         finding, decided = "unclear", None
     return Paired(
         finding=finding,
@@ -236,7 +239,7 @@ def _shared_rise(pairs: Sequence[_Pair], baseline: float, error: float) -> Paire
     now = spread / math.sqrt(len(tail)) * (1 + 3 / (len(tail) - 1))  # more for few, as Student's t
     if height <= RISE * math.hypot(error, now) or low - top >= SHARED * height:
         return None
-    reason = f"the loss rises in high precision as well ({(top - baseline) / height:.0%} of it)"
+    reason = f"the loss rises in high precision too, {(top - baseline) / height:.0%} as much"
     return Paired(
         finding="no harm",
         reason=reason,

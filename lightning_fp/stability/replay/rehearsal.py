@@ -23,8 +23,8 @@ OUTCOMES: tuple[Outcome, ...] = ("passed", "one step", "limits only")
 
 CONSEQUENCES: Mapping[Outcome, str] = {
     "passed": "replays leave nothing behind here",
-    "one step": "no trajectories are replayed, suspicions are judged by one step",
-    "limits only": "nothing is replayed, only limits act and bad steps are left out",
+    "one step": "only single steps are replayed, and suspicions are judged by these",
+    "limits only": "nothing is replayed; only limits act, and bad steps are skipped",
 }
 
 NOTHING_ELSE = "replays leave nothing else behind here"
@@ -71,7 +71,7 @@ def not_twice(losses: Sequence[float]) -> str:
     apart, pair = max(((_apart(a, b), (a, b)) for a, b in combinations(losses, 2)), default=_SAME)
     if apart <= TOLERATED:
         return ""
-    return f"training_step is not the same twice: loss {_numbers(*pair)}"
+    return f"training_step gives another loss the second time: {_numbers(*pair)}"
 
 
 _SAME = (0.0, (0.0, 0.0))
@@ -87,8 +87,8 @@ def not_as_recorded(recorded: float | None, replayed: float | None) -> str:
     if recorded is None or replayed is None or _apart(recorded, replayed) <= TOLERATED:
         return ""
     return (
-        "a step from a snapshot is not the same again, it depends on what snapshots do not hold:"
-        f" loss {_numbers(recorded, replayed)}"
+        "a step repeated from a snapshot is not the same: it depends on something that snapshots do"
+        f" not hold (loss {_numbers(recorded, replayed)})"
     )
 
 

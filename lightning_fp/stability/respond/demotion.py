@@ -37,18 +37,18 @@ def demotion(
     """
     everything = dict.fromkeys(low, high)
     if final:
-        return everything, "precision did it again: high precision for good"
+        return everything, "precision did harm again: all layers stay in high precision from now on"
     if whole:
-        return everything, "all layers, and what is between them"
+        return everything, "all layers together, since they cannot change one by one"
     if not culprits:
-        return everything, "no few layers explain it: all layers"
+        return everything, "a few layers do not explain it: all layers change"
     if scope == "layers":
-        return dict(culprits), "the culprits, to the first rung where they do no harm"
+        return dict(culprits), "the layers at fault, each to the first format that does no harm"
     if scope == "group":
         groups = {group_of(name) for name in (*culprits, *demoted)}
         group = {name: high for name in low if group_of(name) in groups}
-        return group, "it came back: the culprits' whole groups"
-    return everything, "it came back again: all layers"
+        return group, "it came back: all layers in the blocks of those at fault"
+    return everything, "it came back again: all layers change"
 
 
 def group_of(name: str) -> str:

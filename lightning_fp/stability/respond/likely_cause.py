@@ -53,7 +53,7 @@ def likely_cause(evidence: CauseEvidence) -> str:
     """
     if evidence.floor is not None and evidence.floor > 1e-3:
         return (
-            "it looks like the hardware, or a kernel at fault: the same batch run twice gives"
+            "it looks like faulty hardware or a faulty kernel: the same batch run twice gives"
             f" gradients that differ by {evidence.floor:.1%}"
         )
     low, top = _rise([rate for rate in evidence.rates if rate > 0])
@@ -69,8 +69,8 @@ def likely_cause(evidence: CauseEvidence) -> str:
     if evidence.older_loss is not None and evidence.older_loss_then is not None:
         if evidence.older_loss <= evidence.older_loss_then + 3 * (evidence.noise or 0.0):
             return (
-                "it looks like the data: an older batch has as small a loss as before"
-                f" ({evidence.older_loss:.4g}), the new ones have not"
+                "it looks like the data: an older batch has the same small loss as before"
+                f" ({evidence.older_loss:.4g}), and the new ones do not"
             )
         return (
             "it looks like the optimization itself, such as a learning rate that is too high: the"

@@ -83,8 +83,8 @@ class Excess:
 
     @property
     def sentence(self) -> str:
-        """E.g. "clamped_mass of grad_output is 0.13, limit 0.01"."""
-        return f"{self.statistic} of {self.operand} is {self.value:.3g}, limit {self.limit:.3g}"
+        """E.g. "clamped_mass of grad_output is 0.13 (limit 0.01)"."""
+        return f"{self.statistic} of {self.operand} is {self.value:.3g} (limit {self.limit:.3g})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, TypeAlias
 
+from lightning_fp.counting import counted
+
 Finding = Literal["precision", "not precision", "unclear", "not reproducible", "compiled code"]
 """The last two: run again, the same batches do not show it; they show it only where compiled."""
 
@@ -148,7 +150,7 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly) -> Judgement:
     """
     numbers = _numbers(seen)
     if not seen.finite and seen.high_finite:
-        reason = "the batch gives inf or NaN in the current formats and not in high precision"
+        reason = "the batch gives inf or NaN in the current formats but not in high precision"
         return Judgement(finding="precision", reason=reason, numbers=numbers)
     if not seen.finite and not seen.high_finite:
         reason = "the batch gives inf or NaN in high precision too"
@@ -157,9 +159,9 @@ def judge_one_step(seen: OneStep, anomaly: Anomaly) -> Judgement:
         baseline, noise = anomaly.level
         height, gap = seen.loss - baseline, seen.loss - seen.high_loss
         if height > LARGE * noise and gap > (1 - RECOVERED) * height:
-            reason = f"high precision takes {gap / height:.0%} of the loss's rise away at once"
+            reason = f"in high precision {gap / height:.0%} of the loss's rise is gone at once"
             return Judgement(finding="precision", reason=reason, numbers=numbers)
-    reason = "one step in high precision does not tell"
+    reason = "one step in high precision is not enough to decide"
     return Judgement(finding="unclear", reason=reason, numbers=numbers)
 
 
@@ -205,8 +207,8 @@ def judge_cure(seen: OneStep, usual: float) -> Judgement:
         usual: the most that `worst_error` may be after a cure.
     """
     reason = (
-        f"not cured: after the demotion the gradients' error is {seen.worst_error:.2g}, at most"
-        f" {usual:.2g} is usual"
+        f"not cured: after the demotion the gradients' error is {seen.worst_error:.2g} (usually at"
+        f" most {usual:.2g})"
     )
     return Judgement(finding="precision", reason=reason, numbers=_numbers(seen))
 
@@ -221,9 +223,9 @@ def judge_gradients(batches: Sequence[OneStep], usual: float) -> Judgement:
     of_all = min(seen.grad_error for seen in batches)
     in_a_layer = min(seen.worst_error for seen in batches)
     reason = (
-        f"the gradients are wrong: in each of {len(batches)} batches they differ from high"
-        f" precision's by at least {of_all:.3g} times the norm of those, in the worst layer by"
-        f" {in_a_layer:.3g}, usual is {usual:.2g}"
+        f"the gradients are wrong: in each of {len(batches)} batches their error against high"
+        f" precision is at least {of_all:.3g}, and {in_a_layer:.3g} in the worst layer (usually"
+        f" {usual:.2g})"
     )
     return Judgement(finding="precision", reason=reason, numbers=_numbers(batches[0]))
 
@@ -261,13 +263,13 @@ def judge_trajectory(
     both = zip(losses, high_losses)  # noqa: B905 - a replay may end early
     pairs = [(a, b) for a, b in both if a is not None and b is not None]
     if len(pairs) < 4:
-        reason = f"a trajectory of {len(pairs)} steps is too short to tell"
+        reason = f"{counted(len(pairs), 'step')} replayed: too few to decide"
         return Judgement(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
     tail = pairs[-_tail(len(pairs)) :]
     bad, high_bad = (sum(not math.isfinite(value) for value in run) for run in _runs(tail))
     if high_bad:
         alike = 0 < bad <= 2 * high_bad
-        reason = f"high precision meets inf or NaN as well, in {high_bad} of {len(tail)} steps"
+        reason = f"high precision gives inf or NaN as well, in {high_bad} of {len(tail)} steps"
         numbers: dict[str, float] = {"steps": len(pairs), "bad": bad, "high_bad": high_bad}
         return Judgement(
             finding="not precision" if alike else "unclear", reason=reason, numbers=numbers
@@ -301,14 +303,14 @@ def _judge_by_beginning(pairs: _Pairs, least: float) -> Judgement:
     """By its first steps: little to go by, so the replay must not rise by half of what it gains."""
     begun = level_at_first(*_runs(pairs))
     if begun is None:
-        reason = "nothing is known of the loss before, and too few steps were replayed to tell"
+        reason = "the loss before is not known, and too few steps were replayed to decide"
         return Judgement(finding="unclear", reason=reason, numbers={"steps": len(pairs)})
     baseline, noise = begun
     verdict = _judge_by_level(pairs, baseline, noise, least_rise=LARGE * noise, least=least)
     risen = verdict.numbers["high_loss"] - baseline
     if verdict.finding != "precision" or risen <= verdict.numbers["gain"] / 2:
         return verdict
-    reason = f"{verdict.reason}, but there the loss rises too"
+    reason = f"{verdict.reason}, but the loss rises there too"
     return Judgement(finding="unclear", reason=reason, numbers=verdict.numbers)
 
 
@@ -327,7 +329,7 @@ def _judge_by_level(
     bad = sum(not math.isfinite(value) for value in live)
     if bad:
         numbers["gain"] = math.inf
-        reason = f"inf or NaN in {bad} of {tail} steps, none in high precision"
+        reason = f"{bad} of {tail} steps give inf or NaN, and none in high precision"
         return _if_recovered(reason, pairs, baseline, noise, numbers, math.inf)
     gains = [a - b for a, b in zip(live, high, strict=True)]
     gain = fmean(gains)
@@ -338,24 +340,28 @@ def _judge_by_level(
     height = numbers["loss"] - baseline
     if height <= least_rise:  # nothing to explain: does low precision cost anything worth it?
         if worth:
-            reason = f"high precision learns the same batches to a loss {gain:.3g} lower"
+            reason = f"with the same batches the loss is {gain:.3g} lower in high precision"
             return Judgement(finding="precision", reason=reason, numbers=numbers)
         if gain + 3 * error < least_gain:
-            reason = f"high precision learns the same batches no better (loss lower by {gain:.3g})"
+            reason = f"with the same batches high precision does no better ({_lower(gain)})"
             return Judgement(finding="not precision", reason=reason, numbers=numbers)
-        reason = f"high precision lowers the loss by {gain:.3g}, within the noise"
+        reason = f"high precision changes little beyond the noise ({_lower(gain)})"
         return Judgement(finding="unclear", reason=reason, numbers=numbers)
     numbers["rise"] = height
     large, calm = height > LARGE * noise, level - baseline <= least_rise
     most = gain > (0.5 if calm else 1 - RECOVERED) * height
     if most and (large or worth):
-        reason = f"the same batches in high precision take {gain / height:.0%} of the rise away"
+        reason = f"with the same batches in high precision {gain / height:.0%} of the rise is gone"
         return _if_recovered(reason, pairs, baseline, noise, numbers, height)
     if gain < SAME * height and (large or not worth):
-        reason = f"the loss rises in high precision as well ({1 - gain / height:.0%} of the rise)"
+        reason = f"the loss rises in high precision too, {1 - gain / height:.0%} as much"
         return Judgement(finding="not precision", reason=reason, numbers=numbers)
-    reason = f"high precision takes {gain / height:.0%} of the rise away, which does not tell"
+    reason = f"in high precision {gain / height:.0%} of the rise is gone: not enough to decide"
     return Judgement(finding="unclear", reason=reason, numbers=numbers)
+
+
+def _lower(gain: float) -> str:
+    return f"its loss is {abs(gain):.3g} {'lower' if gain >= 0 else 'higher'}"
 
 
 def _if_recovered(
@@ -372,14 +378,14 @@ def _if_recovered(
     """
     left = numbers["high_loss"] - baseline
     if left > max(3 * noise, RECOVERED * min(height, 10 * noise)):
-        reason = f"{reason}, but the loss does not come back to its baseline"
+        reason = f"{reason}, but the loss does not return to where it was"
         return Judgement(finding="unclear", reason=reason, numbers=numbers)
     # Where neither was finite, it was the data.
     apart = [pair for pair in pairs if any(map(math.isfinite, pair))]
     peak, high_peak = (_peak(run, baseline) for run in _runs(apart))
     large = LARGE * noise
     if height > large and high_peak > max(large, min(peak / 4, 10 * noise)):
-        reason = f"{reason}, but there the loss rose as well before it came back"
+        reason = f"{reason}, but the loss rose there too before it came back"
         return Judgement(finding="unclear", reason=reason, numbers=numbers)
     return Judgement(finding="precision", reason=reason, numbers=numbers)
 

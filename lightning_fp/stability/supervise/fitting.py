@@ -39,16 +39,17 @@ def fitting(
     blocks = 0 if loop.compiled else loop.recomputation.begin_in_the_run()
     if blocks and can_run(loop, step, formats):
         note(
-            "the run has no memory for what is demoted: from here on the activations of"
-            f" {blocks} of its blocks are computed again in each backward, for about a third more"
-            " time; what their code counts or logs, it does twice"
+            "there is too little memory for the safer formats: from here on"
+            f" {counted(blocks, 'block')} of the model will compute activations again in each"
+            " backward pass. That takes about a third more time, and whatever the code of these"
+            " blocks counts or logs happens twice"
         )
         return formats
     loop.recomputation.end_in_the_run()
     left = dict(formats)
     while left and not can_run(loop, step, left):
         left = dict(islice(left.items(), len(left) // 2))
-    note(f"the run has memory for {len(left)} of {counted(len(formats), 'layer')} to be demoted")
+    note(f"there is memory to demote only {len(left)} of {counted(len(formats), 'layer')}")
     return left
 
 
@@ -67,6 +68,6 @@ def keep_again(
         return
     recomputation.end_in_the_run()
     if can_run(loop, step, {}):
-        note("there is memory for all activations again: no block computes its own twice")
+        note("there is memory for all activations again: no block computes them twice any more")
     else:
         recomputation.begin_in_the_run()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
+from lightning_fp.counting import counted
 from lightning_fp.events import (
     Demotion,
     Event,
@@ -79,14 +80,15 @@ class IncidentLog:
     def started(self, step: int, memory: Mapping[str, float], *, dry_run: bool) -> None:
         """The watch begins."""
         snapshots = memory["all_snapshots_bytes"] / 2**20
+        more = memory["high_precision_bytes_per_token"] / 2**10
         reason = (
             f"snapshots take {snapshots:.1f} MiB of host memory, recorded batches at most"
-            f" {memory['ring_bytes_at_most'] / 2**20:.0f} MiB; all layers in high precision keep"
-            f" {memory['high_precision_bytes_per_token'] / 2**10:.1f} KiB more per token;"
-            f" replays take at most {memory['replay_share']:.0%} of the steps, and one incident of"
-            f" {memory['replay_incident']:.0f}"
+            f" {memory['ring_bytes_at_most'] / 2**20:.0f} MiB; with all layers in high precision"
+            f" activations take {more:.1f} KiB more per token; replays add at most"
+            f" {memory['replay_share']:.0%} to the steps, and a single incident at most"
+            f" {counted(round(memory['replay_incident']), 'step')}"
         )
-        action = "only logging, nothing is changed" if dry_run else ""
+        action = "dry run: only logging, nothing is changed" if dry_run else ""
         self.write(Started(step=step, reason=reason, numbers=dict(memory), action=action))
 
     def note(self, step: int, text: str) -> None:

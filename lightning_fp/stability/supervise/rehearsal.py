@@ -364,7 +364,7 @@ class Rehearsal:
         follows = NOTHING_ELSE if grown and reach == "passed" else CONSEQUENCES[reach]
         notes = [f"{line}, which is put back" for line in put_back[:_MANY]]
         if not self.eager_comparable:
-            notes.append("eager not comparable with compiled")
+            notes.append("eager code cannot be compared with compiled code here")
         return Rehearsed(
             step=step,
             reason="; ".join([*lines, *grown, follows, *notes]),

@@ -54,11 +54,11 @@ from lightning_fp.state_version import reads
 
 log = logging.getLogger("lightning_fp.fallback")
 
-UNPROVEN = "nothing can be replayed here: every layer climbs one rung, unproven"
+UNPROVEN = "nothing can be replayed here: each layer moves to the next safer format, without proof"
 """What a suspicion says there with `act_without_proof`."""
 
 NO_REPLAY = (
-    "nothing can be replayed here: look into it, PrecisionMap.set gives layers a safer format"
+    "nothing can be replayed here: look into it; PrecisionMap.set gives layers a safer format"
 )
 """What a suspicion says where the rehearsal has confined the watch to limits."""
 
@@ -142,7 +142,7 @@ class Supervisor:
         }
         self.log.started(self.count.done, memory, dry_run=self._options.dry_run)
         if why := self.loop.unreplayable():
-            self.note(f"{why}: it is watched, and nothing can be replayed")
+            self.note(f"{why}: the run is watched, but nothing can be replayed")
         if stored := sum(map(is_stored, self.loop.table.layers.values())):
             self.note(not_healed(stored))
 
@@ -282,8 +282,8 @@ class Supervisor:
         if not self._said_interval:
             self._said_interval = True
             self.note(
-                f"a snapshot every {every} steps, so that copies take at most {SHARE:.0%} of the"
-                " time"
+                f"a snapshot is taken every {every} steps, so that copying takes at most"
+                f" {SHARE:.0%} of the time"
             )
 
     def _heard(self, happening: Happening) -> list[Action]:
@@ -337,7 +337,7 @@ class Supervisor:
             self.tell(HighPrecisionTried(at=done, outcome=outcome))
 
     def safely(self, function: Callable[..., object], *args: Any) -> None:
-        """What fails in here is logged, and the training goes on without the watch."""
+        """What fails in here is logged, and training continues without the watch."""
         if self.failed_at is not None:
             return
         try:
@@ -371,8 +371,8 @@ class Supervisor:
     def _fail(self, error: Exception) -> None:
         self.failed_at = at = self.count.done
         why = error if self._broken is None else self._broken
-        log.error("the watch has failed; the training goes on, unwatched from here", exc_info=error)
-        reason = f"the watch has failed, the run goes on unprotected: {why}"
+        log.error("the watch has failed; training continues unwatched", exc_info=error)
+        reason = f"the watch has failed; the run continues unprotected: {why}"
         self.log.write(WatchFailed(step=at, reason=reason))
 
     # -- the end --------------------------------------------------------------------------------

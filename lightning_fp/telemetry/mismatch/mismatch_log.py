@@ -252,7 +252,7 @@ class MismatchLog:
                     self._writer.append_causes(step, shares)
             except OSError:
                 self._writer = None
-                log.exception("mismatch.csv cannot be written; the training goes on without it")
+                log.exception("mismatch.csv cannot be written; training continues without it")
 
     def guarded(self, function: Callable[..., object], *args: Any) -> None:
         """What is wrong from the start is raised; what goes wrong later may not end the run."""
@@ -265,7 +265,7 @@ class MismatchLog:
             if not self.worked:
                 raise
             if not self._failed:
-                log.exception("%s failed; the training goes on without it", self._name)
+                log.exception("%s failed; training continues without it", self._name)
             self._failed = True
 
     def end(self) -> None:

@@ -143,7 +143,7 @@ class Staging:
                 self._boundary(self.moves, step, held, over)
         except Exception as error:
             self.run = None
-            log.exception("StagedRollout failed; the training goes on in the formats of now")
+            log.exception("StagedRollout failed; training continues in the current formats")
             text = f"the rollout has failed in stage {self.stage}, the run goes on: {error}"
             self._log.write(Note(step=self.state.last, reason=text))
         self._open = step

@@ -68,7 +68,7 @@ def test_a_loss_that_overflows_turns_the_run_to_bf16_and_back(tmp_path: Path) ->
     assert set(demotion.formats.values()) == {("fp16", "bf16")}
     assert len(demotion.formats) == 9
     verdict = next(event for event in events if event.kind == "verdict")
-    assert "no scale helps; in bf16 they are finite" in verdict.reason
+    assert "no loss scale mends; in bf16 they are finite" in verdict.reason
     assert torch.bfloat16 in model.dtypes
     assert model.dtypes[-1] is torch.float16  # after probation
     assert set(plugin.precision_map.formats().values()) == {"fp16"}
@@ -83,7 +83,7 @@ def test_gradients_that_overflow_at_the_least_scale_turn_the_run_to_bf16(tmp_pat
     plugin = run(model, tmp_path, scaling, steps=12)
     events = read_events(tmp_path)
     suspicion = next(event for event in events if event.kind == "suspect")
-    assert suspicion.reason == "gradients overflow at the least loss scale"
+    assert suspicion.reason == "gradients overflow even at the smallest loss scale"
     assert set(plugin.precision_map.formats().values()) == {"bf16"}
     assert plugin.half_dtype is torch.bfloat16
     assert model.dtypes[-1] is torch.bfloat16

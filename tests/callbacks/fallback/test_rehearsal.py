@@ -285,7 +285,7 @@ def test_it_passes_on_an_ordinary_loop_and_leaves_it_as_it_was(loop: str, tmp_pa
 def test_it_passes_on_compiled_code_with_dropout(tmp_path: Path) -> None:
     event = rehearsed(Compiled(), tmp_path)
     assert event.outcome == "passed"
-    assert "eager not comparable" in event.reason
+    assert "eager code cannot be compared" in event.reason
 
 
 # -- side effects --------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ BANK: list[float] = []
 
 
 class GlobalBank(Net):
-    """training_step is not the same twice: loss"""
+    """training_step gives another loss the second time"""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)
@@ -466,7 +466,7 @@ class HiddenGenerator(Net):
 
 
 class Clock(Net):
-    """training_step is not the same twice: loss"""
+    """training_step gives another loss the second time"""
 
     ticks: ClassVar[Iterator[int]] = iter(range(10**9))
 

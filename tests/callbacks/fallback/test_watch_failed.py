@@ -67,7 +67,7 @@ def test_it_is_said_everywhere(tmp_path: Path) -> None:
     [event] = read_events(tmp_path, kinds=["watch_failed"])
     assert isinstance(event, WatchFailed)
     assert "a defect of ours" in event.reason
-    assert "the watch has failed, the run goes on unprotected" in event.sentence()
+    assert "the watch has failed; the run continues unprotected" in event.sentence()
     assert 4 <= event.step <= 6
     assert words[: event.step] == [None] * event.step
     assert set(words[event.step :]) == {f"failed at step {event.step}"}

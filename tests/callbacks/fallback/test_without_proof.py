@@ -48,7 +48,7 @@ def test_a_suspicion_climbs_one_rung_only_if_asked_to(act: bool, tmp_path: Path)
     events = read_events(tmp_path)
     (suspicion,) = [event for event in events if isinstance(event, Suspicion)][:1]
     assert suspicion.step >= RISE
-    assert ("climbs one rung" if act else "PrecisionMap.set") in suspicion.action
+    assert ("moves to the next safer format" if act else "PrecisionMap.set") in suspicion.action
     climbs = [event for event in events if isinstance(event, UnprovenClimb)]
     formats = plugin.precision_map.formats()
     if act:

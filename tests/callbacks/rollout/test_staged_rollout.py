@@ -616,7 +616,7 @@ def test_a_rollout_that_fails_does_not_end_the_run(
     with caplog.at_level(logging.ERROR, "lightning_fp"):
         model, _, _ = train(rollout, 4, blocks=2)
     assert len(model.losses) == 4
-    assert caplog.text.count("StagedRollout failed; the training goes on") == 1
+    assert caplog.text.count("StagedRollout failed; training continues") == 1
     (note,) = read_events(tmp_path)
     assert "the rollout has failed in stage None, the run goes on: no idea" in note.reason
 

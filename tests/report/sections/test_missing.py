@@ -23,7 +23,7 @@ from lightning_fp.report.sections.every_section import sections
 from lightning_fp.report.sections.headline import headline
 
 NEVER = (
-    "FP8 was asked for and never on: all 2 layers stayed in high precision in every step; the"
+    "FP8 was asked for but never on: all 2 layers stayed in high precision in every step; the"
     " rollout ended in stage 'high'."
 )
 CALLBACKS = ("ClampMonitor", "ParityProbe", "EvaluationGap")

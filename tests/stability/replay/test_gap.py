@@ -33,7 +33,7 @@ def test_numbers_of_a_look() -> None:
     assert (gap.count, gap.mean, gap.worst) == pytest.approx((4, 0.02, 0.03))
     assert gap.error == pytest.approx(0.008164966 / 2)
     assert gap.numbers["gap"] == gap.mean
-    assert gap.sentence.endswith("high precision has a loss 2.0% lower")
+    assert gap.sentence.endswith("the loss is 2.0% lower in high precision")
 
 
 def test_a_steady_cost_convicts() -> None:
@@ -111,7 +111,7 @@ def test_inf_or_nan_in_the_formats_alone_convicts_of_any_loss() -> None:
         gap = measure_gap([*LOSSES[:7], bad], LOSSES)
         assert gap.convicts
         assert gap.alarming
-        assert "only high precision" in gap.sentence
+        assert "high precision only" in gap.sentence
 
 
 def test_a_batch_that_is_bad_in_high_precision_too_says_nothing() -> None:

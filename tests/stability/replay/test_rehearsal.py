@@ -50,7 +50,7 @@ def test_the_hook_and_what_it_changes_are_named() -> None:
 
 def test_the_same_step_twice() -> None:
     assert not_twice([2.31, 2.31, 2.29]) == (
-        "training_step is not the same twice: loss 2.31 and 2.29"
+        "training_step gives another loss the second time: 2.31 and 2.29"
     )
     assert not_twice([2.0, 2.0, 2.001]) == ""  # kernels that are not deterministic
     assert not_twice([math.nan, math.nan]) == ""
@@ -60,7 +60,7 @@ def test_the_same_step_twice() -> None:
 
 def test_a_step_from_a_snapshot() -> None:
     line = not_as_recorded(2.5, 2.4)
-    assert line.endswith("loss 2.5 and 2.4")
+    assert line.endswith("(loss 2.5 and 2.4)")
     assert not_as_recorded(None, 2.4) == not_as_recorded(2.4, 2.4) == ""
     assert not_as_recorded(2.4001, 2.4) == ""
 

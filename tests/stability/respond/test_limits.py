@@ -113,7 +113,7 @@ def test_the_layer_and_the_operand_at_fault(fault: str, operand: str, statistic:
     row = rows[names.index("blocks.1.fc1"), OPERANDS.index(operand)]
     assert excess.value == shares(row)[statistic]
     assert excess.limit == getattr(limit, statistic)
-    assert excess.sentence.startswith(f"{statistic} of {operand} is {excess.value:.3g}, limit ")
+    assert excess.sentence.startswith(f"{statistic} of {operand} is {excess.value:.3g} (limit ")
 
 
 @pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-rowwise", "mxfp8"])
@@ -135,7 +135,7 @@ def test_underflow_of_gradients_is_healthy() -> None:
     assert watch.excesses(rows, ["a"]) == {}
     rows[0, OPERANDS.index("weight"), COLUMN["underflow"]] = 26
     assert watch.excesses(rows, ["a"])["a"].sentence == (
-        "underflow_fraction of weight is 0.26, limit 0.25"
+        "underflow_fraction of weight is 0.26 (limit 0.25)"
     )
 
 

@@ -284,7 +284,7 @@ def test_a_failure_ends_the_log_and_not_the_run(
     monkeypatch.setattr(StepValues, "take", broken)
     loop, _ = trained(tmp_path, stability=True)
     assert loop.global_step == 24
-    assert caplog.text.count("failed; the training goes on") == 1
+    assert caplog.text.count("failed; training continues") == 1
 
 
 def test_compiled_models_have_what_the_optimizer_knows(tmp_path: Path) -> None:
