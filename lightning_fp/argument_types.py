@@ -49,8 +49,9 @@ def checked(what: T) -> T:
     Traceback (most recent call last):
     ValueError: steps must be a whole number, got 'two'
 
-    Names that only type checkers import are not checked, nor is which of the texts of a `Literal`
-    it is: what takes the value knows what was meant. NaN is no number.
+    A number of NumPy, or a tensor of one value, arrives as Python's own: `numpy.bool_(True)` as
+    True. Names that only type checkers import are not checked, nor is which of the texts of a
+    `Literal` it is: what takes the value knows what was meant. NaN is no number.
     """
     if isinstance(what, type):
         what.__init__ = _checked(what.__init__)
@@ -75,11 +76,15 @@ def _checked(function: Callable[..., Any], *, nan: bool = False) -> Callable[...
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments  # TypeError, as without this
+        bound = signature.bind(*args, **kwargs)  # TypeError, as without this
+        given = bound.arguments
         for name, hint in hints().items():
-            if name in given and not fits(given[name], hint, nan=nan):
+            if name not in given:
+                continue
+            given[name] = _as_asked(given[name], hint)
+            if not fits(given[name], hint, nan=nan):
                 raise _refused(name, hint, given[name])
-        return function(*args, **kwargs)
+        return function(*bound.args, **bound.kwargs)
 
     return call
 
@@ -107,6 +112,30 @@ def _refused(name: str, hint: Any, value: object) -> ValueError:
     if isinstance(value, int) and abs(value) >= _INT64:
         words = words.replace(_WORDS[int], f"{_WORDS[int]} of at most 64 bits")
     return ValueError(f"{name} must be {words}, got {shown(value)}")
+
+
+def pythons_own(value: Any) -> Any:
+    """A single number or truth value of NumPy or torch as Python's own; all else as it is.
+
+    >>> import torch
+    >>> pythons_own(torch.tensor(3)), pythons_own("three")
+    (3, 'three')
+    """
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    try:
+        own = value.item()
+    except Exception:  # of a tensor without data, for example
+        return value
+    return own if isinstance(own, (bool, int, float)) else value
+
+
+def _as_asked(value: Any, hint: Any) -> Any:
+    """`pythons_own` where a number is asked for, and not, say, a tensor or anything."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    numbers_alone = all(kind in (bool, int, float) or not fits(value, kind) for kind in kinds)
+    own = pythons_own(value) if numbers_alone else value
+    return own if fits(own, hint) else value
 
 
 def _resolved(annotation: Any, known: Mapping[str, Any]) -> Any:

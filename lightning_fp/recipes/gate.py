@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, get_args
 
+from lightning_fp.argument_types import pythons_own
 from lightning_fp.choices import check_choice
 from lightning_fp.shown import shown
 
@@ -51,6 +52,8 @@ class Gate:
                 "gate: statistic must be a name such as 'clamped_mass/max', got"
                 f" {shown(self.statistic)}"
             )
+        for field in ("below", "above", "window"):
+            object.__setattr__(self, field, pythons_own(getattr(self, field)))
         for field in ("below", "above"):
             value = getattr(self, field)
             if value is not None and not is_number(value):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, cast, get_args
 
+from lightning_fp.argument_types import pythons_own
 from lightning_fp.choices import check_choice, did_you_mean
 from lightning_fp.layers import LinearFormat, linear_format
 from lightning_fp.layers.format import DynamicScaling
@@ -79,6 +80,7 @@ class Stage:
             raise ValueError(
                 f"{self}: on_fail must be 'hold' without gates, got {self.on_fail!r}; add a gate"
             )
+        object.__setattr__(self, "max_tries", pythons_own(self.max_tries))
         if not is_count(self.max_tries):
             raise ValueError(
                 f"{self}: max_tries must be an integer of at least 1, got {shown(self.max_tries)}"
@@ -141,6 +143,7 @@ class Stage:
                 f"{self}: until must be a mapping of {', '.join(known)}, got {shown(until)};"
                 " e.g. {'steps': 500}"
             )
+        until = {key: pythons_own(value) for key, value in until.items()}
         for key, value in until.items():
             where = f"{self}: until.{key}"
             if key not in known:
@@ -152,4 +155,4 @@ class Stage:
                 raise ValueError(f"{where} must be above 0 and at most 1, got {shown(value)}")
             if key == "loss" and not is_number(value):
                 raise ValueError(f"{where} must be a finite number, got {shown(value)}")
-        return cast(Until, dict(until))
+        return cast(Until, until)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,7 @@ from torch import nn
 
 import lightning_fp as fp
 from lightning_fp import fabric, recipes
+from lightning_fp.argument_types import checked
 from lightning_fp.layers import AutoScaling, linear_format
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.metrics import LossSpikeScore, TrainingInferenceMismatch
@@ -223,16 +225,14 @@ def test_a_thousand_arguments(name: str, data: st.DataObject) -> None:
     check(name, data)
 
 
-@pytest.mark.parametrize("name", MADE)
-def test_no_argument_takes_just_anything(name: str) -> None:
-    """Each alone, beside what is right for the others."""
-    make = MADE[name]
+def right_for(make: Callable[..., Any]) -> dict[str, Any]:
+    """What is right for the arguments without a default."""
     right = {
         "name": "balanced" if make is recipes.get else "dynamic",
         "layers": {"*": "high"},
         "stages": (stage(),),
         "statistic": "loss",
-        "kind": "truncate",
+        "kind": "masked",
         "format": "fp8-dynamic",
         "backend": "auto",
         "frozen": "kept",
@@ -243,8 +243,50 @@ def test_no_argument_takes_just_anything(name: str) -> None:
         "steps": 1,
         "value": "dynamic",
     }
+    parameters = inspect.signature(make).parameters.items()
+    return {n: right[n] for n, p in parameters if p.default is p.empty and n in right}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_numbers_of_numpy_and_torch_are_numbers(name: str) -> None:
+    """In place of each default that is a number or a truth value."""
+    make = MADE[name]
+    given = right_for(make)
+    for argument, parameter in inspect.signature(make).parameters.items():
+        value = given.get(argument, parameter.default)
+        if isinstance(value, (bool, int, float)):
+            for same in (torch.tensor(value), np.asarray(value), np.asarray(value)[()]):
+                assert not is_refused(make, {**given, argument: same})
+
+
+def test_what_arrives_is_pythons_own() -> None:
+    """So that it can be written to YAML, JSON and checkpoints."""
+    made = stage(until={"steps": np.int64(5), "loss": torch.tensor(2.0)}, max_tries=np.int32(2))
+    recipe = fp.RolloutRecipe(name="own", stages=(made, stage(name="two")))
+    assert fp.RolloutRecipe.from_yaml(recipe.to_yaml()) == recipe
+    assert type(fp.DelayedScaling(history_len=torch.tensor(4)).history_len) is int
+
+    @checked
+    def taken(flag: bool, number: float | None, tensor: float | torch.Tensor) -> tuple[Any, ...]:
+        return flag, number, tensor
+
+    one = torch.tensor(1.0)
+    flag, number, tensor = taken(np.True_, np.float32(0.5), one)
+    assert (flag, type(number), tensor is one) == (True, float, True)
+    with pytest.raises(ValueError, match=r"history_len must be a whole number, got tensor\(2\.5"):
+        fp.DelayedScaling(history_len=torch.tensor(2.5))
+    with pytest.raises(ValueError, match="fp8_eval must be True or False, got tensor"):
+        fp.FP8Precision(fp8_eval=torch.zeros(2))
+    with pytest.raises(ValueError, match="fp8_eval must be True or False, got "):
+        fp.FP8Precision(fp8_eval=torch.tensor(1, device="meta"))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_no_argument_takes_just_anything(name: str) -> None:
+    """Each alone, beside what is right for the others."""
+    make = MADE[name]
     parameters = inspect.signature(make).parameters
-    given = {n: right[n] for n, p in parameters.items() if p.default is p.empty and n in right}
+    given = right_for(make)
     taken = [
         argument
         for argument, parameter in parameters.items()
