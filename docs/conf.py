@@ -61,6 +61,8 @@ NAVIGATION = {
     "Be safe": [
         "when-a-run-diverges",
         "what-a-verdict-rests-on",
+        "what-the-watch-costs",
+        "fallback-options",
         "rehearsal",
         "detector",
     ],

@@ -44,9 +44,9 @@ def test_what_stands_there_trains(
     assert (tmp_path / "lightning_logs" / "version_0" / "run.jsonl").is_file()
 
 
-def test_the_first_piece_has_five_lines_and_fits() -> None:
+def test_the_first_piece_has_four_lines_and_fits() -> None:
     lines = [line for line in CODE[0].splitlines() if line]
-    assert len(lines) == 5 - 1
+    assert len(lines) == 4
     assert lines[-1].startswith("trainer.fit(model, data)")
 
 

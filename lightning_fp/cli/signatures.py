@@ -176,10 +176,10 @@ def export(
             taken
         format: hf-fp8-block for scales per tensor and per block of 128x128, as DeepSeek-V3 has
             them; compressed-tensors-fp8 for those and scales per row
-        output: DIR: where to; without safetensors files and config.json so far
+        output: DIR: where to write; it must have no safetensors files and no config.json yet
         config: FILE: the model's config.json, which is completed
         prefix: what names begin with and is left out, e.g. `model.` of a LightningModule
-        requantise: cast layers anew whose scales the format cannot hold; an error otherwise
+        requantise: cast layers again if the format cannot hold their scales; else it is an error
         json: print JSON
     """
     from lightning_fp.cli.commands.export import run
@@ -208,7 +208,7 @@ def demo(
         context: bytes per sequence
         seed: seed of weights and batches
         rollout: whether to run the second part, with the recipe
-        json: print JSON, and what is going on to stderr
+        json: print JSON; progress goes to stderr
     """
     from lightning_fp.cli.commands.demo import run
 
@@ -314,8 +314,8 @@ def study_clamp(
         correction: of p-values for the number of operands
         begin: leave out the steps before, e.g. the warm-up
         top: how many operands to show
-        ab: FACTORY: train twice instead: the factory takes nothing and returns a LightningModule, a
-            dataloader and, if wanted, a mapping of Trainer options
+        ab: FACTORY: train twice instead: the factory takes no arguments and returns a
+            LightningModule, a dataloader and, if wanted, a mapping of Trainer options
         layers: PATTERN: with --ab: the suspected layers, which clamp in run A and do not in B;
             repeatable
         rule: PATTERN=FORMAT: with --ab: a layer rule of both runs; all other layers are on
@@ -367,7 +367,7 @@ def study_sweep(
 ) -> int:
     """Measure how often formats fail at which learning rates: many short runs, compared with BF16.
 
-    The same command again goes on where it was stopped or killed; started twice, it works twice as
+    The same command continues where it was stopped or killed; started twice, it works twice as
     fast.
 
     Args:
@@ -418,7 +418,7 @@ def study_predictors(
     seed: int = 0,
     json: bool = False,
 ) -> int:
-    """Tell which signals tell of a run's failure before the loss does.
+    """Find out which signals announce a run's failure before the loss does.
 
     Args:
         directories: of a sweep whose runs had a StabilityMonitor, or of such runs
@@ -462,7 +462,7 @@ COMMANDS: Commands = {
     "stats": stats,
     "report": report,
     "study": (
-        "Answer a question by runs: `study sweep`: which formats fail, and where? `study clamp`:"
+        "Answer questions with runs: `study sweep`: which formats fail, and where? `study clamp`:"
         " do loss spikes come from clamping? `study predictors`: what foretells a failure?",
         {"sweep": study_sweep, "clamp": study_clamp, "predictors": study_predictors},
     ),

@@ -109,10 +109,10 @@ def run_rollout(output: Path, console: Console, *, seed: int = 0) -> RolloutResu
     """
     console.print(
         f"\nThe safe way in: the recipe {RECIPE!r} takes a run from high precision to delayed FP8"
-        f" in stages.\nTwo faults wait there that high precision does not notice: from step"
-        f" {OUTLIERS_START} on inputs of the attention layers\ngrow outliers, which delayed scaling"
-        f" clamps; from step {LOST_START} on most of the gradient is lost in\n{LOST} while it is in"
-        " FP8."
+        " in stages. Two faults are planted, which do nothing in high precision. From step"
+        f" {OUTLIERS_START} on, outliers grow in the inputs of the attention layers, and delayed"
+        f" scaling clamps them. From step {LOST_START} on, most of the gradient of {LOST} is lost"
+        " while that layer is in FP8."
     )
     baseline, run_dir = output / "baseline", output / "rollout"
     for directory in (baseline, run_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_fp.argument_types import built
 from lightning_fp.layers import Change
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.records.event_log import EventLog
@@ -23,6 +25,14 @@ from lightning_fp.telemetry.run_telemetry import RunTelemetry
 from lightning_fp.telemetry.step_record import OptimizerStep
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """Where the run that is resumed wrote, and how far its log had come."""
+
+    directory: str | None = None
+    position: int | None = None
 
 
 class LoopRecords:
@@ -55,7 +65,7 @@ class LoopRecords:
         self._base = None if dirpath is None else Path(dirpath)
         self._interval, self._device = interval, device
         self._files: LossFiles | None = None
-        self._before: Mapping[str, Any] = {}
+        self._before = _Before()
 
     def open(self, step: int, model: nn.Module) -> None:
         """Begin to write; on all ranks alike.
@@ -64,7 +74,7 @@ class LoopRecords:
             step: optimizer steps done.
             model: the model.
         """
-        kept = self._before.get("directory")
+        kept = self._before.directory
         found: list[Path | None] = [None]
         if self._base is not None and is_first():
             before = None if kept is None else Path(kept)
@@ -78,7 +88,7 @@ class LoopRecords:
             self.directory,
             show=self.run.show,
             step=step,
-            position=self._before.get("position"),
+            position=self._before.position,
             console=is_first(),
         )
         directories = [] if self.directory is None else [self.directory]
@@ -129,4 +139,6 @@ class LoopRecords:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`; before `open`."""
-        self._before = {"directory": state["directory"], "position": state["position"]}
+        self._before = built(
+            _Before, {"directory": state["directory"], "position": state["position"]}
+        )

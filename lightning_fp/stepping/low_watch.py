@@ -38,7 +38,7 @@ class LowWatch:
         what = "FP8" if any(format.is_fp8 for format in asked) else "Low precision"
         layers = "its only layer" if len(asked) == 1 else f"all {len(asked)} layers"
         last = next(reversed(self._table.changes), None)
-        why, do = "", "check layers= and the recipe, or train longer"
+        why, do = "", "give these layers their formats earlier, or train longer"
         if last is not None:
             why = f" ({last.reason})" if last.reason else f" (set by {last.author})"
             if last.author == "rollout":

@@ -24,6 +24,7 @@ from lightning_fp import (
     StagedRollout,
     state_version,
 )
+from lightning_fp.callbacks.run.run import Run
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.state_version import check_version, migration
 from tests.helper import LanguageModel, make_trainer, text_loader
@@ -195,6 +196,19 @@ def fit_from(callback: L.Callback, state: Any) -> None:
     callback.load_state_dict(state)
     trainer = make_trainer(FP8Precision(), max_steps=1, callbacks=[callback])
     trainer.fit(LanguageModel(blocks=1), text_loader(8))
+
+
+@pytest.mark.parametrize("damage", [{"position": ""}, {"directory": False}, {"position": [3]}])
+def test_where_it_was_written_is_damaged(damage: dict[str, Any], tmp_path: Path) -> None:
+    with loop(tmp_path) as run:
+        step(run)
+        state = run.state_dict()
+    state["records"] |= damage
+    with loop(tmp_path) as run, pytest.raises(ValueError, match=r"state.*(position|directory) "):
+        run.load_state_dict(state)
+    ours = {"lightning_fp.run": damage, "lightning_fp.directories": damage}
+    with pytest.raises(ValueError, match=r"the records' state: (positions|directories) must be"):
+        Run().on_load_checkpoint(L.Trainer(logger=False), L.LightningModule(), ours)
 
 
 # -- from release to release -----------------------------------------------------------------------

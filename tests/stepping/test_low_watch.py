@@ -41,13 +41,13 @@ def last_line(caplog: pytest.LogCaptureFixture, *callbacks: L.Callback, plugin=N
 def test_what_a_rollout_never_came_to(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     said = last_line(caplog, ClampMonitor(dirpath=tmp_path), StagedRollout("aggressive"))
     assert said == (
-        f"{FIRST} (rollout stage high: the rollout begins); the run ended before its recipe came so"
-        " far: train longer, or shorten it"
+        f"{FIRST} (rollout stage high: the rollout begins); the run ended before its recipe got"
+        " there: train longer, or shorten the recipe"
     )
 
 
 def test_what_a_user_has_switched_off(caplog: pytest.LogCaptureFixture) -> None:
-    assert last_line(caplog, WithoutFP8()).startswith(f"{FIRST} (I know better); ask for")
+    assert last_line(caplog, WithoutFP8()).startswith(f"{FIRST} (I know better); give")
     assert "never on" not in last_line(caplog, WithoutFP8(back_at=2))
     assert "never on" not in last_line(caplog)
 

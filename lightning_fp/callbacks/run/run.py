@@ -8,7 +8,9 @@ nowhere else, and whoever needs it finds the record when his own hook is called.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fp.argument_types import built
 from lightning_fp.callbacks.run.run_directory import run_directories
 from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
@@ -30,6 +33,7 @@ from lightning_fp.plugins.guard import StepGuard
 from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.run import RunInfo, write_run
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
+from lightning_fp.state_version import reads
 from lightning_fp.stepping.gradients import gradient_norm
 from lightning_fp.telemetry import OptimizerStep, RunTelemetry, StepRecorder
 from lightning_fp.telemetry.loss_files import LossFiles
@@ -381,8 +385,22 @@ class Run(RunTelemetry, L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """See `on_save_checkpoint`."""
-        self._positions = dict(checkpoint.get(STATE_KEY) or {})
-        self._written_to = dict(checkpoint.get(DIRECTORIES_KEY) or {})
+        before = _before(checkpoint)
+        self._positions, self._written_to = dict(before.positions), dict(before.directories)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """What a checkpoint says of the logs of the run that is resumed, by callback."""
+
+    positions: Mapping[str, int | None]
+    directories: Mapping[str, str]
+
+
+@reads("the records' state")
+def _before(checkpoint: Mapping[str, Any]) -> _Before:
+    positions, directories = (checkpoint.get(k) or {} for k in (STATE_KEY, DIRECTORIES_KEY))
+    return built(_Before, {"positions": positions, "directories": directories})
 
 
 def has_run(trainer: L.Trainer) -> bool:
@@ -407,7 +425,7 @@ def _info(trainer: L.Trainer, callbacks: Sequence[RunCallback]) -> RunInfo | Non
 
 
 def _write_down(info: RunInfo | None, directory: Path) -> None:
-    rank_zero_info(f"records: {directory} (lightning-fp report {directory})")
+    rank_zero_info(f"records: {directory} (lightning-fp report {shlex.quote(str(directory))})")
     try:
         if info is not None:
             write_run(directory, info)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -54,7 +55,7 @@ def run(
         soft_wrap=True,
     )
     clamp_log = options.clamp_log(options.other_scaling)
-    screen.print(f"  the clamp log: lightning-fp stats {clamp_log}", soft_wrap=True)
+    screen.print(f"  the clamp log: lightning-fp stats {quote(str(clamp_log))}", soft_wrap=True)
     found: dict[str, Any] = result.to_dict()
     saved = True
     if rollout:
@@ -73,7 +74,8 @@ def _rollout(output: Path, seed: int, screen: Console) -> RolloutResult:
     screen.print(rollout_table(result))
     (output / "rollout.json").write_text(json_text(result.to_dict()) + "\n")
     terminal_summary([result.run_dir], screen, baseline=result.baseline)
-    where = f"{result.run_dir}/events.jsonl; docs/when-a-run-diverges.md"
+    where = f"{result.run_dir}/events.jsonl"
     screen.print(f"• Step by step: {where}", soft_wrap=True)
+    screen.print('  what it means: the page "When a run diverges" of the documentation')
     screen.print(f"• The report: {result.report}", soft_wrap=True)
     return result

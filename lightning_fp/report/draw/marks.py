@@ -144,7 +144,8 @@ def _decided(events: Sequence[Event]) -> list[Decision]:
     if not events:
         return []
     if events[0].kind == "skip":
-        what = "a gradient was inf or NaN"
+        layers = events[0].layers
+        what = "a gradient was inf or NaN" + (f" (first that of {layers[0]})" if layers else "")
         last = events[-1].step
         many = f"{counted(len(events), 'step')} were skipped, the last at step {last:,}"
         why = f"{many}: {what}" if len(events) > 1 else f"the step was skipped: {what}"

@@ -171,7 +171,8 @@ def delayed_would_do(digest: Digest) -> str:
     return (
         f"{len(safe)} of {len(worst)} layers in fp8-dynamic would have clamped next to nothing"
         " under delayed scaling, which needs no pass for the amax: fp8-delayed is an option there."
-        " It is known to fail late, at about 200B tokens: no short run settles it for a long one."
+        " It is known to fail late, at about 200B tokens, so no short run proves it safe for a long"
+        " one."
     )
 
 

@@ -140,7 +140,7 @@ def _end(records: RunRecords) -> str:
     if not any(event.kind == "started" for event in records.events):
         return f"The run is recorded up to step {records.last_step:,}{with_loss}."
     return (
-        "No end is recorded: the run still goes on, or was stopped, after"
+        "No end is recorded: the run is still going, or was stopped, after"
         f" {counted(records.last_step, 'step')}{with_loss}{at}."
     )
 
@@ -155,7 +155,8 @@ def _incidents(records: RunRecords) -> str:
         layers = {layer for event in demotions for layer in event.formats}
         named = next(iter(layers)) if len(layers) == 1 else counted(len(layers), "layer")
         at = ", ".join(f"{step:,}" for step in convicted[:3])
-        what = f"Low precision was proved to harm it {times}, at step {at}"
+        steps = "step" if len(convicted) == 1 else "steps"
+        what = f"Low precision was proved to harm it {times}, at {steps} {at}"
         return f"{what}; {named} got a safer format.{_climbs(events)}" if layers else f"{what}."
     cleared = _steps(events, "not precision")
     if cleared:

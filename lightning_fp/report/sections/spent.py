@@ -124,7 +124,7 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         ("incidents took", _part(cost.incident_seconds, cost.seconds)),
         ("baseline's time per step, median", duration(cost.baseline_step_seconds)),
         *(
-            [("speed-up", "not told: FP8 was emulated")]
+            [("speed-up", "not given: FP8 was emulated")]
             if cost.emulated
             else [
                 ("speed-up per step", _times(cost.raw_speedup)),
@@ -144,8 +144,8 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         id="cost",
         title="What the run cost",
         look=(
-            "What counts is the speed-up with everything counted: the time that the baseline takes"
-            " for as many useful steps, over all the time of this run."
+            "The speed-up that matters has everything counted: the baseline's time for as many"
+            " useful steps, divided by all the time of this run."
         ),
         facts=facts,
         text=text,

@@ -191,9 +191,9 @@ def reasons(pattern: list[bool], scaling: LossScaling | None = None, **step: boo
 def test_what_is_an_incident_and_what_is_not() -> None:
     assert not reasons([True] * 20)  # the scale looks for its level
     assert not reasons([False, *[True] * 5, False])
-    assert "6 steps in a row" in reasons([False, *[True] * 6])[0]
-    assert "no scale helps" in reasons([True] * 4, loss_finite=False)[0]
-    assert "least loss scale" in reasons([True], stuck=True)[0]
+    assert "6 times in a row" in reasons([False, *[True] * 6])[0]
+    assert "no loss scale mends" in reasons([True] * 4, loss_finite=False)[0]
+    assert "smallest loss scale" in reasons([True], stuck=True)[0]
     storm = [False, *[step % 4 == 0 for step in range(WINDOW)]]
     assert f"{STORM + 1} of the last" in reasons(storm)[0]
     assert not reasons(storm, LossScaling(growth_interval=4))  # as often as it grows

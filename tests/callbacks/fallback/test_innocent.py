@@ -189,7 +189,7 @@ def test_precision_is_not_blamed(name: str, tmp_path: Path) -> None:
         assert set(controls or [verdicts[-1].verdict]) <= case.verdicts
     if case.verdicts >= ONE_MOMENT and "not precision" not in case.verdicts:
         said = [e.reason for e in events if isinstance(e, Note)]
-        assert any("not reproducible" in reason for reason in said)
+        assert any("cannot be reproduced" in reason for reason in said)
         assert any(f"from step {START} on" in e.reason for e in verdicts)
 
 
