@@ -5,10 +5,12 @@ To renew the screens after a change: SCREENS=write pytest tests/test_cli_screens
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,6 +107,15 @@ def test_screens(name: str, line: str, capsys: pytest.CaptureFixture[str]) -> No
         file.write_text(printed, encoding="utf-8")
     assert printed == file.read_text(encoding="utf-8")
     assert_tables_fit(printed)
+
+
+def test_where_only_ascii_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an old console: the rest of the characters become question marks."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["report", "large"]) == 0
+    out.flush()
+    assert b"loss  ????" in out.buffer.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any
 
 from lightning_fp import __version__
@@ -32,6 +33,9 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: after help, or for a command line that is none, with code 0 or 2.
     """
     started = time.time()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII alone shows "?"
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     given = sys.argv[1:] if args is None else list(args)
     parser = build_parser(
         COMMANDS, description="Low-precision training for PyTorch Lightning.", version=__version__

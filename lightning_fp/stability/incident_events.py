@@ -85,7 +85,7 @@ def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
 
 def skip_suspicion(step: int, batch: int) -> Suspicion:
     """A single step was left out."""
-    reason = f"step {batch} was skipped because of inf or NaN"
+    reason = f"batch {batch} gave inf or NaN, and its step was skipped"
     return Suspicion(step=step, reason=reason, action="replay in high precision")
 
 
