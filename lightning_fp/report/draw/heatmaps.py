@@ -120,7 +120,9 @@ def worst_cells(cells: Sequence[Cell], ranking: Ranking) -> Table:
     shown = decibels if ranking == "sqnr_db" else share
     columns = ("layer", "operand", "format", "step", NAMES[ranking])
     if not cells:
-        nothing = f"No operand has lost anything by {NAMES[ranking]}."
+        name = NAMES[ranking]
+        measured = "was measured" if ranking == "sqnr_db" else "anywhere"
+        nothing = f"No {name} {measured}."
         return Table(title="", columns=columns, rows=(), note=nothing)
     worst = cells[0]
     return Table(

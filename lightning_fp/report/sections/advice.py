@@ -128,19 +128,22 @@ def what_if_table(digest: Digest) -> Table | None:
     def loss(of: Totals) -> float:
         return (of.mean["clamped_mass"] or 0.0) + (of.mean["underflow_fraction"] or 0.0)
 
+    shown = sorted(known, key=lambda of: (-loss(of), of.layer, of.operand))[:_SHOWN]
+    formats = {of.format for of in shown}
     rows = [
         [
             of.layer,
             of.operand,
-            of.format,
+            *((of.format,) if formats - {of.format} else ()),
             *(share(of.mean[name]) for name in ("clamped_mass", "underflow_fraction", *WHAT_IF)),
         ]
-        for of in sorted(known, key=lambda of: (-loss(of), of.layer, of.operand))[:_SHOWN]
+        for of in shown
     ]
+    alike = next(iter(formats)) if len(formats) == 1 else ""
     columns = (
         "layer",
         "operand",
-        "format",
+        *(() if alike else ("format",)),
         "clamped mass",
         "underflow",
         "delayed: clamped mass",
@@ -153,8 +156,10 @@ def what_if_table(digest: Digest) -> Table | None:
         title="What other scalings would have lost on the same tensors",
         columns=columns,
         rows=rows,
-        numbers=frozenset(range(3, len(columns))),
-        note="Means over the run, of the operands that lost most. Dynamic scaling cannot clamp.",
+        numbers=frozenset(range(2 if alike else 3, len(columns))),
+        note=f"Means over the run, of the operands that lost most{alike and f', all in {alike}'}."
+        " Dynamic scaling cannot clamp.",
+        long=True,
     )
 
 

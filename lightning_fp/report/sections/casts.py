@@ -229,6 +229,7 @@ def _removed(rows: Sequence[Mapping[str, Any]]) -> Table:
         numbers=frozenset({2, 3, 4}),
         note="By ParityProbe. Healthy layers remove a small share each; one that removes most of it"
         " is the one to put into another format.",
+        long=True,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning_fp.counting import counted
 from lightning_fp.events import Rehearsed, WatchFailed
 from lightning_fp.records import Demotion, Event, StageChange, Verdict
-from lightning_fp.report.draw.marks import decisions
+from lightning_fp.report.draw.marks import WORDS, decisions
 from lightning_fp.report.draw.parts import duration, number, share
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import (
@@ -79,6 +79,7 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     loss = steps.final_loss() if steps else None
     gap = loss_gap(records)
     low, all, now = low_precision(records)
+    decided = sum(each.what in WORDS.values() for each in decisions(records.events))
     found = [
         ("steps", f"{cost.attempted:,}", f"{cost.useful:,} useful"),
         (
@@ -91,7 +92,7 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
             f"{low} of {all}" if all else "unknown",
             f"layers at the end, {now}" if now else "layers at the end",
         ),
-        ("decisions", f"{len(decisions(records.events)):,}", "about precision; listed below"),
+        ("decisions", f"{decided:,}", "about precision" + ("; listed below" if decided else "")),
     ]
     if cost.emulated:
         return found
