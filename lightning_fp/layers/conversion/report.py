@@ -196,7 +196,11 @@ class ConversionReport:
         experts = sum(layer.experts > 0 for layer in self.converted)
         these = "its linear layers' and experts'" if experts else "its linear layers'"
         what = "the model's FLOPs" if self.measured else f"{these} FLOPs"
-        if not self.measured and len(linear) < len(self.layers):
+        unknown = [layer for layer in self.converted if layer.experts and not layer.flops_share]
+        if unknown and not self.measured:
+            what += f" without those of {_some([layer.title for layer in unknown])}, which an"
+            what += " example_input tells"
+        elif not self.measured and len(linear) < len(self.layers):
             what += f", which hold {self.linear_parameters:.0%} of its parameters"
         lines = [
             f"{len(self.converted)} of {len(linear)} {'layers' if experts else 'linear layers'}"

@@ -67,7 +67,10 @@ class ExpertsShape:
 
 
 def kind_of(module: nn.Module) -> ExpertsKind | None:
-    """How a module of experts is written; None for all other modules."""
+    """How a module of experts is written, converted or not; None for all other modules."""
+    known = vars(module).get("kind")
+    if isinstance(known, ExpertsKind):
+        return known
     return next((kind for kind in KINDS if kind.recognises(module)), None)
 
 
@@ -144,7 +147,7 @@ def _forward_of_transformers(
     x = x * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(1)
     place = torch.empty_like(order)
     place = place.scatter(0, order, torch.arange(order.shape[0], device=order.device))
-    mixed = x.index_select(0, place).view(tokens, top_k, -1).sum(dim=1)
+    mixed = x.index_select(0, place).view(tokens, top_k, x.shape[1]).sum(dim=1)
     return mixed.to(hidden_states.dtype)
 
 

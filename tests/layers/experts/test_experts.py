@@ -287,6 +287,35 @@ def test_frozen_experts_need_no_gradient_and_pass_one_on() -> None:
     assert x.grad.any()
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_token_and_one(tokens: int) -> None:
+    module, (x, ids, weights) = alone()
+    convert(nn.ModuleDict({"experts": module}).train(), "fp8-rowwise")
+    output = module(x[:tokens], ids[:tokens], weights[:tokens])
+    assert output.shape == (tokens, 32)
+    output.sum().backward()
+    assert bool(module.down_proj.grad.any()) == bool(tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("first", ["peft", "convert"])
+def test_lora_of_experts(first: str) -> None:
+    peft: Any = pytest.importorskip("peft")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_parameters=names, target_modules=[])
+    model = mixture()
+    if first == "peft":
+        model = peft.get_peft_model(model, config)
+    report = convert(model, "fp8-rowwise")
+    assert sum(row.experts > 0 for row in report.converted) == 2
+    if first == "convert":
+        model = peft.get_peft_model(model, config)
+    loss_of(model.train(), batch()).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 8
+    assert all(p.grad is not None for p in trained)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_under_autocast(implementation: str) -> None:
     model = mixture(implementation=implementation)
@@ -331,6 +360,9 @@ def test_what_looks_like_torchtitans_is_converted_by_rule() -> None:
     assert row.reason.startswith("looks like experts of torchtitan; name it in layers=")
     x = torch.randn(21, 32)  # two rows of nobody, as padding leaves them
     plain = model["experts"](x, COUNTS)
+    report = convert(model, "fp8-rowwise", layers={"experts": "fp8-rowwise"})
+    first = report.summary().splitlines()[0]
+    assert first.endswith("without those of experts, which an example_input tells")
     report = convert(model, "fp8-rowwise", layers={"experts": "fp32"})
     torch.testing.assert_close(model["experts"](x, COUNTS), plain, rtol=0, atol=0)
     table = report.precision_map
