@@ -50,6 +50,7 @@ class Demote(L.Callback):
             self.plugin.precision_map.set(f"{SECOND}[2]", "bf16", reason="a test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_a_run_goes_on_bit_for_bit_and_its_report_names_experts(
     implementation: str, tmp_path: Path
