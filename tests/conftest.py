@@ -14,6 +14,8 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
+from tests import fp8_product
+
 
 def _attends_in_bf16() -> bool:
     """Whether torch's fast attention runs: with AMX it packs by AVX-512, allowed to or not."""
@@ -27,6 +29,7 @@ def _attends_in_bf16() -> bool:
 
 # Under ATEN_CPU_CAPABILITY below avx512, on a CPU that has more, plain torch would fail.
 torch.backends.cuda.enable_flash_sdp(_attends_in_bf16())  # on CPUs too, in spite of its name
+fp8_product.ensure()
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,10 @@ from lightning_fp.numerics import (
     scaled_cast,
     tensor_amax,
 )
+from tests import fp8_product
 from tests.kernels.cuda_rules import CudaRules, OnHardware
+
+fp8_product.ensure()
 
 E4M3, E5M2 = FORMATS["e4m3"], FORMATS["e5m2"]
 
