@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -51,9 +51,12 @@ class Phase:
         return Phase, (None, self.fp8_eval)
 
 
-@runtime_checkable
 class SwitchableLayer(Protocol):
-    """A linear layer whose format can change while it keeps its Parameters and its identity."""
+    """A linear layer whose format can change while it keeps its Parameters and its identity.
+
+    Whether a module is one tells `is_switchable`: from Python 3.12 on `isinstance` does not see
+    Parameters.
+    """
 
     fqn: str
 
