@@ -49,7 +49,7 @@ def setup(args: list[str]) -> int:
 
 def demo(args: list[str]) -> int:
     """Train a small GPT from BF16 to FP8, with an injected fault, the fallback and the report."""
-    install({"report"})
+    install(set())
     return run(BIN / "lightning-fp", "demo", *args)
 
 
@@ -89,7 +89,7 @@ def docs(args: list[str]) -> int:
 
 def bench(args: list[str]) -> int:
     """Run benchmarks/*.py in order, or only those named."""
-    install({"report", "study"})
+    install(set())
     scripts = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
     unknown = set(args) - {script.stem for script in scripts}
     if unknown:
@@ -224,10 +224,11 @@ def install(extras: set[str]) -> None:
         had = set()
     STAMP.write_text(json.dumps({"base": base, "files": "", "extras": []}))  # nothing is sure now
     wanted = sorted((had | extras) & ALL_EXTRAS)  # an earlier version may have had others
+    named = f"[{','.join(wanted)}]" if wanted else ""
     what = f"torch {torch}" + (" (reused)" if kind == "system" else "")
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
-    pip += [*constraints(kind, torch), "--editable", f".[{','.join(wanted)}]"]
-    if not step(f"install {what}, lightning-fp[{','.join(wanted)}]", *pip):
+    pip += [*constraints(kind, torch), "--editable", f".{named}"]
+    if not step(f"install {what}, lightning-fp{named}", *pip):
         sys.exit(1)
     if "dev" in wanted:
         unpack_transformer_engine()

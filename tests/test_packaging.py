@@ -40,6 +40,14 @@ def test_what_is_asked_for_is_imported(extra: str) -> None:
         assert re.search(rf"(import|from) {module}\b|\(\"{module}[\".]", text), package
 
 
+def test_targets_install_extras_that_there_are() -> None:
+    asked = re.findall(
+        r"^    install\((\{.*\}|\w+(?:\(\))?)\)$", (ROOT / "dev.py").read_text(), re.M
+    )
+    assert len(asked) >= 5
+    assert all(extra in EXTRAS for each in asked for extra in re.findall(r'"(\w+)"', each))
+
+
 def test_the_first_snippet_ends_in_a_report() -> None:
     assert {"lightning", "jinja2"} <= packages(PROJECT["dependencies"])
 

@@ -33,7 +33,7 @@ def headline(records: RunRecords, cost: RunCost) -> str:
     parts = [never, unwatched(records), _end(records), incidents, _unproven(records.events)]
     if cost.emulated and not never:
         parts.append("FP8 was emulated: its losses are those of FP8 hardware, its times are not.")
-    elif cost.effective_speedup is not None:
+    elif cost.effective_speedup is not None and not never:
         gain = cost.effective_speedup
         parts.append(f"With everything counted, it ran at {gain:.2f}x the baseline's speed.")
     elif cost.attempted and cost.useful < cost.attempted:
@@ -98,7 +98,7 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
         return found
     found.append(("time per step", duration(cost.step_seconds), "median"))
     raw, effective = cost.raw_speedup, cost.effective_speedup
-    if raw and effective:
+    if raw and effective and not never_low(records):
         found.append(("speed-up", f"{effective:.2f}x", f"everything counted; {raw:.2f}x per step"))
     return found
 
@@ -132,7 +132,7 @@ def _end(records: RunRecords) -> str:
     if records.finished is not None:
         made = int(records.finished.numbers["attempted"])
         if made and records.last_step == 2 * made:  # two optimizers take turns
-            return f"The run ended at step {records.last_step:,}, two for each batch{with_loss}."
+            return f"The run ended at step {records.last_step:,} (two for each batch){with_loss}."
         return f"The run ended after {counted(records.last_step, 'step')}{with_loss}."
     if not records.last_step:
         return "Nothing is recorded of this run's steps yet."
@@ -160,10 +160,14 @@ def _incidents(records: RunRecords) -> str:
         what = f"Low precision was proved to harm it {times}, at {steps} {at}"
         return f"{what}; {named} got a safer format.{_climbs(events)}" if layers else f"{what}."
     cleared = _steps(events, "not precision")
+    climbs = _climbs(events)
     if cleared:
         times = "once" if len(cleared) == 1 else f"{len(cleared)} times"
+        if climbs:
+            looked = f"Something unusual was looked into {times}"
+            return f"{looked}, without a verdict against precision.{climbs}"
         return f"Something went wrong {times}, and replays showed that precision was not to blame."
-    if climbs := _climbs(events):
+    if climbs:
         return climbs.strip()
     if any(event.kind in ("suspect", "skip", "demote", "rollback") for event in events):
         return "Something unusual happened; the events say what was done about it."

@@ -128,7 +128,7 @@
     promote: ["M-5 4h10l-5-8z", 2], suspect: ["M0-5a5 5 0 1 0 .01 0z", 4], verdict: ["M-5 0l5-5 5 5-5 5z", 4],
     gate: ["M-4-4h8v8h-8z", 2], stage: ["M-1-6h2v12h-2z", 0], format: ["M-4-4h8v8h-8z", 0],
     resumed: ["M-4-5l8 5-8 5z", -1], rollback: ["M5-5l-9 5 9 5z", 4], skip: ["M-1-5h2v10h-2z", 1],
-    watch_failed: ["M-4-4l8 8m0-8l-8 8M-4-4l8 8", 1],
+    watch_failed: ["M-5-3l2-2 3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3z", 1],
   };
   const drawLanes = (svgNode, lanes, x, left, top, width) => lanes.map((lane, i) => {
     const y = top + i * LANE + LANE / 2;
@@ -195,7 +195,7 @@
     for (const lane of spec.lanes) {
       if (lane.kind === "rollback")
         for (const mark of lane.marks) svg("rect", { class: "band", x: x(mark.step), y: 0, width: Math.max(1, x(mark.end) - x(mark.step)), height: fieldsHeight }, picture);
-      if (["demote", "promote", "stage"].includes(lane.kind) && lane.marks.length <= 40)
+      if (["demote", "promote", "stage", "watch_failed"].includes(lane.kind) && lane.marks.length <= 40)
         for (const mark of lane.marks) svg("line", { class: "through", x1: x(mark.step), x2: x(mark.step), y1: 18, y2: bottom }, picture);
     }
     let top = 0;
