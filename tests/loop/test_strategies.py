@@ -1,0 +1,126 @@
+"""DDP, FSDP2, HSDP, tensor parallelism and both together: alike on all ranks, and as alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.loop.strategy_ranks import (
+    FAULT,
+    FAULTY,
+    FLIPPED,
+    LONG,
+    SAVED,
+    STRATEGIES,
+    Run,
+    alone,
+)
+from tests.two_ranks import run_on_ranks
+
+SHORT = ["ddp", "fsdp2", "tensor parallel", "two dimensions"]
+PARTS = ("tensor parallel", "two dimensions")
+"""Whose sums are made in parts."""
+
+
+Runs = dict[str, tuple[str, Run]]
+
+
+def ranks(directory: Path, world: int, runs: Runs) -> list[dict[str, Any]]:
+    """What each rank tells of each run."""
+    codes = run_on_ranks(world, "tests.loop.strategy_ranks", directory, runs, timeout=600)
+    assert codes == [0] * world, (directory / "log0").read_text()[-4000:]
+    files = [directory / f"rank{rank}.pt" for rank in range(world)]
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    runs = {f"{name} {blocks}": (name, Run(blocks=blocks)) for name in SHORT for blocks in (1, 3)}
+    return ranks(tmp_path_factory.mktemp("two"), 2, runs)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return alone(Run(), tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("strategy", SHORT)
+def test_a_step_adds_one_collective_for_scales_and_one_for_signals(
+    two: list[dict[str, Any]], strategy: str, blocks: int
+) -> None:
+    """Whatever the number of layers; the first step asks once whether all have the same layers."""
+    for told in two:
+        run = told[f"{strategy} {blocks}"]
+        assert run["collectives"][1] == run["plain"][1] + 2
+
+
+@pytest.mark.parametrize("strategy", SHORT)
+def test_tables_are_the_same_on_all_ranks_at_every_step(
+    two: list[dict[str, Any]], strategy: str
+) -> None:
+    assert_alike([told[f"{strategy} 3"] for told in two])
+
+
+def assert_alike(runs: list[dict[str, Any]]) -> None:
+    one, *others = runs
+    for other in others:
+        for mine, yours in zip(one["tables"], other["tables"], strict=True):
+            assert mine["formats"] == yours["formats"]
+            assert mine["statistics"] == yours["statistics"]
+            assert torch.equal(mine["amax"], yours["amax"])
+            assert torch.equal(mine["scales"], yours["scales"])
+        assert one["phase"] == other["phase"]
+        for name, weight in one["weights"].items():
+            assert torch.equal(weight, other["weights"][name]), name
+    assert any(table["statistics"] for table in one["tables"])
+
+
+@pytest.mark.parametrize("strategy", SHORT)
+def test_it_trains_as_one_process_does(
+    two: list[dict[str, Any]], once: dict[str, Any], strategy: str
+) -> None:
+    assert_as_alone(two[0][f"{strategy} 1"], once, strategy)
+
+
+def assert_as_alone(run: dict[str, Any], once: dict[str, Any], strategy: str) -> None:
+    """Equal bits where all ranks have the whole batch; else sums are made in another order.
+
+    So is the norm of gradients that are sharded, and these runs are not clipped."""
+    assert [t["formats"] for t in run["tables"]] == [t["formats"] for t in once["tables"]]
+    if strategy in PARTS:
+        assert run["losses"] == pytest.approx(once["losses"], rel=1e-3)
+        assert run["evaluated"] == pytest.approx(once["evaluated"], rel=1e-3)
+        return
+    assert run["losses"] == once["losses"]
+    assert run["evaluated"] == once["evaluated"]
+    for name, weight in once["weights"].items():
+        assert torch.equal(weight, run["weights"][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", ["fp8-delayed", "fp8-dynamic"])
+@pytest.mark.parametrize(
+    ("world", "strategy"),
+    [(2, name) for name in STRATEGIES] + [(4, "hsdp"), (4, "two dimensions")],
+)
+def test_what_one_rank_finds_all_ranks_carry_out(
+    world: int, strategy: str, scaling: str, tmp_path: Path
+) -> None:
+    """Formats rolled out, flipped and demoted, and a checkpoint after which all goes on alike."""
+    run = Run(scaling=scaling, steps=LONG, long=True)
+    runs = [told["run"] for told in ranks(tmp_path, world, {"run": (strategy, run)})]
+    assert_alike(runs)
+    demoted = [step for step, kind, _ in runs[0]["told"] if kind == "demote"]
+    assert demoted
+    assert demoted[0] >= FAULT
+    formats = [table["formats"] for table in runs[0]["tables"]]
+    assert formats[0][FAULTY] == "fp32"
+    assert formats[SAVED - 1][FAULTY] == scaling
+    assert formats[SAVED][FLIPPED] == "fp8-rowwise"
+    assert formats[-1][FAULTY] == "fp32"
+    for told in runs:
+        assert told["resumed"] == told["losses"][SAVED:]
