@@ -39,6 +39,7 @@ PROMISES = {
 }
 ON_TWO_RANKS = {
     "moe.py": "model.layers.0.mlp.experts: bf16",
+    "fsdp2.py": "loads into the plain model: <All keys matched successfully>",
     "tensor_parallel.py": "this rank's part of model.0.up: (128, 64) of (256, 64)",
 }
 """What `torchrun` starts."""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from lightning_fp.argument_types import checked
 from lightning_fp.layers.attention import attention_mode
@@ -19,7 +20,7 @@ from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
-from lightning_fp.layers.histories.delayed_scales import DelayedScales, StepScales
+from lightning_fp.layers.histories.delayed_scales import DelayedScales, StepScales, first_device
 from lightning_fp.layers.known_formats import KnownFormats
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
@@ -151,12 +152,18 @@ class PrecisionMap:
         Args:
             pattern: a glob over the whole name, or a regular expression after "re:".
 
+        Returns:
+            Those of this rank.
+
         Raises:
-            ValueError: if there is none; it lists near misses.
+            ValueError: if there is none on any rank; it lists near misses.
         """
         compiled = compile_pattern(pattern)
         self.set_apart(pattern)
         names = [name for name in self.layers if compiled.fullmatch(name)]
+        ranks = self.scale_history.ranks
+        if ranks.differ and any(map(compiled.fullmatch, ranks.everywhere)):
+            return names  # none here perhaps, and some on another rank
         if self._configured and not self._layers:
             raise ValueError(
                 f"pattern {pattern!r} matches nothing: this table has no layers any more, another"
@@ -448,6 +455,21 @@ class PrecisionMap:
         for write in self._pending:
             resolved = self.known.resolve(self.known[write.format])
             self.known.check(resolved, self.matching(write.pattern), self._layers, model)
+
+    def meet(self, group: ProcessGroup | None = None) -> None:
+        """Hear of the layers that other ranks have; before the first step, on all ranks alike.
+
+        From here on layers agree on scales by name, so ranks may have layers of their own, as
+        stages of a pipeline or experts have. Writes of formats still are made on all ranks alike.
+
+        Args:
+            group: the ranks that agree on scales; None: all.
+
+        Raises:
+            ValueError: on all ranks, where a name stands for layers of several sizes, or where
+                formats cannot be decided apart.
+        """
+        self._histories.meet(self.layers, group, first_device(self.layers.values()))
 
     def _let_go(self) -> None:
         """Forget layers that another table has taken over, or that `revert` has turned back."""

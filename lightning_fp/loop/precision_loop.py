@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +26,7 @@ from lightning_fp.layers.scaling import ScalingLike
 from lightning_fp.loop.loop_mismatch import Mismatch
 from lightning_fp.loop.loop_precision import LoopPrecision, device_of
 from lightning_fp.loop.loop_records import LoopRecords
+from lightning_fp.loop.meeting import meet
 from lightning_fp.loop.options import (
     Fabric,
     Optimizers,
@@ -92,6 +94,9 @@ class PrecisionLoop:
             None: where one process trains. Several meet for it in every measured step.
         fabric: a Lightning Fabric that has set up model and optimizer, in its default precision:
             backward goes through it.
+        scale_group: the ranks that share scales of layers of one name; None: all. Ranks may have
+            layers of their own, as stages of a pipeline have, if nothing is on that watches all
+            layers together.
         dirpath: where records go, for `lightning-fp report`; None writes nothing.
         logger: called with numbers by name and the step, for W&B, TensorBoard, a file; not on other
             ranks.
@@ -134,6 +139,7 @@ class PrecisionLoop:
         stability: bool | Mapping[str, Any] = False,
         mismatch: bool | Mapping[str, Any] | None = None,
         fabric: Fabric | None = None,
+        scale_group: ProcessGroup | None = None,
         dirpath: str | Path | None = None,
         logger: Logger | None = None,
         log_every_n_steps: int = 50,
@@ -185,7 +191,10 @@ class PrecisionLoop:
             example_input=example_input,
         )
         device = device_of(model)
+        everyone = meet(self._precision.precision_map, scale_group, options, device)
         steps = OptimizerSteps(self._precision, model, optimizers, clip_norm)
+        if everyone.differ:
+            steps.guard.over_ranks = everyone.everywhere_true
         if fabric is not None:
             steps.backward = fabric.backward
         if watch is not None and watch.dry_run:

@@ -46,6 +46,8 @@ class Guard:
         """By the number of steps left out last, the layer that overflowed first."""
         self.left_out = 0
         """How many steps were left out, as far as the host has heard."""
+        self.over_ranks: Callable[[Tensor], Tensor] = lambda finite: finite
+        """What all ranks say of their gradients; a rank's own, where it has a part of all."""
         self.replaying = False
         """Whether steps belong to a replay: they are guarded, and neither kept nor held."""
         self.replay_skipped = False
@@ -101,7 +103,7 @@ class Guard:
         def look() -> tuple[Tensor, Tensor]:
             self.scaler.unscale(optimizer)
             norm = clip()
-            return norm, torch.isfinite(norm)
+            return norm, self.over_ranks(torch.isfinite(norm))
 
         if inside:
             output, norm, skip = self._inside(optimizer, closure, look, kwargs)

@@ -123,4 +123,4 @@ def test_what_one_rank_finds_all_ranks_carry_out(
     assert formats[SAVED][FLIPPED] == "fp8-rowwise"
     assert formats[-1][FAULTY] == "fp32"
     for told in runs:
-        assert told["resumed"] == told["losses"][SAVED:]
+        assert repr(told["resumed"]) == repr(told["losses"][SAVED:])  # those at the fault are NaN

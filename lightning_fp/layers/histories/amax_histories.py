@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.distributed import ProcessGroup
+
 from lightning_fp.layers.backends import Backend
 from lightning_fp.layers.format import NAMED_FORMATS
 from lightning_fp.layers.histories.auto_scaling import AutoScaling, AutoScalingState, Move
@@ -32,11 +35,32 @@ class AmaxHistories:
     """
 
     def __init__(self, backend: Backend, delayed: DelayedScaling, auto: AutoScaling | None) -> None:
-        keeper = EngineScales if backend == "transformer-engine" else ScaleHistory
-        self.scales: DelayedScales = keeper(delayed)
+        self._engine = backend == "transformer-engine"
+        self.scales: DelayedScales = (EngineScales if self._engine else ScaleHistory)(delayed)
         self._auto = None if auto is None else AutoScalingState(auto)
         self._follow = self._watch_casts = False
         self._resumed: dict[str, Any] | None = None
+
+    def meet(
+        self,
+        layers: Mapping[str, SwitchableLayer],
+        group: ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        """Agree on scales with the ranks of a group; see `PrecisionMap.meet`."""
+        ranks = self.scales.ranks
+        ranks.group = group
+        ranks.meet(layers, device)
+        if ranks.differ and (self._engine or self._auto is not None):
+            what = (
+                'backend must not be "transformer-engine"'
+                if self._engine
+                else ('scaling must not be "auto"')
+            )
+            raise ValueError(
+                f"{what} where ranks have layers of their own (here not: {ranks.others(layers)}),"
+                ' as it acts on all layers together; take "dynamic" or "delayed" of this package'
+            )
 
     def track(self, layers: Mapping[str, SwitchableLayer]) -> None:
         """Keep histories of those layers of a table that need one in their present formats."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
@@ -11,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.layers.format import LinearFormat
+from lightning_fp.layers.rank_layers import RankLayers
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, float_format
 
@@ -60,10 +59,13 @@ class DelayedScales(ABC):
 
     Args:
         config: how scales follow from a history.
+        ranks: those that agree on scales; None: all.
     """
 
-    def __init__(self, config: DelayedScaling) -> None:
+    def __init__(self, config: DelayedScaling, ranks: RankLayers | None = None) -> None:
         self.config = config
+        self.ranks = RankLayers() if ranks is None else ranks
+        """Those that agree on scales."""
         self.headroom = torch.zeros(0, 3)
         """float32 [layers, operands]: bits left in the last step; see `AmaxRecord.values`."""
         self.amax = torch.zeros(0, 3)
@@ -74,8 +76,6 @@ class DelayedScales(ABC):
         accumulation wants it; from the next step on. It takes a byte per element of the weights.
         Without effect on Transformer Engine."""
         self._layers: dict[str, SwitchableLayer] = {}
-        self._compared = False
-        """Whether all ranks have the same layers."""
         self._amax_only: frozenset[str] = frozenset()
         self._formats: list[LinearFormat] = []
         self._limits = torch.zeros(0, 3)
@@ -175,29 +175,7 @@ class DelayedScales(ABC):
         if self._layers:
             self._earlier_records = [*self._earlier_records[-_MOST_KEPT:], self._amax_record()]
         self._layers, self._amax_only = dict(layers), frozenset(amax_only)
-        self._compared = False
         self._formats = [layer.format for layer in layers.values()]
-
-    def _compare_ranks(self, device: torch.device) -> None:
-        """Before the first reduction of other layers: it goes by position, so all must be there.
-
-        Raises:
-            ValueError: on all ranks, where one has others.
-        """
-        if self._compared:
-            return
-        names = "\n".join(self._layers)
-        own = int.from_bytes(hashlib.sha256(names.encode()).digest()[:7], "big")
-        largest = torch.tensor([own, -own], device=device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        most, least = largest.tolist()
-        if most != -least:
-            raise ValueError(
-                "layers under delayed scaling must be the same on all ranks, got"
-                f" {len(self._layers)} on rank {dist.get_rank()} that are not those of the others;"
-                " give layers that differ by rank, as in pipeline parallelism, fp8-dynamic"
-            )
-        self._compared = True
 
     def _watch_from(self, device: torch.device | None) -> None:
         """Record anew, with the limits of the layers' formats."""
@@ -268,8 +246,3 @@ def first_device(layers: Iterable[SwitchableLayer]) -> torch.device:
     """
     device = next((layer.weight.device for layer in layers), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def many_ranks() -> bool:
-    """Whether other ranks take part."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

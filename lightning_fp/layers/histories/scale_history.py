@@ -19,8 +19,8 @@ from lightning_fp.layers.histories.delayed_scales import (
     DelayedScales,
     StepScales,
     first_device,
-    many_ranks,
 )
+from lightning_fp.layers.rank_layers import RankLayers
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, advance_history, history_scale
 from lightning_fp.numerics.combining import wide, wide_dtype
@@ -39,10 +39,11 @@ class ScaleHistory(DelayedScales):
 
     Args:
         config: how scales follow from a history.
+        ranks: those that agree on scales; None: all.
     """
 
-    def __init__(self, config: DelayedScaling) -> None:
-        super().__init__(config)
+    def __init__(self, config: DelayedScaling, ranks: RankLayers | None = None) -> None:
+        super().__init__(config, ranks)
         self._history = torch.zeros(0, 3, config.history_len)
         self._scales = torch.zeros(0, 3)
         self._grad_record = torch.zeros(0, 2)
@@ -113,6 +114,8 @@ class ScaleHistory(DelayedScales):
     def step(self) -> None:
         """After an optimizer step: one reduction over ranks, one update for all layers."""
         if not self._layers:
+            if self.ranks.differ:  # others have some
+                self.ranks.largest(self.amax.new_zeros(0, 3), self._layers)
             return
         self.fold()
         memories = self._memories()
@@ -122,10 +125,7 @@ class ScaleHistory(DelayedScales):
         amax = torch.nan_to_num(
             self._with_scalars(rows[..., AMAX].float(), memories), nan=torch.inf, posinf=torch.inf
         )
-        if many_ranks():
-            self._compare_ranks(amax.device)
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX)
-        self.amax = amax
+        self.amax = amax = self.ranks.largest(amax, self._layers)
         if len(self._amax_only) < len(self._layers):
             self._advance(amax, rows[..., NONFINITE])
         torch._foreach_zero_(recorded)  # pyright: ignore[reportPrivateImportUsage]
@@ -181,9 +181,9 @@ class ScaleHistory(DelayedScales):
     def take_amax_record(self) -> AmaxRecord:
         """See `DelayedScales.take_amax_record`; each rank has counted its own inf and NaN."""
         record = super().take_amax_record()
-        if record.values.numel() and many_ranks():
+        if record.values.numel() and self.ranks.many:
             nonfinite = record.values[..., 2].contiguous()
-            dist.all_reduce(nonfinite, op=dist.ReduceOp.SUM)
+            dist.all_reduce(nonfinite, op=dist.ReduceOp.SUM, group=self.ranks.group)
             record.values[..., 2] = nonfinite
         return record
 

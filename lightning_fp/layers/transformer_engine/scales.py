@@ -8,7 +8,6 @@ from copy import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fp.kernels.transformer_engine.kernel import (
@@ -19,7 +18,8 @@ from lightning_fp.kernels.transformer_engine.kernel import (
 )
 from lightning_fp.kernels.transformer_engine.library import library
 from lightning_fp.kernels.transformer_engine.recipe import RecipeSettings, delayed_of, make_recipe
-from lightning_fp.layers.histories.delayed_scales import DelayedScales, first_device, many_ranks
+from lightning_fp.layers.histories.delayed_scales import DelayedScales, first_device
+from lightning_fp.layers.rank_layers import RankLayers
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import DelayedScaling, history_scale
 
@@ -35,10 +35,11 @@ class EngineScales(DelayedScales):
 
     Args:
         config: how scales follow from a history.
+        ranks: those that agree on scales; None: all.
     """
 
-    def __init__(self, config: DelayedScaling) -> None:
-        super().__init__(config)
+    def __init__(self, config: DelayedScaling, ranks: RankLayers | None = None) -> None:
+        super().__init__(config, ranks)
         self._used: Tensor | None = None
         self._settings: RecipeSettings | None = None
         self._recipes: dict[RecipeSettings, Any] = {}
@@ -86,8 +87,8 @@ class EngineScales(DelayedScales):
         if settings not in self._recipes:
             self._recipes[settings] = make_recipe(settings, self.config, engine)
         self._used = self._scales()
-        # No group: all ranks hold shards or replicas of the same layers, under DDP and FSDP alike.
-        with engine.autocast(enabled=True, recipe=self._recipes[settings], group=None):
+        group = self.ranks.group  # None: all ranks
+        with engine.autocast(enabled=True, recipe=self._recipes[settings], group=group):
             yield
 
     @torch.no_grad()
@@ -117,9 +118,8 @@ class EngineScales(DelayedScales):
         amax = torch.stack(
             [torch.zeros(3, device=device) if m.seen is None else m.seen for m in cold]
         )
-        if many_ranks():
-            self._compare_ranks(device)
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+        names = self.names
+        amax = self.ranks.largest(amax, [names[row] for row in rows])
         # Input and weight must have been seen; a frozen model has no gradients, and needs no scale.
         there = ((amax > 0) & torch.isfinite(amax))[:, :2].all(dim=1)
         ready: list[bool] = there.tolist()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_fp.events import Suspicion, WatchFailed
+from lightning_fp.events import Note, Suspicion, WatchFailed
 from lightning_fp.layers import Change
 from lightning_fp.layers.stored import is_stored
 from lightning_fp.stability.actions import (
@@ -42,6 +42,7 @@ from lightning_fp.stability.supervise.arrivals import (
 from lightning_fp.stability.supervise.carry_out import CarryOut
 from lightning_fp.stability.supervise.cast_watch import CastWatch
 from lightning_fp.stability.supervise.coming_probe import ComingProbe
+from lightning_fp.stability.supervise.compile_clock import CompileClock
 from lightning_fp.stability.supervise.demotion import AUTHOR
 from lightning_fp.stability.supervise.incident_log import IncidentLog, Log
 from lightning_fp.stability.supervise.options import WatchOptions
@@ -120,6 +121,7 @@ class Supervisor:
         self._groups = self._group_counts()
         self._formats: tuple[int, dict[str, str]] = -1, {}
         self._changes_seen = len(loop.table.changes)  # what was before this run
+        self._clock, self._compiled_for = CompileClock(), -1
 
     @property
     def confined_to(self) -> str:
@@ -173,6 +175,7 @@ class Supervisor:
         """
         self.settle()
         self.open, self._began_at, self._recording = True, global_step, False
+        self._alone(self._watch_compiler)
         self.state, _, _ = self.watch.step(self.state, Attempted())
 
     def record(self, batch: Any, batch_idx: int, position: Mapping[str, Any]) -> None:
@@ -217,8 +220,31 @@ class Supervisor:
             return
         self.count.ended(global_step)
         self._alone(self.ring.end, stepped_with)
+        self._alone(self._say_compiled)
         self.safely(self._arrivals.after_step)
         self.open = False
+
+    def _watch_compiler(self) -> None:
+        """What is compiled before a step is not of its formats; replays compile nothing."""
+        if self._compiled_for < 0 and not self._clock.runs and self.loop.compiled:
+            self._clock.start()
+        self._clock.take()
+
+    def _say_compiled(self) -> None:
+        """After the first step of this process, and after each with other formats."""
+        changes, seconds = len(self.loop.table.changes), self._clock.take()
+        before, self._compiled_for = self._compiled_for, changes
+        if before == changes or seconds == 0:
+            return
+        first = "the first step" if before < 0 else "the first step in the new formats"
+        step = self.count.done - 1
+        self.log.write(
+            Note(
+                step=step,
+                reason=f"{first} waited {seconds:.1f} s for the compiler",
+                numbers={"compile_seconds": seconds},
+            )
+        )
 
     def _begin_record(self) -> None:
         table = self.loop.table
@@ -388,6 +414,7 @@ class Supervisor:
     def close(self) -> None:
         """Leave the layers as they were; records are let go."""
         self._arrivals.close()
+        self._clock.close()
         self.loop.recomputation.close()
         self.snapshots.clear()
         self.ring.clear()

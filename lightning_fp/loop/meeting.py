@@ -1,0 +1,50 @@
+"""Before a run: the ranks hear of each other's layers."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed import ProcessGroup
+
+from lightning_fp.layers import PrecisionMap
+from lightning_fp.layers.rank_layers import RankLayers
+from lightning_fp.loop.parts import PartOptions
+
+
+def meet(
+    table: PrecisionMap, group: ProcessGroup | None, options: PartOptions, device: torch.device
+) -> RankLayers:
+    """Hear of the layers that other ranks have; a collective.
+
+    Args:
+        table: of this rank.
+        group: the ranks that share scales; None: all.
+        options: what is on.
+        device: where collectives run.
+
+    Returns:
+        All ranks, and whether their layers differ.
+
+    Raises:
+        ValueError: where ranks have layers of their own, and something is on that acts on all.
+    """
+    table.meet(group)
+    everyone = table.scale_history.ranks
+    if group is not None:
+        everyone = RankLayers()
+        everyone.meet(table.layers, device, sized=False)
+    on = {
+        "fallback": options.watch,
+        "monitor": options.casts,
+        "parity": options.parity,
+        "stability": options.stability,
+        "recipe": options.recipe,
+    }
+    named = [name for name, each in on.items() if each is not None]
+    if everyone.differ and named:
+        off = ", ".join(f"{name}={'None' if name == 'recipe' else False}" for name in named)
+        raise ValueError(
+            f"{' and '.join(named)} must be off where ranks have layers of their own (here not:"
+            f" {everyone.others(table.layers)}): one rank cannot judge the layers of another; give"
+            f" PrecisionLoop({off})"
+        )
+    return everyone

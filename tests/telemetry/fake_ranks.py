@@ -1,0 +1,86 @@
+"""One of 1,024 ranks that are not there, by torch's fake process group: test_rank_costs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_fp.loop import PrecisionLoop
+from tests.helper import TinyGPT, next_byte_loss, text_rows
+
+RANKS, SHARDS = 1024, 8
+SAMPLE_EVERY, LOG_EVERY, STEPS = 3, 3, 3
+FIRST_SAMPLED = 1
+"""Seed by which of three steps the first is sampled."""
+
+
+class Asked(TorchDispatchMode):
+    """What a rank hands to collectives of all ranks: the mesh's own are the strategy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives = self.sent = self.received = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name: str = func.__name__
+        if func.namespace == "c10d" and name.startswith(("allreduce_.", "allgather_.")):
+            gathers = name.startswith("allgather")
+            inputs = args[1] if gathers else args[0]
+            size = sum(each.nbytes for each in inputs)
+            self.collectives += 1
+            self.sent += size
+            self.received += size * (len(args[0][0]) if gathers else 1)
+        return func(*args, **(kwargs or {}))
+
+
+def steps(scaling: str, blocks: int, directory: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = TinyGPT(blocks=blocks)
+    mesh = init_device_mesh("cpu", (RANKS // SHARDS, SHARDS))  # HSDP
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loop = PrecisionLoop(
+        model,
+        torch.optim.AdamW(model.parameters()),
+        scaling,
+        layers={"*": f"fp8-{scaling}"},
+        base="32-true",
+        monitor={
+            "every_n_steps": SAMPLE_EVERY,
+            "log_every_n_steps": LOG_EVERY,
+            "seed": FIRST_SAMPLED,
+        },
+        log_every_n_steps=LOG_EVERY,
+        dirpath=directory,
+    )
+    found: list[tuple[int, int, int]] = []
+    for batch in text_rows(4 * STEPS).split(4):
+        with Asked() as asked:
+            loop.step(lambda rows: next_byte_loss(model, rows), batch)
+        found.append((asked.collectives, asked.sent, asked.received))
+    snapshots = loop._parts.watching
+    assert snapshots is not None
+    return {
+        "steps": found,
+        "layers": len(loop.precision_map.layers),
+        "parameters": sum(p.numel() for p in TinyGPT(blocks=blocks).parameters()),
+        "snapshot": snapshots.snapshots.kept[0].nbytes,
+    }
+
+
+def main(directory: Path) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    found = {
+        f"{scaling} {blocks}": steps(scaling, blocks, directory / f"{scaling} {blocks}")
+        for scaling in ("delayed", "dynamic")
+        for blocks in (1, 4)
+    }
+    torch.save(found, directory / "found.pt")

@@ -1,0 +1,69 @@
+"""The costs on paper are what one of 1,024 ranks asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_fp.telemetry.rank_costs import (
+    Traffic,
+    incident_seconds,
+    log_interval,
+    look,
+    per_step,
+    scales,
+    signals,
+    snapshot_bytes,
+)
+from tests import forked
+from tests.telemetry.fake_ranks import LOG_EVERY, RANKS, SHARDS
+
+RUNS = [f"{scaling} {blocks}" for scaling in ("delayed", "dynamic") for blocks in (1, 4)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("fake")
+    rank = forked.start("tests.telemetry.fake_ranks", directory, log=directory / "log")
+    rank.join(120)
+    assert rank.exitcode == 0, (directory / "log").read_text()[-4000:]
+    return torch.load(directory / "found.pt", weights_only=True)
+
+
+def counted(step: tuple[int, int, int]) -> Traffic:
+    return Traffic(collectives=step[0], sent=step[1], received=step[2])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_step_asks_for(found: dict[str, Any], name: str) -> None:
+    run = found[name]
+    layers = run["layers"]
+    ordinary = scales(layers) + signals(RANKS)
+    assert counted(run["steps"][1]) == ordinary
+    delayed = layers if name.startswith("delayed") else 0
+    logged = log_interval(layers, delayed=delayed, steps=LOG_EVERY)
+    assert counted(run["steps"][2]) == ordinary + logged
+    first = counted(run["steps"][0])  # in which all ranks ask once whether layers are the same
+    assert first.collectives == (ordinary + look(layers)).collectives + 1
+    assert first.sent == (ordinary + look(layers)).sent + 16
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_snapshot_takes(found: dict[str, Any], name: str) -> None:
+    """Of the weights alone, before the optimizer has any state."""
+    run = found[name]
+    stated = snapshot_bytes(run["parameters"], shards=SHARDS, bytes_each=4)
+    assert run["snapshot"] == pytest.approx(stated, rel=0.1)
+
+
+def test_a_step_on_average() -> None:
+    mean = per_step(1000, 16384, delayed=1000, sample_every=16, log_every=50)
+    assert mean.collectives == pytest.approx(2 + 2 / 16 + 5 / 50)
+    assert mean.received - mean.sent == 16383 * 24
+
+
+def test_an_incident_is_replays_and_copies() -> None:
+    assert incident_seconds(2.0, replayed=12) == 24
+    assert incident_seconds(2.0, replayed=12, copied_bytes=20e9) == 27
