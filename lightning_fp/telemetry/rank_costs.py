@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics import STATISTICS
 from lightning_fp.stability.replay.budget import INCIDENT
 
-OPERANDS = 3
+CAST = 3
+"""Operands of a layer that are cast: input, weight, gradient of the output."""
+
 SIGNALS = 6
 """Numbers of a step's signals: loss, gradient norm, headroom, and three flags."""
 
@@ -56,7 +59,7 @@ def scales(layers: int) -> Traffic:
     Args:
         layers: under delayed scaling, or whose casts the fallback watches.
     """
-    return _all_reduced(OPERANDS * FLOAT * layers) if layers else Traffic()
+    return _all_reduced(CAST * FLOAT * layers) if layers else Traffic()
 
 
 def signals(ranks: int) -> Traffic:
@@ -74,7 +77,7 @@ def look(layers: int) -> Traffic:
     Args:
         layers: in low precision.
     """
-    return _all_reduced(OPERANDS * len(STATISTICS) * WIDE * layers, 2)
+    return _all_reduced(len(OPERANDS) * len(STATISTICS) * WIDE * layers, 2)
 
 
 def log_interval(layers: int, *, delayed: int, steps: int, patterns: int = 1) -> Traffic:
@@ -86,8 +89,10 @@ def log_interval(layers: int, *, delayed: int, steps: int, patterns: int = 1) ->
         steps: of the interval.
         patterns: sets of formats that it saw sampled.
     """
-    statistics = _all_reduced(OPERANDS * len(STATISTICS) * WIDE * layers * patterns, 2 * patterns)
-    failed, nonfinite = _all_reduced(FLOAT), _all_reduced(OPERANDS * FLOAT * delayed)
+    statistics = _all_reduced(
+        len(OPERANDS) * len(STATISTICS) * WIDE * layers * patterns, 2 * patterns
+    )
+    failed, nonfinite = _all_reduced(FLOAT), _all_reduced(CAST * WIDE * delayed)
     return statistics + failed + (nonfinite if delayed else Traffic()) + _all_reduced(FLOAT * steps)
 
 

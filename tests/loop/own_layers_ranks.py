@@ -47,9 +47,8 @@ def rows(rank: int, step: int) -> Tensor:
 def loop_of(model: nn.Module, scaling: str = "delayed", **options: Any) -> PrecisionLoop:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
     parts = {"fallback": False, "monitor": False, **options}
-    return PrecisionLoop(
-        model, optimizer, scaling, layers={"*": f"fp8-{scaling}"}, base="32-true", **parts
-    )
+    layers = None if scaling == "auto" else {"*": f"fp8-{scaling}"}
+    return PrecisionLoop(model, optimizer, scaling, layers=layers, base="32-true", **parts)
 
 
 def amaxes(table: PrecisionMap) -> dict[str, Tensor]:
@@ -165,7 +164,10 @@ def pipeline(rank: int) -> dict[str, Any]:
     model = Stage({name: blocks[name] for name in names})
     table = table_of(model)
     table.meet()
-    stage = PipelineStage(model, rank, WORLD, torch.device("cpu"))
+    # Without shapes it finds them on memory that nobody has written, which histories would record.
+    shapes = torch.empty(8 // MICRO_BATCHES, WIDTH, device="meta", requires_grad=True)
+    known = {"input_args": shapes, "output_args": shapes}
+    stage = PipelineStage(model, rank, WORLD, torch.device("cpu"), **known)
     schedule = ScheduleGPipe(stage, MICRO_BATCHES, loss_fn=squared)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses: list[Tensor] = []
@@ -197,7 +199,8 @@ def without_pipeline() -> dict[str, Any]:
         for x, target in zip(*pair, strict=True):
             loss = squared(model(x), target)
             (loss / MICRO_BATCHES).backward()
-            losses.append(float(loss))
+            table.after_backward()
+            losses.append(float(loss.detach()))
         optimizer.step()
         table.step()
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -62,7 +62,8 @@ def fsdp2(model: TinyGPT) -> nn.Module:
 
 def hsdp(model: TinyGPT) -> nn.Module:
     """Copies of the model, each sharded over two ranks."""
-    return _sharded(model, init_device_mesh("cpu", (dist.get_world_size() // 2, 2)))
+    shape = dist.get_world_size() // 2, 2
+    return _sharded(model, init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")))
 
 
 def tensor_parallel(model: TinyGPT) -> nn.Module:
