@@ -20,12 +20,13 @@ from tests.loop.strategy_ranks import (
 )
 from tests.two_ranks import run_on_ranks
 
-SHORT = ["ddp", "fsdp2", "tensor parallel", "two dimensions"]
 PARTS = ("tensor parallel", "two dimensions")
 """Whose sums are made in parts."""
 
 
 Runs = dict[str, tuple[str, Run]]
+Told = tuple[str, list[dict[str, Any]]]
+"""A strategy, and of each rank its runs by their number of blocks."""
 
 
 def ranks(directory: Path, world: int, runs: Runs) -> list[dict[str, Any]]:
@@ -37,9 +38,23 @@ def ranks(directory: Path, world: int, runs: Runs) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    runs = {f"{name} {blocks}": (name, Run(blocks=blocks)) for name in SHORT for blocks in (1, 3)}
-    return ranks(tmp_path_factory.mktemp("two"), 2, runs)
+def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """Of each rank, of the strategy that a test names."""
+    strategy: str = request.param
+    runs = {str(blocks): (strategy, Run(blocks=blocks)) for blocks in (1, 3)}
+    return strategy, ranks(tmp_path_factory.mktemp("two"), 2, runs)
+
+
+SLOW = pytest.mark.slow
+of_each = pytest.mark.parametrize(
+    "two",
+    [
+        "fsdp2",
+        "two dimensions",
+        *(pytest.param(name, marks=SLOW) for name in ("ddp", "hsdp", "tensor parallel")),
+    ],
+    indirect=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +63,17 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("strategy", SHORT)
-def test_a_step_adds_one_collective_for_scales_and_one_for_signals(
-    two: list[dict[str, Any]], strategy: str, blocks: int
-) -> None:
+@of_each
+def test_a_step_adds_one_collective_for_scales_and_one_for_signals(two: Told, blocks: int) -> None:
     """Whatever the number of layers; the first step asks once whether all have the same layers."""
-    for told in two:
-        run = told[f"{strategy} {blocks}"]
+    for told in two[1]:
+        run = told[str(blocks)]
         assert run["collectives"][1] == run["plain"][1] + 2
 
 
-@pytest.mark.parametrize("strategy", SHORT)
-def test_tables_are_the_same_on_all_ranks_at_every_step(
-    two: list[dict[str, Any]], strategy: str
-) -> None:
-    assert_alike([told[f"{strategy} 3"] for told in two])
+@of_each
+def test_tables_are_the_same_on_all_ranks_at_every_step(two: Told) -> None:
+    assert_alike([told["3"] for told in two[1]])
 
 
 def assert_alike(runs: list[dict[str, Any]]) -> None:
@@ -79,11 +90,10 @@ def assert_alike(runs: list[dict[str, Any]]) -> None:
     assert any(table["statistics"] for table in one["tables"])
 
 
-@pytest.mark.parametrize("strategy", SHORT)
-def test_it_trains_as_one_process_does(
-    two: list[dict[str, Any]], once: dict[str, Any], strategy: str
-) -> None:
-    assert_as_alone(two[0][f"{strategy} 1"], once, strategy)
+@of_each
+def test_it_trains_as_one_process_does(two: Told, once: dict[str, Any]) -> None:
+    strategy, told = two
+    assert_as_alone(told[0]["1"], once, strategy)
 
 
 def assert_as_alone(run: dict[str, Any], once: dict[str, Any], strategy: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,6 +27,7 @@ def test_it_counts_while_it_runs() -> None:
     assert clock.take() == 0
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_waited_for(tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
