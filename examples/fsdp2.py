@@ -6,8 +6,6 @@ On a machine with GPUs each process takes one, else both share the CPU. At the e
 checkpoint becomes one file, which loads into the plain model.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -15,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fp import ClampMonitor, FP8Precision, PrecisionFallback
 
 WIDTH = 64
-CHECKPOINT = Path("fsdp2.ckpt")
+CHECKPOINT, ONE_FILE = Path("fsdp2.ckpt"), Path("fsdp2.pt")
 
 
 class MLP(nn.Module):
@@ -58,13 +57,6 @@ class Classifier(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def consolidate(checkpoint: Path) -> Path:
-    """One file of a sharded checkpoint, by Lightning's own command."""
-    module = "lightning.pytorch.utilities.consolidate_checkpoint"
-    subprocess.run([sys.executable, "-m", module, str(checkpoint)], check=True)
-    return checkpoint.with_name(f"{checkpoint.name}.consolidated")
-
-
 def main() -> None:
     L.seed_everything(0)
     x = torch.randn(2048, WIDTH)
@@ -92,7 +84,8 @@ def main() -> None:
         print(f"this rank's part of model.0.up: {tuple(up.to_local().shape)} of {tuple(up.shape)}")
         print(f"formats: {plugin.precision_map.formats()}")
         print(f"loss: {trainer.callback_metrics['loss']:.3f}")
-        state = torch.load(consolidate(CHECKPOINT), weights_only=True)["state_dict"]
+        dcp_to_torch_save(CHECKPOINT, ONE_FILE)
+        state = torch.load(ONE_FILE, weights_only=True)["state_dict"]
         print(f"loads into the plain model: {Classifier().load_state_dict(state)}")
 
 
