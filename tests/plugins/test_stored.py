@@ -98,8 +98,8 @@ def test_the_watch_says_what_it_cannot_heal(tmp_path: Path) -> None:
     callbacks = [ClampMonitor(dirpath=tmp_path), PrecisionFallback(dirpath=tmp_path)]
     model = fit(stored(), adapted(), max_steps=20, callbacks=callbacks)
     assert all(map(is_stored, frozen_layers(model)))
-    said = [event.reason for event in read_events(tmp_path) if "FP8 alone" in event.reason]
+    said = [event.reason for event in read_events(tmp_path) if "only in FP8" in event.reason]
     assert said == [
-        "8 frozen layers keep their weights in FP8 alone: high precision, in replays and after a"
-        " fallback, computes with the rounded weights, and does not heal what rounding does"
+        "8 frozen layers keep their weights only in FP8: high precision, in replays and after a"
+        " fallback, computes with the rounded weights and cannot undo what rounding did"
     ]

@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import logging
+import os
 import random
 from datetime import timedelta
 from pathlib import Path
@@ -268,6 +269,13 @@ def train_on_two_ranks(directory: Path, *callbacks: L.Callback, static: bool = F
     return module
 
 
+# A fork has none of the threads that OpenMP counts on, and waits for them without end.
+forks = pytest.mark.skipif(
+    os.environ.get("TEST_THREADS", "1") != "1", reason="a process of several threads is not forked"
+)
+
+
+@forks
 @pytest.mark.parametrize("static", [False, True])
 def test_two_ranks(static: bool, tmp_path: Path) -> None:
     probe = ParityProbe(2, worst=2, seed=None, dirpath=tmp_path)
@@ -280,6 +288,7 @@ def test_two_ranks(static: bool, tmp_path: Path) -> None:
     assert all(row["noise"] == 0 and 0.9 < row["grad_cosine"] < 1 for row in rows)
 
 
+@forks
 def test_a_failure_on_one_rank_only(tmp_path: Path) -> None:
     failing = Exhausting(torch.OutOfMemoryError("CUDA out of memory"), rank=1)
     probe = ParityProbe(2, worst=2, seed=None, dirpath=tmp_path)

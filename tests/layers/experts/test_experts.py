@@ -125,7 +125,12 @@ def test_in_high_precision_they_compute_what_they_did(name: str, implementation:
         loss_of(each, batch()).backward()
     found, expected = gradients(model), gradients(plain)
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    for name, gradient in found.items():
+        if implementation == "batched_mm" and torch.get_num_threads() > 1:
+            # Threads add the tokens' parts of a weight's gradient in the order in which they come.
+            torch.testing.assert_close(gradient, expected[name])
+        else:
+            assert torch.equal(gradient, expected[name])
     assert list(model.state_dict()) == keys
     assert type(experts_of(model, -1)) is not type(experts_of(plain, -1))
     revert(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.kernels import BlockKernel, NativeKernel, TorchaoKernel
-from lightning_fp.kernels.block import _cast
+from lightning_fp.kernels.block_products import cast_in_blocks
 from lightning_fp.kernels.gemm import cast_operand
 from lightning_fp.layers import kernel_for, linear_format
 from lightning_fp.rl.engine.weight_casts import scaled_by, weight_cast
@@ -43,7 +43,8 @@ def cast_by_kernel(format: str, weight: Tensor, monkeypatch: Any) -> tuple[Tenso
     if isinstance(kernel, BlockKernel):
         exported, block = kernel.exported(weight), kernel.weight_block
         scale = kernel.scale(exported, block, kernel.weight)
-        return _cast(exported, scale, block, kernel.weight), scale.reciprocal()
+        cast = cast_in_blocks(exported, scale, block, kernel.weight)
+        return cast.values, scale.reciprocal()
     assert isinstance(kernel, TorchaoKernel)
     from torchao.float8 import float8_linear
 
