@@ -12,6 +12,13 @@ from lightning_fp.numerics.devices import FP8_MIN_CAPABILITY, least_capability
 MX_CAPABILITIES = (10, 0), (12, 0)
 """NVIDIA architectures from the first to before the second multiply MX formats (sm100 to sm119)."""
 
+BLOCK_CAPABILITIES = (9, 0), (10, 0)
+"""Likewise those whose tensor cores undo one float32 scale per 128 values: Hopper alone (ATen's
+ScaledBlas.cpp; cuBLASLt of CUDA 12.9 and later)."""
+
+_BLOCK_CUDA, _BLOCK_TORCH = (12, 9), (2, 13)
+"""The first CUDA with these products; the first torch known to lay their scales out as we do."""
+
 CPU_HAS_BF16 = bool(
     torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
     or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
@@ -50,25 +57,7 @@ def cuda_mx_refusal() -> str | None:
         The reason; None if they can, or if there is no CUDA device, as in a plan for another
         machine.
     """
-    if not torch.cuda.is_available():
-        return None
-    if torch.version.hip is not None:
-        return "MX formats need sm100, this is ROCm"
-    first, beyond = MX_CAPABILITIES
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if not first <= capability < beyond:
-            major, minor = capability
-            return f"MX formats need sm100 (Blackwell), this device is sm{major}{minor}"
-    return None
-
-
-BLOCK_ARCHITECTURE = 9
-"""NVIDIA's major version whose tensor cores undo one float32 scale per 128 values: Hopper alone
-(ATen's ScaledBlas.cpp; cuBLASLt of CUDA 12.9 and later)."""
-
-_BLOCK_CUDA, _BLOCK_TORCH = (12, 9), (2, 13)
-"""The first CUDA with these products; the first torch known to lay their scales out as we do."""
+    return _architecture_refusal("MX formats", "Blackwell", MX_CAPABILITIES)
 
 
 def cuda_block_refusal() -> str | None:
@@ -80,20 +69,34 @@ def cuda_block_refusal() -> str | None:
         The reason; None if they can, or if there is no CUDA device, as in a plan for another
         machine.
     """
-    if not torch.cuda.is_available():
-        return None
-    if torch.version.hip is not None:
-        return "products of blocks of 128 need Hopper, this is ROCm"
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        if major != BLOCK_ARCHITECTURE:
-            return f"products of blocks of 128 need sm90 (Hopper), this device is sm{major}{minor}"
+    what = "products of blocks of 128"
+    why = _architecture_refusal(what, "Hopper", BLOCK_CAPABILITIES)
+    if why is not None or not torch.cuda.is_available():
+        return why
     cuda = torch.version.cuda or "0"
     if _version(cuda) < _BLOCK_CUDA or _version(torch.__version__) < _BLOCK_TORCH:
         return (
-            "products of blocks of 128 need torch 2.13 built for CUDA 12.9 or later, this is torch"
+            f"{what} need torch 2.13 built for CUDA 12.9 or later, this is torch"
             f" {torch.__version__} for CUDA {cuda}"
         )
+    return None
+
+
+def _architecture_refusal(
+    what: str, name: str, capabilities: tuple[tuple[int, int], tuple[int, int]]
+) -> str | None:
+    """Why some CUDA device here is not of the architectures from the first to before the second."""
+    if not torch.cuda.is_available():
+        return None
+    first, beyond = capabilities
+    needed = f"{what} need sm{first[0]}{first[1]}"
+    if torch.version.hip is not None:
+        return f"{needed}, this is ROCm"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not first <= capability < beyond:
+            major, minor = capability
+            return f"{needed} ({name}), this device is sm{major}{minor}"
     return None
 
 
