@@ -235,6 +235,7 @@ def test_cells_that_break_are_told_and_the_others_run(
     assert {row["lr"] for row in rows if row["error"]} == {0.1}
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
     assert sweep("fit", tmp_path, *SMALL, "--seeds", "1") == 0
     full = (tmp_path / "cells.sqlite").stat().st_size  # no file may grow beyond it

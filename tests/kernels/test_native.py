@@ -86,8 +86,7 @@ def torchao_tensorwise() -> TorchaoKernel:
 
 
 def accuracy_cases() -> Iterator[Any]:
-    """Inductor takes ten seconds and more for each: all but one are slow."""
-    fast = {(torch.float32, torch.bfloat16, False)}
+    """Inductor takes ten seconds and more for each: they are slow."""
     for dtype, autocast_to, compiled, fast_bf16 in product(
         (torch.bfloat16, torch.float32), (None, torch.bfloat16), (None, "inductor"), (True, False)
     ):
@@ -97,8 +96,7 @@ def accuracy_cases() -> Iterator[Any]:
             "compiled" if compiled else "eager",
             "bf16_gemm" if fast_bf16 else "fp32_gemm",
         )
-        slow = compiled is not None and (dtype, autocast_to, fast_bf16) not in fast
-        marks = [pytest.mark.slow] if slow else []
+        marks = [pytest.mark.slow] if compiled else []
         yield pytest.param(dtype, autocast_to, compiled, fast_bf16, id="-".join(names), marks=marks)
 
 

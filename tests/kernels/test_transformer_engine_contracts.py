@@ -15,6 +15,7 @@ PACKAGE = Path(os.environ.get("TRANSFORMER_ENGINE", Path(sys.prefix) / "transfor
 find it, and could not import it."""
 
 
+@pytest.mark.slow
 def test_contracts(tmp_path: Path) -> None:
     if not (PACKAGE / "transformer_engine").is_dir():
         pytest.skip(f"no Transformer Engine in {PACKAGE}; python dev.py setup unpacks it")

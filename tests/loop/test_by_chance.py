@@ -104,7 +104,7 @@ def train(
     return weights(model)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_plain_loop_goes_on_bit_for_bit(compiled: bool, tmp_path: Path) -> None:
     make = TinyGPT if compiled else Checkpointed
     whole, resumed = (

@@ -196,7 +196,7 @@ def test_stochastic_rounding_wants_a_seed() -> None:
         round_to_format(torch.ones(2), float_format("e8m3"), "stochastic")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 def test_compiled_is_eager_bit_for_bit(backend: str) -> None:
     names = ["e8m3", "e8m0", "e4m3", "e5m9", "e3m0", "e4m5", "e7m21", "e2m22"]

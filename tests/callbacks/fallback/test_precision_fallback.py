@@ -392,6 +392,7 @@ def test_with_a_monitor_both_look_at_the_same_samples(tmp_path: Path) -> None:
     assert not monitor.listeners
 
 
+@pytest.mark.slow
 def test_averages_go_back_too(tmp_path: Path) -> None:
     class Average(WeightAveraging):
         pass
@@ -485,7 +486,7 @@ class Interrupt(L.Callback):
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(step, marks=() if step == 62 else pytest.mark.slow, id=f"after {step}")
+        pytest.param(step, marks=() if step == 58 else pytest.mark.slow, id=f"after {step}")
         for step in (40, 58, 62, 85, 105)
     ],
 )

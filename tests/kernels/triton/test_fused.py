@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[3]
     "what",
     [
         pytest.param("every_16_bit_value", marks=pytest.mark.slow),
-        *("ties_of_float32", "shapes_and_statistics", "odd_operands", "a_layer"),
+        pytest.param("odd_operands", marks=pytest.mark.slow),
+        *("ties_of_float32", "shapes_and_statistics", "a_layer"),
     ],
 )
 def test_interpreted(what: str) -> None:

@@ -287,6 +287,7 @@ def test_a_failure_ends_the_log_and_not_the_run(
     assert caplog.text.count("failed; training continues") == 1
 
 
+@pytest.mark.slow
 def test_compiled_models_have_what_the_optimizer_knows(tmp_path: Path) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
