@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.format_names import Rounding
+from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.numerics import FloatFormat
 
@@ -100,6 +101,7 @@ class Kernel(Protocol):
         *,
         record: bool,
         evaluating: bool,
+        gathered: GatheredCasts | None = None,
     ) -> Tensor:
         """The product, of a layer that has a memory.
 
@@ -112,6 +114,7 @@ class Kernel(Protocol):
                 None: nothing.
             record: whether a memory records the operands of this call.
             evaluating: whether amaxes of this call must not reach a history.
+            gathered: what is kept of the casts of a weight that FSDP2 has gathered.
 
         Returns:
             As `__call__`.

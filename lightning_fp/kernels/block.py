@@ -36,6 +36,7 @@ from lightning_fp.kernels.derivatives import (
     place_of,
     refuse_transforms,
 )
+from lightning_fp.kernels.gathered_casts import GatheredCasts, identity
 from lightning_fp.kernels.gemm import operand_dtype
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.memory import WEIGHT
@@ -130,6 +131,21 @@ class BlockKernel(Kernel):
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
+        return self.multiply(input, weight, bias, layer)
+
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: Any = None,
+        *,
+        record: bool = False,
+        evaluating: bool = False,
+        gathered: GatheredCasts | None = None,
+    ) -> Tensor:
+        """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         input = input.to(compute_dtype(input))
@@ -140,7 +156,8 @@ class BlockKernel(Kernel):
             )
         with without_autocast(input.device.type):
             rows = input.reshape(-1, input.shape[-1])
-            result: Tensor = _BlockLinear.apply(rows, place_of(rows, weight), weight, self, layer)
+            how = self, layer, gathered
+            result: Tensor = _BlockLinear.apply(rows, place_of(rows, weight), weight, *how)
             result = result.reshape(*input.shape[:-1], weight.shape[0])
             return result if bias is None else result + bias.to(result.dtype)
 
@@ -171,6 +188,25 @@ class BlockKernel(Kernel):
         x = self.exported(weight)
         scale = self.scale(x, block, self.weight) if scale is None else scale
         return cast_in_blocks(x, scale, block, self.weight)
+
+    def cast_once(
+        self,
+        weight: Tensor,
+        block: Block,
+        gathered: GatheredCasts | None,
+        scale: Tensor | None = None,
+    ) -> BlockCast:
+        """`cast_weight`; of a weight that FSDP2 has gathered only where it was not cast before."""
+        if gathered is None:
+            return self.cast_weight(weight, block, scale)
+        kept = gathered.of(
+            weight,
+            (self, block),
+            lambda: self.cast_weight(weight, block, scale),
+            lambda cast: (cast.values,) if self.square_weight else (cast.values, cast.scale),
+        )
+        same = scale is None or identity(scale) == identity(kept.scale)
+        return kept if same else self.cast_weight(weight, block, scale)
 
     def product_dtype(self, input: Tensor) -> torch.dtype | None:
         """The dtype that holds the operands, scales undone, and is multiplied in.
@@ -205,9 +241,10 @@ class _BlockLinear(torch.autograd.Function):
         weight: Tensor,
         kernel: BlockKernel,
         layer: str,
+        gathered: GatheredCasts | None,
     ) -> Tensor:
         wide = kernel.product_dtype(input)
-        w = kernel.cast_weight(weight, kernel.weight_block)
+        w = kernel.cast_once(weight, kernel.weight_block, gathered)
         x = kernel.cast(input, kernel.by_row, kernel.input)
         needs_input, _, needs_weight = ctx.needs_input_grad[:3]
         saved_input = scale_saved = None
@@ -223,7 +260,7 @@ class _BlockLinear(torch.autograd.Function):
             w.scale if kernel.square_weight else None,
         )
         ctx.kernel, ctx.wide, ctx.place, ctx.layer = kernel, wide, place, layer
-        ctx.dtypes = input.dtype, weight.dtype
+        ctx.dtypes, ctx.gathered = (input.dtype, weight.dtype), gathered
         return output(x, w, input.dtype, wide)
 
     @staticmethod
@@ -238,7 +275,7 @@ class _BlockLinear(torch.autograd.Function):
         with torch.no_grad(), without_autocast(grad_output.device.type):
             if weight is not None:
                 block = kernel.weight_block if kernel.square_weight else kernel.by_column
-                w = kernel.cast_weight(weight, block, scale_w)
+                w = kernel.cast_once(weight, block, ctx.gathered, scale_w)
                 g = kernel.cast(grad_output, kernel.by_row, kernel.grad_output)
                 of_input = grad_input(g, w, input_dtype, wide)
                 del w
@@ -255,4 +292,4 @@ class _BlockLinear(torch.autograd.Function):
             if isinstance(x, BlockCast):
                 x = in_place_of(x.dequantised(input_dtype), ctx.place)
             of_input, of_weight = gradients_again(of_input, of_weight, grad_output, x, weight)
-        return of_input, None, of_weight, None, None
+        return of_input, None, of_weight, None, None, None

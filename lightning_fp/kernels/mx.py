@@ -4,8 +4,9 @@ torchao's op takes contiguous bf16 (emulated: or float32) and whole blocks only,
 drops the bias (pytorch/ao#4846). So the bias is added here, dtypes are made what it takes, and
 where it is emulated zeros fill the last blocks, which changes no scale and adds nothing to a sum.
 It keeps input and weight for backward, in the dtype it was given: under mixed precision that is a
-bf16 copy of the weight. The emulation of `BlockKernel` keeps neither, and gives the same bits: in
-compiled code, and where torch has no float8 dtype, it takes the place of torchao's.
+bf16 copy of the weight. The emulation of `BlockKernel` keeps neither, and gives the same bits: it
+takes the place of torchao's in compiled code, where torch has no float8 dtype, and where FSDP2 has
+gathered the weight, each of whose casts is then made once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
+from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.grouped.torchao import torchao_groups
 from lightning_fp.kernels.hardware import check_alignment
@@ -79,6 +81,21 @@ class TorchaoMXKernel(Kernel):
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
+        return self.multiply(input, weight, bias, layer)
+
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: Any = None,
+        *,
+        record: bool = False,
+        evaluating: bool = False,
+        gathered: GatheredCasts | None = None,
+    ) -> Tensor:
+        """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         dtype = compute_dtype(input)
@@ -86,9 +103,9 @@ class TorchaoMXKernel(Kernel):
         # Compiled for a CPU, torchao's emulation has what was in memory in some gradients of ragged
         # batches (torch 2.13, torchao 0.18).
         theirs = has_dtype(MX_EMULATION.input, input.device) and not torch.compiler.is_compiling()
-        if emulate and not theirs:
+        if emulate and (gathered is not None or not theirs):
             own = dataclasses.replace(MX_EMULATION, high_grad_weight=self.high_grad_weight)
-            return own(input, weight, bias, layer)
+            return own.multiply(input, weight, bias, layer, gathered=gathered)
         rows = input.reshape(-1, input.shape[-1])
         if not emulate:
             out_features, in_features = weight.shape

@@ -29,6 +29,7 @@ from lightning_fp.kernels.derivatives import (
     refuse_transforms,
 )
 from lightning_fp.kernels.float8_free import Cast, Casts
+from lightning_fp.kernels.gathered_casts import GatheredCasts, WeightOperand, identity
 from lightning_fp.kernels.gemm import (
     backward_products,
     cast_operand,
@@ -151,6 +152,7 @@ class NativeKernel(Kernel):
         *,
         record: bool,
         evaluating: bool = False,
+        gathered: GatheredCasts | None = None,
     ) -> Tensor:
         """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:
@@ -182,7 +184,9 @@ class NativeKernel(Kernel):
                 output, *recorded = StoredLinear.apply(rows, *parts, *how, layer)
             else:
                 place = place_of(rows, weight)
-                output, *recorded = _NativeLinear.apply(rows, place, weight, *how, share, layer)
+                output, *recorded = _NativeLinear.apply(
+                    rows, place, weight, *how, share, gathered, layer
+                )
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             if memory is not None and record:
                 memory.record(*recorded)
@@ -266,11 +270,26 @@ class _Casts:
             record=self.record,
         )
 
-    def again(self, weight: Tensor, scale: Tensor, format: FloatFormat) -> Tensor | None:
-        """A weight cast once more, with the scale of its forward, to be summed over by columns."""
+    def again(self, weight: Tensor, scale: Tensor, gathered: GatheredCasts | None) -> Tensor | None:
+        """A weight cast with the scale of its forward, to be summed over by columns."""
+        format = self.kernel.weight
+        kept = None if gathered is None else gathered.find(weight, (self.kernel, identity(scale)))
+        if kept is not None:
+            return widen(kept.cast, format, self.wide)
+        exported = self.kernel.exported(weight)
         if self.fused:
-            return fused_operand(weight, scale, format, rows=False, record=False).by_columns
-        return cast_operand(weight, scale, format, self.wide)[1]
+            w = cast = fused_operand(exported, scale, format, rows=False, record=False).by_columns
+        else:
+            cast, w = cast_operand(exported, scale, format, self.wide)
+        if gathered is not None and cast is not None:
+            keys = ((self.kernel, identity(scale)),)
+            gathered.keep(weight, keys, WeightOperand(cast, scale), (cast,))
+        return w
+
+
+def _row_of_cast(amax: Tensor, record: bool) -> Tensor:
+    """See `amax_row`; of a weight that arrived in FP8. That something is not finite counts as 1."""
+    return torch.stack([amax, 1 - torch.isfinite(amax).float()]) if record else amax
 
 
 class _NativeLinear(torch.autograd.Function):
@@ -293,6 +312,7 @@ class _NativeLinear(torch.autograd.Function):
         emulate: bool,
         in_full: bool,
         share: OperandMemory | None,
+        gathered: GatheredCasts | None,
         layer: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = operand_dtype(input) if emulate else None
@@ -300,15 +320,25 @@ class _NativeLinear(torch.autograd.Function):
         casts = _Casts(kernel, scales, wide, kernel.fuses(input, weight, scales), in_full)
         saves_cast = needs_weight and not kernel.high_grad_weight
         x = casts.of(INPUT, input, kernel.input, columns=saves_cast)
-        kept = None if share is None else share.weight_cast_of(weight, kernel)
+        kept = None
+        if share is not None:
+            kept = share.weight_cast_of(weight, kernel)
+        elif gathered is not None:
+            kept = gathered.find(weight, (kernel, identity(scales), in_full))
         if kept is None:
             cast_from = kernel.exported(weight)
             cast = casts.of(WEIGHT, cast_from, kernel.weight, columns=False)
             w8, w, amax_w, scale_w, row_w = cast.kept, cast.by_rows, cast.amax, cast.scale, cast.row
             if share is not None and w8 is not None:
                 share.keep_weight_cast(weight, kernel, w8, scale_w, amax_w, row_w)
+            elif gathered is not None and w8 is not None:
+                keys = (kernel, identity(scales), in_full), (kernel, identity(scale_w))
+                gathered.keep(
+                    weight, keys, WeightOperand(w8, scale_w, amax_w, row_w, scales), (w8,)
+                )
         else:
             w8, amax_w, scale_w, row_w = kept.cast, kept.amax, kept.scale, kept.row
+            row_w = _row_of_cast(amax_w, in_full) if row_w is None else row_w
             w = widen(w8, kernel.weight, wide)
         unscale_x, unscale_w = unscale(x.scale, x.amax), unscale(scale_w, amax_w)
         saved_input = input if kernel.high_grad_weight else x.kept
@@ -322,12 +352,12 @@ class _NativeLinear(torch.autograd.Function):
             scales,
         )
         ctx.kernel, ctx.wide, ctx.place, ctx.layer = kernel, wide, place, layer
-        ctx.fused = casts.fused
+        ctx.fused, ctx.gathered = casts.fused, gathered
         ctx.slot = None if leaf is None else slot
         ctx.dtypes = input.dtype, weight.dtype
         assert x.by_rows is not None and w is not None
         output = forward_products(x.by_rows, w, unscale_x, unscale_w, input.dtype)
-        rows = x.row, row_w if share is None else row_w.clone()
+        rows = x.row, row_w if share is gathered is None else row_w.clone()
         ctx.mark_non_differentiable(*rows)
         return output, *rows
 
@@ -353,7 +383,7 @@ class _NativeLinear(torch.autograd.Function):
             unscale_g = unscale(g.scale, g.amax)
             w = x = None
             if weight is not None and w8 is None:
-                w = casts.again(kernel.exported(weight), scale_w, kernel.weight)
+                w = casts.again(weight, scale_w, ctx.gathered)
             elif weight is not None:
                 w = widen(w8, kernel.weight, wide)
             if saved_input is not None and not kernel.high_grad_weight:
@@ -374,4 +404,4 @@ class _NativeLinear(torch.autograd.Function):
             grad_input, grad_weight = gradients_again(
                 grad_input, grad_weight, grad_output, x, weight
             )
-        return grad_input, None, grad_weight, None, grad_leaf, None, None, None, None, None, None
+        return grad_input, None, grad_weight, None, grad_leaf, *[None] * 7

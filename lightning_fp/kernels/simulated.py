@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_fp.format_names import Rounding
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
+from lightning_fp.kernels.gathered_casts import GatheredCasts, identity
 from lightning_fp.kernels.gemm import operand_dtype
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.plain_linear import (
@@ -73,14 +74,30 @@ class SimulatedKernel(Kernel):
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
+        return self.multiply(input, weight, bias, layer)
+
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: Any = None,
+        *,
+        record: bool = False,
+        evaluating: bool = False,
+        gathered: GatheredCasts | None = None,
+    ) -> Tensor:
+        """See `Kernel.multiply`."""
+        casts = self if gathered is None else CastOnce(self, gathered)
         input = input.to(compute_dtype(input))
         seeds = self.seeds(input.device)
         with without_autocast(input.device.type):
             if self.multiplies_scaled(input, weight):
-                output = scaled_linear(input, weight, self, seeds)
+                output = scaled_linear(input, weight, casts, seeds)
             else:
                 x = _rounded(input, self, INPUT, None, self.product_dtype(input), seeds)
-                output = linear_without_autocast(x, weight, None, self, seeds)
+                output = linear_without_autocast(x, weight, None, casts, seeds)
                 output = _rounded(output, self, None, GRAD_OUTPUT, output.dtype, seeds)
                 output = output.to(input.dtype)
             return output if bias is None else output + bias.to(output.dtype)
@@ -183,6 +200,56 @@ class SimulatedKernel(Kernel):
             return torch.ones((), device=x.device), format
         amax = tensor_amax(x)
         return amax_to_scale(amax, format.max, power_of_two=self.power_of_two), format
+
+
+@dataclass(frozen=True, slots=True)
+class CastOnce:
+    """The kernel, where FSDP2 has gathered the weight: each cast of it is made once.
+
+    What rounds by chance is rounded anew for each forward.
+    """
+
+    kernel: SimulatedKernel
+    gathered: GatheredCasts
+
+    def cast_weight(self, weight: Tensor, dtype: torch.dtype, seeds: Tensor | None) -> Tensor:
+        """See `CastsWeight`."""
+        if seeds is not None or transformed() or differentiated_again():
+            return self.kernel.cast_weight(weight, dtype, seeds)
+        return self.gathered.of(
+            weight,
+            (self.kernel, dtype),
+            lambda: self.kernel.cast_weight(weight, dtype, None),
+            lambda cast: () if cast.data_ptr() == weight.data_ptr() else (cast,),
+        )
+
+    def weight_gradient_dtype(self, dtype: torch.dtype, weight: torch.dtype) -> torch.dtype:
+        """See `CastsWeight`."""
+        return self.kernel.weight_gradient_dtype(dtype, weight)
+
+    def scaled_operand(
+        self, operand: int, x: Tensor, seeds: Tensor | None, scale: Tensor | None = None
+    ) -> ScaledOperand:
+        """See `ScalesOperands`."""
+
+        def make() -> ScaledOperand:
+            return self.kernel.scaled_operand(operand, x, seeds, scale)
+
+        if operand != WEIGHT or seeds is not None:
+            return make()
+        kept = self.gathered.of(x, self.kernel, make, lambda cast: (cast.values,))
+        return kept if scale is None or identity(scale) == identity(kept.scale) else make()
+
+    def straight_through(
+        self,
+        x: Tensor,
+        forward: int | None,
+        backward: int | None,
+        dtype: torch.dtype,
+        seeds: Tensor | None,
+    ) -> Tensor:
+        """See `ScalesOperands`."""
+        return self.kernel.straight_through(x, forward, backward, dtype, seeds)
 
 
 def _rounded(

@@ -21,6 +21,7 @@ from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.derivatives import gradients_again, refuse_transforms
 from lightning_fp.kernels.float8_free import Cast, Casts, float8_free_linear
+from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.kernels.grouped.emulated import emulated_groups
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.grouped.torchao import has_grouped_fp8, torchao_groups
@@ -117,6 +118,21 @@ class TorchaoKernel(Kernel):
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
         """See `Kernel.__call__`."""
+        return self.multiply(input, weight, bias, layer)
+
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: Any = None,
+        *,
+        record: bool = False,
+        evaluating: bool = False,
+        gathered: GatheredCasts | None = None,
+    ) -> Tensor:
+        """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         dtype = compute_dtype(input)
@@ -137,7 +153,8 @@ class TorchaoKernel(Kernel):
                 # A copy, which the compiler leaves out, since a view could not be changed in place.
                 output = self._function.apply(rows, weight.t(), gemm_config, config).clone()
             else:
-                output = _TwiceDifferentiable.apply(rows, weight.t(), gemm_config, config, layer)
+                how = gemm_config, config, layer, gathered
+                output = _TwiceDifferentiable.apply(rows, weight.t(), *how)
             output = output.reshape(*input.shape[:-1], weight.shape[0]).to(dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
@@ -211,20 +228,32 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight_t: Tensor, gemms: Any, config: Any, layer: str
+        ctx: Any,
+        input: Tensor,
+        weight_t: Tensor,
+        gemms: Any,
+        config: Any,
+        layer: str,
+        gathered: GatheredCasts | None,
     ) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.gathered = layer, gathered
         ctx.function = import_float8().float8_linear.matmul_with_hp_or_float8_args
+        ctx.linear_mm_config, ctx.config = gemms, config
+        ctx.save_for_backward(input, weight_t)  # torchao would save what may be a cast
+        theirs = SimpleNamespace(save_for_backward=lambda *_: None)
+        weight_t = _cast_once(weight_t, gemms, config, gathered, for_grad_input=False)
         # Its data, since it is a view: one made in here could not be changed in place.
-        return ctx.function.forward(ctx, input, weight_t, gemms, config).data
+        return ctx.function.forward(theirs, input, weight_t, gemms, config).data
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         refuse_transforms(ctx.layer, grad_output)
         # Checkpointing gives saved tensors out once, and both want them.
-        input, weight_t = saved = ctx.saved_tensors
+        input, weight_t = ctx.saved_tensors
         with torch.no_grad():
-            theirs = SimpleNamespace(**vars(ctx), saved_tensors=saved)
+            how = ctx.linear_mm_config, ctx.config, ctx.gathered
+            weight = _cast_once(weight_t, *how, for_grad_input=True)
+            theirs = SimpleNamespace(**vars(ctx), saved_tensors=(input, weight))
             grad_input, grad_weight_t, *_ = ctx.function.backward(theirs, grad_output)
         needs_input, needs_weight, *_ = ctx.needs_input_grad
         if differentiated_again():
@@ -236,7 +265,50 @@ class _TwiceDifferentiable(torch.autograd.Function):
                 weight_t.t(),
             )
             grad_weight_t = None if grad_weight is None else grad_weight.t()
-        return grad_input, grad_weight_t, None, None, None
+        return grad_input, grad_weight_t, None, None, None, None
+
+
+def _cast_once(
+    weight_t: Tensor,
+    gemms: Any,
+    config: Any,
+    gathered: GatheredCasts | None,
+    *,
+    for_grad_input: bool,
+) -> Tensor:
+    """A weight that FSDP2 has gathered, as torchao casts it for a product; others as they are.
+
+    Args:
+        weight_t: [in_features, out_features].
+        gemms: how torchao multiplies.
+        config: how it casts.
+        gathered: the casts that are kept; None: torchao casts it itself.
+        for_grad_input: whether it is multiplied in backward.
+    """
+    of = config.cast_config_weight_for_grad_input if for_grad_input else config.cast_config_weight
+    if gathered is None or of.scaling_type.value == "disabled":
+        return weight_t
+    from torchao.float8.float8_scaling_utils import (
+        get_maybe_axiswise_dim,
+        hp_tensor_to_float8_dynamic,
+    )
+    from torchao.float8.float8_training_tensor import GemmInputRole
+
+    dim = get_maybe_axiswise_dim(-1 if for_grad_input else 0, of.scaling_granularity)
+    return gathered.of(
+        weight_t,
+        (of.target_dtype, gemms, config.round_scales_to_power_of_2, dim),
+        lambda: hp_tensor_to_float8_dynamic(
+            weight_t,
+            of.target_dtype,
+            gemms,
+            gemm_input_role=GemmInputRole.WEIGHT,
+            scaling_granularity=of.scaling_granularity,
+            axiswise_dim=dim,
+            round_scales_to_power_of_2=config.round_scales_to_power_of_2,
+        ),
+        lambda cast: (cast._data, cast._scale),
+    )
 
 
 @cache

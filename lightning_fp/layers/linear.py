@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
+from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.kernels.plain_linear import transformed
 from lightning_fp.kernels.stored.linear import dequantised_linear
 from lightning_fp.kernels.stored.weight import StoredWeight
@@ -56,6 +57,9 @@ class FPLinear(nn.Linear):
 
     keeps_history = True
     """See `SwitchableLayer`."""
+
+    gathered: GatheredCasts | None
+    """Casts of the weight while FSDP2 has it gathered; None: FSDP2 does not shard it."""
 
     stored: FloatFormat | None
     """The format in which alone the weight is kept, see `lightning_fp.layers.stored`; None: it is a
@@ -132,8 +136,16 @@ class FPLinear(nn.Linear):
             collect = False
         # Code compiled for one block would not serve the next if the layer's name were in it.
         name = "in compiled code" if torch.compiler.is_compiling() else self.fqn
+        gathered = None if torch.compiler.is_compiling() or transformed() else self.gathered
         output = kernel.multiply(
-            input, weight, bias, name, memory, record=record, evaluating=evaluating
+            input,
+            weight,
+            bias,
+            name,
+            memory,
+            record=record,
+            evaluating=evaluating,
+            gathered=gathered,
         )
         if collect and self.statistics is not None:
             scales = None if memory is None else memory.scales
@@ -332,6 +344,7 @@ def make_switchable(linear: nn.Linear, fqn: str, phase: Phase) -> FPLinear:
         record=False,
         memory=None,
         statistics=None,
+        gathered=None,
         stored=None,
     )
     linear.switch(NAMED_FORMATS["high"], HighPrecisionKernel())

@@ -18,6 +18,7 @@ from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
 from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
+from lightning_fp.layers.fsdp.weights import keep_casts_of_gathered
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
 from lightning_fp.layers.histories.delayed_scales import DelayedScales, StepScales, first_device
@@ -108,6 +109,7 @@ class PrecisionMap:
         self._budget = PatternBudget()
         self._frozen = False
         self._seeds = BatchSeeds()
+        self._sharding_known = False
         asked = NAMED_FORMATS["high"] if attention is None else attention
         self._attention = attention_mode(asked, "attention")
         self.attention = "" if self._attention is None else linear_format(asked).name
@@ -363,6 +365,7 @@ class PrecisionMap:
         torch's generator is seeded for it where a format of this run rounds by chance, and is left
         alone otherwise, and in replays, which bring the generator of their batch with them.
         """
+        self._follow_gathers()
         by_chance = self._attention is not None and self._attention.by_chance
         if (by_chance or self.known.by_chance) and not self._frozen:
             self._seeds.next()
@@ -376,9 +379,16 @@ class PrecisionMap:
         """After an optimizer step: update delayed scales, and let `fp8-auto` write its moves."""
         if self._frozen:
             return
+        self._follow_gathers()
         for move in self._histories.step(self.layers):
             pattern = f"re:{re.escape(move.layer)}"
             self.set(pattern, move.format, reason=move.reason, author="auto")
+
+    def _follow_gathers(self) -> None:
+        """Once, by when the model is sharded: casts of gathered weights are kept with them."""
+        if not self._sharding_known and self._model is not None:
+            self._sharding_known = True
+            keep_casts_of_gathered(self._model, self._layers.values())
 
     def step(self) -> list[Change]:
         """The boundary of a plain loop, after an optimizer step: `after_step`, then `apply`."""
@@ -442,6 +452,7 @@ class PrecisionMap:
         self._let_go()
         self._model = model
         self._layers = dict(layers)
+        self._sharding_known = False
         for each in formats.values():
             self.known.add(each.format, each)
         self._configured = {name: each.format.name for name, each in formats.items()}

@@ -21,6 +21,7 @@ from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.kernels.base import Kernel, compute_dtype
 from lightning_fp.kernels.block import BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
+from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.padding import whole, zeros_to
 from lightning_fp.kernels.transformer_engine.library import (
@@ -101,6 +102,7 @@ class TransformerEngineKernel(Kernel):
         *,
         record: bool,
         evaluating: bool,
+        gathered: GatheredCasts | None = None,
     ) -> Tensor:
         """See `Kernel.multiply`; never compiled, so a compiled model has a graph break here."""
         output = _eagerly(memory, self, input, weight, bias, evaluating)

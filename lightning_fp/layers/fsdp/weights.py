@@ -1,0 +1,73 @@
+"""Where FSDP2 keeps the weights of layers: the private fields of torch that we rely on.
+
+torch has no public way to hear that a gathered weight is freed. Where a field is not there, nothing
+is kept with gathered weights, every use casts its weight anew, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_fp.kernels.gathered_casts import GatheredCasts
+from lightning_fp.layers.linear import is_switchable_linear
+from lightning_fp.layers.switchable import SwitchableLayer
+
+log = logging.getLogger(__name__)
+
+
+def keep_casts_of_gathered(model: nn.Module, layers: Iterable[SwitchableLayer]) -> None:
+    """From here on layers keep the cast of a weight for as long as FSDP2 has it gathered.
+
+    Args:
+        model: as it trains, sharded or not.
+        layers: those of a table.
+    """
+    try:
+        weights = dict(_weights(model))
+        for weight in weights.values():
+            _check(weight)
+    except AttributeError as error:
+        log.warning(
+            "weights that FSDP2 gathers are cast anew at each use: torch %s has not the private"
+            " field that says when they are freed (%s)",
+            torch.__version__,
+            error,
+        )
+        return
+    for layer in layers:
+        if isinstance(layer, nn.Module) and is_switchable_linear(layer) and layer in weights:
+            layer.gathered = GatheredCasts(weights[layer])
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """Modules whose weight is sharded, each with what FSDP2 has of it."""
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in _groups(module):
+            for parameter in group.fsdp_params:
+                info = parameter._module_info
+                names = [info.param_name, *info.shared_param_names]
+                owners = [info.module, *info.shared_modules]
+                for owner, name in zip(owners, names, strict=True):
+                    if name == "weight":
+                        yield owner, parameter
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    group = state._fsdp_param_group  # before torch 2.12
+    return [] if group is None else [group]
+
+
+def _check(weight: Any) -> None:
+    for name in ("all_gather_outputs", "_unsharded_inner_tensors", "free_unsharded_param"):
+        getattr(weight, name)
