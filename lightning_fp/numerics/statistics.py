@@ -154,7 +154,7 @@ def _in_cache(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
         pieces = x.split(max(1, _PIECE // x.shape[1]))
         scales = scale.split(len(pieces[0]))
     size, large = (torch.empty_like(pieces[0], dtype=torch.float32) for _ in range(2))
-    sums = torch.empty(5, len(pieces))
+    sums = torch.empty(5, len(pieces), dtype=torch.float32)  # whatever the default is
     for piece, by, row in zip(pieces, scales, sums.unbind(1), strict=True):
         amax, scaled_amax, magnitude, nonzero, left = row.unbind()
         if len(piece) < len(size):

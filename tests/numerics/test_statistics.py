@@ -146,6 +146,18 @@ def test_every_dtype(dtype: torch.dtype) -> None:
     assert_same(row, brute_force(x.float().tolist(), [3.0] * 8, E4M3), 3.0)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_sums_do_not_depend_on_the_default_dtype(default: torch.dtype) -> None:
+    """Forwards under `bf16-true` and `16-true` have another."""
+    x, scale = torch.randn(8, 16), torch.tensor(3.0)
+    expected = operand_statistics(x, scale, E4M3)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(operand_statistics(x, scale, E4M3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_sampled_rows_are_the_only_ones_in_the_squares() -> None:
     x = torch.randn(8, 16) * 300
     index, scale = torch.tensor([1, 5]), torch.tensor(1.0)
