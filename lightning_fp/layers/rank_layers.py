@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,24 @@ class RankLayers:
         """The layers that some rank has and this one not, many in one, for messages."""
         own = set(layers)
         return ", ".join(fold_names(name for name in self.everywhere if name not in own)) or "none"
+
+    def check_judges(self, judges: Sequence[str], layers: Iterable[str], remedy: str) -> None:
+        """Refuse what judges all layers together, where ranks have layers of their own.
+
+        Args:
+            judges: what does, and is on; by name.
+            layers: of this rank.
+            remedy: what to do, as the end of a sentence.
+
+        Raises:
+            ValueError: on all ranks.
+        """
+        if self.differ and judges:
+            raise ValueError(
+                f"{' and '.join(judges)} must be off where ranks have layers of their own (here"
+                f" not: {self.others(layers)}): one rank cannot judge the layers of another;"
+                f" {remedy}"
+            )
 
     @torch.no_grad()
     def largest(self, rows: Tensor, names: Collection[str]) -> Tensor:

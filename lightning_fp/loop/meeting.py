@@ -40,11 +40,6 @@ def meet(
         "recipe": options.recipe,
     }
     named = [name for name, each in on.items() if each is not None]
-    if everyone.differ and named:
-        off = ", ".join(f"{name}={'None' if name == 'recipe' else False}" for name in named)
-        raise ValueError(
-            f"{' and '.join(named)} must be off where ranks have layers of their own (here not:"
-            f" {everyone.others(table.layers)}): one rank cannot judge the layers of another; give"
-            f" PrecisionLoop({off})"
-        )
+    off = ", ".join(f"{name}={'None' if name == 'recipe' else False}" for name in named)
+    everyone.check_judges(named, table.layers, f"give PrecisionLoop({off})")
     return everyone

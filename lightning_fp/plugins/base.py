@@ -167,10 +167,23 @@ class LayerPrecision(GuardedPrecision):
                 self.base.copies.take_back()
             tell_throughput_monitors(_trainer_of(module), self._peak_dtype)
             if optimizers:
+                self._meet(_trainer_of(module))
                 self._watch.begin()
                 self._looked_at = None
                 self._say_what_runs(module, self.report)
         return model, optimizers, lr_schedulers
+
+    def _meet(self, trainer: Any) -> None:
+        """At the setup of a fit: all ranks hear of each other's layers; a collective.
+
+        A Trainer of one process leaves groups alone that somebody has made for something else.
+        """
+        if trainer is None or trainer.world_size == 1:
+            return
+        self.precision_map.meet()
+        ranks = self.precision_map.scale_history.ranks
+        if ranks.differ and self.guard is not None:
+            self.guard.over_ranks = ranks.everywhere_true
 
     @property
     def _peak_dtype(self) -> torch.dtype:

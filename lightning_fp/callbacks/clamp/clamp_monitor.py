@@ -59,6 +59,7 @@ class ClampMonitor(RunCallback):
             a glob that matches no layer.
     """
 
+    judges_layers: ClassVar[bool] = True
     publishes: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(SUMMARIES, ""),
         **{name: "what_if=True" if name.startswith("what_if_") else "" for name in COLUMNS},

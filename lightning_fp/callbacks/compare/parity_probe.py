@@ -49,6 +49,7 @@ class ParityProbe(RunCallback):
             a glob that matches nothing, or for a training step that cannot be replayed.
     """
 
+    judges_layers: ClassVar[bool] = True
     publishes: ClassVar[Mapping[str, str]] = dict.fromkeys(PUBLISHED, "")
 
     @checked

@@ -88,6 +88,7 @@ class PrecisionFallback(RunCallback):
         ValueError: for an option out of range; at setup without a plugin of this package.
     """
 
+    judges_layers: ClassVar[bool] = True
     publishes: ClassVar[Mapping[str, str]] = {FALLBACKS: ""}
 
     @checked

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -78,6 +78,8 @@ class StagedRollout(RunCallback):
             missing or that can never be measured, or a stage that ends by a share of a run whose
             length is not known.
     """
+
+    judges_layers: ClassVar[bool] = True
 
     @checked
     def __init__(

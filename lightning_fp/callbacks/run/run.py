@@ -68,6 +68,9 @@ class RunCallback(L.Callback):
     needs_grad_norm: ClassVar[bool] = False
     """Whether the norm of the gradient is worth computing where nothing else does."""
 
+    judges_layers: ClassVar[bool] = False
+    """Whether it measures or changes all layers together, so that all ranks must have the same."""
+
     def published_every(self, interval: int) -> tuple[int, str]:
         """How often it publishes, for those who wait for a value.
 
@@ -198,7 +201,15 @@ class Run(RunTelemetry, L.Callback):
         """Tell the loggers the settings of all; leave a Trainer of which there is nothing to tell.
 
         Where states are restored only after this, it is not known yet.
+
+        Raises:
+            ValueError: where ranks have layers of their own, and a callback judges all of them.
         """
+        table = table_of(trainer)
+        if table is not None:
+            judges = [type(each).__name__ for each in _ours(trainer) if each.judges_layers]
+            remedy = f"take {' and '.join(judges)} out of callbacks="
+            table.scale_history.ranks.check_judges(judges, table.layers, remedy)
         if _has_to_tell(trainer):
             log_settings(trainer, settings_by_class(trainer.precision_plugin, _ours(trainer)))
         elif not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):

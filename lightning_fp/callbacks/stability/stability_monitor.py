@@ -43,6 +43,7 @@ class StabilityMonitor(RunCallback):
         ValueError: for an option out of range; at the start of a fit for a head that is not there.
     """
 
+    judges_layers: ClassVar[bool] = True
     publishes: ClassVar[Mapping[str, str]] = dict.fromkeys(PUBLISHED, "")
     writes_loss: ClassVar[bool] = True
     needs_grad_norm: ClassVar[bool] = True

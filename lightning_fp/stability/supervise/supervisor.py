@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_fp.events import Note, Suspicion, WatchFailed
+from lightning_fp.events import Event, FormatChange, Note, Suspicion, WatchFailed
 from lightning_fp.layers import Change
 from lightning_fp.layers.stored import is_stored
 from lightning_fp.stability.actions import (
@@ -122,6 +122,8 @@ class Supervisor:
         self._formats: tuple[int, dict[str, str]] = -1, {}
         self._changes_seen = len(loop.table.changes)  # what was before this run
         self._clock, self._compiled_for = CompileClock(), -1
+        self._waited = 0.0
+        """Seconds for which a step of this run has last waited for the compiler."""
 
     @property
     def confined_to(self) -> str:
@@ -236,6 +238,7 @@ class Supervisor:
         before, self._compiled_for = self._compiled_for, changes
         if before == changes or seconds == 0:
             return
+        self._waited = seconds
         first = "the first step" if before < 0 else "the first step in the new formats"
         step = self.count.done - 1
         self.log.write(
@@ -315,10 +318,16 @@ class Supervisor:
     def _heard(self, happening: Happening) -> list[Action]:
         self.state, actions, events = self.watch.step(self.state, happening)
         for event in events:
-            alone = isinstance(event, Suspicion) and self.hands.answers.reach == "limits only"
-            action = UNPROVEN if self._options.act_without_proof else NO_REPLAY
-            self.log.write(replace(event, action=action) if alone else event)
+            self.log.write(replace(event, action=event.action or self._what_follows(event)))
         return actions
+
+    def _what_follows(self, event: Event) -> str:
+        """What a decision leads to on this loop, of which the watch knows nothing."""
+        if isinstance(event, Suspicion) and self.hands.answers.reach == "limits only":
+            return UNPROVEN if self._options.act_without_proof else NO_REPLAY
+        if isinstance(event, FormatChange) and self._waited:
+            return f"the next step waits for the compiler, which last took {self._waited:.1f} s"
+        return ""
 
     def _others_changes(self) -> list[Change]:
         """What others have written to the table since the last time."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_fp import DivergenceDetector
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.records import read_events
 from lightning_fp.stability.supervise.compile_clock import CompileClock
@@ -47,3 +49,39 @@ def test_a_run_says_what_it_waited_for(tmp_path: Path) -> None:
         if "compile_seconds" in event.numbers
     ]
     assert said == [(0, True, "the first step"), (2, True, "the first step in the new formats")]
+
+
+@pytest.mark.slow
+def test_a_demotion_says_what_the_next_step_waits_for(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    faulty: Any = model[0]
+    faulty.compile(backend="eager")
+    loop = PrecisionLoop(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        layers={"*": "fp8-dynamic"},
+        base="32-true",
+        fallback={"detector": DivergenceDetector(armed=16), "snapshot_every_n_steps": 4},
+        dirpath=tmp_path,
+    )
+
+    def spoil(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        low = model.training and not faulty.format.is_high_precision
+        return output * torch.nan if low and loop.global_step >= 20 else output
+
+    model[1].register_forward_hook(spoil)
+    for _ in range(24):
+        loop.step(lambda x: model(x).square().mean(), torch.randn(8, 16))
+    loop.close()
+    demoted = read_events(tmp_path, kinds=["demote"])
+    assert [event.layers for event in demoted] == [("0",)]
+    assert "the next step waits for the compiler, which last took" in demoted[0].sentence()
+    (first, after) = (
+        event
+        for event in read_events(tmp_path, kinds=["note"])
+        if "compile_seconds" in event.numbers
+    )
+    assert f"{first.numbers['compile_seconds']:.1f} s" in demoted[0].action
+    assert after.step == demoted[0].step
