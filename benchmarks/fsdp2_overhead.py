@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from side_by_side import report
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from trainer_overhead import Blocks
 
 from lightning_fp import FP8Precision
 
@@ -36,22 +36,12 @@ STEPS, WARM_UP = 24, 6
 PAIRS = int(os.environ.get("PAIRS", "20"))
 
 
-class Blocks(L.LightningModule):
-    """Four residual MLP blocks, sharded over the ranks."""
+class Sharded(Blocks):
+    """Four blocks, sharded over the ranks."""
 
     def __init__(self, by_hand: bool) -> None:
-        super().__init__()
+        super().__init__(width=WIDTH, blocks=4)
         self.by_hand = by_hand
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(WIDTH),
-                nn.Linear(WIDTH, 2 * WIDTH),
-                nn.GELU(),
-                nn.Linear(2 * WIDTH, WIDTH),
-            )
-            for _ in range(4)
-        )
-        self.times: list[float] = []
 
     def configure_model(self) -> None:
         if self.by_hand:
@@ -59,21 +49,6 @@ class Blocks(L.LightningModule):
         mesh = self.device_mesh["data_parallel"]
         for block in self.blocks:
             fully_shard(block, mesh=mesh)
-
-    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        x = batch
-        for block in self.blocks:
-            x = x + block(x)
-        return x.square().mean()
-
-    def on_train_batch_start(self, *_: object) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: object) -> None:
-        self.times.append(time.perf_counter() - self.start)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 1e-4)
 
 
 def _apply_torchao(model: nn.Module) -> None:
@@ -86,7 +61,7 @@ def _apply_torchao(model: nn.Module) -> None:
 def step_seconds(by_hand: bool) -> float:
     """The median step of a short run."""
     L.seed_everything(0, verbose=False)
-    model = Blocks(by_hand)
+    model = Sharded(by_hand)
     plugin: Any = (
         MixedPrecision("bf16-mixed", "cpu") if by_hand else FP8Precision("fp8-rowwise", layers=ALL)
     )

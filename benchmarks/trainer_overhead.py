@@ -19,13 +19,18 @@ STEPS = 60
 
 
 class Blocks(L.LightningModule):
-    """Eight residual MLP blocks, d=256."""
+    """Residual MLP blocks, which remember how long each step took."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, width: int = 256, blocks: int = 8) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
-            for _ in range(8)
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, 2 * width),
+                nn.GELU(),
+                nn.Linear(2 * width, width),
+            )
+            for _ in range(blocks)
         )
         self.times: list[float] = []
 
