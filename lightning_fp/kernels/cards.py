@@ -52,7 +52,7 @@ CARDS = (
         names="RTX 50, RTX PRO Blackwell",
         architecture="sm120",
         fp8=_PRODUCTS,
-        blocks="emulated with backend='native'",
+        blocks=f"{_BLOCKS} and nvfp4 with Transformer Engine",
     ),
     Cards(
         names="MI300, MI325 (ROCm)",

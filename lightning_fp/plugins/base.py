@@ -110,6 +110,7 @@ class LayerPrecision(GuardedPrecision):
         """Told each training batch as it comes from the loader, before it is converted, moved, or
         seen by any hook; not in replays. It belongs to the run: copy it."""
         self._mid_accumulation = False
+        self._several: bool | None = None
         self._in_train_step = False
         self._logged = -1
         self._watch = LowWatch(self.precision_map)
@@ -389,10 +390,14 @@ class LayerPrecision(GuardedPrecision):
         return anew
 
     def _share_weight_casts(self, module: Module | None) -> None:
-        """Micro-batches of one step share the cast of each weight, where there are several."""
+        """Micro-batches of one step share the cast of each weight, where there are several.
+
+        Written only when that changes, so that what a user has set in between stays.
+        """
         trainer = _trainer_of(module)
         several = trainer is not None and trainer.accumulate_grad_batches > 1
-        self.precision_map.scale_history.share_weight_casts = several
+        if several is not self._several:
+            self.precision_map.scale_history.share_weight_casts = self._several = several
 
     @contextmanager
     def _evaluation(self) -> Generator[None, None, None]:

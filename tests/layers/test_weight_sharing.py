@@ -231,6 +231,41 @@ def test_optimizers_that_move_weights_unseen_between_closures() -> None:
     assert max(model.errors) < 0.06
 
 
+class Switched(L.Callback):
+    """Turns sharing off at the start, and counts the casts that are kept."""
+
+    def __init__(self, off: bool) -> None:
+        self.off, self.kept = off, 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.off:
+            plugin: Any = trainer.precision_plugin
+            plugin.precision_map.scale_history.share_weight_casts = False
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.kept += pl_module.layer.memory.weight_cast is not None
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_what_a_user_has_turned_off_stays_off_in_a_trainer(off: bool) -> None:
+    class Model(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(48, 80)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    switched = Switched(off)
+    plugin = FP8Precision(DelayedScaling(), base="32-true", layers={"*": "fp8-delayed"})
+    trainer = make_trainer(plugin, max_epochs=1, accumulate_grad_batches=2, callbacks=[switched])
+    trainer.fit(Model(), DataLoader(torch.randn(12, 16, 48), batch_size=None))
+    assert (switched.kept == 0) is off
+
+
 def test_nothing_is_kept_after_the_step() -> None:
     model = Experts()
     table = converted(model, share=True)
