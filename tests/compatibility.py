@@ -103,6 +103,10 @@ def peers(results: dict[str, Any]) -> list[str]:
     for arm in results["arms"]:
         counts = [arm[key] for key in ("tests", "passed", "failed_plain_too", "differ")]
         lines.append(f"| `{arm['name']}` | {' | '.join(map(str, counts))} |")
+    lines += [
+        "",
+        "`high`: our plugin, every layer in high precision; `+fallback`: with `PrecisionFallback`.",
+    ]
     differing = {(d["test"], d["reason"]) for arm in results["arms"] for d in arm["differences"]}
     if differing:
         lines += ["", "What differs:", ""]

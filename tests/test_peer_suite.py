@@ -34,7 +34,7 @@ def test_only_what_passes_with_plain_lightning_is_ours() -> None:
     assert (low["tests"], low["failed_plain_too"], low["differ"]) == (3, 1, 2)
     assert [each["reason"] for each in low["differences"]] == [
         "rounding, which vanishes under `high`",
-        "the key that the checkpoint has more",
+        "the checkpoint's extra key",
     ]
 
 

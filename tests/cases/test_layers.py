@@ -256,7 +256,7 @@ class Replace(L.Callback):
     "layers",
     "a layer replaced in `on_train_start`",
     "works with a note",
-    "the new one keeps the precision it has, said at the first step",
+    "the new one is not converted; a line at the first step says so",
 )
 @pytest.mark.parametrize("scaling", ["high", "dynamic", "delayed"])
 def test_a_replaced_layer_leaves_the_table(tmp_path: Path, scaling: Any) -> None:

@@ -135,7 +135,7 @@ class TakesItself(Program):
     "loops",
     "`training_step(dataloader_iter)`",
     "works with a note",
-    "watched by limits and the guard; nothing can be replayed, which is said",
+    "watched by limits and the guard; nothing can be replayed; an event says so",
 )
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
 def test_a_step_that_takes_its_batches_itself_is_watched_without_replays(tmp_path: Path) -> None:

@@ -173,7 +173,10 @@ class Newton(Program):
 
 
 @pytest.mark.compatibility(
-    "optimizers", "LBFGS", "works with a note", "non-finite steps are not left out, which is said"
+    "optimizers",
+    "LBFGS",
+    "works with a note",
+    "non-finite steps are not skipped; a warning says so",
 )
 def test_lbfgs_evaluates_its_closure_in_the_layers_formats(tmp_path: Path) -> None:
     plain, ours = made(Newton), made(Newton)

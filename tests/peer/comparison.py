@@ -10,7 +10,7 @@ from tests.peer.suite import ARMS, PLAIN, Arm, Result
 
 BAD = ("failed", "died")
 KNOWN = (
-    ("lightning_fp.precision", "the key that the checkpoint has more"),
+    ("lightning_fp.precision", "the checkpoint's extra key"),
     ("FPLinear", "the layer's format in what is printed of it"),
     ("left artifacts behind", "the records of the run"),
     ("callbacks.run.run.Run", "the callback that keeps the run's records"),
@@ -19,7 +19,7 @@ KNOWN = (
 """What a message tells of a difference that is meant to be."""
 
 KNOWN_TESTS = (
-    ("models/test_hooks.py", "the key that the checkpoint has more"),
+    ("models/test_hooks.py", "the checkpoint's extra key"),
     ("test_multiple_pruning_callbacks", "the layer's format in what is printed of it"),
 )
 """Tests of which the message does not tell; `high` has no such key and no such format."""

@@ -17,7 +17,8 @@ SCALES = tuple(2.0**power for power in range(0, 25, 2))
 """From no scaling to the largest that `LossScaling` grows to by default."""
 
 MARGIN = 4.0
-"""By so much the advice stays below the largest scale that held: other batches are larger."""
+"""By so much the advice stays below the largest scale that held: other batches may have larger
+gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def advice(probes: Sequence[ScaleProbe]) -> str:
     best = max(max(held) / MARGIN, 1.0)
     return (
         f"begin with LossScaling(init_scale={best:g}): {max(held):g} is the largest scale that held"
-        f" on this batch, and other batches are larger"
+        " on this batch, and other batches may have larger gradients"
     )
 
 

@@ -100,7 +100,7 @@ def answer(records: RunRecords) -> Answer:
         advice = "`lightning-fp mismatch RUN` says where that comes from, and what to do."
         return Answer(tone="changed", word=word, cost=cost, advice=advice)
     if (loss_gap(records) or 0) > _MUCH:
-        word = "Nothing broke, and it costs loss"
+        word = "Nothing broke, but the loss is higher"
         advice = "What to change, below, names the layers that lose most."
         return Answer(tone="changed", word=word, cost=cost, advice=advice)
     word = "Safe" if records.finished is not None else "Safe so far"

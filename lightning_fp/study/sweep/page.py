@@ -214,7 +214,7 @@ def _losses(findings: Findings) -> Section:
         curves.append(points(f"{each.name}, lr {each.best.lr:g}", at, known, told_apart(color)))
     chart = panels(
         "Loss by step, median over seeds",
-        "Where a line leaves the reference's and stays away, precision costs loss at every rate.",
+        "Where a line leaves the reference's and stays away, the loss is higher at every rate.",
         [panel("loss", curves, height=240)],
         last=findings.steps,
     )

@@ -102,7 +102,7 @@ def test_training_and_rollout_that_drift_apart(grows: float, tone: str, tmp_path
 def test_much_loss_is_not_safe(tmp_path: Path) -> None:
     baseline = run(tmp_path / "baseline", format="bf16")
     found = answered(run(tmp_path / "run", STARTED, ENDED, loss=2.1), baseline)
-    assert (found.tone, found.word) == ("changed", "Nothing broke, and it costs loss")
+    assert (found.tone, found.word) == ("changed", "Nothing broke, but the loss is higher")
 
 
 @pytest.mark.parametrize(
