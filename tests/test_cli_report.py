@@ -24,7 +24,7 @@ def test_page_and_summary(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     page = run / "report.html"
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"report: {page}"
-    assert "156 useful" in printed
+    assert "156 kept" in printed
     assert "record one with `lightning-fp baseline`" in printed
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
@@ -55,7 +55,7 @@ def test_refusals(
     assert main(["report", str(run)]) == 2
     captured = capsys.readouterr()
     assert "pip install jinja2" in captured.err
-    assert "useful" in captured.out  # the summary needs none
+    assert "kept" in captured.out  # the summary needs none
 
 
 @pytest.mark.parametrize("module", [heatmaps, parts, run_records, sparkline])

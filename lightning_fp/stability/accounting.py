@@ -19,10 +19,10 @@ class Accounting:
     """Of these, undone by going back to a snapshot."""
 
     made_good: int = 0
-    """Of those rolled back, trained again on the same batches: they count as useful."""
+    """Of those rolled back, trained again on the same batches: they count as kept."""
 
     undone: int = 0
-    """Of those rolled back, useful until then."""
+    """Of those rolled back, kept until then."""
 
     replayed: int = 0
     """Training steps run besides: probes, verdicts, attribution, trajectories."""
@@ -33,11 +33,11 @@ class Accounting:
         return self.attempted - self.skipped - self.undone + self.made_good
 
     def sentence(self) -> str:
-        """E.g. "300 steps: 300 useful, 0 skipped, 0 rolled back; 9 more in replays"."""
+        """E.g. "300 steps: 300 kept, 0 skipped, 0 rolled back; 9 more in replays"."""
         again = f" ({self.made_good} of them trained again)"
         if self.made_good == self.rolled_back:
             again = " and trained again" if self.rolled_back else ""
         return (
-            f"{self.attempted} steps: {self.useful} useful, {self.skipped} skipped,"
+            f"{self.attempted} steps: {self.useful} kept, {self.skipped} skipped,"
             f" {self.rolled_back} rolled back{again}; {self.replayed} more in replays"
         )

@@ -33,8 +33,8 @@ _LOOK: dict[Ranking, str] = {
         " small values all the time: a wider format or finer scales help."
     ),
     "sqnr_db": (
-        "Signal over quantization noise: healthy casts keep 25 to 31 dB. Orange is below the limit:"
-        " most of what is left there is noise."
+        "Signal over rounding error: FP8 usually keeps 24 to 32 dB. Orange is below the limit: at"
+        " 15 dB the error is 18% of the signal, at 0 dB it is as large as the signal."
     ),
 }
 

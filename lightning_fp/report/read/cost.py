@@ -99,9 +99,9 @@ class RunCost:
             return "Nothing is known of what this run cost: no step is recorded."
         lost = self.attempted - self.useful
         kept = (
-            f"All {self.attempted:,} steps were useful"
+            f"All {self.attempted:,} steps were kept"
             if not lost
-            else f"{self.useful:,} of {self.attempted:,} steps were useful"
+            else f"{self.useful:,} of {self.attempted:,} steps were kept"
         )
         raw, effective = self.raw_speedup, self.effective_speedup
         if self.emulated:

@@ -60,13 +60,17 @@ class Steps:
         known = self.seconds[self.seconds.isfinite()]
         return known.median().item() if len(known) else None
 
+    def final_steps(self, over: int = 30) -> int:
+        """How many steps `final_loss` is the mean of."""
+        return max(1, min(over, len(self) // 10))
+
     def final_loss(self, over: int = 30) -> float | None:
         """Mean of the last finite losses; None if there is none.
 
         Args:
             over: how many; fewer of a short run, a tenth of it.
         """
-        last = self.losses[-max(1, min(over, len(self) // 10)) :]
+        last = self.losses[-self.final_steps(over) :]
         finite = last[last.isfinite()]
         return finite.mean().item() if len(finite) else None
 

@@ -13,6 +13,7 @@ from lightning_fp.layers.backends import could_run
 from lightning_fp.report.draw.heatmaps import LIMITS
 from lightning_fp.report.draw.parts import Table, share
 from lightning_fp.report.read.digest import WHAT_IF, Digest, Ranking, Totals
+from lightning_fp.report.sections.setting import LATE
 
 _GAIN = 0.5
 """Another scaling is advised where it would have flushed at most this share of what was."""
@@ -176,8 +177,7 @@ def delayed_would_do(digest: Digest) -> str:
     return (
         f"{len(safe)} of {len(worst)} layers in fp8-dynamic would have clamped next to nothing"
         " under delayed scaling, which needs no pass for the amax: fp8-delayed is an option there."
-        " It is known to fail late, at about 200B tokens, so no short run proves it safe for a long"
-        " one."
+        f" {LATE}"
     )
 
 

@@ -10,16 +10,19 @@ from lightning_fp.counting import counted
 from lightning_fp.events import WatchFailed
 from lightning_fp.records import Verdict
 from lightning_fp.report.draw.parts import share
-from lightning_fp.report.read.format_history import ever_low, format_changes, is_low
+from lightning_fp.report.read.format_history import ever_low, is_low
 from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.setting import (
+    LATE,
+    ended_safer,
+    ever_made_safer,
+    setting_for,
+)
 from lightning_fp.stability import DivergenceDetector
 
 Tone: TypeAlias = Literal["good", "changed", "bad", "open"]
 """Green, amber, red, grey: colours that mean nothing else on the page."""
 
-_SAFER = ("demote", "limit", "unproven")
-_NAMED = 6
-"""Layers that the setting names one by one at most."""
 _LEAST_COST = 5e-4
 """Differences of the loss below this share are called none."""
 _MUCH = 0.01
@@ -71,15 +74,13 @@ def answer(records: RunRecords) -> Answer:
         advice = "What happened, below, says what failed."
         return Answer(tone="bad", word=word, cost=cost, advice=advice)
     if not ever_low(records):
-        return Answer(tone="open", word="A run in high precision")
-    safer = safer_formats(records)
-    moved = {
-        layer for e in format_changes(records.events) if e.kind in _SAFER for layer in e.layers
-    }
-    if moved:
+        return Answer(tone="open", word="A run in high precision", advice=_as_baseline(records))
+    safer = ended_safer(records)
+    if moved := ever_made_safer(records):
         convicted = any(isinstance(e, Verdict) and e.verdict == "precision" for e in records.events)
         saved = "Saved" if convicted else "Safe after a change"
-        word = f"{saved}: {counted(len(moved), 'layer')} needed a safer format"
+        layers = "layer" if len(records.layers) == 1 else "layers"
+        word = f"{saved}: {len(moved)} of {len(records.layers)} {layers} needed a safer format"
         setting = setting_for(records, safer)
         many = f"Give the {counted(len(safer), 'layer')} under {what} the format they ended in."
         return Answer(
@@ -87,7 +88,7 @@ def answer(records: RunRecords) -> Answer:
             word=word,
             cost=cost,
             setting=setting,
-            advice=many if safer and not setting else "",
+            advice=many if safer and not setting else _of_delayed(setting),
         )
     if not any(event.kind == "started" for event in records.events):
         word = f"{what} trained; nobody watched for harm"
@@ -103,21 +104,25 @@ def answer(records: RunRecords) -> Answer:
         word = "Nothing broke, but the loss is higher"
         advice = "What to change, below, names the layers that lose most."
         return Answer(tone="changed", word=word, cost=cost, advice=advice)
-    word = "Safe" if records.finished is not None else "Safe so far"
-    return Answer(tone="good", word=word, cost=cost, setting=setting_for(records, {}))
+    over = counted(records.last_step, "step")
+    word = f"Safe over {over}" if records.finished is not None else f"Safe so far, over {over}"
+    setting = setting_for(records, {})
+    return Answer(tone="good", word=word, cost=cost, setting=setting, advice=_of_delayed(setting))
 
 
 def cost_in_loss(records: RunRecords) -> str:
     """The final loss against the baseline's at the same steps, in words; empty if not known."""
     gap = loss_gap(records)
-    if gap is None or records.baseline is None:
+    if records.baseline is None:
+        return "What it costs in loss is not known: the report has no baseline to compare with."
+    if gap is None:
         return ""
     name = baseline_name(records.baseline)
     if abs(gap) < _LEAST_COST:
         return f"It costs no loss: it ends where the {name} does."
     if gap < 0:
-        return f"It costs no loss: it ends {share(-gap)} below the {name}."
-    return f"It costs {share(gap)} of loss against the {name}."
+        return f"It costs no loss: the final loss is {share(-gap)} lower than the {name}'s."
+    return f"The final loss is {share(gap)} higher than the {name}'s."
 
 
 def baseline_name(records: RunRecords) -> str:
@@ -137,38 +142,6 @@ def loss_gap(records: RunRecords) -> float | None:
     return None if final is None or not same else (final - same) / abs(same)
 
 
-def safer_formats(records: RunRecords) -> dict[str, str]:
-    """Layers that ended in a safer format than they were configured in, and that format."""
-    safer: dict[str, str] = {}
-    for event in format_changes(records.events):
-        for layer, (_, after) in event.formats.items():
-            if event.kind in _SAFER:
-                safer[layer] = after
-            elif event.kind == "promote":
-                safer.pop(layer, None)
-    order = [layer.name for layer in records.layers]
-    return dict(sorted(safer.items(), key=lambda item: _place(order, item[0])))
-
-
-def setting_for(records: RunRecords, safer: Mapping[str, str]) -> str:
-    """The plugin to write next time; empty where one line cannot say it.
-
-    Args:
-        records: the run's.
-        safer: formats of single layers that it should have.
-    """
-    name, options = next(
-        ((name, o) for name, o in records.settings.items() if "scaling" in o), ("", {})
-    )
-    if not name or len(safer) > _NAMED:
-        return ""
-    scaling = str(options["scaling"]).removeprefix("fp8-")
-    own = options.get("layers") or {}
-    layers = {**safer, **(dict(own) if isinstance(own, Mapping) else {})}
-    rules = ", ".join(f'"{layer}": "{format}"' for layer, format in layers.items())
-    return f'{name}("{scaling}"{f", layers={{{rules}}}" if rules else ""})'
-
-
 def name_of_low(records: RunRecords) -> str:
     """What the low precision of a run is called."""
     asked = [layer.format for layer in records.layers if layer.reason is None]
@@ -179,10 +152,6 @@ def name_of_low(records: RunRecords) -> str:
         return "FP16"
     low = sorted({format for format in asked if is_low(format)})
     return low[0] if len(low) == 1 else "FP8" if not low else "Low precision"
-
-
-def _place(order: list[str], name: str) -> int:
-    return order.index(name) if name in order else len(order)
 
 
 def _armed(records: RunRecords) -> int:
@@ -206,6 +175,18 @@ def _lost(records: RunRecords) -> bool:
     """Whether the run ended in inf or NaN."""
     steps = records.steps
     return steps is not None and not steps.losses[-max(1, min(8, len(steps))) :].isfinite().any()
+
+
+def _of_delayed(setting: str) -> str:
+    """What has to be known of a setting with delayed scaling."""
+    return LATE if "delayed" in setting else ""
+
+
+def _as_baseline(records: RunRecords) -> str:
+    """Why no layer was in low precision, and what the run is good for."""
+    reasons = {layer.reason for layer in records.layers}
+    why = f"Every layer was left in it ({reasons.pop()}). " if len(reasons) == 1 else ""
+    return f"{why}It can serve as a baseline: `lightning-fp report OTHER --baseline RUN`."
 
 
 def _why_never(records: RunRecords) -> str:

@@ -30,14 +30,18 @@ def headline(records: RunRecords, cost: RunCost) -> str:
     """
     never = never_low(records)
     incidents = "" if never else _incidents(records)
-    parts = [never, unwatched(records), _end(records), incidents, _unproven(records.events)]
+    rollout = "" if never else _rollout(records.events)
+    unproven = _unproven(records.events)
+    parts = [never, unwatched(records), _end(records), rollout, incidents, unproven]
     if cost.emulated and not never:
-        parts.append("FP8 was emulated: its losses are those of FP8 hardware, its times are not.")
+        parts.append(
+            "FP8 was emulated: losses come close to those of FP8 hardware, times say nothing of it."
+        )
     elif cost.effective_speedup is not None and not never:
         gain = cost.effective_speedup
         parts.append(f"With everything counted, it ran at {gain:.2f}x the baseline's speed.")
     elif cost.attempted and cost.useful < cost.attempted:
-        parts.append(f"{cost.useful:,} of {cost.attempted:,} steps were useful.")
+        parts.append(f"{cost.useful:,} of {cost.attempted:,} steps were kept.")
     return " ".join(part for part in parts if part)
 
 
@@ -81,7 +85,7 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     low, all, now = low_precision(records)
     decided = sum(each.what in WORDS.values() for each in decisions(records.events))
     found = [
-        ("steps", f"{cost.attempted:,}", f"{cost.useful:,} useful"),
+        ("steps", f"{cost.attempted:,}", _kept(cost)),
         (
             "final loss",
             number(loss) or "unknown",
@@ -103,9 +107,17 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     return found
 
 
+def _kept(cost: RunCost) -> str:
+    """How many steps came to stand, and how many were made beside them."""
+    more = f", {cost.replayed_steps:,} more in replays" if cost.replayed_steps else ""
+    return f"{cost.useful:,} kept{more}"
+
+
 def against(gap: float) -> str:
     """A difference of the loss from the baseline's, in a few words."""
-    return "as the baseline" if abs(gap) < 5e-4 else f"{gap:+.1%} against the baseline"
+    if abs(gap) < 5e-4:
+        return "as the baseline"
+    return f"{share(abs(gap))} {'above' if gap > 0 else 'below'} the baseline"
 
 
 def low_precision(records: RunRecords) -> tuple[int, int, str]:
@@ -175,6 +187,17 @@ def _incidents(records: RunRecords) -> str:
     if not failed and any(event.kind == "started" for event in events):
         return "Nothing went wrong."
     return ""
+
+
+def _rollout(events: Sequence[Event]) -> str:
+    """That a rollout has ended in an earlier stage than it had reached; or ""."""
+    stages = [event for event in events if isinstance(event, StageChange)]
+    names = list(dict.fromkeys(name for e in stages for name in (e.previous, e.stage) if name))
+    if not stages or names.index(stages[-1].stage) == len(names) - 1:
+        return ""
+    last = stages[-1]
+    back = f"at step {last.step:,} it went back to stage {last.stage!r}"
+    return f"The rollout did not finish: {back}."
 
 
 def _unproven(events: Sequence[Event]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_fp.counting import counted
-from lightning_fp.records import StageChange
+from lightning_fp.records import Rollback, StageChange
 from lightning_fp.records.events import GateResult
 from lightning_fp.report.draw.curves import GREY, curve, panel, panels
 from lightning_fp.report.draw.marks import events_table, lanes
@@ -18,7 +18,12 @@ from lightning_fp.report.draw.parts import (
     not_recorded,
     number,
 )
-from lightning_fp.report.read.format_history import format_histories, is_low, layer_groups
+from lightning_fp.report.read.format_history import (
+    FormatHistory,
+    format_histories,
+    is_low,
+    layer_groups,
+)
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.answer import baseline_name
 from lightning_fp.report.sections.missing import why_no_loss
@@ -29,7 +34,7 @@ _GATES = 60
 def loss_section(records: RunRecords) -> Section:
     """Loss and gradient norm, with every event."""
     steps, events = records.steps, records.events
-    look = "The loss should fall. If it jumps, the mark beneath the jump says what happened."
+    look = "The loss should fall. The marks beneath it say what was noticed and done, and when."
     marks = lanes(events, records.last_step)
     about = Section(id="loss", title="Loss and gradient norm", look=look)
     if steps is None and not marks:
@@ -61,13 +66,27 @@ def loss_section(records: RunRecords) -> Section:
         notes.append(f"The loss: {why_no_loss(records)}")
     chart = panels(
         "Loss, gradient norm and events by optimizer step",
-        "Faint: every step. Strong: running mean; its last value is at the right. Beneath: what"
-        " happened, one lane for each kind.",
+        _how_to_read(records),
         fields,
         last=records.last_step,
         lanes=marks,
     )
     return replace(about, charts=(chart,), text=notes)
+
+
+def _how_to_read(records: RunRecords) -> str:
+    """What is drawn."""
+    parts = ["Faint: every step. Strong: running mean."]
+    if records.steps is not None and len(records.steps):
+        over = counted(records.steps.final_steps(), "step")
+        parts.append(f"At the right: the final loss, the mean of the last {over}.")
+    if any(isinstance(event, Rollback) for event in records.events):
+        parts.append("Shaded: steps that were undone; what replaced them is not drawn.")
+    if records.events:
+        parts.append("Beneath: what happened, one lane for each kind.")
+    if any(isinstance(event, GateResult) for event in records.events):
+        parts.append("A gate is green where it passed, orange where it failed.")
+    return " ".join(parts)
 
 
 def events_section(records: RunRecords) -> Section:
@@ -153,13 +172,15 @@ def stages_section(records: RunRecords) -> Section:
     if stages and stages[0].previous and stages[0].step > 0:
         history.insert(0, (0, stages[0].previous))
     names = list(dict.fromkeys(name for _, name in history))
+    formats = format_histories(records).values()
+    high = {name for step, name in history if not any(is_low(_at(step, f)) for f in formats)}
     chart: Chart = {
         "type": "strips",
         "title": "Stage by optimizer step",
-        "look": "How long each stage lasted; the marks beneath are the gates that were asked.",
+        "look": "How long each stage lasted. Beneath: gates, green if passed, orange if failed.",
         "last": last,
         "rows": [{"label": "stage", "title": "stage", "segments": _segments(history, last)}],
-        "names": [{"name": name, "high": False} for name in names],
+        "names": [{"name": name, "high": name in high} for name in names],
         "lanes": lanes(gates, last),
     }
     rows = [
@@ -173,7 +194,7 @@ def stages_section(records: RunRecords) -> Section:
                 for bound in ("above", "below")
                 if bound in gate.numbers
             ),
-            "passed" if gate.passed else "held",
+            "passed" if gate.passed else "failed",
         ]
         for gate in gates
     ]
@@ -186,6 +207,12 @@ def stages_section(records: RunRecords) -> Section:
         note=f"The last {_GATES} of {len(rows)}." if len(rows) > _GATES else "",
     )
     return replace(about, charts=(chart,) if history else (), tables=(table,) if rows else ())
+
+
+def _at(step: int, history: FormatHistory) -> str:
+    """A layer's format from a step on."""
+    before = [format for since, format in history if since <= step]
+    return before[-1] if before else history[0][1]
 
 
 def _segments(history: Sequence[tuple[int, str]], last: int) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
     facts: list[tuple[str, str]] = [
         ("steps attempted", f"{cost.attempted:,}"),
         (
-            "useful",
+            "kept",
             f"{cost.useful:,}" + (f" ({share(cost.useful_share)})" if cost.attempted else ""),
         ),
         ("skipped", f"{cost.skipped:,}"),
@@ -115,7 +115,7 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         (
             "replays",
             f"{cost.replays:,}"
-            + ("" if cost.replayed_steps is None else f", {cost.replayed_steps:,} training steps"),
+            + ("" if cost.replayed_steps is None else f", of {cost.replayed_steps:,} steps"),
         ),
         ("time in all", duration(cost.seconds)),
         ("time per step, median", duration(cost.step_seconds)),
@@ -144,8 +144,8 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         id="cost",
         title="What the run cost",
         look=(
-            "The speed-up that matters has everything counted: the baseline's time for as many"
-            " useful steps, divided by all the time of this run."
+            "The speed-up that matters has everything counted: the baseline's time for the steps"
+            " that were kept, divided by all the time of this run."
         ),
         facts=facts,
         text=text,

@@ -7,7 +7,7 @@ import time
 from lightning_fp.counting import counted
 from lightning_fp.report.draw.parts import duration
 from lightning_fp.report.read.cost import RunCost
-from lightning_fp.report.read.format_history import is_low
+from lightning_fp.report.read.format_history import ever_low, is_low
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.answer import name_of_low
 
@@ -51,6 +51,9 @@ def particulars(records: RunRecords, cost: RunCost) -> list[str]:
 
 
 def _precision(records: RunRecords) -> str:
+    high = sorted({layer.format for layer in records.layers})
+    if high and not any(is_low(format) for format in high) and not ever_low(records):
+        return " and ".join(high)
     for options in records.settings.values():
         if "scaling" in options:
             scaling = str(options["scaling"])
@@ -62,7 +65,6 @@ def _precision(records: RunRecords) -> str:
     if low:
         return ", ".join(low)
     told = [o["precision"] for o in records.settings.values() if o.get("precision")]
-    high = sorted({layer.format for layer in records.layers})
     return str(told[0]) if told else high[0] if high else "high precision"
 
 

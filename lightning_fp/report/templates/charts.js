@@ -38,7 +38,11 @@
   const measure = document.createElement("canvas").getContext("2d");
   measure.font = "11px system-ui, sans-serif";
   const wide = (text) => measure.measureText(text).width;
-  const shortened = (text, width) => {
+  // Names lose letters from their parts first, from the front, so that the numbers of blocks stay.
+  const shortened = (name, width) => {
+    const parts = name.split(".");
+    for (let i = 0; i < parts.length - 1 && wide(parts.join(".")) > width; i++) parts[i] = parts[i].replace(/^([a-z])[a-z_]+$/i, "$1");
+    const text = parts.join(".");
     let kept = text.length, short = text;
     while (kept > 3 && wide(short) > width) {
       const head = Math.floor(--kept / 3);
@@ -361,7 +365,7 @@
 
     const width = el.clientWidth;
     const left = margin(spec.rows, width, 40);
-    const row = rows > 100 ? 3 : rows > 40 ? 6 : rows > 16 ? 12 : 18;
+    const row = rows > 100 ? 3 : rows > 40 ? 6 : rows > 16 ? 13 : 18;
     const height = rows * row, below = 22;
     const canvas = html("canvas", "", "", el);
     const dpr = devicePixelRatio || 1;

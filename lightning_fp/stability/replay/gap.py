@@ -37,6 +37,9 @@ ONE_OF_A_SMALL_LOSS = 0.5
 """The same of a small loss: single batches of healthy runs came to 4% of a regression's around
 zero, and to 8% in BatchNorm nets."""
 
+_NONE = 5e-4
+"""Share of the loss below which a sentence calls two losses the same."""
+
 SCATTER = 3.0
 """Times as far as any batch is in the other direction, that a single one must be up to convict.
 Where a step samples from what the model says, as a policy's does, a rounding now and then changes
@@ -116,6 +119,8 @@ class Gap:
             return "no batch has a finite loss in high precision"
         if math.isinf(self.mean):
             return f"on {batches} the loss is finite in high precision only"
+        if abs(self.mean) < _NONE:
+            return f"on {batches} the loss is that of high precision"
         side = "lower" if self.mean >= 0 else "higher"
         return f"on {batches} the loss is {abs(self.mean):.1%} {side} in high precision"
 

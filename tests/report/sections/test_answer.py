@@ -9,9 +9,11 @@ import pytest
 
 from lightning_fp.events import (
     Demotion,
+    FormatChange,
     LayerClimb,
     Note,
     Promotion,
+    StageChange,
     Started,
     Verdict,
     WatchFailed,
@@ -22,8 +24,10 @@ from lightning_fp.records.mismatch_rows import COLUMNS, MismatchWriter
 from lightning_fp.records.run import LayerInfo, RunInfo, write_run
 from lightning_fp.report.draw.marks import decisions
 from lightning_fp.report.page import read_runs, write_report
+from lightning_fp.report.read.cost import run_cost
 from lightning_fp.report.sections.answer import Answer, answer
 from lightning_fp.report.sections.headline import headline, key_figures
+from lightning_fp.report.sections.setting import LATE
 from lightning_fp.report.sections.title import particulars, title
 
 STARTED = Started(step=0, reason="watching")
@@ -71,10 +75,13 @@ def answered(directory: Path, baseline: Path | None = None) -> Answer:
 
 def test_safe(tmp_path: Path) -> None:
     found = answered(run(tmp_path / "ended", STARTED, ENDED))
-    assert (found.tone, found.word, found.advice) == ("good", "Safe", "")
-    assert answered(run(tmp_path / "goes on", STARTED)).word == "Safe so far"
+    assert (found.tone, found.word) == ("good", "Safe over 100 steps")
+    assert found.advice == LATE
+    dynamic = answered(run(tmp_path / "dynamic", STARTED, ENDED, format="fp8-dynamic"))
+    assert (dynamic.tone, dynamic.advice) == ("good", "")
+    assert answered(run(tmp_path / "goes on", STARTED)).word == "Safe so far, over 100 steps"
     assert found.setting == 'FP8Precision("delayed", layers={"*head": "bf16"})'
-    assert found.cost == ""
+    assert found.cost.startswith("What it costs in loss is not known: the report has no baseline")
 
 
 def test_a_short_run_is_not_judged(tmp_path: Path) -> None:
@@ -108,9 +115,9 @@ def test_much_loss_is_not_safe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (2.01, "It costs 0.50% of loss against the baseline."),
+        (2.01, "The final loss is 0.50% higher than the baseline's."),
         (2.0, "It costs no loss: it ends where the baseline does."),
-        (1.98, "It costs no loss: it ends 1.00% below the baseline."),
+        (1.98, "It costs no loss: the final loss is 1.00% lower than the baseline's."),
     ],
 )
 def test_what_it_costs(loss: float, said: str, tmp_path: Path) -> None:
@@ -133,14 +140,49 @@ def test_saved(tmp_path: Path) -> None:
     verdict = Verdict(step=50, reason="harm", verdict="precision", tier="control")
     demotion = Demotion(step=50, reason="to blame", formats=TO_BF16)
     found = answered(run(tmp_path, STARTED, verdict, demotion))
-    assert (found.tone, found.word) == ("changed", "Saved: 1 layer needed a safer format")
+    assert (found.tone, found.word) == ("changed", "Saved: 1 of 2 layers needed a safer format")
     assert found.setting == 'FP8Precision("delayed", layers={"b": "bf16", "*head": "bf16"})'
 
 
 def test_layers_over_a_limit(tmp_path: Path) -> None:
     climb = LayerClimb(step=9, reason="clamps", formats={n: ("fp8-delayed", "e") for n in "ab"})
     found = answered(run(tmp_path, STARTED, climb))
-    assert found.word == "Safe after a change: 2 layers needed a safer format"
+    assert found.word == "Safe after a change: 2 of 2 layers needed a safer format"
+
+
+def test_layers_that_a_rollout_took_out_of_fp8_again(tmp_path: Path) -> None:
+    """The setting must not send them back to where their gate failed."""
+    both, one = ({n: ("bf16", "fp8-delayed") for n in names} for names in ("ab", "a"))
+    started = FormatChange(step=0, reason="", formats={n: ("fp8-delayed", "bf16") for n in "ab"})
+    events = [
+        *(STARTED, started, StageChange(step=0, reason="", stage="high", previous="")),
+        *(FormatChange(step=20, reason="", formats=one),),
+        *(StageChange(step=20, reason="", stage="some", previous="high"),),
+        *(FormatChange(step=40, reason="", formats={"b": both["b"]}),),
+        *(StageChange(step=40, reason="", stage="all", previous="some"),),
+        *(StageChange(step=60, reason="clamps", stage="some", previous="all"),),
+        *(FormatChange(step=60, reason="", formats=TO_BF16), ENDED),
+    ]
+    (records,), _ = read_runs([run(tmp_path / "back", *events)], None)
+    found = answer(records)
+    assert found.word == "Safe after a change: 1 of 2 layers needed a safer format"
+    assert found.setting == 'FP8Precision("delayed", layers={"b": "bf16", "*head": "bf16"})'
+    said = headline(records, run_cost(records))
+    assert "The rollout did not finish: at step 60 it went back to stage 'some'." in said
+    again = StageChange(step=80, reason="", stage="all", previous="some")
+    done = FormatChange(step=80, reason="", formats={"b": both["b"]})
+    (records,), _ = read_runs([run(tmp_path / "again", *events, again, done)], None)
+    assert answer(records).word == "Safe over 100 steps"
+    assert "did not finish" not in headline(records, run_cost(records))
+
+
+def test_layers_that_rules_kept_out_of_fp8(tmp_path: Path) -> None:
+    directory = run(tmp_path, STARTED, ENDED, format="bf16")
+    (records,), _ = read_runs([directory], None)
+    found = answer(records)
+    assert (found.tone, found.word) == ("open", "A run in high precision")
+    assert found.advice.startswith("Every layer was left in it (the format of the run).")
+    assert title(records) == "GPT in bf16"
 
 
 def test_a_layer_that_got_its_format_back_needs_no_rule(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_numbers_of_a_look() -> None:
     assert gap.error == pytest.approx(0.008164966 / 2)
     assert gap.numbers["gap"] == gap.mean
     assert gap.sentence.endswith("the loss is 2.0% lower in high precision")
+    assert shifted(0.0004).sentence.endswith("the loss is that of high precision")
 
 
 def test_a_steady_cost_convicts() -> None:
