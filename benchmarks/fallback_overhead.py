@@ -1,31 +1,27 @@
 """What PrecisionFallback costs while nothing is wrong: a 4-layer d=256 GPT on text, on the CPU.
 
-Two processes run the same steps, with the fallback at its defaults and without, and take turns,
-step by step, on one core: what the machine does meanwhile hits both alike, and each has a heap of
-its own, as a training has. Each block is the sum of 64 such steps, with all probes and snapshots
-that fall into it. Beside the ratios of these blocks stands the time inside of the fallback's own
-entry points. Steps before `SKIP` are left out, with the rehearsal among them, which is told apart,
-in steps; the first probes are not. Every second pair of processes has the other order; there is
-one pair at a time on each core.
+The same steps, with the fallback at its defaults and without, in turns (`in_turns.py`). Each block
+is the sum of 64 such steps, with all probes and snapshots that fall into it. Beside the ratios of
+these blocks stands the time inside of the fallback's own entry points. Steps before `SKIP` are left
+out, with the rehearsal among them, which is told apart, in steps; the first probes are not.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from in_turns import Steps, blocks, in_turns
 from side_by_side import cpu_seconds, report
 
 from lightning_fp import FP8Precision, PrecisionFallback
@@ -38,24 +34,6 @@ SKIP, BLOCK, BLOCKS, PAIRS = 64, 64, 15, 4
 BATCH, CONTEXT = 8, 64
 T_95 = 2.001
 """Student's t of two sides at 95% with 59 degrees of freedom: of 60 blocks."""
-
-
-class Steps(L.Callback):
-    """Processor time of each step after `SKIP`, the whole loop and all callbacks included."""
-
-    def __init__(self, turns: Connection) -> None:
-        self.turns = turns
-        self.steps: list[float] = []
-        self._began = 0.0
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.precision_plugin.precision_map.frozen:  # a probe runs a step again, hooks too
-            return
-        if trainer.global_step > SKIP:
-            self.steps.append(time.process_time() - self._began)
-        self.turns.send("my turn is over")
-        self.turns.recv()
-        self._began = time.process_time()
 
 
 class EntryPoints(PrecisionFallback):
@@ -112,42 +90,12 @@ class Timed(NamedTuple):
     inside: float
     rehearsal: float
 
-    @property
-    def blocks(self) -> list[float]:
-        """The steps of each block together."""
-        return [sum(self.steps[i : i + BLOCK]) for i in range(0, len(self.steps), BLOCK)]
 
-
-def one_of_two(turns: Connection, with_fallback: bool, core: int, blocks: int) -> None:
-    """The training of one process; it begins, and goes on after each step, when it is told."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[core % len(cores)]})
-    steps, fallback = Steps(turns), EntryPoints()
-    turns.recv()
-    train([fallback, steps] if with_fallback else [steps], SKIP + BLOCK * blocks + 1)
-    turns.send(Timed(steps.steps, fallback.inside, fallback.rehearsal))
-
-
-def side_by_side(pair: int, blocks: int) -> tuple[Timed, Timed]:
-    """Without the fallback and with it, in turns."""
-    processes = get_context("spawn")
-    timed: dict[bool, Timed] = {}
-    arms: dict[bool, Connection] = {}
-    for with_fallback in (pair % 4 < 2, pair % 4 >= 2):
-        arms[with_fallback], theirs = processes.Pipe()
-        processes.Process(target=one_of_two, args=(theirs, with_fallback, pair, blocks)).start()
-        theirs.close()
-    while len(timed) < len(arms):
-        for with_fallback, turns in arms.items():
-            if with_fallback not in timed:
-                turns.send("your turn")
-                if isinstance(said := turns.recv(), Timed):
-                    timed[with_fallback] = said
-    return timed[False], timed[True]
+def one_arm(turns: Connection, *, with_fallback: bool, steps: int) -> Timed:
+    """The training of one process."""
+    timed, fallback = Steps(turns, SKIP), EntryPoints()
+    train([fallback, timed] if with_fallback else [timed], steps)
+    return Timed(timed.seconds, fallback.inside, fallback.rehearsal)
 
 
 class Replays(L.Callback):
@@ -185,13 +133,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    blocks = int(sys.argv[1]) if len(sys.argv) > 1 else BLOCKS
-    with ThreadPoolExecutor(os.cpu_count()) as cores:
-        pairs = list(cores.map(lambda pair: side_by_side(pair, blocks), range(PAIRS)))
+    number = int(sys.argv[1]) if len(sys.argv) > 1 else BLOCKS
+    arms = [
+        partial(one_arm, with_fallback=fallback, steps=SKIP + BLOCK * number + 1)
+        for fallback in (False, True)
+    ]
+    pairs = in_turns(arms, PAIRS)
     ratios = [
         a / b
         for without, with_it in pairs
-        for a, b in zip(with_it.blocks, without.blocks, strict=True)
+        for a, b in zip(blocks(with_it.steps, BLOCK), blocks(without.steps, BLOCK), strict=True)
     ]
     print("ratios of blocks:", [round(ratio, 4) for ratio in ratios])
     mean = statistics.mean(ratios)
@@ -199,7 +150,7 @@ def main() -> None:
     a_step = statistics.median(step for without, _ in pairs for step in without.steps)
     median = statistics.median(step for _, with_it in pairs for step in with_it.steps) / a_step
     inside = sum(with_it.inside for _, with_it in pairs)
-    share = inside / sum(sum(without.blocks) for without, _ in pairs)
+    share = inside / sum(sum(without.steps) for without, _ in pairs)
     rehearsal = statistics.mean(with_it.rehearsal for _, with_it in pairs) / a_step
     replays = Replays(watch := PrecisionFallback())
     train([watch, replays], 110)
