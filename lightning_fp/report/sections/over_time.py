@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_fp.counting import counted
+from lightning_fp.format_names import LADDER
 from lightning_fp.records import Rollback, StageChange
 from lightning_fp.records.events import GateResult
 from lightning_fp.report.draw.curves import GREY, curve, panel, panels
@@ -131,7 +132,10 @@ def formats_section(records: RunRecords) -> Section:
         "look": "A change of colour is a change of format; the decisions above say why.",
         "last": last,
         "rows": rows,
-        "names": [{"name": name, "high": not is_low(name)} for name in used],
+        "names": [
+            {"name": name, "high": not is_low(name), "number": number}
+            for name, number in _numbered(used).items()
+        ],
     }
     ends = [(history[0][1], history[-1][1], len(history) - 1) for history in histories.values()]
     counts = {key: ends.count(key) for key in dict.fromkeys(ends)}
@@ -154,6 +158,13 @@ def formats_section(records: RunRecords) -> Section:
     inferred = () if records.layers else ("Inferred from the statistics, interval by interval.",)
     tables = (table, alone) if left else (table,)
     return replace(about, charts=(chart,), tables=tables, text=inferred)
+
+
+def _numbered(formats: Sequence[str]) -> dict[str, int]:
+    """The colour of each format: the same in every report, as far as the ladder goes."""
+    others = [format for format in formats if format not in LADDER and is_low(format)]
+    order = [*LADDER, *others]
+    return {format: order.index(format) if format in order else 0 for format in formats}
 
 
 def stages_section(records: RunRecords) -> Section:

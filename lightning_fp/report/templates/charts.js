@@ -284,7 +284,7 @@
   const strips = (el, spec) => {
     let hue = 0;
     const calm = [0, 5, 3, 6, 7]; // blues and violets: green and orange say passed and trouble
-    const fills = new Map(spec.names.map(({ name, high }) => [name, high ? "var(--grey)" : color(calm[hue++ % calm.length])]));
+    const fills = new Map(spec.names.map(({ name, high, number = hue++ }) => [name, high ? "var(--grey)" : color(calm[number % calm.length])]));
     const high = new Set(spec.names.filter((entry) => entry.high).map((entry) => entry.name));
     legend(el, spec.names.map(({ name }) => ({ name, fill: fills.get(name) })));
     const width = el.clientWidth, lanes = spec.lanes || [];
