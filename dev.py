@@ -60,9 +60,10 @@ def test(args: list[str]) -> int:
 
 
 def proof(args: list[str]) -> int:
-    """Run the slow tests: all seeds, full matrices (options of pytest)."""
+    """Run the slow tests: all seeds, full matrices (options of pytest, for a part of them)."""
     install(TEST_EXTRAS)
-    return pytest("-m", "slow", "--timeout", "0", *args)
+    passed = pytest("-m", "slow", "--timeout", "0", *args)
+    return passed if args else passed or run(PYTHON, "-m", "tests.strategies")
 
 
 def lint(args: list[str]) -> int:

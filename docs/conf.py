@@ -32,6 +32,7 @@ NAVIGATION = {
     "Where it runs": [
         "in-your-own-loop",
         "many-devices",
+        "strategy-matrix",
         "fabric",
         "hugging-face",
         "manual-optimization",
