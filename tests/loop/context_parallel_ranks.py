@@ -16,7 +16,7 @@ from lightning_fp.loop import PrecisionLoop
 from tests.helper import CONTEXT, text_rows
 from tests.two_ranks import one_of_two_ranks
 
-WIDTH, BATCH, STEPS = 32, 4, 8
+WIDTH, BATCH, STEPS = 32, 4, 5
 
 
 class Attention(nn.Module):
