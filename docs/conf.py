@@ -33,6 +33,7 @@ NAVIGATION = {
         "in-your-own-loop",
         "many-devices",
         "strategy-matrix",
+        "fsdp2",
         "fabric",
         "hugging-face",
         "manual-optimization",

@@ -19,6 +19,7 @@ from lightning_fp.layers import ConversionReport, FormatLike, PrecisionMap
 from lightning_fp.layers.backends import BackendLike
 from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.scaling import ScalingLike
+from lightning_fp.layers.switchable import Gathering
 from lightning_fp.loop.loop_precision import LoopPrecision, configuration, device_of
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.as_trained import as_trained
@@ -53,6 +54,7 @@ class FP8Precision(Precision):
         tokens: see `lightning_fp.FP8Precision`.
         quantise_like: see there.
         attention: see there.
+        all_gather: see there.
     """
 
     @checked
@@ -68,6 +70,7 @@ class FP8Precision(Precision):
         tokens: float | None = None,
         quantise_like: QuantiseLike | None = None,
         attention: FormatLike | None = None,
+        all_gather: Gathering = "auto",
     ) -> None:
         self.precision: Any = read_base(base)
         self._scaling = scaling
@@ -80,7 +83,7 @@ class FP8Precision(Precision):
             tokens=tokens,
             quantise_like=quantise_like,
         )
-        PrecisionMap(attention=attention)
+        PrecisionMap(attention=attention, all_gather=all_gather)
         self._options: dict[str, Any] = {
             "backend": backend,
             "base": base,
@@ -90,6 +93,7 @@ class FP8Precision(Precision):
             "tokens": tokens,
             "quantise_like": quantise_like,
             "attention": attention,
+            "all_gather": all_gather,
         }
         self._ours: LoopPrecision | None = None
         self._guard: Guard | None = None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 Cast = TypeVar("Cast")
@@ -98,7 +99,12 @@ class GatheredCasts:
         kept = self._kept.get(key)
         if kept is None or not self._is_gathered(weight) or kept.version != weight._version:
             return None
-        return kept.cast if all(_has_memory(each) for each in kept.freed) else None
+        if not _lives(kept):
+            return None
+        for each in kept.freed:
+            if each.is_cuda:  # it may have been made on a stream of FSDP2's
+                each.record_stream(torch.cuda.current_stream(each.device))
+        return kept.cast
 
     def keep(
         self, weight: Tensor, keys: Sequence[Hashable], cast: Any, freed: Sequence[Tensor]

@@ -18,14 +18,14 @@ from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
 from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
-from lightning_fp.layers.fsdp.weights import keep_casts_of_gathered
+from lightning_fp.layers.fsdp.weights import gather_in_fp8, keep_casts_of_gathered
 from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
 from lightning_fp.layers.histories.delayed_scales import DelayedScales, StepScales, first_device
 from lightning_fp.layers.known_formats import KnownFormats
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
-from lightning_fp.layers.switchable import Phase, SwitchableLayer
+from lightning_fp.layers.switchable import Gathering, Phase, SwitchableLayer
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.state_version import check_version, reads
 
@@ -77,9 +77,11 @@ class PrecisionMap:
         auto: when layers move between dynamic and delayed scaling by themselves; None: never.
         attention: the simulated format of attention's products; None: as they are. It is no layer
             and has no row: it stays what it is, in replays in high precision too.
+        all_gather: "auto" has FSDP2 gather weights in FP8 where nothing but their cast is used;
+            "high" as they are.
 
     Raises:
-        ValueError: for a format of attention that is not simulated.
+        ValueError: for a format of attention that is not simulated, or another all_gather.
     """
 
     @checked
@@ -92,9 +94,10 @@ class PrecisionMap:
         delayed: DelayedScaling | None = None,
         auto: AutoScaling | None = None,
         attention: FormatLike | None = None,
+        all_gather: Gathering = "auto",
     ) -> None:
         backend = read_backend(backend)
-        self.phase = Phase(fp8_eval=fp8_eval)
+        self.phase = Phase(fp8_eval=fp8_eval, all_gather=all_gather)
         self.changes: list[Change] = []
         """Every change of format since the table was filled, oldest first."""
 
@@ -197,7 +200,9 @@ class PrecisionMap:
 
     def settings(self) -> dict[str, Any]:
         """What was asked for besides the layers' formats, as plain data."""
-        return {"attention": self.attention} if self.attention else {}
+        attention = {"attention": self.attention} if self.attention else {}
+        high = self.phase.all_gather == "high"
+        return {**attention, "all_gather": "high"} if high else attention
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -338,7 +343,7 @@ class PrecisionMap:
         kept = [(layer, layer.format, layer.kernel) for layer in self._layers.values()]
         flags = [(layer, layer.record, layer.collect) for layer in self._layers.values()]
         before = self._frozen, self.phase.evaluating
-        self._frozen = True
+        self._frozen = self.phase.replaying = True
         try:
             for name, other in switches.items():
                 layer = self._layers[name]
@@ -355,7 +360,8 @@ class PrecisionMap:
                 layer.switch(format, kernel)
             for layer, record, collect in flags:
                 layer.record, layer.collect = record, collect
-            self._frozen, self.phase.evaluating = before
+            self._frozen = self.phase.replaying = before[0]
+            self.phase.evaluating = before[1]
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -389,6 +395,8 @@ class PrecisionMap:
         if not self._sharding_known and self._model is not None:
             self._sharding_known = True
             keep_casts_of_gathered(self._model, self._layers.values())
+            if self.phase.all_gather == "auto":
+                gather_in_fp8(self._model)
 
     def step(self) -> list[Change]:
         """The boundary of a plain loop, after an optimizer step: `after_step`, then `apply`."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
 from lightning_fp.kernels import Kernel, KernelMemory
 from lightning_fp.layers.format import LinearFormat
+
+Gathering: TypeAlias = Literal["auto", "high"]
+"""How FSDP2 gathers weights: in FP8 where nothing but their cast is used, or as they are."""
 
 
 @dataclass
@@ -28,9 +31,18 @@ class Phase:
     left: bool = False
     """Whether layers have left the table, to another one or by `revert`, which it has not seen."""
 
+    all_gather: Gathering = "auto"
+    replaying: bool = False
+    """Whether a step is run again, in formats of its own."""
+
     away: Callable[[], bool] | None = None
     """Asked by training forwards where nobody says the phase: whether somebody trains the model who
     knows of no formats, as a Trainer of another precision. He finds nn.Linear's products."""
+
+    @property
+    def gathers_high(self) -> bool:
+        """Whether FSDP2 gathers all weights as they are."""
+        return self.replaying or self.all_gather == "high"
 
     def evaluates(self, training: bool) -> bool:
         """Whether a forward now belongs to an evaluation.
@@ -48,7 +60,7 @@ class Phase:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model, made in the middle of a step, is in none."""
-        return Phase, (None, self.fp8_eval)
+        return Phase, (None, self.fp8_eval, False, self.all_gather)
 
 
 class SwitchableLayer(Protocol):

@@ -29,6 +29,7 @@ from lightning_fp.layers.scaling import (
     layers_quantised_like,
     read_scaling,
 )
+from lightning_fp.layers.switchable import Gathering
 from lightning_fp.loop.batches import with_dtype
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.as_trained import as_trained, modes
@@ -94,6 +95,7 @@ class LoopPrecision(BaseAnswers):
         quantise_like: see `FP8Precision`.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
         attention: see `FP8Precision`.
+        all_gather: see `FP8Precision`.
 
     Raises:
         ValueError: see `FP8Precision`.
@@ -114,6 +116,7 @@ class LoopPrecision(BaseAnswers):
         quantise_like: QuantiseLike | None = None,
         example_input: Any = None,
         attention: FormatLike | None = None,
+        all_gather: Gathering = "auto",
     ) -> None:
         self.model, self.name = model, read_base(base)
         read, configured = configuration(
@@ -132,6 +135,7 @@ class LoopPrecision(BaseAnswers):
             delayed=read.delayed,
             auto=AutoScaling(tokens=tokens) if read.auto else None,
             attention=attention,
+            all_gather=all_gather,
         )
         """The table of formats: read it, write to it."""
         self._scaling = "auto" if read.auto else read.format.name

@@ -23,6 +23,7 @@ from lightning_fp.layers import ConversionReport, FormatLike, Frozen, PrecisionM
 from lightning_fp.layers.backends import BackendLike
 from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.scaling import ScalingLike
+from lightning_fp.layers.switchable import Gathering
 from lightning_fp.loop.loop_mismatch import Mismatch
 from lightning_fp.loop.loop_precision import LoopPrecision, device_of
 from lightning_fp.loop.loop_records import LoopRecords
@@ -113,6 +114,7 @@ class PrecisionLoop:
         quantise_like: "bf16-export" casts FP8 weights from the values that their bf16 export has,
             as in `FP8Precision`.
         attention: a simulated format for attention's products, as in `FP8Precision`.
+        all_gather: "high" has FSDP2 gather all weights as they are, as in `FP8Precision`.
         tokens: with "auto", the tokens that the whole training will see.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
@@ -152,6 +154,7 @@ class PrecisionLoop:
         frozen: Frozen = "kept",
         quantise_like: QuantiseLike | None = None,
         attention: FormatLike | None = None,
+        all_gather: Gathering = "auto",
         tokens: float | None = None,
         example_input: Any = None,
     ) -> None:
@@ -188,6 +191,7 @@ class PrecisionLoop:
             frozen=frozen,
             quantise_like=quantise_like,
             attention=attention,
+            all_gather=all_gather,
             example_input=example_input,
         )
         device = device_of(model)

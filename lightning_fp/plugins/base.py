@@ -35,6 +35,7 @@ from lightning_fp.layers.conversion.flops import example_flops
 from lightning_fp.layers.conversion.report import REPLACED
 from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.layers.rules import layer_rules
+from lightning_fp.layers.switchable import Gathering
 from lightning_fp.numerics import DelayedScaling
 from lightning_fp.plugins.elsewhere import Elsewhere
 from lightning_fp.plugins.guarded import GuardedPrecision
@@ -70,6 +71,7 @@ class LayerPrecision(GuardedPrecision):
         empty: whether a model without a linear layer will do.
         frozen: what is kept of frozen weights in FP8 layers.
         attention: the simulated format of attention's products; None: as they are.
+        all_gather: how FSDP2 gathers weights.
 
     Raises:
         ValueError: for an unknown option, or a format that the backend cannot run.
@@ -90,6 +92,7 @@ class LayerPrecision(GuardedPrecision):
         empty: bool = False,
         frozen: Frozen = "kept",
         attention: FormatLike | None = None,
+        all_gather: Gathering = "auto",
     ) -> None:
         super().__init__(base, loss_scaling=loss_scaling, hold_schedulers=hold_schedulers)
         self.configured = ConfiguredLayers(
@@ -101,7 +104,12 @@ class LayerPrecision(GuardedPrecision):
         )
         """Which layers get which format, as it was asked for."""
         self.precision_map = PrecisionMap(
-            backend=backend, fp8_eval=fp8_eval, delayed=delayed, auto=auto, attention=attention
+            backend=backend,
+            fp8_eval=fp8_eval,
+            delayed=delayed,
+            auto=auto,
+            attention=attention,
+            all_gather=all_gather,
         )
         """The table of formats: read it, write to it."""
         self.report: ConversionReport | None = None

@@ -14,6 +14,7 @@ from lightning_fp.layers import AutoScaling, FormatLike, Frozen, LinearFormat
 from lightning_fp.layers.backends import BackendLike, read_backend
 from lightning_fp.layers.format import QuantiseLike
 from lightning_fp.layers.scaling import ScalingLike, layers_quantised_like, read_scaling
+from lightning_fp.layers.switchable import Gathering
 from lightning_fp.plugins.base import LayerPrecision
 from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.base_precision import BaseLike, read_base
@@ -49,6 +50,8 @@ class FP8Precision(LayerPrecision):
             as an inference engine does after a weight sync; None: as the formats say.
         attention: a simulated format, such as "e8m3", for the products of the model's
             `F.scaled_dot_product_attention` in training; None: as they are.
+        all_gather: how FSDP2 gathers weights: "auto" in FP8 where nothing but their cast is used;
+            "high" always as they are.
 
     Raises:
         ValueError: for an unknown or contradictory option; at setup for a rule that matches
@@ -69,6 +72,7 @@ class FP8Precision(LayerPrecision):
         frozen: Frozen = "kept",
         quantise_like: QuantiseLike | None = None,
         attention: FormatLike | None = None,
+        all_gather: Gathering = "auto",
     ) -> None:
         base, backend = read_base(base), read_backend(backend)
         if base == "16-true":
@@ -94,6 +98,7 @@ class FP8Precision(LayerPrecision):
             empty=self._scaling.format.is_high_precision and not layers,
             frozen=frozen,
             attention=attention,
+            all_gather=all_gather,
         )
 
     @override

@@ -51,7 +51,7 @@ from lightning_fp.layers.rules import (
 )
 from lightning_fp.layers.scaling import ScalingLike, layers_quantised_like, read_scaling
 from lightning_fp.layers.stored import Frozen, decide_storing, saved_bytes
-from lightning_fp.layers.switchable import SwitchableLayer
+from lightning_fp.layers.switchable import Gathering, SwitchableLayer
 from lightning_fp.numerics import DelayedScaling
 
 
@@ -66,6 +66,7 @@ def convert(
     delayed: DelayedScaling | None = None,
     frozen: Frozen = "kept",
     quantise_like: QuantiseLike | None = None,
+    all_gather: Gathering = "auto",
     example_input: Any = None,
 ) -> ConversionReport:
     """Convert the linear layers of a model in place, for plain loops and `configure_model`.
@@ -87,6 +88,8 @@ def convert(
             see `lightning_fp.layers.stored`. Convert before an optimizer is given the Parameters.
         quantise_like: "bf16-export" casts FP8 weights from the values that their bf16 export has,
             as an inference engine does after a weight sync; None: as the formats say.
+        all_gather: how FSDP2 gathers weights: "auto" in FP8 where nothing but their FP8 cast is
+            used; "high" always as they are.
         example_input: arguments of one forward, to measure each layer's share of the FLOPs.
 
     Returns:
@@ -117,6 +120,7 @@ def convert(
         fp8_eval=fp8_eval,
         delayed=delayed or scaling.delayed,
         auto=AutoScaling() if scaling.auto else None,
+        all_gather=all_gather,
     )
     return convert_into(table, model, conversion, example_input=example_input)
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels.gathered_casts import GatheredCasts
+from lightning_fp.layers.fsdp.agreement import Agreement
+from lightning_fp.layers.fsdp.all_gather import FP8AllGather, Member
 from lightning_fp.layers.linear import is_switchable_linear
 from lightning_fp.layers.switchable import SwitchableLayer
 
@@ -58,6 +61,63 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
                 for owner, name in zip(owners, names, strict=True):
                     if name == "weight":
                         yield owner, parameter
+
+
+def gather_in_fp8(model: nn.Module) -> None:
+    """From here on FSDP2 gathers in FP8 what layers ask for in it; see `FP8AllGather`.
+
+    A group that has an all-gather of the user's keeps it.
+
+    Args:
+        model: as it trains, sharded or not.
+    """
+    try:
+        gathers = dict(_gathers(model))
+    except AttributeError as error:
+        log.warning(
+            "FSDP2 gathers all weights as they are: torch %s has not the private fields that an"
+            " all-gather in FP8 needs (%s)",
+            torch.__version__,
+            error,
+        )
+        return
+    if not gathers:
+        return
+    for module, (gather, _) in gathers.items():
+        module.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType]
+    agreement = Agreement(gathers)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            agreement.stand_around(module)
+
+
+def _gathers(model: nn.Module) -> Iterator[tuple[FSDPModule, tuple[FP8AllGather, ProcessGroup]]]:
+    """Sharded modules whose weights may be gathered in FP8, in the group of ranks that has them."""
+    for module in model.modules():
+        groups = _groups(module) if isinstance(module, FSDPModule) else []
+        if not isinstance(module, FSDPModule) or len(groups) != 1:
+            continue
+        (group,) = groups
+        plain = group._all_gather_comm
+        if type(plain).__name__ != "DefaultAllGather" or not hasattr(
+            group.mesh_info, "shard_mesh_size"
+        ):
+            continue  # the user's own, or nothing is sharded
+        members = [_member(parameter) for parameter in group.fsdp_params]
+        ranks: ProcessGroup = group._all_gather_process_group
+        if ranks.size() > 1 and any(member.layer is not None for member in members):
+            yield module, (FP8AllGather(plain, members), ranks)
+
+
+def _member(parameter: Any) -> Member:
+    for name in ("_sharded_param_data", "mp_policy", "sharded_param", "device", "_orig_size"):
+        getattr(parameter, name)
+    _check(parameter)
+    info = parameter._module_info
+    alone = info.param_name == "weight" and not info.shared_modules
+    by_rows = parameter.fsdp_placement.dim == 0
+    linear = info.module if alone and by_rows and is_switchable_linear(info.module) else None
+    return Member(parameter, linear)
 
 
 def _groups(module: FSDPModule) -> list[Any]:
