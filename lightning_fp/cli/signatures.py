@@ -56,7 +56,7 @@ def plan(
         tokens: with --hardware: tokens of a micro-batch; by default those of the example input
         devices: with --hardware: devices that weights and optimizer are sharded over
         fp8_all_gather: with --hardware and --devices: predict for weights that are gathered in FP8,
-            as torchao alone can
+            as under FSDP2 with one scale per tensor
         all: a row for every layer; else repeated blocks share rows
         json: print the report as JSON
     """

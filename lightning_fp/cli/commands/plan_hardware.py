@@ -158,7 +158,7 @@ def outlook(
         backend: what multiplies.
         tokens: of a micro-batch; by default those of the example, or one sequence of `TOKENS`.
         devices: over which weights and state of the optimizer are sharded.
-        fp8_all_gather: whether they gather weights in FP8, as torchao does and this package not.
+        fp8_all_gather: whether they gather weights in FP8, as FSDP2 does with one scale per tensor.
 
     Raises:
         ValueError: if `tokens` or `devices` is not positive.
@@ -262,8 +262,8 @@ def _alternatives(
         tried["the losing layers in bf16"] = found(formats=high)
     if here.card.fp8 is not None and not gathers_fp8:
         many = max(devices, 8)
-        tried[f"{many} devices and weights gathered in FP8 (torchao's, not this package's)"] = (
-            found(devices=many, fp8_all_gather=True)
+        tried[f"{many} devices and weights gathered in FP8 (FSDP2)"] = found(
+            devices=many, fp8_all_gather=True
         )
     gains = [(change, each.speedup_end_to_end or 1.0) for change, each in tried.items()]
     return tuple(sorted(gains, key=lambda each: -each[1]))
