@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_fp.numerics import combine, nonfinite_count
 from lightning_fp.numerics.combining import wide, wide_dtype
@@ -68,6 +70,19 @@ class OperandRecord:
             return _slot_of_call_site()
         self.calls += 1
         return (self.calls - 1) % SLOTS
+
+    @contextmanager
+    def put_back(self) -> Generator[None, None, None]:
+        """Record within as usual, and leave no trace of it; all stays at its address."""
+        recorded, calls, gradient = self.recorded.clone(), self.calls, self.grad_leaf.grad
+        kept = None if gradient is None else gradient.clone()
+        try:
+            yield
+        finally:
+            self.recorded.copy_(recorded)
+            if gradient is not None and kept is not None:
+                gradient.copy_(kept)
+            self.calls, self.grad_leaf.grad = calls, gradient
 
     @torch.no_grad()
     def record(self, *rows: Tensor) -> None:
@@ -144,6 +159,17 @@ class OperandMemory(OperandRecord):
         there = OperandMemory(self.scales.to(device))
         there.amax_only = self.amax_only
         return there
+
+    @override
+    @contextmanager
+    def put_back(self) -> Generator[None, None, None]:
+        """See `OperandRecord.put_back`."""
+        amaxes, cast = self.amaxes, self.weight_cast
+        with super().put_back():
+            try:
+                yield
+            finally:
+                self.amaxes, self.weight_cast = amaxes, cast
 
     def record(self, *rows: Tensor) -> None:
         """Add one forward's rows, each [width]; with `amax_only` its amaxes, each a scalar.

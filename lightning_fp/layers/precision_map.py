@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from lightning_fp.argument_types import checked
+from lightning_fp.kernels.memory import OperandRecord
 from lightning_fp.layers.attention import attention_mode
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
@@ -321,16 +322,22 @@ class PrecisionMap:
 
     @contextmanager
     def overridden(
-        self, formats: Mapping[str, FormatLike], scales: StepScales | None = None
+        self,
+        formats: Mapping[str, FormatLike],
+        scales: StepScales | None = None,
+        *,
+        recording: bool = False,
     ) -> Generator[None, None, None]:
         """Other formats for a while, as a replay needs them, and no trace of it afterwards.
 
-        Within, the table is frozen: writes wait, no change is logged, nothing is recorded or
-        collected, and no history advances. Run it eagerly: it counts no compiled patterns.
+        Within, the table is frozen: writes wait, no change is logged, nothing is collected, and no
+        history advances. It counts no compiled patterns.
 
         Args:
             formats: the formats of some layers, by exact name; the others keep theirs.
             scales: what layers under delayed scaling multiply with; None: with the scales of now.
+            recording: whether layers go on recording, and what they record is dropped: code that
+                was compiled for that serves no other replay. Else nothing is recorded.
 
         Raises:
             ValueError: if a layer cannot run its format here.
@@ -349,11 +356,14 @@ class PrecisionMap:
                 layer = self._layers[name]
                 if other.format != layer.format:  # equal ones keep their kernel, which may be warm
                     layer.switch(other.format, other.kernel)
-            for layer in self._layers.values():
-                layer.record = layer.collect = False
+            dropped = ExitStack()
+            for layer, record, _ in flags:
+                layer.record, layer.collect = record and recording, False
+                if layer.record and isinstance(layer.memory, OperandRecord):
+                    dropped.enter_context(layer.memory.put_back())
             history = self.scale_history
             lent = nullcontext() if scales is None else history.lent(self._layers, scales)
-            with history.untouched(), lent:
+            with dropped, history.untouched(), lent:
                 yield
         finally:
             for layer, format, kernel in kept:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_fp import PrecisionMap, convert, revert
+from lightning_fp.kernels.memory import OperandMemory
 from lightning_fp.kernels.torchao import import_float8
 from lightning_fp.layers import Change, Conversion, convert_into, linear_format
 from lightning_fp.layers.rules import layer_rules
@@ -249,3 +250,30 @@ def test_who_unsubscribes_hears_no_more() -> None:
         table.apply()
         ends[0]()
     assert told == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-delayed"])
+def test_what_is_recorded_in_a_replay_is_dropped(format: str) -> None:
+    """Code that was compiled to record serves a replay only if layers go on recording."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    table = convert(model, format, {"*": format}).precision_map
+    table.watch_casts(True)
+    model(torch.randn(4, 16)).sum().backward()
+
+    def recorded() -> list[Any]:
+        memories = [layer.memory for layer in table.layers.values()]
+        assert all(isinstance(memory, OperandMemory) for memory in memories)
+        leaves = [memory.grad_leaf.grad for memory in memories]
+        return [
+            *([memory.recorded.clone(), memory.amaxes, memory.calls] for memory in memories),
+            [None if leaf is None else leaf.clone() for leaf in leaves],
+        ]
+
+    before = recorded()
+    assert any(layer.record for layer in table.layers.values())
+    for recording in (False, True):
+        with table.overridden({}, recording=recording):
+            assert all(layer.record is recording for layer in table.layers.values())
+            model(100 * torch.randn(4, 16)).sum().backward()
+        torch.testing.assert_close(recorded(), before, rtol=0, atol=0)
+        assert all(layer.record for layer in table.layers.values())

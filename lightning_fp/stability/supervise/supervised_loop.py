@@ -217,12 +217,15 @@ class TableLoop(ABC):
         with (
             untouched(self.model, self._written, stance=stance),
             self.recomputation.during(),
-            self.table.overridden(formats or {}),
+            self.table.overridden(formats or {}, recording=compiled and formats is None),
             self._making() as make,
         ):
-            yield make if formats is not None else lambda step: self._as_then(make, step)
+            if formats is not None:
+                yield make
+            else:
+                yield lambda step: self._as_then(make, step, recording=compiled)
 
-    def _as_then(self, make: Train, step: RecordedStep) -> MadeStep:
+    def _as_then(self, make: Train, step: RecordedStep, *, recording: bool) -> MadeStep:
         """A step in the formats, and with the delayed scales, of its time."""
         table = self.table
         now = table.formats()
@@ -231,7 +234,7 @@ class TableLoop(ABC):
             for name, format in step.formats.items()
             if now.get(name, format) != format
         }
-        with table.overridden(then, step.scales):
+        with table.overridden(then, step.scales, recording=recording):
             return make(step)
 
     def recompute(self) -> bool:

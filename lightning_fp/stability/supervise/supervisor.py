@@ -318,16 +318,16 @@ class Supervisor:
     def _heard(self, happening: Happening) -> list[Action]:
         self.state, actions, events = self.watch.step(self.state, happening)
         for event in events:
-            self.log.write(replace(event, action=event.action or self._what_follows(event)))
+            self.log.write(replace(event, action=self._what_follows(event)))
         return actions
 
     def _what_follows(self, event: Event) -> str:
-        """What a decision leads to on this loop, of which the watch knows nothing."""
+        """What a decision leads to: on this loop, else as the watch says."""
         if isinstance(event, Suspicion) and self.hands.answers.reach == "limits only":
             return UNPROVEN if self._options.act_without_proof else NO_REPLAY
-        if isinstance(event, FormatChange) and self._waited:
+        if isinstance(event, FormatChange) and self._waited and not event.action:
             return f"the next step waits for the compiler, which last took {self._waited:.1f} s"
-        return ""
+        return event.action
 
     def _others_changes(self) -> list[Change]:
         """What others have written to the table since the last time."""

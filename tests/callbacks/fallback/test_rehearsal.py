@@ -288,6 +288,31 @@ def test_it_passes_on_compiled_code_with_dropout(tmp_path: Path) -> None:
     assert "eager code cannot be compared" in event.reason
 
 
+@pytest.mark.parametrize(("scaling", "graphs"), [("fp8-dynamic", 1), ("fp8-delayed", 2)])
+def test_the_control_runs_code_as_it_was_compiled(
+    scaling: str, graphs: int, tmp_path: Path
+) -> None:
+    """Layers record in every step of the run: code compiled for that has to serve a replay too."""
+    model, in_replays = Net(), list[bool]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def counted(*args: Tensor) -> Any:
+            in_replays.append(model.trainer.precision_plugin.precision_map.frozen)
+            return graph(*args)
+
+        return counted
+
+    model.body.compile(backend=backend)
+    plugin = FP8Precision(scaling, base="32-true", layers={"*": scaling})
+    event = rehearsed(model, tmp_path, plugin=plugin)
+    assert event.outcome == "passed"
+    assert event.numbers["recorded_loss"] == event.numbers["replayed_loss"]
+    assert in_replays.count(False) == STEPS
+    assert any(in_replays)
+    # The run's alone; under delayed scaling the first step, without scales, has another.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 # -- side effects --------------------------------------------------------------------------------
 
 
