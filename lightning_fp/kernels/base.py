@@ -26,6 +26,10 @@ class KernelMemory(Protocol):
         """Itself, or its like on another device."""
         ...
 
+    def put_back(self) -> AbstractContextManager[None]:
+        """Record within as usual, and leave no trace of it; all stays at its address."""
+        ...
+
 
 @runtime_checkable
 class Kernel(Protocol):

@@ -73,7 +73,7 @@ class OperandRecord:
 
     @contextmanager
     def put_back(self) -> Generator[None, None, None]:
-        """Record within as usual, and leave no trace of it; all stays at its address."""
+        """See `KernelMemory.put_back`."""
         recorded, calls, gradient = self.recorded.clone(), self.calls, self.grad_leaf.grad
         kept = None if gradient is None else gradient.clone()
         try:

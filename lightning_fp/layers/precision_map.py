@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from lightning_fp.argument_types import checked
-from lightning_fp.kernels.memory import OperandRecord
 from lightning_fp.layers.attention import attention_mode
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
@@ -359,7 +358,7 @@ class PrecisionMap:
             dropped = ExitStack()
             for layer, record, _ in flags:
                 layer.record, layer.collect = record and recording, False
-                if layer.record and isinstance(layer.memory, OperandRecord):
+                if layer.record and layer.memory is not None:
                     dropped.enter_context(layer.memory.put_back())
             history = self.scale_history
             lent = nullcontext() if scales is None else history.lent(self._layers, scales)
