@@ -37,7 +37,7 @@ class Kernel(Protocol):
 
     Kernels are immutable, compare by value and hold no tensors, so that layers of equal format
     share compiled code. What has to be kept of a layer from call to call is its memory. A kernel
-    to which every call is the first leaves `make_memory` and `multiply` as they are here.
+    to which every call is the first leaves `make_memory` as it is here.
     """
 
     records: ClassVar[bool] = False
@@ -93,7 +93,7 @@ class Kernel(Protocol):
         Returns:
             [..., out_features] in the autocast dtype if autocast is on, else in `input.dtype`.
         """
-        ...
+        return self.multiply(input, weight, bias, layer)
 
     def multiply(
         self,
@@ -101,13 +101,15 @@ class Kernel(Protocol):
         weight: Tensor,
         bias: Tensor | None,
         layer: str,
-        memory: Any,
+        memory: Any = None,
         *,
-        record: bool,
-        evaluating: bool,
+        record: bool = False,
+        evaluating: bool = False,
         gathered: GatheredCasts | None = None,
     ) -> Tensor:
-        """The product, of a layer that has a memory.
+        """The product, of a layer of which something may be kept.
+
+        A kernel names those of the last three that it has a use for.
 
         Args:
             input: as `__call__`.
@@ -123,7 +125,7 @@ class Kernel(Protocol):
         Returns:
             As `__call__`.
         """
-        return self(input, weight, bias, layer)
+        ...
 
     def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
         """The products of a mixture's experts, of which nothing is kept.

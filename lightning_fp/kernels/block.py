@@ -129,10 +129,6 @@ class BlockKernel(Kernel):
         """The weight's block in the forward product."""
         return (self.length, self.length) if self.square_weight else self.by_row
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`."""
-        return self.multiply(input, weight, bias, layer)
-
     def multiply(
         self,
         input: Tensor,
@@ -141,9 +137,8 @@ class BlockKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        record: bool = False,
-        evaluating: bool = False,
         gathered: GatheredCasts | None = None,
+        **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,16 @@ class HighPrecisionKernel(Kernel):
         """See `Kernel.takes_stored`: its values are not kept for backward."""
         return True
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`; a float32 layer under autocast returns float32."""
+    def multiply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: str,
+        memory: Any = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """See `Kernel.multiply`; a float32 layer under autocast returns float32."""
         device = input.device.type
         # Weights of another dtype: of a lazy layer, whose first batch made them within the step.
         same = weight.dtype is input.dtype or torch.is_autocast_enabled(device)

@@ -79,10 +79,6 @@ class TorchaoMXKernel(Kernel):
         """Whether the products with this input are emulated."""
         return not (self.cuda_mx and input.is_cuda)
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`."""
-        return self.multiply(input, weight, bias, layer)
-
     def multiply(
         self,
         input: Tensor,
@@ -91,9 +87,8 @@ class TorchaoMXKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        record: bool = False,
-        evaluating: bool = False,
         gathered: GatheredCasts | None = None,
+        **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:

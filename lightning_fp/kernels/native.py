@@ -138,23 +138,19 @@ class NativeKernel(Kernel):
         """See `Kernel.takes_stored`."""
         return format == self.weight and not self.through_bf16
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`; without a memory scales are dynamic."""
-        return self.multiply(input, weight, bias, layer, None, record=False)
-
     def multiply(
         self,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         layer: str,
-        memory: OperandMemory | None,
+        memory: OperandMemory | None = None,
         *,
-        record: bool,
-        evaluating: bool = False,
+        record: bool = False,
         gathered: GatheredCasts | None = None,
+        **ignored: Any,
     ) -> Tensor:
-        """See `Kernel.multiply`."""
+        """See `Kernel.multiply`; without a memory scales are dynamic."""
         if input.numel() == 0 or weight.numel() == 0:
             return F.linear(input, weight, bias)
         input = input.to(compute_dtype(input))

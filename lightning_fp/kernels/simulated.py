@@ -72,10 +72,6 @@ class SimulatedKernel(Kernel):
         """See `Kernel.runs_on_fp8_hardware`."""
         return False
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`."""
-        return self.multiply(input, weight, bias, layer)
-
     def multiply(
         self,
         input: Tensor,
@@ -84,9 +80,8 @@ class SimulatedKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        record: bool = False,
-        evaluating: bool = False,
         gathered: GatheredCasts | None = None,
+        **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
         casts = self if gathered is None else CastOnce(self, gathered)

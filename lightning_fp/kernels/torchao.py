@@ -116,10 +116,6 @@ class TorchaoKernel(Kernel):
         """Whether products have a scale per row: torch returns bf16 alone of these, mostly."""
         return self.config.cast_config_input.scaling_granularity.value == "axiswise"
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`."""
-        return self.multiply(input, weight, bias, layer)
-
     def multiply(
         self,
         input: Tensor,
@@ -128,9 +124,8 @@ class TorchaoKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        record: bool = False,
-        evaluating: bool = False,
         gathered: GatheredCasts | None = None,
+        **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
         if input.numel() == 0 or weight.numel() == 0:

@@ -22,7 +22,6 @@ from lightning_fp.format_names import TE_FORMATS
 from lightning_fp.kernels.base import Kernel, compute_dtype
 from lightning_fp.kernels.block import BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
-from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.padding import whole, zeros_to
 from lightning_fp.kernels.transformer_engine.library import (
@@ -87,25 +86,20 @@ class TransformerEngineKernel(Kernel):
         shape = layer.in_features, layer.out_features, layer.bias is not None
         return Engine(*shape, layer.fqn, isinstance(layer.weight, DTensor))
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, layer: str) -> Tensor:
-        """See `Kernel.__call__`; a layer that is called again and again keeps an `Engine`."""
-        engine = Engine(weight.shape[1], weight.shape[0], bias is not None, layer)
-        output = _eagerly(engine, self, input, weight, bias, False)
-        return first_derivatives_only(output, layer)
-
     def multiply(
         self,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         layer: str,
-        memory: Engine,
+        memory: Engine | None = None,
         *,
-        record: bool,
-        evaluating: bool,
-        gathered: GatheredCasts | None = None,
+        evaluating: bool = False,
+        **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`; never compiled, so a compiled model has a graph break here."""
+        if memory is None:
+            memory = Engine(weight.shape[1], weight.shape[0], bias is not None, layer)
         output = _eagerly(memory, self, input, weight, bias, evaluating)
         return first_derivatives_only(output, layer)
 
