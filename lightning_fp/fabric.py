@@ -26,6 +26,7 @@ from lightning_fp.stepping.as_trained import as_trained
 from lightning_fp.stepping.base_precision import BaseLike, read_base
 from lightning_fp.stepping.gradients import gradient_norm
 from lightning_fp.stepping.guard import Guard
+from lightning_fp.stepping.scaled_derivatives import hold_scale
 
 __all__ = ["FP8Precision", "FP16Precision"]
 
@@ -184,6 +185,8 @@ class FP8Precision(Precision):
     def backward(self, tensor: Tensor, model: Module | None, *args: Any, **kwargs: Any) -> None:
         """Backward of the scaled loss."""
         ours = self._set_up()
+        if kwargs.get("create_graph"):
+            hold_scale(ours.base.scaler)
         with ours.precision_map.attention_context():
             super().backward(ours.base.scaler.scaled(tensor), model, *args, **kwargs)
 

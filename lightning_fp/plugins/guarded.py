@@ -9,7 +9,7 @@ from typing import Any, cast
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -19,9 +19,7 @@ from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.base_answers import BaseAnswers
 from lightning_fp.stepping.base_precision import Base, BaseLike, base_precision, read_base
 from lightning_fp.stepping.gradients import clip_by_norm, gradient_norm
-
-LARGEST_SCALE_TO_DIFFERENTIATE = 1024
-"""Leaves derivatives of scaled gradients a factor of 64 below the largest FP16 number."""
+from lightning_fp.stepping.scaled_derivatives import hold_scale
 
 
 class GuardedPrecision(BaseAnswers, Precision):
@@ -45,7 +43,6 @@ class GuardedPrecision(BaseAnswers, Precision):
         self.base = base_precision(base, loss_scaling, hold_schedulers=hold_schedulers)
         """What everything but the layers computes in."""
         self.precision = base
-        self._warned_of_scale = False
         self.guard = self._own_guard()
         """Looks at the gradients before each optimizer step, under FP16 or if asked to."""
 
@@ -101,18 +98,8 @@ class GuardedPrecision(BaseAnswers, Precision):
     ) -> None:
         """Backward of the scaled loss; hooks have seen the loss itself."""
         if kwargs.get("create_graph"):
-            self._warn_of_scaled_derivatives()
+            hold_scale(self.base.scaler)
         super().backward(self.base.scaler.scaled(tensor), model, optimizer, *args, **kwargs)
-
-    def _warn_of_scaled_derivatives(self) -> None:
-        scale = self.base.scaler.scale()
-        if scale > LARGEST_SCALE_TO_DIFFERENTIATE and not self._warned_of_scale:
-            self._warned_of_scale = True
-            rank_zero_warn(
-                f"backward(create_graph=True) under a loss scale of {scale:g}: derivatives of these"
-                " gradients grow by the scale, and soon pass what FP16 holds; take"
-                " FP16Precision(loss_scaling=LossScaling.static(128))"
-            )
 
     @override
     def optimizer_step(  # pyright: ignore[reportIncompatibleMethodOverride]

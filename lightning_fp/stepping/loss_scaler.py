@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,17 @@ class NoScaler:
 
     def update(self, finite: Tensor) -> None:
         """Hear whether a step's gradients were finite: bool scalar on any device."""
+
+    held = False
+    """Whether somebody has asked to hold the scale."""
+
+    def hold(self, largest: float) -> None:
+        """The scale of the next backward is at most this, if it is one that moves."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is a scale that moves."""
+        return False
 
     def settle(self) -> None:
         """The scale moves. Call it where no loss of the same step is still to be scaled."""
@@ -131,6 +143,18 @@ class LossScaler(NoScaler):
             self._found_inf = bad if self._found_inf is None else self._found_inf | bad
 
     @override
+    def hold(self, largest: float) -> None:
+        self.held = True
+        if self.moves:
+            largest = max(largest, self.config.min_scale)
+            self._move_to(replace(self._state, scale=self._state.scale.clamp(max=largest)))
+
+    @property
+    @override
+    def moves(self) -> bool:
+        return self.active and self.config.growth_interval is not None
+
+    @override
     def settle(self) -> None:
         """The scale moves. Call it where no loss of the same step is still to be scaled.
 
@@ -138,12 +162,16 @@ class LossScaler(NoScaler):
         """
         if self._found_inf is None:
             return
-        before = self._state.scale
-        self._state = self.config.update(self._state, self._found_inf)
+        state = self.config.update(self._state, self._found_inf)
         self._found_inf, self._backward = None, False
-        waiting = [o for o in self.optimizers if o not in self._unscaled]
-        for optimizer in waiting:  # they accumulate on
-            _multiply(gradients_of(optimizer), self._state.scale / before)
+        self._move_to(state)
+
+    def _move_to(self, state: LossScalingState) -> None:
+        factor = state.scale / self._state.scale
+        self._state = state
+        for optimizer in self.optimizers:
+            if optimizer not in self._unscaled:  # it accumulates on
+                _multiply(gradients_of(optimizer), factor)
 
     @override
     def check(self) -> None:

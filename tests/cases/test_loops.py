@@ -308,6 +308,8 @@ class Curved(Program):
         slopes = [p.grad for p in self.parameters()]
         products = torch.autograd.grad(slopes, [*self.parameters()], [g.sign() for g in slopes])
         self.products = torch.cat([each.detach().float().flatten() for each in products])
+        self.trainer.strategy.precision_plugin.clip_gradients(self.optimizers(), 1e9)
+        self.slopes = torch.cat([p.grad.detach().flatten() for p in self.parameters()])
         self.zero_grad()
 
 
@@ -315,29 +317,36 @@ class Curved(Program):
     "loops",
     "Hessian-vector products of gradients under an FP16 loss scale",
     "works with a note",
-    "they grow by the scale, in plain nn.Linear too: take `LossScaling.static(128)` or less",
+    "they grow by the scale, in plain nn.Linear too, so a scale that moves is held at 128",
 )
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
-@pytest.mark.parametrize("scaling", ["bf16", "dynamic", "delayed", "rowwise", "mx", "fp16"])
+@pytest.mark.parametrize(
+    "scaling", ["bf16", "dynamic", "delayed", "rowwise", "mx", "fp16", "fp16 held"]
+)
 def test_products_with_the_hessian_are_those_of_the_plain_model(
     tmp_path: Path, scaling: Any
 ) -> None:
     plain, ours = made(Curved), made(Curved)
     fit(plain, "32-true", tmp_path)
-    scale = 128.0 if scaling == "fp16" else 1.0
-    plugin = (
-        FP16Precision(loss_scaling=LossScaling.static(scale))
-        if scaling == "fp16"
-        else FP8Precision(scaling, base="32-true")
-    )
-    fit(ours, plugin, tmp_path)
+    scale = 128.0 if "fp16" in scaling else 1.0
+    if scaling == "fp16":
+        plugin = FP16Precision(loss_scaling=LossScaling.static(scale))
+    else:
+        plugin = FP16Precision() if "fp16" in scaling else FP8Precision(scaling, base="32-true")
+    if scaling == "fp16 held":
+        with pytest.warns(UserWarning, match="loss scale of 65536: .* it is held at 128, where"):
+            fit(ours, plugin, tmp_path)
+    else:
+        fit(ours, plugin, tmp_path)
     assert error(ours.products / scale, plain.products) < 0.15
+    assert error(ours.slopes, plain.slopes) < 0.15
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
 def test_derivatives_of_gradients_under_a_large_loss_scale_are_warned_of(tmp_path: Path) -> None:
+    plugin = FP16Precision(loss_scaling=LossScaling.static(65536))
     with pytest.warns(UserWarning, match=r"loss scale of 65536: derivatives.*static\(128\)"):
-        fit(made(Curved), FP16Precision(), tmp_path, limit_train_batches=1)
+        fit(made(Curved), plugin, tmp_path, limit_train_batches=1)
 
 
 class Elsewhere(L.Callback):
