@@ -7,6 +7,7 @@ from lightning_fp._lazy import lazy_names
 if TYPE_CHECKING:
     from lightning_fp.layers.attention import simulated_attention
     from lightning_fp.layers.backends import Backend, kernel_for
+    from lightning_fp.layers.changes import Change
     from lightning_fp.layers.conversion.advice import ScalingAdvice, recommend_scaling
     from lightning_fp.layers.conversion.convert import convert, convert_into, revert
     from lightning_fp.layers.conversion.decide import Conversion
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_fp.layers.format import FormatLike, LinearFormat, linear_format
     from lightning_fp.layers.histories.auto_scaling import AutoScaling
     from lightning_fp.layers.linear import FPLinear
-    from lightning_fp.layers.precision_map import Change, PrecisionMap
+    from lightning_fp.layers.precision_map import PrecisionMap
     from lightning_fp.layers.stored import Frozen, unstore
     from lightning_fp.layers.switchable import Phase, SwitchableLayer
 else:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -16,6 +16,7 @@ from lightning_fp.argument_types import checked
 from lightning_fp.layers.attention import attention_mode
 from lightning_fp.layers.backends import BackendLike, Resolved, read_backend
 from lightning_fp.layers.batch_seeds import BatchSeeds
+from lightning_fp.layers.changes import Change, Listener, Write
 from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.format import NAMED_FORMATS, FormatLike, LinearFormat, linear_format
 from lightning_fp.layers.fsdp.weights import gather_in_fp8, keep_casts_of_gathered
@@ -23,6 +24,7 @@ from lightning_fp.layers.histories.amax_histories import AmaxHistories
 from lightning_fp.layers.histories.auto_scaling import AutoScaling
 from lightning_fp.layers.histories.delayed_scales import DelayedScales, StepScales, first_device
 from lightning_fp.layers.known_formats import KnownFormats
+from lightning_fp.layers.lent_formats import lent_formats
 from lightning_fp.layers.regions import PatternBudget, compiled_regions, raise_recompile_limit
 from lightning_fp.layers.rules import compile_pattern, no_match_message
 from lightning_fp.layers.switchable import Gathering, Phase, SwitchableLayer
@@ -32,34 +34,6 @@ from lightning_fp.state_version import check_version, reads
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One layer's format, changed."""
-
-    layer: str
-    before: str
-    after: str
-    reason: str
-
-    author: str = "user"
-    """Who wrote it: "user", "auto", "rollout", "fallback", "mismatch", "study"; "checkpoint"
-    where a table is restored, "table" where it has widened somebody's write."""
-
-
-Listener: TypeAlias = Callable[[Sequence[Change]], object]
-"""Told the writes that took effect together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Write:
-    """A change of format that waits for the next step boundary."""
-
-    pattern: str
-    format: str
-    reason: str
-    author: str = "user"
 
 
 class PrecisionMap:
@@ -346,29 +320,18 @@ class PrecisionMap:
             taken = self.known.taken(self._layers[name], linear_format(format))
             switches[name] = self.known.resolve(taken)
             self.known.check(switches[name], [name], self._layers, self._model)
-        kept = [(layer, layer.format, layer.kernel) for layer in self._layers.values()]
-        flags = [(layer, layer.record, layer.collect) for layer in self._layers.values()]
         before = self._frozen, self.phase.evaluating
         self._frozen = self.phase.replaying = True
+        history = self.scale_history
+        lent = nullcontext() if scales is None else history.lent(self._layers, scales)
         try:
-            for name, other in switches.items():
-                layer = self._layers[name]
-                if other.format != layer.format:  # equal ones keep their kernel, which may be warm
-                    layer.switch(other.format, other.kernel)
-            dropped = ExitStack()
-            for layer, record, _ in flags:
-                layer.record, layer.collect = record and recording, False
-                if layer.record and layer.memory is not None:
-                    dropped.enter_context(layer.memory.put_back())
-            history = self.scale_history
-            lent = nullcontext() if scales is None else history.lent(self._layers, scales)
-            with dropped, history.untouched(), lent:
+            with (
+                lent_formats(self._layers, switches, recording=recording),
+                history.untouched(),
+                lent,
+            ):
                 yield
         finally:
-            for layer, format, kernel in kept:
-                layer.switch(format, kernel)
-            for layer, record, collect in flags:
-                layer.record, layer.collect = record, collect
             self._frozen = self.phase.replaying = before[0]
             self.phase.evaluating = before[1]
 

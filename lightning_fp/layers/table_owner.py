@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from lightning_fp.layers.changes import Change
 from lightning_fp.layers.conversion.report import ConversionReport
 from lightning_fp.layers.format import LinearFormat
-from lightning_fp.layers.precision_map import Change, PrecisionMap
+from lightning_fp.layers.precision_map import PrecisionMap
 
 
 class TableOwner(Protocol):

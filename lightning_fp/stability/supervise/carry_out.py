@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_fp.layers import LinearFormat
-from lightning_fp.layers.precision_map import Change
+from lightning_fp.layers.changes import Change
 from lightning_fp.stability.actions import (
     Answer,
     Climb,

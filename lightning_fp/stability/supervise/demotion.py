@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lightning_fp.layers import LinearFormat, PrecisionMap, linear_format
-from lightning_fp.layers.precision_map import Change
+from lightning_fp.layers.changes import Change
 
 AUTHOR = "fallback"
 """Of these writes, which have events of their own."""
