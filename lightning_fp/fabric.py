@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision import Precision
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.types import Optimizable
 from torch import Tensor
 from torch.nn import Module
@@ -185,8 +186,8 @@ class FP8Precision(Precision):
     def backward(self, tensor: Tensor, model: Module | None, *args: Any, **kwargs: Any) -> None:
         """Backward of the scaled loss."""
         ours = self._set_up()
-        if kwargs.get("create_graph"):
-            hold_scale(ours.base.scaler)
+        if kwargs.get("create_graph") and (told := hold_scale(ours.base.scaler)):
+            rank_zero_warn(told)
         with ours.precision_map.attention_context():
             super().backward(ours.base.scaler.scaled(tensor), model, *args, **kwargs)
 

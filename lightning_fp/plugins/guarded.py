@@ -9,7 +9,7 @@ from typing import Any, cast
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -97,8 +97,8 @@ class GuardedPrecision(BaseAnswers, Precision):
         **kwargs: Any,
     ) -> None:
         """Backward of the scaled loss; hooks have seen the loss itself."""
-        if kwargs.get("create_graph"):
-            hold_scale(self.base.scaler)
+        if kwargs.get("create_graph") and (told := hold_scale(self.base.scaler)):
+            rank_zero_warn(told)
         super().backward(self.base.scaler.scaled(tensor), model, optimizer, *args, **kwargs)
 
     @override
