@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp.format_names import Rounding
-from lightning_fp.kernels.gathered_casts import GatheredCasts
+from lightning_fp.kernels.gathered_casts import KeptCasts
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.numerics import FloatFormat
 
@@ -105,7 +105,7 @@ class Kernel(Protocol):
         *,
         record: bool = False,
         evaluating: bool = False,
-        gathered: GatheredCasts | None = None,
+        gathered: KeptCasts | None = None,
     ) -> Tensor:
         """The product, of a layer of which something may be kept.
 
@@ -127,8 +127,15 @@ class Kernel(Protocol):
         """
         ...
 
-    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
-        """The products of a mixture's experts, of which nothing is kept.
+    def multiply_groups(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        groups: Groups,
+        layer: str,
+        gathered: KeptCasts | None = None,
+    ) -> Tensor:
+        """The products of a mixture's experts.
 
         Here one expert after the other, each as a layer of its own; a GPU's host waits for their
         sizes.
@@ -138,6 +145,7 @@ class Kernel(Protocol):
             weight: [experts, out_features, in_features].
             groups: whose the rows of `input` are.
             layer: the layer's name, for error messages.
+            gathered: what is kept of the casts of a weight that FSDP2 has gathered.
 
         Returns:
             [tokens, out_features], as `__call__`; 0 for rows of nobody.
@@ -145,11 +153,11 @@ class Kernel(Protocol):
         input = input.to(compute_dtype(input))
         sizes = groups.sizes()
         parts = input[: sum(sizes)].split(sizes)
-        multiplied = [
-            self(x, w, None, layer)
-            for x, w in zip(parts, weight.unbind(0), strict=True)
-            if x.numel() > 0
-        ]
+        multiplied: list[Tensor] = []
+        for expert, (x, w) in enumerate(zip(parts, weight.unbind(0), strict=True)):
+            if x.numel() > 0:
+                kept = None if gathered is None else gathered.part(weight, expert)
+                multiplied.append(self.multiply(x, w, None, layer, gathered=kept))
         nobody = input.new_zeros(input.shape[0] - sum(sizes), weight.shape[1])
         return torch.cat([*multiplied, nobody])
 

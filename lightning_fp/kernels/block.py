@@ -36,7 +36,7 @@ from lightning_fp.kernels.derivatives import (
     place_of,
     refuse_transforms,
 )
-from lightning_fp.kernels.gathered_casts import GatheredCasts, identity
+from lightning_fp.kernels.gathered_casts import KeptCasts, identity
 from lightning_fp.kernels.gemm import operand_dtype
 from lightning_fp.kernels.hardware import check_alignment
 from lightning_fp.kernels.memory import WEIGHT
@@ -137,7 +137,7 @@ class BlockKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        gathered: GatheredCasts | None = None,
+        gathered: KeptCasts | None = None,
         **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
@@ -188,7 +188,7 @@ class BlockKernel(Kernel):
         self,
         weight: Tensor,
         block: Block,
-        gathered: GatheredCasts | None,
+        gathered: KeptCasts | None,
         scale: Tensor | None = None,
     ) -> BlockCast:
         """`cast_weight`; of a weight that FSDP2 has gathered only where it was not cast before."""
@@ -236,7 +236,7 @@ class _BlockLinear(torch.autograd.Function):
         weight: Tensor,
         kernel: BlockKernel,
         layer: str,
-        gathered: GatheredCasts | None,
+        gathered: KeptCasts | None,
     ) -> Tensor:
         wide = kernel.product_dtype(input)
         w = kernel.cast_once(weight, kernel.weight_block, gathered)

@@ -50,27 +50,8 @@ class WeightOperand:
     """Those of the layer, kept so that no others can come to lie in their place."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    cast: Any
-    freed: tuple[Tensor, ...]
-    version: int
-
-
-class GatheredCasts:
-    """The casts of one layer's weight, as long as it is gathered.
-
-    Args:
-        weight: FSDP2's.
-    """
-
-    def __init__(self, weight: GatheredWeight) -> None:
-        self._weight = weight
-        self._kept: dict[Hashable, _Kept] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the layer has none: its weight is no other's."""
-        return type(None), ()
+class KeptCasts(Protocol):
+    """Where casts of a gathered weight are kept, or of a part of it."""
 
     def of(
         self,
@@ -88,6 +69,59 @@ class GatheredCasts:
             freed: of a cast the tensors that are freed with the weight: that nobody else has, and
                 autograd does not save.
         """
+        ...
+
+    def find(self, weight: Tensor, key: Hashable) -> Any:
+        """The cast that is kept of this weight; None if there is none."""
+        ...
+
+    def keep(
+        self, weight: Tensor, keys: Sequence[Hashable], cast: Any, freed: Sequence[Tensor]
+    ) -> None:
+        """Keep a cast until the weight is freed; nothing, where FSDP2 has not gathered it."""
+        ...
+
+    def part(self, weight: Tensor, which: Hashable) -> KeptCasts:
+        """Where those of a part of it are kept, which has products of its own.
+
+        Args:
+            weight: the whole, which is looked at in place of the part.
+            which: tells the part from all others.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    cast: Any
+    freed: tuple[Tensor, ...]
+    version: int
+
+
+class GatheredCasts(KeptCasts):
+    """The casts of one layer's weight, as long as it is gathered.
+
+    Args:
+        weight: FSDP2's.
+    """
+
+    def __init__(self, weight: GatheredWeight) -> None:
+        self._weight = weight
+        self._kept: dict[Hashable, _Kept] = {}
+        self._ours: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the layer has none: its weight is no other's."""
+        return type(None), ()
+
+    def of(
+        self,
+        weight: Tensor,
+        key: Hashable,
+        make: Callable[[], Cast],
+        freed: Callable[[Cast], Sequence[Tensor]],
+    ) -> Cast:
+        """See `KeptCasts.of`."""
         kept = self.find(weight, key)
         if kept is None:
             kept = make()
@@ -95,9 +129,9 @@ class GatheredCasts:
         return kept
 
     def find(self, weight: Tensor, key: Hashable) -> Any:
-        """The cast that is kept of this weight; None if there is none."""
+        """See `KeptCasts.find`."""
         kept = self._kept.get(key)
-        if kept is None or not self._is_gathered(weight) or kept.version != weight._version:
+        if kept is None or not self.is_of(weight) or kept.version != weight._version:
             return None
         if not _lives(kept):
             return None
@@ -109,9 +143,13 @@ class GatheredCasts:
     def keep(
         self, weight: Tensor, keys: Sequence[Hashable], cast: Any, freed: Sequence[Tensor]
     ) -> None:
-        """Keep a cast until the weight is freed; nothing, where FSDP2 has not gathered it."""
-        if self._is_gathered(weight):
+        """See `KeptCasts.keep`."""
+        if self.is_of(weight):
             self._keep(keys, _Kept(cast, tuple(freed), weight._version))
+
+    def part(self, weight: Tensor, which: Hashable) -> GatheredPart:
+        """See `KeptCasts.part`."""
+        return GatheredPart(self, weight, which)
 
     def arrives(self, keys: Sequence[Hashable], cast: Any, freed: Sequence[Tensor]) -> None:
         """Keep a cast that is gathered beside the weight, which is about to be there."""
@@ -120,16 +158,19 @@ class GatheredCasts:
         self._keep(keys, _Kept(cast, tuple(freed), 0 if local is None else local._version))
 
     def _keep(self, keys: Sequence[Hashable], kept: _Kept) -> None:
-        there = {key: each for key, each in self._kept.items() if _lives(each) and key not in keys}
-        self._kept = {**there, **dict.fromkeys(keys, kept)}
-        before = {id(each) for each in self._ours}
-        others = [each for each in self._weight._unsharded_inner_tensors if id(each) not in before]
-        self._ours = list({id(x): x for each in self._kept.values() for x in each.freed}.values())
-        self._weight._unsharded_inner_tensors = [*others, *self._ours]
+        freed = self._weight._unsharded_inner_tensors
+        if any(key in self._kept for key in keys) or not all(map(_has_memory, self._ours[-1:])):
+            # Another weight than before: what was kept of that one goes.
+            ours = set(map(id, self._ours))
+            self._kept = {k: x for k, x in self._kept.items() if _lives(x) and k not in keys}
+            self._ours = [x for each in self._kept.values() for x in each.freed]
+            freed = [*(each for each in freed if id(each) not in ours), *self._ours]
+            self._weight._unsharded_inner_tensors = freed
+        self._kept.update(dict.fromkeys(keys, kept))
+        self._ours.extend(kept.freed)
+        freed.extend(kept.freed)
 
-    _ours: Sequence[Tensor] = ()
-
-    def _is_gathered(self, weight: Tensor) -> bool:
+    def is_of(self, weight: Tensor) -> bool:
         """Whether it is what FSDP2 has gathered, and no other that the layer was lent."""
         if weight.is_inference():
             return False
@@ -139,6 +180,41 @@ class GatheredCasts:
             and _has_memory(gathered[0])
             and gathered[0].data_ptr() == weight.data_ptr()
         )
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredPart(KeptCasts):
+    """The casts of a part of a gathered weight, kept with those of the whole."""
+
+    whole: GatheredCasts
+    weight: Tensor
+    """The whole weight."""
+
+    which: Hashable
+
+    def of(
+        self,
+        weight: Tensor,
+        key: Hashable,
+        make: Callable[[], Cast],
+        freed: Callable[[Cast], Sequence[Tensor]],
+    ) -> Cast:
+        """See `KeptCasts.of`."""
+        return self.whole.of(self.weight, (self.which, key), make, freed)
+
+    def find(self, weight: Tensor, key: Hashable) -> Any:
+        """See `KeptCasts.find`."""
+        return self.whole.find(self.weight, (self.which, key))
+
+    def keep(
+        self, weight: Tensor, keys: Sequence[Hashable], cast: Any, freed: Sequence[Tensor]
+    ) -> None:
+        """See `KeptCasts.keep`."""
+        self.whole.keep(self.weight, [(self.which, key) for key in keys], cast, freed)
+
+    def part(self, weight: Tensor, which: Hashable) -> GatheredPart:
+        """See `KeptCasts.part`."""
+        return GatheredPart(self.whole, self.weight, (self.which, which))
 
 
 def identity(x: Tensor | None) -> tuple[int, int] | None:

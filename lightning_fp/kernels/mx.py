@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.block import MX_BLOCK, BlockKernel
 from lightning_fp.kernels.derivatives import first_derivatives_only
-from lightning_fp.kernels.gathered_casts import GatheredCasts
+from lightning_fp.kernels.gathered_casts import KeptCasts
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.grouped.torchao import torchao_groups
 from lightning_fp.kernels.hardware import check_alignment
@@ -87,7 +87,7 @@ class TorchaoMXKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        gathered: GatheredCasts | None = None,
+        gathered: KeptCasts | None = None,
         **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
@@ -119,10 +119,17 @@ class TorchaoMXKernel(Kernel):
             output = output.reshape(*input.shape[:-1], weight.shape[0])
             return output if bias is None else output + bias.to(dtype)
 
-    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
+    def multiply_groups(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        groups: Groups,
+        layer: str,
+        gathered: KeptCasts | None = None,
+    ) -> Tensor:
         """See `Kernel.multiply_groups`."""
         if self.emulates(input):
-            return super().multiply_groups(input, weight, groups, layer)
+            return super().multiply_groups(input, weight, groups, layer, gathered)
         high = self.high_grad_weight
         input = input.to(compute_dtype(input))
         return torchao_groups(input, weight, groups, layer, "mx", wgrad_with_hp=high)

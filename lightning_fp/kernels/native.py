@@ -29,7 +29,7 @@ from lightning_fp.kernels.derivatives import (
     refuse_transforms,
 )
 from lightning_fp.kernels.float8_free import Cast, Casts
-from lightning_fp.kernels.gathered_casts import GatheredCasts, WeightOperand, identity
+from lightning_fp.kernels.gathered_casts import KeptCasts, WeightOperand, identity
 from lightning_fp.kernels.gemm import (
     backward_products,
     cast_operand,
@@ -147,7 +147,7 @@ class NativeKernel(Kernel):
         memory: OperandMemory | None = None,
         *,
         record: bool = False,
-        gathered: GatheredCasts | None = None,
+        gathered: KeptCasts | None = None,
         **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`; without a memory scales are dynamic."""
@@ -188,11 +188,18 @@ class NativeKernel(Kernel):
                 memory.record(*recorded)
             return output if bias is None else output + bias.to(output.dtype)
 
-    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
+    def multiply_groups(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        groups: Groups,
+        layer: str,
+        gathered: KeptCasts | None = None,
+    ) -> Tensor:
         """See `Kernel.multiply_groups`; each expert's tensors have scales of their own."""
         input = input.to(compute_dtype(input))
         if not self.emulates(input):
-            return super().multiply_groups(input, weight, groups, layer)
+            return super().multiply_groups(input, weight, groups, layer, gathered)
         x, w, g = (
             Cast(format=format, by_row=False, power_of_two=False)
             for format in (self.input, self.weight, self.grad_output)
@@ -200,8 +207,11 @@ class NativeKernel(Kernel):
         casts = Casts(
             output=(x, w), grad_input=(g, w), grad_weight=None if self.high_grad_weight else (g, x)
         )
+        exported = self.through_bf16
         with without_autocast(input.device.type):
-            return emulated_groups(input, weight, groups, casts, layer, exported=self.through_bf16)
+            return emulated_groups(
+                input, weight, groups, casts, layer, exported=exported, gathered=gathered
+            )
 
     def exported(self, weight: Tensor) -> Tensor:
         """See `Kernel.exported`."""
@@ -266,7 +276,7 @@ class _Casts:
             record=self.record,
         )
 
-    def again(self, weight: Tensor, scale: Tensor, gathered: GatheredCasts | None) -> Tensor | None:
+    def again(self, weight: Tensor, scale: Tensor, gathered: KeptCasts | None) -> Tensor | None:
         """A weight cast with the scale of its forward, to be summed over by columns."""
         format = self.kernel.weight
         kept = None if gathered is None else gathered.find(weight, (self.kernel, identity(scale)))
@@ -308,7 +318,7 @@ class _NativeLinear(torch.autograd.Function):
         emulate: bool,
         in_full: bool,
         share: OperandMemory | None,
-        gathered: GatheredCasts | None,
+        gathered: KeptCasts | None,
         layer: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = operand_dtype(input) if emulate else None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_fp.format_names import Rounding
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
-from lightning_fp.kernels.gathered_casts import GatheredCasts, identity
+from lightning_fp.kernels.gathered_casts import KeptCasts, identity
 from lightning_fp.kernels.gemm import operand_dtype
 from lightning_fp.kernels.memory import GRAD_OUTPUT, INPUT, WEIGHT
 from lightning_fp.kernels.plain_linear import (
@@ -80,7 +80,7 @@ class SimulatedKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        gathered: GatheredCasts | None = None,
+        gathered: KeptCasts | None = None,
         **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
@@ -205,7 +205,7 @@ class CastOnce:
     """
 
     kernel: SimulatedKernel
-    gathered: GatheredCasts
+    gathered: KeptCasts
 
     def cast_weight(self, weight: Tensor, dtype: torch.dtype, seeds: Tensor | None) -> Tensor:
         """See `CastsWeight`."""

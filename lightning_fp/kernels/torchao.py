@@ -21,7 +21,7 @@ from lightning_fp.format_names import ALIGNMENT
 from lightning_fp.kernels.base import Kernel, compute_dtype, without_autocast
 from lightning_fp.kernels.derivatives import gradients_again, refuse_transforms
 from lightning_fp.kernels.float8_free import Cast, Casts, float8_free_linear
-from lightning_fp.kernels.gathered_casts import GatheredCasts
+from lightning_fp.kernels.gathered_casts import KeptCasts
 from lightning_fp.kernels.grouped.emulated import emulated_groups
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.grouped.torchao import has_grouped_fp8, torchao_groups
@@ -124,7 +124,7 @@ class TorchaoKernel(Kernel):
         layer: str,
         memory: Any = None,
         *,
-        gathered: GatheredCasts | None = None,
+        gathered: KeptCasts | None = None,
         **ignored: Any,
     ) -> Tensor:
         """See `Kernel.multiply`."""
@@ -153,17 +153,26 @@ class TorchaoKernel(Kernel):
             output = output.reshape(*input.shape[:-1], weight.shape[0]).to(dtype)
             return output if bias is None else output + bias.to(output.dtype)
 
-    def multiply_groups(self, input: Tensor, weight: Tensor, groups: Groups, layer: str) -> Tensor:
+    def multiply_groups(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        groups: Groups,
+        layer: str,
+        gathered: KeptCasts | None = None,
+    ) -> Tensor:
         """See `Kernel.multiply_groups`."""
         input = input.to(compute_dtype(input))
         if self.emulates(input):
             casts, exported = self._casts, self.through_bf16
             with without_autocast(input.device.type):
-                return emulated_groups(input, weight, groups, casts, layer, exported=exported)
+                return emulated_groups(
+                    input, weight, groups, casts, layer, exported=exported, gathered=gathered
+                )
         if self._groups_on_cuda:
             weight = _Exported.apply(weight) if self.through_bf16 else weight
             return torchao_groups(input, weight, groups, layer, "rowwise")
-        return super().multiply_groups(input, weight, groups, layer)
+        return super().multiply_groups(input, weight, groups, layer, gathered)
 
     def exported(self, weight: Tensor) -> Tensor:
         """See `Kernel.exported`."""
@@ -229,7 +238,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
         gemms: Any,
         config: Any,
         layer: str,
-        gathered: GatheredCasts | None,
+        gathered: KeptCasts | None,
     ) -> Tensor:
         ctx.layer, ctx.gathered = layer, gathered
         ctx.function = import_float8().float8_linear.matmul_with_hp_or_float8_args
@@ -267,7 +276,7 @@ def _cast_once(
     weight_t: Tensor,
     gemms: Any,
     config: Any,
-    gathered: GatheredCasts | None,
+    gathered: KeptCasts | None,
     *,
     for_grad_input: bool,
 ) -> Tensor:

@@ -7,7 +7,8 @@ weights, and per tensor, each expert has scales of its own, made of its own toke
 grouped product computes on CUDA is the same in exact arithmetic
 (`torchao.prototype.moe_training.fp8_grouped_mm`, which scales by powers of two).
 
-Kept for backward are input and weight as they are, as torchao does.
+Kept for backward are input and weight as they are, as torchao does. Of a weight that FSDP2 has
+gathered each cast is made once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from lightning_fp.kernels.base import without_autocast
 from lightning_fp.kernels.derivatives import first_derivatives_only, refuse_transforms
 from lightning_fp.kernels.float8_free import Cast, Casts
-from lightning_fp.kernels.gemm import cast_operand, operand_dtype
+from lightning_fp.kernels.gathered_casts import KeptCasts
+from lightning_fp.kernels.gemm import cast_operand, operand_dtype, widen
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.grouped.product import of_rows, over_rows
 from lightning_fp.numerics import amax_to_scale, row_amax, through_bf16
@@ -34,6 +36,7 @@ def emulated_groups(
     layer: str,
     *,
     exported: bool = False,
+    gathered: KeptCasts | None = None,
 ) -> Tensor:
     """The products of a layer's experts.
 
@@ -44,11 +47,12 @@ def emulated_groups(
         casts: of the operands.
         layer: the layer's name, for error messages.
         exported: whether weights are rounded to bf16 before they are cast.
+        gathered: what is kept of the casts of a weight that FSDP2 has gathered.
 
     Returns:
         [tokens, out_features] in the dtype of `input`.
     """
-    output = _Grouped.apply(input, weight, *groups, casts, layer, exported)
+    output = _Grouped.apply(input, weight, *groups, casts, layer, exported, gathered)
     return first_derivatives_only(output, layer)
 
 
@@ -63,16 +67,17 @@ class _Grouped(torch.autograd.Function):
         casts: Casts,
         layer: str,
         exported: bool,
+        gathered: KeptCasts | None,
     ) -> Tensor:
         needs_input, needs_weight, *_ = ctx.needs_input_grad
         saved = input if needs_weight else None, weight if needs_input else None
         ctx.save_for_backward(*saved, ends, of_row)
-        ctx.casts, ctx.layer, ctx.exported = casts, layer, exported
+        ctx.casts, ctx.layer, ctx.exported, ctx.gathered = casts, layer, exported, gathered
         ctx.dtypes = input.dtype, weight.dtype
         groups, wide = Groups(ends, of_row), operand_dtype(input)
         of_input, of_weight = casts.output
         x, undo_x = _rows(input, of_input, groups, wide)
-        w, undo_w = _weights(through_bf16(weight) if exported else weight, of_weight, 2, wide)
+        w, undo_w = _weights(weight, of_weight, 2, wide, exported, gathered)
         product = of_rows(x, w.transpose(1, 2), ends, _sum_dtype(casts.output, input.dtype)).float()
         return (product * undo_x * groups.per_row(undo_w.squeeze(2))).to(input.dtype)
 
@@ -87,8 +92,7 @@ class _Grouped(torch.autograd.Function):
             if weight is not None:
                 of_grad, of_weight = casts.grad_input
                 g, undo_g = _rows(grad_output, of_grad, groups, wide)
-                cast_from = through_bf16(weight) if ctx.exported else weight
-                w, undo_w = _weights(cast_from, of_weight, 1, wide)
+                w, undo_w = _weights(weight, of_weight, 1, wide, ctx.exported, ctx.gathered)
                 product = of_rows(g, w, ends, _sum_dtype(casts.grad_input, ctx.dtypes[0])).float()
                 grad_input = product * undo_g * groups.per_row(undo_w.squeeze(1))
                 grad_input = grad_input.to(ctx.dtypes[0])
@@ -104,7 +108,7 @@ class _Grouped(torch.autograd.Function):
                 ).float()
                 undone = product * undo_g.unsqueeze(2) * undo_x.unsqueeze(1)
                 grad_weight = undone.to(ctx.dtypes[1])
-        return grad_input, grad_weight, None, None, None, None, None
+        return grad_input, grad_weight, *[None] * 6
 
 
 def _sum_dtype(casts: tuple[Cast, Cast], dtype: torch.dtype) -> torch.dtype:
@@ -119,7 +123,7 @@ def _rows(x: Tensor, cast: Cast, groups: Groups, wide: torch.dtype) -> tuple[Ten
         [rows, columns] in `wide`, and float32 [rows, 1].
     """
     amax = row_amax(x) if cast.by_row else groups.per_row(groups.amax(x))
-    return _cast(x, amax, cast, wide)
+    return _cast(x, amax, cast, wide)[1:]
 
 
 def _columns(x: Tensor, cast: Cast, groups: Groups, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -134,7 +138,14 @@ def _columns(x: Tensor, cast: Cast, groups: Groups, wide: torch.dtype) -> tuple[
     return values, scale.reciprocal()
 
 
-def _weights(weight: Tensor, cast: Cast, summed: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _weights(
+    weight: Tensor,
+    cast: Cast,
+    summed: int,
+    wide: torch.dtype,
+    exported: bool,
+    gathered: KeptCasts | None,
+) -> tuple[Tensor, Tensor]:
     """The experts' weights.
 
     Args:
@@ -142,14 +153,31 @@ def _weights(weight: Tensor, cast: Cast, summed: int, wide: torch.dtype) -> tupl
         cast: how they are cast.
         summed: the dimension that the product sums over.
         wide: dtype of the values.
+        exported: whether they are rounded to bf16 before.
+        gathered: see `emulated_groups`.
 
     Returns:
         The same shape in `wide`, and what undoes the scales, float32, 1 in the summed dimension.
     """
-    dims = summed if cast.by_row else (1, 2)
-    return _cast(weight, weight.detach().abs().amax(dim=dims, keepdim=True).float(), cast, wide)
+    dims = (summed,) if cast.by_row else (1, 2)
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        x = through_bf16(weight) if exported else weight
+        return _cast(x, x.detach().abs().amax(dim=dims, keepdim=True).float(), cast, wide)
+
+    if gathered is None:
+        return make()[1:]
+    key = cast, dims, exported
+    kept = gathered.find(weight, key)
+    if kept is None:
+        fp8, values, undo = make()
+        gathered.keep(weight, (key,), (fp8, undo), (fp8, undo))
+        return values, undo
+    fp8, undo = kept
+    return widen(fp8, cast.format, wide), undo
 
 
-def _cast(x: Tensor, amax: Tensor, cast: Cast, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _cast(x: Tensor, amax: Tensor, cast: Cast, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """FP8, its values in `wide`, and what undoes the scales."""
     scale = amax_to_scale(amax, cast.format.max, power_of_two=cast.power_of_two)
-    return cast_operand(x, scale, cast.format, wide)[1], scale.reciprocal()
+    return *cast_operand(x, scale, cast.format, wide), scale.reciprocal()

@@ -13,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
 from lightning_fp.kernels.base import compute_dtype
+from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.kernels.grouped.product import of_rows
 from lightning_fp.kernels.plain_linear import transformed
@@ -41,6 +42,9 @@ class FPExperts(ExpertsRow, nn.Module):
     """The experts with rows of their own, by number."""
 
     shape: ExpertsShape
+
+    gathered: tuple[GatheredCasts | None, ...]
+    """Casts of the weights while FSDP2 has them gathered, of each by itself; a copy has none."""
 
     @property
     def in_features(self) -> int:
@@ -118,11 +122,13 @@ class FPExperts(ExpertsRow, nn.Module):
             shape, placed = weight.shape, weight.placements
             first = compute_local_shape_and_global_offset(shape, weight.device_mesh, placed)[1][0]
             weight = weight.to_local()
+        kept = self._kept_of(weight)
         mine = range(first, first + groups.experts)
         others = [row for row in self.apart.values() if row.number in mine]
         others = [row for row in others if row.kernel != self.kernel or row.collect]
         if not others:
-            return self.multiply_groups(input, weight, groups, evaluating=evaluating)
+            how: Any = {"evaluating": evaluating, "gathered": kept}
+            return self.multiply_groups(input, weight, groups, **how)
         numbers = {row.number - first for row in others}
         rest = [number for number in range(groups.experts) if number not in numbers]
         rows: list[tuple[ExpertsRow, list[int]]] = [(row, [row.number - first]) for row in others]
@@ -138,9 +144,16 @@ class FPExperts(ExpertsRow, nn.Module):
                 weight.index_select(0, which),
                 Groups.of_sorted(ids, len(chosen)),
                 evaluating=evaluating,
+                gathered=None if kept is None else kept.part(weight, tuple(chosen)),
             )
             output = output.index_copy(0, rows_of, part.to(output.dtype))
         return output
+
+    def _kept_of(self, weight: Tensor) -> GatheredCasts | None:
+        """What is kept of the casts of one of its weights; None where FSDP2 has not gathered it."""
+        if torch.compiler.is_compiling():
+            return None
+        return next((each for each in self.gathered if each and each.is_of(weight)), None)
 
     def extra_repr(self) -> str:
         """The module's, with the format; nothing more where it computes as it was written."""
@@ -240,6 +253,7 @@ def make_switchable_experts(module: nn.Module, fqn: str, phase: Phase) -> FPExpe
         kind=kind,
         shape=shape_of(module, kind),
         apart={},
+        gathered=(),
         collect=False,
         record=False,
         memory=None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_fp.kernels import HighPrecisionKernel, Kernel, KernelMemory
 from lightning_fp.kernels.base import compute_dtype
+from lightning_fp.kernels.gathered_casts import KeptCasts
 from lightning_fp.kernels.grouped.groups import Groups
 from lightning_fp.layers.experts.group_casts import GroupCasts
 from lightning_fp.layers.format import LinearFormat
@@ -37,7 +38,13 @@ class ExpertsRow:
     """Experts see other tokens at each step, and some see none: no scale of earlier steps fits."""
 
     def multiply_groups(
-        self, input: Tensor, weight: Tensor, groups: Groups, *, evaluating: bool
+        self,
+        input: Tensor,
+        weight: Tensor,
+        groups: Groups,
+        *,
+        evaluating: bool,
+        gathered: KeptCasts | None,
     ) -> Tensor:
         """The products in this row's format, observed.
 
@@ -46,6 +53,7 @@ class ExpertsRow:
             weight: [experts, out_features, in_features].
             groups: whose the rows are.
             evaluating: whether this is an evaluation, which is not observed.
+            gathered: what is kept of the casts of a weight that FSDP2 has gathered.
 
         Returns:
             [rows, out_features].
@@ -53,7 +61,7 @@ class ExpertsRow:
         # Code compiled for one block would not serve the next if the layer's name were in it.
         name = "in compiled code" if torch.compiler.is_compiling() else self.fqn
         input = input.to(compute_dtype(input))
-        output = self.kernel.multiply_groups(input, weight, groups, name)
+        output = self.kernel.multiply_groups(input, weight, groups, name, gathered)
         if not self.collect or evaluating or self.statistics is None:
             return output
         self.statistics = there = self.statistics.on(input.device)

@@ -66,12 +66,24 @@ class Agreement:
         for group, members in wanted.items():
             if not members:
                 continue
-            amaxes = torch.stack([gather.members[index].amax() for gather, index in members])
-            dist.all_reduce(amaxes, dist.ReduceOp.MAX, group=group)
+            shards = [gather.measure(index) for gather, index in members]
+            amaxes = torch.stack([shard.amax for shard, _ in shards])
+            written = torch.stack(
+                [torch.as_tensor(anew, device=amaxes.device).float() for _, anew in shards]
+            )
+            everywhere = torch.stack([amaxes, written])
+            dist.all_reduce(everywhere, dist.ReduceOp.MAX, group=group)
+            # Only where a cast might do once more does the host wait to hear of the others'.
+            anew = [True] * len(members)
+            if any(isinstance(here, Tensor) for _, here in shards):
+                anew = everywhere[1].bool().tolist()
             found: dict[FP8AllGather, dict[int, Tensor]] = defaultdict(dict)
-            for (gather, index), amax in zip(members, amaxes.unbind(0), strict=True):
+            unchanged: dict[FP8AllGather, set[int]] = defaultdict(set)
+            for (gather, index), amax, now in zip(members, everywhere[0], anew, strict=True):
                 found[gather][index] = amax
+                if not now:
+                    unchanged[gather].add(index)
             for gather, of_gather in found.items():
-                gather.agree(of_gather)
+                gather.agree(of_gather, unchanged[gather])
                 if amaxes.is_cuda:
                     gather.ready = torch.cuda.current_stream(amaxes.device).record_event()

@@ -10,6 +10,7 @@ statistics are taken, and of layers in any other format.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from lightning_fp.numerics.devices import has_dtype
 DTYPES = torch.float32, torch.bfloat16
 """In which FSDP2 may gather a weight that is sent in FP8. fp16's subnormals are so far apart that
 what stands for a cast need not have the same cast."""
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of an element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +71,18 @@ class Member:
         """In which it is gathered where it is not in FP8."""
         return self.parameter.mp_policy.param_dtype or self.parameter.sharded_param.dtype
 
-    def amax(self) -> Tensor:
-        """This rank's; float32 scalar, inf where something is not finite."""
-        amax = tensor_amax(self.parameter._sharded_param_data).to(self.dtype)
+    def measure(self) -> Shard:
+        """This rank's shard, as it is now."""
+        values: Tensor = self.parameter._sharded_param_data
+        amax = tensor_amax(values).to(self.dtype)
         if self.layer is not None:
             amax = self.layer.kernel.exported(amax)  # roundings keep the order
-        return torch.nan_to_num(amax.float(), nan=torch.inf).to(self.parameter.device)
+        device = self.parameter.device
+        return Shard(
+            place=identity(values),
+            bits=_sum_of_bits(values).to(device),
+            amax=torch.nan_to_num(amax.float(), nan=torch.inf).to(device),
+        )
 
     def scale(self, amax: Tensor) -> WeightScale | None:
         """How its layer casts the whole weight, of which all ranks now know the amax."""
@@ -82,6 +92,43 @@ class Member:
         scales = memory.scales if isinstance(memory, OperandMemory) else None
         scale = kernel.scale(amax, scales, WEIGHT, kernel.weight)
         return WeightScale(kernel=kernel, scale=scale, amax=amax, scales=scales)
+
+    def is_cast_by(self, how: WeightScale, scales: tuple[int, int] | None) -> bool:
+        """Whether its layer would still cast it so.
+
+        Args:
+            how: it was cast.
+            scales: the identity that its layer's delayed scales had then.
+        """
+        if self.layer is None or self.layer.kernel != how.kernel:
+            return False
+        memory = self.layer.memory if how.kernel.delayed else None
+        now = memory.scales if isinstance(memory, OperandMemory) else None
+        return identity(now) == scales
+
+
+class Shard(NamedTuple):
+    """What tells whether a shard was written to, and how large its values are."""
+
+    place: tuple[int, int] | None
+    """Its identity, which changes with most writes."""
+
+    bits: Tensor
+    """int64 scalar, their sum: writes by way of `.data` change no version."""
+
+    amax: Tensor
+    """float32 scalar, inf where something is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The cast of a shard, until it is written to or cast otherwise."""
+
+    shard: Shard
+    how: WeightScale
+    scales: tuple[int, int] | None
+    cast: Tensor
+    """uint8, a part of the message it was sent in."""
 
 
 class Sent(NamedTuple):
@@ -107,6 +154,9 @@ class FP8AllGather:
         self.ready: torch.Event | None = None
         """On CUDA: when what was agreed is known, on whichever stream FSDP2 gathers."""
         self._sent: Sent | None = None
+        self._kept: dict[int, Kept] = {}
+        self._shards: dict[int, Shard] = {}
+        """As the forward that runs now has found them."""
         self._in_fp8: frozenset[int] = frozenset()
         """Members of which the last gather brought the FP8 numbers alone."""
 
@@ -123,15 +173,37 @@ class FP8AllGather:
         members = self.members if training else ()
         return [index for index, member in enumerate(members) if member.wants_fp8]
 
-    def agree(self, amaxes: dict[int, Tensor]) -> None:
-        """This forward gathers these members in FP8, with the amaxes over all ranks."""
-        self.agreed = tuple(
-            Part(
-                numel=member.numel,
-                scale=member.scale(amaxes[index]) if index in amaxes else None,
-            )
-            for index, member in enumerate(self.members)
-        )
+    def measure(self, index: int) -> tuple[Shard, bool | Tensor]:
+        """A member's shard now, and whether it must be cast anew: True, or what the device finds.
+
+        Args:
+            index: of the member.
+        """
+        member, kept = self.members[index], self._kept.get(index)
+        shard = self._shards[index] = member.measure()
+        if kept is None or kept.shard.place != shard.place:
+            return shard, True
+        if not member.is_cast_by(kept.how, kept.scales):
+            return shard, True
+        return shard, kept.shard.bits != shard.bits
+
+    def agree(self, amaxes: dict[int, Tensor], unchanged: AbstractSet[int]) -> None:
+        """How this forward gathers.
+
+        Args:
+            amaxes: of the members that are gathered in FP8, over all ranks.
+            unchanged: those of them that no rank has to cast anew.
+        """
+        parts: list[Part] = []
+        for index, member in enumerate(self.members):
+            kept = self._kept.get(index) if index in unchanged else None
+            if kept is not None:
+                parts.append(Part(numel=member.numel, scale=kept.how, cast=kept.cast))
+                continue
+            self._kept.pop(index, None)
+            scale = member.scale(amaxes[index]) if index in amaxes else None
+            parts.append(Part(numel=member.numel, scale=scale))
+        self.agreed = tuple(parts)
 
     @property
     def must_gather_again(self) -> bool:
@@ -183,8 +255,20 @@ class FP8AllGather:
         dtypes = {member.dtype for member in self.members}
         if dtypes != {shards.dtype} or sum(part.numel for part in parts) != shards.numel():
             return None
-        self._sent = Sent(parts, pack(shards, parts))
+        message, pieces = pack(shards, parts)
+        for index, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
+            if part.scale is not None:
+                scales = identity(part.scale.scales)
+                self._kept[index] = Kept(self._shards[index], part.scale, scales, piece)
+        self._sent = Sent(parts, message)
         return self._sent
+
+
+def _sum_of_bits(values: Tensor) -> Tensor:
+    """int64 scalar; of eight bytes at a time where that fits, which is several times as fast."""
+    whole = values.nbytes % 8 == 0 and values.storage_offset() * values.itemsize % 8 == 0
+    integers = torch.int64 if whole else INTEGERS[values.itemsize]
+    return values.view(integers).sum(dtype=torch.int64)
 
 
 def _hand_over(member: Member, how: WeightScale, cast: Tensor) -> None:

@@ -45,8 +45,11 @@ class Part:
     scale: WeightScale | None
     """None: gathered as it is."""
 
+    cast: Tensor | None = None
+    """What an earlier message has of it, uint8, of the same values with the same scale."""
 
-def pack(shards: Tensor, parts: Sequence[Part]) -> Tensor:
+
+def pack(shards: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
     """What a rank sends.
 
     Args:
@@ -54,15 +57,18 @@ def pack(shards: Tensor, parts: Sequence[Part]) -> Tensor:
         parts: which parameters these are.
 
     Returns:
-        uint8, one-dimensional.
+        uint8, one-dimensional, and the part of each parameter in it.
     """
     sent: list[Tensor] = []
     for shard, part in zip(shards.split([part.numel for part in parts]), parts, strict=True):
-        if (how := part.scale) is not None:
+        if part.cast is not None:
+            shard = part.cast
+        elif (how := part.scale) is not None:
             exported = how.kernel.exported(shard)
             shard, _ = cast_operand(exported, how.scale, how.kernel.weight, None)
         sent.append(shard.view(torch.uint8))
-    return torch.cat(sent)
+    message = torch.cat(sent)
+    return message, list(message.split([each.numel() for each in sent]))
 
 
 def unpack(arrived: Tensor, parts: Sequence[Part], into: Tensor) -> list[Tensor | None]:

@@ -7,6 +7,7 @@ is kept with gathered weights, every use casts its weight anew, and the log says
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_fp.kernels.gathered_casts import GatheredCasts
+from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.fsdp.agreement import Agreement
 from lightning_fp.layers.fsdp.all_gather import FP8AllGather, Member
 from lightning_fp.layers.linear import is_switchable_linear
@@ -31,10 +33,11 @@ def keep_casts_of_gathered(model: nn.Module, layers: Iterable[SwitchableLayer]) 
         model: as it trains, sharded or not.
         layers: those of a table.
     """
+    weights: dict[nn.Module, list[Any]] = defaultdict(list)
     try:
-        weights = dict(_weights(model))
-        for weight in weights.values():
+        for owner, weight in _weights(model):
             _check(weight)
+            weights[owner].append(weight)
     except AttributeError as error:
         log.warning(
             "weights that FSDP2 gathers are cast anew at each use: torch %s has not the private"
@@ -44,12 +47,16 @@ def keep_casts_of_gathered(model: nn.Module, layers: Iterable[SwitchableLayer]) 
         )
         return
     for layer in layers:
-        if isinstance(layer, nn.Module) and is_switchable_linear(layer) and layer in weights:
-            layer.gathered = GatheredCasts(weights[layer])
+        if isinstance(layer, nn.Module) and layer in weights:
+            casts = tuple(map(GatheredCasts, weights[layer]))
+            if is_switchable_linear(layer):
+                layer.gathered = casts[0]
+            elif is_switchable_experts(layer):
+                layer.gathered = casts
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """Modules whose weight is sharded, each with what FSDP2 has of it."""
+    """Layers whose weights are sharded, each with what FSDP2 has of one of them."""
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -59,8 +66,16 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
                 names = [info.param_name, *info.shared_param_names]
                 owners = [info.module, *info.shared_modules]
                 for owner, name in zip(owners, names, strict=True):
-                    if name == "weight":
+                    if _multiplies(owner, name):
                         yield owner, parameter
+
+
+def _multiplies(owner: nn.Module, name: str) -> bool:
+    """Whether a Parameter of this name is what a layer multiplies by."""
+    if is_switchable_experts(owner):
+        parameter = owner._parameters.get(name)
+        return any(parameter is weight for weight in owner.kind.weights(owner))
+    return is_switchable_linear(owner) and name == "weight"
 
 
 def gather_in_fp8(model: nn.Module) -> None:

@@ -54,7 +54,13 @@ class Case:
 
     meanwhile: str = ""
     """What happens besides: "flips", "evaluation", "sampled", "replay", "written", "written by one
-    rank", "forward alone", "clipped", "compiled", "not finite"."""
+    rank", "forward alone", "compiled", "not finite"; or `IN_BETWEEN`."""
+
+    optimizer: str = "AdamW"
+    """Or "fused", "foreach", "data": of each step one that writes in another way."""
+
+    frozen: bool = False
+    """Whether the first block's weights stay what they are."""
 
     mesh: str = "fsdp"
     offload: bool = False
@@ -149,12 +155,14 @@ def build(case: Case, all_gather: Gathering) -> tuple[Any, PrecisionMap]:
             block.compile(backend="aot_eager")
     table = convert(model, case.format, layers={"*": case.format}).precision_map
     table.phase.all_gather = all_gather
+    if case.frozen:
+        model[0].requires_grad_(False)
     return model, table
 
 
 def train(case: Case, all_gather: Gathering) -> Told:
     model, table = build(case, all_gather)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = optimizer_of(case, model)
     told = Told()
     for step in range(STEPS):
         table.before_batch()
@@ -171,6 +179,8 @@ def train(case: Case, all_gather: Gathering) -> Told:
                 told.losses.append(float(loss.detach()))
                 if case.meanwhile == "evaluation":
                     told.evaluated.append(evaluate(model, case))
+                if not last and case.meanwhile in IN_BETWEEN:
+                    IN_BETWEEN[case.meanwhile](model, step)
         told.bytes.append(traffic.bytes)
         told.casts.append(traffic.casts)
         told.reductions.append(traffic.collectives["allreduce_"])
@@ -225,6 +235,54 @@ def write(model: Any, step: int, *, every_rank: bool, by: float = 3.0) -> None:
     if every_rank or dist.get_rank() == 1:
         local = model[1].up.weight.to_local()
         local.data[0, step] = by * local.abs().max()
+
+
+@torch.no_grad()
+def clip(model: Any, step: int) -> None:
+    for parameter in model.parameters():
+        parameter.clamp_(-0.1, 0.1)
+
+
+@torch.no_grad()
+def load(model: Any, step: int) -> None:
+    """What was loaded, as after a rollback."""
+    state = model.state_dict()
+    model.load_state_dict({name: 0.5 * value for name, value in state.items()})
+
+
+@torch.no_grad()
+def turn(model: Any, step: int) -> None:
+    """The same values in other places, and so of the same sum."""
+    local = model[1].up.weight.to_local()
+    local.copy_(local.flip(0))
+
+
+IN_BETWEEN: dict[str, Callable[[Any, int], object]] = {
+    "written in between": lambda model, step: write(model, step, every_rank=True),
+    "written in between by one rank": lambda model, step: write(model, step, every_rank=False),
+    "clipped in between": clip,
+    "loaded in between": load,
+    "turned in between": turn,
+}
+"""What a run may do to weights between two micro-batches of a step."""
+
+
+class WritesData(torch.optim.SGD):
+    """As optimizers of other libraries do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                local, grad = parameter.to_local().data, parameter.grad.to_local()
+                local.copy_(local - 0.05 * grad)
+
+
+def optimizer_of(case: Case, model: Any) -> torch.optim.Optimizer:
+    if case.optimizer == "data":
+        return WritesData(model.parameters(), lr=1.0)
+    options = {} if case.optimizer == "AdamW" else {case.optimizer: True}
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
 
 
 def batch(case: Case, step: int, index: int) -> Tensor:

@@ -22,12 +22,24 @@ CASES = {
     "uneven": Case(hidden=81),
     "sampled": Case(meanwhile="sampled"),
     "written by one rank": Case(meanwhile="written by one rank", format="fp8-delayed"),
+    "accumulation": Case(micro_batches=3, format="fp8-delayed"),
+    "written in between": Case(meanwhile="written in between", micro_batches=2),
+    "written in between by one rank": Case(
+        meanwhile="written in between by one rank", micro_batches=2
+    ),
+    "frozen": Case(frozen=True),
 }
 MORE = {
     "float32": Case(dtype=None),
     "flips": Case(meanwhile="flips"),
     "evaluation": Case(meanwhile="evaluation", micro_batches=2),
-    "accumulation": Case(micro_batches=3, format="fp8-delayed"),
+    "frozen, delayed": Case(frozen=True, format="fp8-delayed"),
+    "clipped in between": Case(meanwhile="clipped in between", micro_batches=2),
+    "loaded in between": Case(meanwhile="loaded in between", micro_batches=3),
+    "turned in between": Case(meanwhile="turned in between", micro_batches=2),
+    "fused": Case(optimizer="fused", micro_batches=2),
+    "foreach": Case(optimizer="foreach"),
+    "an optimizer that writes .data": Case(optimizer="data", micro_batches=2),
     "not resharded": Case(reshard=False, micro_batches=2, stays=True),
     "replay": Case(meanwhile="replay", format="fp8-delayed"),
     "written": Case(meanwhile="written"),
@@ -81,16 +93,28 @@ def assert_equal(low: dict[str, Any], high: dict[str, Any]) -> None:
         assert torch.equal(weight.nan_to_num(7.0), other.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("name", ["dynamic", "delayed", "checkpointing", "uneven"])
+@pytest.mark.parametrize("name", ["dynamic", "delayed", "checkpointing", "uneven", "accumulation"])
 def test_half_the_bytes_and_one_cast_of_each_weight(told: list[dict[str, Any]], name: str) -> None:
     """The first step is gathered as it is: FSDP2 knows its own dtypes only afterwards."""
+    forwards = CASES[name].micro_batches
     for rank in told:
         low, high = rank[name]["auto"], rank[name]["high"]
-        assert low["bytes"][0] == high["bytes"][0]
+        if forwards == 1:
+            assert low["bytes"][0] == high["bytes"][0]
         for step in range(1, STEPS):
             assert low["bytes"][step] <= 0.55 * high["bytes"][step]
             assert low["casts"][step] == WEIGHTS
-            assert low["reductions"][step] == high["reductions"][step] + 1
+            assert low["reductions"][step] == high["reductions"][step] + forwards
+
+
+def test_a_shard_is_cast_again_after_it_was_written_to(told: list[dict[str, Any]]) -> None:
+    """That of one layer, on all ranks; one that is never written to is not cast any more."""
+    for rank in told:
+        for name in ("written in between", "written in between by one rank"):
+            assert rank[name]["auto"]["casts"][1:] == [WEIGHTS + 1] * (STEPS - 1)
+        frozen = 2
+        once = [WEIGHTS] + [WEIGHTS - frozen] * (STEPS - 2)
+        assert rank["frozen"]["auto"]["casts"][1:] == once
 
 
 def test_sampled_steps_are_gathered_as_they_are(told: list[dict[str, Any]]) -> None:
