@@ -128,4 +128,4 @@ def test_experts_over_a_limit_climb_and_others_stay(tmp_path: Path) -> None:
     climbed = {change.layer for change in loop.precision_map.changes}
     assert climbed == {"model.model.layers.0.mlp.experts"}
     reasons = [change.reason for change in loop.precision_map.changes]
-    assert reasons[0].startswith("underflow_fraction of weight is ")
+    assert reasons[0].startswith("underflow of weight is ")

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from lightning_fp.counting import counted
 from lightning_fp.recipes.gate import Gate
+from lightning_fp.statistic_names import called, measured
 
 Series: TypeAlias = "tuple[tuple[int, float], ...]"
 """Values with the steps at which they were measured, oldest first."""
@@ -26,12 +27,19 @@ class GateVerdict:
     """What it was judged by; NaN if there was nothing."""
 
     def sentence(self) -> str:
-        """E.g. "clamped_mass/max is 0.03, must be below 0.01 (worst of 100 steps)"."""
+        """E.g. "largest clamped mass of a layer is 3%, must be below 1% (worst of 100 steps)"."""
         gate, steps = self.gate, counted(self.gate.window, "step")
         if self.answer in ("no data", "too early"):
-            return f"{gate.statistic} was not measured in the last {steps}"
-        must = gate.bounds if self.answer == "passed" else f"must be {gate.bounds}"
-        return f"{gate.statistic} is {self.value:.4g}, {must} ({gate.reduce} of {steps})"
+            return f"{called(gate.statistic)} was not measured in the last {steps}"
+        limits = (("above", gate.above), ("below", gate.below))
+        bounds = " and ".join(
+            f"{name} {measured(gate.statistic, limit)}"
+            for name, limit in limits
+            if limit is not None
+        )
+        must = bounds if self.answer == "passed" else f"must be {bounds}"
+        value = measured(gate.statistic, self.value)
+        return f"{called(gate.statistic)} is {value}, {must} ({gate.reduce} of {steps})"
 
 
 def extend(

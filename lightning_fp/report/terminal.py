@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_fp.counting import counted
+from lightning_fp.report.draw.decisions import events_table
 from lightning_fp.report.draw.heatmaps import NAMES, worst_cells
-from lightning_fp.report.draw.marks import events_table
 from lightning_fp.report.draw.parts import Table, number
 from lightning_fp.report.draw.sparkline import sparkline
 from lightning_fp.report.page import read_runs
@@ -20,7 +20,7 @@ from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import format_histories, last_formats, layer_groups
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import Advice, advise, backend_of, limits_of
-from lightning_fp.report.sections.answer import Tone, answer
+from lightning_fp.report.sections.answer import Tone, answer, name_of_low
 from lightning_fp.report.sections.compare import differences
 from lightning_fp.report.sections.headline import alarming, headline, key_figures
 from lightning_fp.report.sections.missing import why_no_statistics
@@ -35,8 +35,8 @@ _TONES: dict[Tone, str] = {
 }
 _EVENTS = 10
 _TELLING = (
-    *("demotion", "rollback", "stage", "verdict", "promotion", "skipped", "suspicion", "replay"),
-    *("resume", "layer limit", "gate", "format"),
+    *("unprotected", "incident", "safer format", "steps undone", "rollout", "format back"),
+    *("skipped", "alarm", "resume", "gate", "format"),
 )
 """Events as the report calls them; of too many, those are shown that come first here."""
 _GROUPS = 6
@@ -142,7 +142,7 @@ def _print_run(run: RunRecords, cost: RunCost, console: Console, *, short: bool)
 
 
 def _print_events(run: RunRecords, console: Console) -> None:
-    rows = [row for row in events_table(run.events).rows if row[1] in _TELLING]
+    rows = [row for row in events_table(run.events, name_of_low(run)).rows if row[1] in _TELLING]
     ranked = sorted(range(len(rows)), key=lambda row: _TELLING.index(rows[row][1]))
     grid = FittedTable("", "step", "", "", right=("step",), bare=True)
     for step, what, why in (rows[row] for row in sorted(ranked[:_EVENTS])):

@@ -77,7 +77,7 @@ def probe_suspicion(step: int, error: float, usual: float) -> Suspicion:
     """A probe's gradients were out of the usual."""
     return Suspicion(
         step=step,
-        reason=f"the gradients' error is {error:.2f} against high precision (usually {usual:.2f})",
+        reason=f"the gradients' error is {error:.0%} against high precision (usually {usual:.0%})",
         numbers={"grad_error": error, "usual": usual},
         action="replay in high precision",
     )

@@ -113,8 +113,8 @@ def test_stages_and_gates(tmp_path: Path) -> None:
     section = {s.id: s for s in sections(records, run_cost(records))}["stages"]
     (chart,), (table,) = section.charts, section.tables
     assert [part["name"] for part in chart["rows"][0]["segments"]] == ["bf16", "fp8"]
-    assert chart["lanes"][0]["marks"][0]["failed"]
-    row = ["50", "bf16", "clamped_mass", "0.02", "below 0.01", "failed"]
+    assert chart["lanes"][0]["marks"][0]["shape"] == "gate_failed"
+    row = ["50", "bf16", "clamped mass", "2%", "below 1%", "failed"]
     assert table.rows == [row]
 
 
@@ -227,7 +227,7 @@ def test_the_terminal_needs_no_jinja2(
     terminal_summary([made_up], console)
     text = console.export_text()
     assert len(text.splitlines()) <= 45  # a screenful
-    for part in ("kept", "demotion", "fp8-dynamic (step 326)", "clamped mass", "cost:"):
+    for part in ("kept", "safer format", "fp8-dynamic (step 326)", "clamped mass", "cost:"):
         assert part in text
     with pytest.raises(ImportError, match="pip install jinja2"):
         write_report([made_up], tmp_path / "x.html")

@@ -18,7 +18,7 @@ _WIDE = 30.0
 """Ratio of largest to smallest value from which on an axis is logarithmic."""
 
 
-GREY = -1
+GREY, INK = -1, -2
 """In place of a number in the palette: for what a run is compared with."""
 
 _APART = (0, 3, 5, 6, 7)
@@ -38,6 +38,7 @@ def curve(
     color: int = 0,
     smooth: bool = False,
     last: float | None = None,
+    dotted: bool = False,
 ) -> dict[str, Any]:
     """One line of a chart.
 
@@ -48,10 +49,13 @@ def curve(
         color: number in the palette.
         smooth: whether to draw a running mean over it.
         last: a value to write at the line's end.
+        dotted: whether to draw its running mean as dots, so that a line beneath it is seen too.
     """
     steps, values = steps.double(), values.double()
     bad = steps[~values.isfinite()]
     drawn: dict[str, Any] = {"name": name, "color": color}
+    if dotted:
+        drawn["dotted"] = True
     if last is not None:
         drawn["last"] = float(f"{last:.4g}")
     stretch = math.ceil(len(steps) / _POINTS)
@@ -120,9 +124,20 @@ def panels(
     *,
     last: int,
     lanes: Sequence[Mapping[str, Any]] = (),
+    undone: Sequence[Sequence[int]] = (),
     first: int = 0,
 ) -> Chart:
-    """A chart: fields one below the other over the same steps, and lanes of events."""
+    """A chart: fields one below the other over the same steps, and lanes of events.
+
+    Args:
+        title: above it.
+        look: what to see in it.
+        fields: what `panel` returned.
+        last: the last step.
+        lanes: of events, beneath.
+        undone: stretches of steps to hatch.
+        first: the first step.
+    """
     return {
         "type": "panels",
         "title": title,
@@ -131,6 +146,7 @@ def panels(
         "last": max(last, first + 1),
         "panels": list(fields),
         "lanes": list(lanes),
+        "undone": [list(stretch) for stretch in undone],
     }
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_fp.report.draw.parts import Chart, Table, decibels, share
+from lightning_fp.report.draw.parts import Chart, Table, decibels
 from lightning_fp.report.read.digest import Cell, Digest, Ranking
+from lightning_fp.statistic_names import share
 
 ROWS = 200
 """Rows of a heatmap at most; of more layers neighbours share one."""

@@ -1,215 +1,142 @@
-"""Events as marks on charts and as rows of a table."""
+"""Events as marks beneath curves, with a key to them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_fp.counting import counted
-from lightning_fp.records import Event, GateResult, Replayed, Rollback
-from lightning_fp.report.draw.parts import Table
+from lightning_fp.records import Event, FormatChange, GateResult, Rollback, Suspicion
+from lightning_fp.report.draw.sentences import conclusion, said
+from lightning_fp.report.read.incidents import incidents
 
-WORDS: Mapping[str, str] = {
+LANES: Mapping[str, Mapping[str, str]] = {
+    "rollout": {
+        "stage": "a stage of the rollout begins",
+        "gate": "gate passed",
+        "gate_failed": "gate failed",
+    },
+    "incidents": {
+        "fault": "incident: {low} at fault",
+        "innocent": "incident: {low} not at fault",
+        "open": "alarm or incident, not decided",
+        "watch_failed": "unprotected from here on",
+    },
+    "layers": {
+        "safer": "layers get a safer format",
+        "promote": "layers get their format back",
+        "format": "formats changed otherwise",
+    },
+    "steps": {
+        "rollback": "steps undone",
+        "skip": "steps skipped",
+        "resumed": "run resumed",
+    },
+}
+"""The lanes from top to bottom: what is marked in each, and what the key says to it."""
+
+_SHAPES: Mapping[str, str] = {
     "stage": "stage",
-    "gate": "gate",
+    "demote": "safer",
+    "limit": "safer",
+    "unproven": "safer",
+    "promote": "promote",
     "format": "format",
-    "skip": "skipped",
-    "suspect": "suspicion",
-    "verdict": "verdict",
-    "demote": "demotion",
-    "limit": "layer limit",
-    "unproven": "unproven climb",
     "rollback": "rollback",
-    "promote": "promotion",
-    "resumed": "resume",
-    "watch_failed": "unprotected",
+    "skip": "skip",
+    "resumed": "resumed",
+    "watch_failed": "watch_failed",
+    "suspect": "open",
 }
-"""What the kinds of events are called, in the order of the lanes beneath a curve."""
+"""By kind of event."""
 
-_IN_TABLE: Mapping[str, str] = {
-    **WORDS,
-    "started": "start",
-    "replay": "replay",
-    "rehearsal": "rehearsal",
-    "note": "note",
-}
+_FINDINGS = {"precision": "fault", "not precision": "innocent"}
+
 _MARKS = 250
-"""Marks of a lane at most; neighbours are drawn as one."""
-
-_ROWS = 150
-"""Rows of the table at most."""
+"""Marks of a shape at most; neighbours are drawn as one."""
 
 
-def lanes(events: Sequence[Event], last: int) -> list[dict[str, Any]]:
-    """One lane for each kind of event that happened.
+def lanes(events: Sequence[Event], last: int, low: str = "low precision") -> list[dict[str, Any]]:
+    """The lanes in which something happened.
 
     Args:
         events: those of the run.
         last: the last step.
+        low: what the low precision of the run is called.
 
     Returns:
-        What charts.js draws beneath the curves: a name, a kind, marks from step to end.
+        What charts.js draws beneath the curves: a name, a key, marks from step to end.
     """
+    marks = list(_marks(events, low))
     found: list[dict[str, Any]] = []
-    for kind, word in WORDS.items():
-        marks = [_mark(event) for event in events if event.kind == kind]
-        if marks:
-            near = 1 if kind == "skip" else 0
-            marks = _joined(marks, near)
-            if len(marks) > _MARKS:
-                marks = _joined(marks, max(1, last // _MARKS))
-            found.append({"name": word, "kind": kind, "marks": marks})
+    for lane, shapes in LANES.items():
+        drawn: list[dict[str, Any]] = []
+        key: list[dict[str, str]] = []
+        for shape, words in shapes.items():
+            some = _joined([mark for mark in marks if mark["shape"] == shape], shape == "skip")
+            if len(some) > _MARKS:
+                some = _joined(some, max(1, last // _MARKS))
+            if some:
+                drawn += some
+                key.append({"shape": shape, "name": words.format(low=low)})
+        if drawn:
+            found.append({"name": lane, "key": key, "marks": drawn})
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What was decided at a step, with all that belongs to it."""
+def undone(events: Sequence[Event]) -> list[list[int]]:
+    """The stretches of steps that the run went back over, first and last step.
 
-    step: int
-
-    what: str
-    """In a word."""
-
-    why: str
-
-    details: tuple[str, ...] = ()
-    """Gates that were asked, replays, what followed: sentences."""
-
-
-def decisions(events: Sequence[Event]) -> list[Decision]:
-    """What happened, decision by decision.
-
-    A stage that begins has its gates and formats in it, an incident its suspicion, verdict and
-    rollback, and steps left out one after the other are one.
+    Args:
+        events: those of the run.
     """
-    found: list[Decision] = []
-    together: list[Event] = []
+    return [[event.to_step, event.step] for event in events if isinstance(event, Rollback)]
 
-    def close() -> None:
-        found.extend(_decided(together))
-        together.clear()
 
+def undone_in_words(events: Sequence[Event]) -> str:
+    """What the hatched steps of a chart are; "" if none were undone.
+
+    Args:
+        events: those of the run.
+    """
+    back = [event for event in events if isinstance(event, Rollback)]
+    if not back:
+        return ""
+    steps = " and ".join(f"{event.to_step:,} to {event.step:,}" for event in back[:3])
+    more = f" and {counted(len(back) - 3, 'more stretch', 'more stretches')}" if back[3:] else ""
+    again = any(event.replayed for event in back)
+    instead = "their repetition in high precision" if again else "what came instead"
+    drawn = f"Hatched: steps {steps}{more} as they were before they were undone"
+    return f"{drawn}; {instead} is not shown."
+
+
+def _marks(events: Sequence[Event], low: str) -> Iterator[dict[str, Any]]:
+    looked_into = incidents(events)
+    inside = {id(event) for incident in looked_into for event in incident.events}
+    for incident in looked_into:
+        shape = _FINDINGS.get(incident.finding, "open")
+        yield _mark(shape, incident.step, incident.step, conclusion(incident, low))
     for event in events:
-        if event.kind not in _IN_TABLE or (isinstance(event, Replayed) and not event.layers):
+        if isinstance(event, Suspicion) and id(event) in inside:
             continue
-        if together and not _belongs(event, together[-1]):
-            close()
-        together.append(event)
-    close()
-    return found
+        if type(event) is FormatChange and event.reason.startswith("rollout stage"):
+            continue
+        shape = _SHAPES.get(event.kind, "")
+        if isinstance(event, GateResult):
+            shape = "gate" if event.passed else "gate_failed"
+        begin = event.to_step if isinstance(event, Rollback) else event.step
+        if shape:
+            yield _mark(shape, begin, event.step, said(event, low))
 
 
-def events_table(events: Sequence[Event]) -> Table:
-    """What happened, in words: a row for each decision, its details in lines beneath."""
-    rows = [
-        [f"{d.step:,}", d.what, "\n".join((d.why, *d.details)) if d.details else d.why]
-        for d in decisions(events)
-    ]
-    more = len(rows) - _ROWS
-    if more > 0:
-        rows = [*rows[: _ROWS // 2], ["", "", f"... {more} more ..."], *rows[-_ROWS // 2 :]]
-    return Table(
-        title="Decisions",
-        columns=("step", "what", "why"),
-        rows=rows,
-        numbers=frozenset({0}),
-        note="All of it is in events.jsonl." if rows else "",
-        long=True,
-    )
-
-
-def _belongs(event: Event, last: Event) -> bool:
-    if event.kind == last.kind == "skip":
-        return event.step <= last.step + 1
-    return event.step == last.step and "skip" not in (event.kind, last.kind)
-
-
-_LEADING = (
-    "watch_failed",
-    "demote",
-    "unproven",
-    "stage",
-    "verdict",
-    "promote",
-    "limit",
-    "rollback",
-)
-"""Of what happened at one step, the first of these is the decision, and the rest its details."""
-
-
-def _decided(events: Sequence[Event]) -> list[Decision]:
-    """One decision, or several where nothing leads."""
-    if not events:
-        return []
-    if events[0].kind == "skip":
-        layers = events[0].layers
-        what = "a gradient was inf or NaN" + (f" (first that of {layers[0]})" if layers else "")
-        last = events[-1].step
-        many = f"{counted(len(events), 'step')} were skipped, the last at step {last:,}"
-        why = f"{many}: {what}" if len(events) > 1 else f"the step was skipped: {what}"
-        return [Decision(step=events[0].step, what=WORDS["skip"], why=why)]
-    leading = next((e for kind in _LEADING for e in events if e.kind == kind), None)
-    if leading is None:
-        kinds = dict.fromkeys(event.kind for event in events)
-        return [_together([e for e in events if e.kind == kind]) for kind in kinds]
-    told = [
-        e for e in events if e is not leading and e.kind not in ("note", "rehearsal", "started")
-    ]
-    if leading.kind == "stage":  # the stage says how many layers change
-        told = [e for e in told if e.kind != "format"]
-    apart = [e for e in events if e is not leading and e not in told and e.kind != "format"]
-    return [*(_together([event]) for event in apart), _together([leading, *told])]
-
-
-def _detail(event: Event, of: Event) -> str:
-    if event.kind == of.kind:
-        return said(event)
-    joint = " " if isinstance(event, GateResult) else ": "
-    return f"{_IN_TABLE[event.kind]}{joint}{said(event)}"
-
-
-def _together(events: Sequence[Event]) -> Decision:
-    first = events[0]
-    details = [_detail(event, first) for event in events[1:]]
-    return Decision(
-        step=first.step, what=_IN_TABLE[first.kind], why=said(first), details=tuple(details)
-    )
-
-
-def said(event: Event) -> str:
-    """The event's sentence without its step and kind."""
-    if isinstance(event, GateResult):
-        parts = f"{'passes' if event.passed else 'fails'}: {event.reason}", event.action
-        return "; ".join(part for part in parts if part)
-    text = event.sentence().removeprefix(f"step {event.step}: ")
-    return text.removeprefix(event.kind).lstrip(": ") if event.kind != "replay" else _blame(event)
-
-
-def errors_alone(event: Event) -> dict[str, float]:
-    """By layer, the gradients' error with it alone in low precision, if that was measured."""
-    parts = [(name.partition("/"), value) for name, value in event.numbers.items()]
-    return {layer: value for (what, _, layer), value in parts if what == "alone"}
-
-
-def _blame(event: Event) -> str:
-    errors = [f"{layer} {value:.2f}" for layer, value in errors_alone(event).items()]
-    return f"{event.reason}: {', '.join(errors) or ', '.join(event.layers)}"
-
-
-def _mark(event: Event) -> dict[str, Any]:
-    begin = event.to_step if isinstance(event, Rollback) else event.step
-    mark: dict[str, Any] = {"step": begin, "end": event.step, "text": said(event), "count": 1}
-    if event.kind == "gate":
-        mark["failed"] = not getattr(event, "passed", True)
-    return mark
+def _mark(shape: str, step: int, end: int, text: str) -> dict[str, Any]:
+    return {"shape": shape, "step": step, "end": end, "text": text, "count": 1}
 
 
 def _joined(marks: Sequence[dict[str, Any]], near: int) -> list[dict[str, Any]]:
     """Marks closer than `near` steps become one."""
     found: list[dict[str, Any]] = []
-    for mark in sorted(marks, key=lambda mark: (mark["step"], mark.get("failed", False))):
+    for mark in sorted(marks, key=lambda mark: mark["step"]):
         if near and found and mark["step"] - found[-1]["end"] <= near:
             found[-1]["end"] = max(found[-1]["end"], mark["end"])
             found[-1]["count"] += mark["count"]

@@ -65,23 +65,6 @@ def not_recorded(remedy: str) -> str:
     return f"Not recorded: {remedy}."
 
 
-def share(value: float | None) -> str:
-    """A share in percent, with as many digits as it needs.
-
-    >>> share(0.01234), share(0), share(3e-7), share(None)
-    ('1.23%', '0%', '0.00003%', '')
-    """
-    if value is None or math.isnan(value):
-        return ""
-    if not value:
-        return "0%"
-    size = abs(value) * 100
-    digits = 0 if size >= 99.95 else 1 if size >= 10 else 2
-    if size < 0.01:
-        digits = 1 - math.floor(math.log10(size)) - 1
-    return f"{value * 100:.{digits}f}%"
-
-
 def number(value: float | None, form: str = ".4g") -> str:
     """A number, or nothing."""
     return "" if value is None or math.isnan(value) else f"{value:{form}}"

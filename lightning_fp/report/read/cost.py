@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lightning_fp.counting import counted
 from lightning_fp.records import Event, Rollback, Started
 from lightning_fp.report.read.format_history import format_histories, steps_away_from
 from lightning_fp.report.read.run_records import RunRecords
@@ -47,6 +48,10 @@ class RunCost:
     replayed_steps: int | None
     """Training steps these took; known once the run has ended."""
 
+    replay_budget: tuple[int, float] | None
+    """What replays may take: training steps, and a share of the run's besides; None if not
+    recorded."""
+
     seconds: float | None
     """All the time its steps took, with everything between them."""
 
@@ -73,6 +78,20 @@ class RunCost:
 
     memory: Mapping[str, float] = field(default_factory=dict[str, float])
     """Bytes, by what they are for."""
+
+    def replays_in_words(self) -> str:
+        """What replays took, beside what they may take; empty if neither is known."""
+        parts: list[str] = []
+        if self.replayed_steps is not None and self.attempted:
+            steps = counted(self.replayed_steps, "training step")
+            of = f"{self.replayed_steps / self.attempted:.0%} of the run's own {self.attempted:,}"
+            parts.append(f"Replays took {steps}, {of}.")
+        if self.replay_budget is not None:
+            steps, share = self.replay_budget
+            limit = f"{counted(steps, 'step')} plus {share:.0%} of the run's own"
+            here = f"{round(steps + share * self.attempted):,} in a run of this length"
+            parts.append(f"The limit is {limit}: {here}.")
+        return " ".join(parts)
 
     @property
     def useful_share(self) -> float | None:
@@ -136,6 +155,7 @@ def run_cost(records: RunRecords, baseline: RunRecords | None = None) -> RunCost
         repeated=steps.repeated if steps else 0,
         replays=sum(event.kind == "replay" for event in records.events),
         replayed_steps=None if end is None else int(end.numbers.get("replayed", 0)),
+        replay_budget=_replay_budget(records.events),
         seconds=_all_seconds(steps, counts["attempted"]),
         step_seconds=usual,
         telemetry_seconds=_telemetry(records),
@@ -205,6 +225,15 @@ def _incidents(steps: Steps | None, events: tuple[Event, ...]) -> float | None:
     seconds = dict(zip(steps.steps.tolist(), more.tolist(), strict=True))
     around = {step + after for step in at for after in (0, 1)}
     return sum(seconds.get(step, 0.0) for step in around)
+
+
+def _replay_budget(events: tuple[Event, ...]) -> tuple[int, float] | None:
+    """What the watch has said of its budget."""
+    told = [event.numbers for event in events if isinstance(event, Started)]
+    known = [numbers for numbers in told if "replay_incident" in numbers]
+    if not known:
+        return None
+    return round(known[-1]["replay_incident"]), known[-1].get("replay_share", 0.0)
 
 
 def _memory(records: RunRecords) -> dict[str, float]:

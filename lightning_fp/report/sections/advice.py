@@ -11,15 +11,19 @@ from lightning_fp.counting import counted
 from lightning_fp.layers import Backend, linear_format
 from lightning_fp.layers.backends import could_run
 from lightning_fp.report.draw.heatmaps import LIMITS
-from lightning_fp.report.draw.parts import Table, share
+from lightning_fp.report.draw.parts import Table
 from lightning_fp.report.read.digest import WHAT_IF, Digest, Ranking, Totals
 from lightning_fp.report.sections.setting import LATE
+from lightning_fp.statistic_names import share
 
 _GAIN = 0.5
 """Another scaling is advised where it would have flushed at most this share of what was."""
 
 _SAFE_DELAYED = 1e-4
 """Clamped mass up to which delayed scaling would have been harmless: a hundredth of the limit."""
+
+_LITTLE = 1e-4
+"""Shares below this are not told apart."""
 
 _SHOWN = 12
 
@@ -130,13 +134,14 @@ def what_if_table(digest: Digest) -> Table | None:
         return (of.mean["clamped_mass"] or 0.0) + (of.mean["underflow_fraction"] or 0.0)
 
     shown = sorted(known, key=lambda of: (-loss(of), of.layer, of.operand))[:_SHOWN]
+    shown = [of for of in shown if loss(of) >= _LITTLE] or shown[:1]
     formats = {of.format for of in shown}
     rows = [
         [
             of.layer,
             of.operand,
             *((of.format,) if formats - {of.format} else ()),
-            *(share(of.mean[name]) for name in ("clamped_mass", "underflow_fraction", *WHAT_IF)),
+            *(_little(of.mean[name]) for name in ("clamped_mass", "underflow_fraction", *WHAT_IF)),
         ]
         for of in shown
     ]
@@ -145,13 +150,13 @@ def what_if_table(digest: Digest) -> Table | None:
         "layer",
         "operand",
         *(() if alike else ("format",)),
-        "clamped mass",
-        "underflow",
+        "as run: clamped mass",
+        "as run: underflow",
         "delayed: clamped mass",
         "delayed: underflow",
         "dynamic: underflow",
         "rowwise: underflow",
-        "other 8-bit format: underflow",
+        "other 8-bit: underflow",
     )
     return Table(
         title="What other scalings would have lost on the same tensors",
@@ -179,6 +184,11 @@ def delayed_would_do(digest: Digest) -> str:
         " under delayed scaling, which needs no pass for the amax: fp8-delayed is an option there."
         f" {LATE}"
     )
+
+
+def _little(value: float | None) -> str:
+    """A share, or that it is next to nothing."""
+    return "<0.01%" if value is not None and 0 < value < _LITTLE else share(value)
 
 
 def _dynamic_loses(of: Totals) -> str:

@@ -8,9 +8,8 @@ from typing import Literal, TypeAlias
 
 from lightning_fp.counting import counted
 from lightning_fp.events import WatchFailed
-from lightning_fp.records import Verdict
-from lightning_fp.report.draw.parts import share
 from lightning_fp.report.read.format_history import ever_low, is_low
+from lightning_fp.report.read.incidents import incidents
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.setting import (
     LATE,
@@ -19,6 +18,7 @@ from lightning_fp.report.sections.setting import (
     setting_for,
 )
 from lightning_fp.stability import DivergenceDetector
+from lightning_fp.statistic_names import share
 
 Tone: TypeAlias = Literal["good", "changed", "bad", "open"]
 """Green, amber, red, grey: colours that mean nothing else on the page."""
@@ -77,7 +77,7 @@ def answer(records: RunRecords) -> Answer:
         return Answer(tone="open", word="A run in high precision", advice=_as_baseline(records))
     safer = ended_safer(records)
     if moved := ever_made_safer(records):
-        convicted = any(isinstance(e, Verdict) and e.verdict == "precision" for e in records.events)
+        convicted = any(each.finding == "precision" for each in incidents(records.events))
         saved = "Saved" if convicted else "Safe after a change"
         layers = "layer" if len(records.layers) == 1 else "layers"
         word = f"{saved}: {len(moved)} of {len(records.layers)} {layers} needed a safer format"

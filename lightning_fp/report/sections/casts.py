@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from lightning_fp.counting import counted
-from lightning_fp.report.draw.curves import GREY, curve, panel, panels, points, told_apart
-from lightning_fp.report.draw.heatmaps import NAMES, UNITS, heatmap, worst_cells
-from lightning_fp.report.draw.marks import errors_alone
-from lightning_fp.report.draw.parts import (
-    Chart,
-    Section,
-    Table,
-    number,
-    share,
-)
-from lightning_fp.report.read.digest import RANKINGS, OperandHistory
+from lightning_fp.report.draw.curves import GREY, panel, panels, points, told_apart
+from lightning_fp.report.draw.heatmaps import heatmap, worst_cells
+from lightning_fp.report.draw.marks import undone, undone_in_words
+from lightning_fp.report.draw.parts import Chart, Section, Table
+from lightning_fp.report.draw.sentences import errors_alone, layers_named
+from lightning_fp.report.read.digest import RANKINGS
 from lightning_fp.report.read.format_history import last_formats
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import (
@@ -30,10 +23,11 @@ from lightning_fp.report.sections.advice import (
     limits_of,
     what_if_table,
 )
+from lightning_fp.report.sections.answer import name_of_low
 from lightning_fp.report.sections.missing import why_no_probes, why_no_statistics
+from lightning_fp.stability.respond.attribution import HEALTHY_ERROR
+from lightning_fp.statistic_names import share
 
-_HISTORIES = 6
-"""Operands whose history is drawn."""
 _ATTRIBUTED = 10
 
 
@@ -51,30 +45,13 @@ def casts_section(records: RunRecords) -> Section:
     charts = [
         {
             **heatmap(digest, ranking, limits[ranking]),
+            "undone": undone(records.events),
             "table": worst_cells(digest.worst[ranking], ranking),
         }
         for ranking in RANKINGS
     ]
-    of = (digest.rows, "row"), (len(digest.layers), "layer"), (digest.intervals, "interval")
-    cut = ", ".join(counted(number, thing) for number, thing in of) + "."
-    return replace(about, charts=charts, text=(cut,))
-
-
-def worst_section(records: RunRecords) -> Section:
-    """The worst operands over the steps."""
-    about = Section(
-        id="worst",
-        title="Worst operands over time",
-        look="Whether the worst is getting worse, is over, or was one moment.",
-    )
-    digest = records.statistics
-    if digest is None:
-        return replace(about, missing=why_no_statistics(records))
-    limits = limits_of(records.settings)
-    charts = [_history(history, limits, records) for history in _chosen(digest.histories)]
-    return replace(
-        about, charts=charts, small=True, text=() if charts else ("No operand has lost anything.",)
-    )
+    hatched = undone_in_words(records.events)
+    return replace(about, charts=charts, text=(hatched,) if hatched else ())
 
 
 def gradients_section(records: RunRecords) -> Section:
@@ -119,11 +96,9 @@ def parity_section(records: RunRecords) -> Section:
     about = Section(
         id="parity",
         title="Against high precision",
-        look=(
-            "The same batch in the current formats and in high precision: an error that grows"
-            " means that the formats fit less and less."
-        ),
+        look="The same batch on the same weights, in the formats of the run and in high precision.",
     )
+    low = name_of_low(records)
     probes = {row["step"]: row for row in records.parity}
     blamed = _blamed(records)
     if not probes and not blamed.rows:
@@ -135,26 +110,40 @@ def parity_section(records: RunRecords) -> Section:
             panel(
                 "gradient error",
                 [
-                    points("of the formats", at, [p["grad_error"] for p in probes.values()]),
-                    points("noise", at, [p["noise"] for p in probes.values()], color=GREY),
+                    points(f"of {low}", at, [100 * p["grad_error"] for p in probes.values()]),
+                    points("noise", at, [100 * p["noise"] for p in probes.values()], color=GREY),
                 ],
+                unit="%",
                 log=False,
                 height=130,
             ),
             panel(
                 "loss gap",
-                [points("low minus high", at, [p["loss_gap"] for p in probes.values()])],
+                [points("loss gap", at, [p["loss_gap"] for p in probes.values()])],
                 log=False,
                 height=110,
             ),
         ]
         look = (
-            "Gradient error: norm of the difference over the norm in high precision. What is not"
-            " well above the noise means nothing. The loss gap should scatter around 0."
+            "Gradient error: norm of the difference over the norm in high precision. Noise: the"
+            " same of two runs alike; an error not well above it means nothing. Loss gap: the"
+            f" loss in {low} minus that in high precision; it should scatter around 0."
         )
         charts.append(panels("Parity by optimizer step", look, fields, last=records.last_step))
     tables = [table for table in (_removed(records.parity), blamed) if table.rows]
-    return replace(about, charts=charts, tables=tables)
+    return replace(about, charts=charts, tables=tables, text=_usual_error(probes))
+
+
+def _usual_error(probes: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the gradients' error was, in a sentence; none without probes."""
+    errors = {step: row["grad_error"] for step, row in probes.items() if row["grad_error"]}
+    if not errors:
+        return ()
+    usual, worst = statistics.median(errors.values()), max(errors, key=lambda step: errors[step])
+    return (
+        f"The gradients' error was usually {share(usual)}, and at most {share(errors[worst])}, at"
+        f" step {worst:,}; up to {share(HEALTHY_ERROR)} is healthy.",
+    )
 
 
 def advice_section(records: RunRecords) -> Section:
@@ -170,7 +159,13 @@ def advice_section(records: RunRecords) -> Section:
     advice = advise(
         digest, limits_of(records.settings), last_formats(records), backend_of(records.settings)
     )
+    settled = [each for each in advice if not each.badness]
+    advice = [each for each in advice if each.badness]
     text = [] if advice else ["No operand is over a limit on average: nothing needs to change."]
+    if settled:
+        layers = layers_named(list(dict.fromkeys(each.of.layer for each in settled)))
+        text = [f"{layers} lost too much in a format that the run has moved them out of."]
+        text += [] if advice else ["Nothing else is over a limit on average."]
     tables = [advice_table(advice)] if advice else []
     compared = what_if_table(digest)
     if compared is None:
@@ -183,30 +178,6 @@ def advice_section(records: RunRecords) -> Section:
     return replace(about, tables=tables, text=[sentence for sentence in text if sentence])
 
 
-def _chosen(histories: Sequence[OperandHistory]) -> list[OperandHistory]:
-    """Some of each ranking's worst: they come ranking by ranking, the worst first."""
-    each = max(1, len(histories) // _HISTORIES)
-    return list(histories[::each])[:_HISTORIES]
-
-
-def _history(history: OperandHistory, limits: Mapping[Any, float], records: RunRecords) -> Chart:
-    steps = torch.tensor(history.steps)
-    fields: list[dict[str, Any]] = []
-    for name in RANKINGS:
-        unit = UNITS[name]
-        factor = 100.0 if unit == "%" else 1.0
-        values = torch.tensor(
-            [float("nan") if v is None else v * factor for v in history.values[name]]
-        )
-        if values.isfinite().any() and (unit == "dB" or values.nan_to_num().max() > 0):
-            limit = (limits[name] * factor, "limit")
-            line = curve(NAMES[name], steps, values)
-            fields.append(panel(NAMES[name], [line], unit=unit, log=False, limit=limit, height=90))
-    formats = ", then ".join(dict.fromkeys(history.formats))
-    title = f"{history.layer}, {history.operand}"
-    return panels(title, f"In {formats}.", fields, last=records.last_step)
-
-
 def _removed(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The layers whose high precision alone took most of the gradients' error away."""
     tried = [row for row in rows if row["removed_error"] is not None and row["removed_error"] > -1]
@@ -215,20 +186,22 @@ def _removed(rows: Sequence[Mapping[str, Any]]) -> Table:
         best.setdefault(row["layer"], row)
     return Table(
         title="Error that is gone when this layer alone runs in high precision",
-        columns=("layer", "format", "step", "error removed", "its own casts' error"),
+        columns=("layer", "format", "step", "error", "of it removed", "error of its casts"),
         rows=[
             [
                 row["layer"],
                 row["format"],
                 f"{row['step']:,}",
+                share(row["grad_error"]),
                 share(row["removed_error"]),
-                number(row["cast_error"], ".3g"),
+                share(row["cast_error"]),
             ]
             for row in list(best.values())[:_ATTRIBUTED]
         ],
-        numbers=frozenset({2, 3, 4}),
-        note="By ParityProbe. Healthy layers remove a small share each; one that removes most of it"
-        " is the one to put into another format.",
+        numbers=frozenset({2, 3, 4, 5}),
+        note="By ParityProbe, which tries a few layers at a time; below 0 the error grows. A layer"
+        f" that removes most of a large error, above {share(HEALTHY_ERROR)}, is the one to put into"
+        " another format.",
         long=True,
     )
 
@@ -239,14 +212,14 @@ def _blamed(records: RunRecords) -> Table:
     for event in records.events:
         for layer, value in sorted(errors_alone(event).items(), key=lambda item: -item[1]):
             all_of_it = event.numbers.get("grad_error")
-            rows.append([f"{event.step:,}", layer, number(value, ".3f"), number(all_of_it, ".3f")])
+            rows.append([f"{event.step:,}", layer, share(value), share(all_of_it)])
     return Table(
         title="Blamed for an incident",
         columns=(
             "step",
             "layer",
-            "gradient error, alone in low precision",
-            "of all layers together",
+            "gradient error with only this layer in low precision",
+            "with all layers",
         ),
         rows=rows[:_ATTRIBUTED],
         numbers=frozenset({0, 2, 3}),

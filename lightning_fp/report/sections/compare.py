@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
-from lightning_fp.report.draw.curves import curve, panel, panels, told_apart
-from lightning_fp.report.draw.parts import Section, Table, decibels, duration, number, share
+from lightning_fp.report.draw.curves import INK, curve, panel, panels, told_apart
+from lightning_fp.report.draw.parts import Section, Table, decibels, duration, number
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import format_histories
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.headline import low_precision
+from lightning_fp.report.sections.missing import always_high
+from lightning_fp.report.sections.over_time import difference
+from lightning_fp.statistic_names import share
 
 
 def comparison(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Section:
@@ -20,24 +24,35 @@ def comparison(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Section:
         runs: two or more.
         costs: what each cost.
     """
+    # The last is drawn on top: those in high precision, as dots through which the others are seen.
+    drawn = sorted(enumerate(runs), key=lambda each: _is_high(each[1]))
     curves = [
         curve(
-            run.name,
+            f"{run.name} (dots)" if _is_high(run) else run.name,
             run.steps.steps,
             run.steps.losses,
-            color=told_apart(i),
+            color=INK if _is_high(run) else told_apart(i),
             smooth=True,
             last=run.steps.final_loss(),
+            dotted=_is_high(run),
         )
-        for i, run in enumerate(runs)
+        for i, run in drawn
         if run.steps is not None
     ]
     norms = [
-        curve(run.name, run.steps.steps, run.steps.grad_norms, color=told_apart(i), smooth=True)
-        for i, run in enumerate(runs)
+        curve(
+            run.name,
+            run.steps.steps,
+            run.steps.grad_norms,
+            color=INK if _is_high(run) else told_apart(i),
+            smooth=True,
+            dotted=_is_high(run),
+        )
+        for i, run in drawn
         if run.steps is not None and run.steps.grad_norms.isfinite().any()
     ]
     fields = [panel("loss", curves, height=240)] if curves else []
+    fields += _apart(runs)
     if norms:
         fields.append(panel("gradient norm", norms, height=140))
     last = max(run.last_step for run in runs)
@@ -50,6 +65,27 @@ def comparison(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Section:
         charts=(chart,) if fields else (),
         tables=(differences(runs, costs),),
         missing="" if fields else "No loss is recorded: add ClampMonitor() to the callbacks.",
+    )
+
+
+def _is_high(run: RunRecords) -> bool:
+    """Whether a run is known to have been in high precision throughout."""
+    return always_high(run) and run.statistics is None
+
+
+def _apart(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    """Each run's loss minus that of the one they are compared with, step by step."""
+    known = [(i, run, run.steps) for i, run in enumerate(runs) if run.steps is not None]
+    of = next((each for each in known if _is_high(each[1])), known[0] if known else None)
+    if of is None:
+        return []
+    lines = [
+        line
+        for i, run, steps in known
+        if run is not of[1] and (line := difference(run.name, steps, of[2], told_apart(i)))
+    ]
+    return (
+        [panel(f"loss minus that of {of[1].name}", lines, log=False, height=100)] if lines else []
     )
 
 

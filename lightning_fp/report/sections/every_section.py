@@ -10,7 +10,6 @@ from lightning_fp.report.sections.casts import (
     casts_section,
     gradients_section,
     parity_section,
-    worst_section,
 )
 from lightning_fp.report.sections.over_time import (
     events_section,
@@ -24,6 +23,7 @@ from lightning_fp.report.sections.spent import (
     mismatch_section,
     settings_section,
 )
+from lightning_fp.report.sections.worst import worst_section
 
 
 def sections(records: RunRecords, cost: RunCost) -> list[Section]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from lightning_fp.counting import counted
 from lightning_fp.events import Rehearsed, WatchFailed
-from lightning_fp.records import Demotion, Event, StageChange, Verdict
-from lightning_fp.report.draw.marks import WORDS, decisions
-from lightning_fp.report.draw.parts import duration, number, share
+from lightning_fp.records import Demotion, Event, StageChange
+from lightning_fp.report.draw.decisions import decisions
+from lightning_fp.report.draw.parts import duration, number
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import (
     ever_low,
@@ -17,8 +17,10 @@ from lightning_fp.report.read.format_history import (
     is_low,
     last_formats,
 )
+from lightning_fp.report.read.incidents import Finding, incidents
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.answer import loss_gap
+from lightning_fp.statistic_names import share
 
 
 def headline(records: RunRecords, cost: RunCost) -> str:
@@ -83,7 +85,7 @@ def key_figures(records: RunRecords, cost: RunCost) -> list[tuple[str, str, str]
     loss = steps.final_loss() if steps else None
     gap = loss_gap(records)
     low, all, now = low_precision(records)
-    decided = sum(each.what in WORDS.values() for each in decisions(records.events))
+    decided = sum(each.decides for each in decisions(records.events))
     found = [
         ("steps", f"{cost.attempted:,}", _kept(cost)),
         (
@@ -218,6 +220,5 @@ def _climbs(events: Sequence[Event]) -> str:
     return f" {many} over a limit and got a safer format." if layers else ""
 
 
-def _steps(events: Sequence[object], verdict: str) -> list[int]:
-    found = [e.step for e in events if isinstance(e, Verdict) and e.verdict == verdict]
-    return list(dict.fromkeys(found))
+def _steps(events: Sequence[Event], finding: Finding) -> list[int]:
+    return [incident.step for incident in incidents(events) if incident.finding == finding]

@@ -9,6 +9,8 @@ from lightning_fp.report.draw.parts import Section, not_recorded
 from lightning_fp.report.read.format_history import ever_low
 from lightning_fp.report.read.run_records import RunRecords
 
+NOTHING_LOW = "No layer was in low precision, so there is nothing to tell."
+
 
 def lacking(sections: Sequence[Section]) -> list[tuple[list[str], str]]:
     """Titles of the sections without records, and why, together where the reason is the same.
@@ -44,7 +46,35 @@ def why_missing(
         return f"{file} is there and cannot be read: see above."
     if took_part(records, callback):
         return otherwise
+    if always_high(records):
+        return NOTHING_LOW
     return not_recorded(f"add {callback}({options}) to the Trainer's callbacks")
+
+
+def always_high(records: RunRecords) -> bool:
+    """Whether it is known that no layer was in low precision in any step."""
+    return bool(records.layers) and not ever_low(records)
+
+
+def why_no_events(records: RunRecords) -> str:
+    """Why nothing is told of what happened."""
+    if always_high(records):
+        return NOTHING_LOW
+    return not_recorded("add PrecisionFallback() to the Trainer's callbacks")
+
+
+def why_no_stages(records: RunRecords) -> str:
+    """Why there are no stages of a rollout."""
+    if always_high(records):
+        return NOTHING_LOW
+    return not_recorded("train with StagedRollout(recipe)")
+
+
+def why_no_mismatch(records: RunRecords) -> str:
+    """Why the mismatch of training and rollout was not measured."""
+    return not_recorded(
+        "add MismatchMonitor() to the Trainer's callbacks; only in reinforcement learning"
+    )
 
 
 def why_no_statistics(records: RunRecords, options: str = "") -> str:

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from lightning_fp.counting import counted
 from lightning_fp.format_names import LADDER
-from lightning_fp.records import Rollback, StageChange
+from lightning_fp.records import StageChange
 from lightning_fp.records.events import GateResult
-from lightning_fp.report.draw.curves import GREY, curve, panel, panels
-from lightning_fp.report.draw.marks import events_table, lanes
+from lightning_fp.report.draw.curves import INK, curve, panel, panels
+from lightning_fp.report.draw.decisions import events_table
+from lightning_fp.report.draw.marks import lanes, undone, undone_in_words
 from lightning_fp.report.draw.parts import (
     Chart,
     Section,
     Table,
     not_recorded,
-    number,
 )
 from lightning_fp.report.read.format_history import (
     FormatHistory,
+    LayerGroup,
     format_histories,
     is_low,
     layer_groups,
 )
 from lightning_fp.report.read.run_records import RunRecords
-from lightning_fp.report.sections.answer import baseline_name
-from lightning_fp.report.sections.missing import why_no_loss
+from lightning_fp.report.read.steps import Steps
+from lightning_fp.report.sections.answer import baseline_name, name_of_low
+from lightning_fp.report.sections.missing import why_no_events, why_no_loss, why_no_stages
+from lightning_fp.report.sections.story import story
+from lightning_fp.statistic_names import called, measured
 
 _GATES = 60
 
@@ -36,25 +43,16 @@ def loss_section(records: RunRecords) -> Section:
     """Loss and gradient norm, with every event."""
     steps, events = records.steps, records.events
     look = "The loss should fall. The marks beneath it say what was noticed and done, and when."
-    marks = lanes(events, records.last_step)
+    marks = lanes(events, records.last_step, name_of_low(records))
     about = Section(id="loss", title="Loss and gradient norm", look=look)
     if steps is None and not marks:
         return replace(about, missing=why_no_loss(records))
     fields: list[dict[str, Any]] = []
     notes: list[str] = []
     if steps is not None:
-        lines = [curve("this run", steps.steps, steps.losses, smooth=True, last=steps.final_loss())]
-        against = None if records.baseline is None else records.baseline.steps
-        if against is not None and records.baseline is not None:
-            same = against.up_to(max(steps.last, 1))
-            name = baseline_name(records.baseline)
-            last = same.final_loss() if len(same) else None
-            lines.insert(
-                0, curve(name, same.steps, same.losses, color=GREY, smooth=True, last=last)
-            )
-        fields.append(panel("loss", lines, height=220))
+        fields += loss_fields(steps, records.baseline)
         if steps.grad_norms.isfinite().any():
-            line = curve("gradient norm", steps.steps, steps.grad_norms, color=5, smooth=True)
+            line = curve("this run", steps.steps, steps.grad_norms, smooth=True)
             fields.append(panel("gradient norm", [line], height=130))
         else:
             notes.append(
@@ -71,8 +69,48 @@ def loss_section(records: RunRecords) -> Section:
         fields,
         last=records.last_step,
         lanes=marks,
+        undone=undone(events),
     )
     return replace(about, charts=(chart,), text=notes)
+
+
+def loss_fields(steps: Steps, baseline: RunRecords | None) -> list[dict[str, Any]]:
+    """The loss; with a baseline its loss too, in dots on top, and the difference beneath.
+
+    Args:
+        steps: the run's.
+        baseline: what it is compared with.
+    """
+    lines = [curve("this run", steps.steps, steps.losses, smooth=True, last=steps.final_loss())]
+    against = None if baseline is None else baseline.steps
+    if baseline is None or against is None:
+        return [panel("loss", lines, height=220)]
+    same = against.up_to(max(steps.last, 1))
+    last = same.final_loss() if len(same) else None
+    name = f"{baseline_name(baseline)} (dots)"
+    lines.append(
+        curve(name, same.steps, same.losses, color=INK, smooth=True, last=last, dotted=True)
+    )
+    fields = [panel("loss", lines, height=220)]
+    if apart := difference("this run", steps, same):
+        fields.append(panel("loss minus the baseline's", [apart], log=False, height=80))
+    return fields
+
+
+def difference(name: str, steps: Steps, other: Steps, color: int = 0) -> dict[str, Any] | None:
+    """How much higher a run's loss is than another's at the same steps; None if there are none.
+
+    Args:
+        name: of the line.
+        steps: the run's.
+        other: those of the run it is compared with.
+        color: of the line.
+    """
+    both = torch.isin(steps.steps, other.steps)
+    apart = steps.losses[both] - other.losses[torch.isin(other.steps, steps.steps)]
+    if not apart.isfinite().any():
+        return None
+    return curve(name, steps.steps[both], apart, color=color, smooth=True)
 
 
 def _how_to_read(records: RunRecords) -> str:
@@ -81,28 +119,17 @@ def _how_to_read(records: RunRecords) -> str:
     if records.steps is not None and len(records.steps):
         over = counted(records.steps.final_steps(), "step")
         parts.append(f"At the right: the final loss, the mean of the last {over}.")
-    if any(isinstance(event, Rollback) for event in records.events):
-        parts.append("Shaded: steps that were undone; what replaced them is not drawn.")
-    if records.events:
-        parts.append("Beneath: what happened, one lane for each kind.")
-    if any(isinstance(event, GateResult) for event in records.events):
-        parts.append("A gate is green where it passed, orange where it failed.")
-    return " ".join(parts)
+    parts.append(undone_in_words(records.events))
+    return " ".join(part for part in parts if part)
 
 
 def events_section(records: RunRecords) -> Section:
     """What happened, as a table."""
-    about = Section(
-        id="events",
-        title="What happened",
-        look="A row for each decision about precision, with its reason.",
-    )
+    about = Section(id="events", title="What happened", look="")
     if not records.events:
-        return replace(
-            about, missing=not_recorded("add PrecisionFallback() to the Trainer's callbacks")
-        )
-    table = events_table(records.events)
-    return replace(about, tables=(table,), text=() if table.rows else ("Nothing has happened.",))
+        return replace(about, missing=why_no_events(records))
+    table = events_table(records.events, name_of_low(records))
+    return replace(about, tables=(table,), text=story(records))
 
 
 def formats_section(records: RunRecords) -> Section:
@@ -129,8 +156,9 @@ def formats_section(records: RunRecords) -> Section:
     chart: Chart = {
         "type": "strips",
         "title": "Format by layer and optimizer step",
-        "look": "A change of colour is a change of format; the decisions above say why.",
+        "look": " ".join(filter(None, (_format_look(groups), undone_in_words(records.events)))),
         "last": last,
+        "undone": undone(records.events),
         "rows": rows,
         "names": [
             {"name": name, "high": not is_low(name), "number": number}
@@ -160,6 +188,12 @@ def formats_section(records: RunRecords) -> Section:
     return replace(about, charts=(chart,), tables=tables, text=inferred)
 
 
+def _format_look(groups: Sequence[LayerGroup]) -> str:
+    if all(len(group.history) == 1 for group in groups):
+        return "No layer changed its format."
+    return "A change of colour is a change of format; what happened, above, says why."
+
+
 def _numbered(formats: Sequence[str]) -> dict[str, int]:
     """The colour of each format: the same in every report, as far as the ladder goes."""
     others = [format for format in formats if format not in LADDER and is_low(format)]
@@ -177,7 +211,7 @@ def stages_section(records: RunRecords) -> Section:
     stages = [event for event in records.events if isinstance(event, StageChange)]
     gates = [event for event in records.events if isinstance(event, GateResult)]
     if not stages and not gates:
-        return replace(about, missing=not_recorded("train with StagedRollout(recipe)"))
+        return replace(about, missing=why_no_stages(records))
     last = max(records.last_step, 1)
     history = [(event.step, event.stage) for event in stages]
     if stages and stages[0].previous and stages[0].step > 0:
@@ -188,7 +222,7 @@ def stages_section(records: RunRecords) -> Section:
     chart: Chart = {
         "type": "strips",
         "title": "Stage by optimizer step",
-        "look": "How long each stage lasted. Beneath: gates, green if passed, orange if failed.",
+        "look": "How long each stage lasted, and beneath it the gates.",
         "last": last,
         "rows": [{"label": "stage", "title": "stage", "segments": _segments(history, last)}],
         "names": [{"name": name, "high": name in high} for name in names],
@@ -198,10 +232,10 @@ def stages_section(records: RunRecords) -> Section:
         [
             f"{gate.step:,}",
             gate.stage,
-            gate.statistic,
-            number(gate.numbers.get("value")),
+            called(gate.statistic),
+            measured(gate.statistic, gate.numbers.get("value", math.nan)),
             " and ".join(
-                f"{bound} {number(gate.numbers[bound])}"
+                f"{bound} {measured(gate.statistic, gate.numbers[bound])}"
                 for bound in ("above", "below")
                 if bound in gate.numbers
             ),

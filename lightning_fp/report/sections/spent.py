@@ -7,18 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_fp.report.draw.curves import GREY, curve, panel, panels, points
-from lightning_fp.report.draw.parts import (
-    Section,
-    Table,
-    duration,
-    not_recorded,
-    number,
-    share,
-    size,
-)
+from lightning_fp.report.draw.parts import Section, Table, duration, not_recorded, number, size
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.run_records import RunRecords
-from lightning_fp.report.sections.missing import why_no_gap, why_no_loss
+from lightning_fp.report.sections.missing import (
+    always_high,
+    why_no_gap,
+    why_no_loss,
+    why_no_mismatch,
+)
+from lightning_fp.statistic_names import share
 
 
 def evaluation_section(records: RunRecords) -> Section:
@@ -72,8 +70,7 @@ def mismatch_section(records: RunRecords) -> Section:
     columns = {name: v for name, v in records.mismatch.items() if name != "step"}
     drawn = {name: values for name, values in columns.items() if values.isfinite().any()}
     if not drawn:
-        remedy = "add MismatchMonitor() to the Trainer's callbacks, in reinforcement learning"
-        return replace(about, missing=not_recorded(remedy))
+        return replace(about, missing=why_no_mismatch(records))
     steps = records.mismatch["step"].long()
     first = [name for name in ("k3_kl", "logprob_abs_diff_mean", "kl") if name in drawn]
     names = [*first, *(name for name in drawn if name not in first)][:6]
@@ -103,29 +100,15 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
             "kept",
             f"{cost.useful:,}" + (f" ({share(cost.useful_share)})" if cost.attempted else ""),
         ),
-        ("skipped", f"{cost.skipped:,}"),
-        (
-            "rolled back",
-            f"{cost.rolled_back:,}, {cost.made_good:,} of them trained again"
-            if cost.rolled_back
-            else "0",
-        ),
-        ("with layers in a safer format", f"{cost.in_fallback:,}"),
-        ("repeated after a resume", f"{cost.repeated:,}"),
-        (
-            "replays",
-            f"{cost.replays:,}"
-            + ("" if cost.replayed_steps is None else f", of {cost.replayed_steps:,} steps"),
-        ),
+        *_steps(cost),
         ("time in all", duration(cost.seconds)),
         ("time per step, median", duration(cost.step_seconds)),
-        ("sampled steps took more", _part(cost.telemetry_seconds, cost.seconds)),
-        ("parity probes took", _part(cost.probe_seconds, cost.seconds)),
-        ("incidents took", _part(cost.incident_seconds, cost.seconds)),
-        ("baseline's time per step, median", duration(cost.baseline_step_seconds)),
+        *_times_of_parts(cost),
         *(
             [("speed-up", "not given: FP8 was emulated")]
             if cost.emulated
+            else []
+            if always_high(records)
             else [
                 ("speed-up per step", _times(cost.raw_speedup)),
                 ("speed-up, everything counted", _times(cost.effective_speedup)),
@@ -133,7 +116,10 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         ),
         *((f"memory: {what}", size(value)) for what, value in cost.memory.items()),
     ]
-    text = [cost.sentence()]
+    high = always_high(records)
+    text = ["No layer was in low precision: there is nothing to compare."] if high else []
+    text += [] if high else [cost.sentence()]
+    text += [cost.replays_in_words()] if cost.replayed_steps else []
     if not known:
         text.append(f"Times: {why_no_loss(records)}")
     if records.finished is None and cost.attempted:
@@ -144,8 +130,10 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         id="cost",
         title="What the run cost",
         look=(
-            "The speed-up that matters has everything counted: the baseline's time for the steps"
-            " that were kept, divided by all the time of this run."
+            ""
+            if cost.emulated or high
+            else "The speed-up that matters has everything counted: the baseline's time for the"
+            " steps that were kept, divided by all the time of this run."
         ),
         facts=facts,
         text=text,
@@ -154,7 +142,11 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
 
 def settings_section(records: RunRecords) -> Section:
     """How the run was set up."""
-    about = Section(id="settings", title="How it was run", look="Everything to run it again.")
+    about = Section(
+        id="settings",
+        title="How it was run",
+        look="Versions, and the settings of what this package adds.",
+    )
     if not records.starts:
         return replace(about, missing=not_recorded("add ClampMonitor() to the Trainer's callbacks"))
     info = records.starts[-1]
@@ -177,6 +169,32 @@ def settings_section(records: RunRecords) -> Section:
         for name, options in info.settings.items()
     ]
     return replace(about, facts=facts, tables=[table for table in tables if table.rows])
+
+
+def _steps(cost: RunCost) -> list[tuple[str, str]]:
+    """What became of steps that are not simply kept; nothing of what there was none of."""
+    again = f", {cost.made_good:,} of them trained again" if cost.made_good else ""
+    found = [
+        ("skipped", cost.skipped, ""),
+        ("undone", cost.rolled_back, again),
+        ("with a layer in a safer format than asked for", cost.in_fallback, ""),
+        ("repeated after a resume", cost.repeated, ""),
+        ("replayed besides", cost.replayed_steps or 0, ""),
+    ]
+    return [(f"steps {what}", f"{steps:,}{more}") for what, steps, more in found if steps]
+
+
+def _times_of_parts(cost: RunCost) -> list[tuple[str, str]]:
+    """What the parts took, as far as they are known."""
+    found = [
+        ("measuring the casts took more", cost.telemetry_seconds),
+        ("comparing with high precision took", cost.probe_seconds),
+        ("looking into incidents took", cost.incident_seconds or None),
+    ]
+    parts = [(what, _part(seconds, cost.seconds)) for what, seconds in found if seconds is not None]
+    baseline = cost.baseline_step_seconds
+    step = ("baseline's time per step, median", duration(baseline))
+    return [*parts, step] if baseline is not None else parts
 
 
 def _part(seconds: float | None, all: float | None) -> str:

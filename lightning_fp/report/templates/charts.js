@@ -27,7 +27,7 @@
     if (parent) parent.append(node);
     return node;
   };
-  const color = (i) => i < 0 ? "var(--soft)" : `var(--c${i % COLORS})`;
+  const color = (i) => i === -2 ? "var(--ink)" : i < 0 ? "var(--soft)" : `var(--c${i % COLORS})`;
   const whole = (x) => Math.round(x).toLocaleString("en");
   const shown = (v, unit = "") => {
     if (v === null || v === undefined || Number.isNaN(v)) return "not measured";
@@ -84,9 +84,9 @@
   };
   const legend = (el, names) => {
     const box = html("div", "legend", "", el);
-    for (const { name, fill } of names) {
+    for (const { name, fill, dotted } of names) {
       const entry = html("span", "", "", box);
-      html("i", "", "", entry).style.background = fill;
+      html("i", "", "", entry).style.background = dotted ? `radial-gradient(circle 1.7px, ${fill} 96%, transparent) 0 0 / 5px 10px` : fill;
       entry.append(name);
     }
     return box;
@@ -128,19 +128,45 @@
   // blue is a change of format or stage; grey is high precision and what a run is compared with --------------------------------------------------------------------
 
   const SHAPES = {
-    demote: ["M-5-4h10l-5 8z", 1], limit: ["M-4-3h8l-4 6z", 1], unproven: ["M-4-3h8l-4 6z", 1],
-    promote: ["M-5 4h10l-5-8z", 2], suspect: ["M0-5a5 5 0 1 0 .01 0z", 4], verdict: ["M-5 0l5-5 5 5-5 5z", 4],
-    gate: ["M-4-4h8v8h-8z", 2], stage: ["M-1-6h2v12h-2z", 0], format: ["M-4-4h8v8h-8z", 0],
-    resumed: ["M-4-5l8 5-8 5z", -1], rollback: ["M5-5l-9 5 9 5z", 4], skip: ["M-1-5h2v10h-2z", 1],
+    stage: ["M-1-6h2v12h-2z", 0], gate: ["M-4-4h8v8h-8z", 2], gate_failed: ["M-4-4h8v8h-8z", 1],
+    fault: ["M-6 0l6-6 6 6-6 6z", 1], innocent: ["M-6 0l6-6 6 6-6 6z", 2], open: ["M0-5a5 5 0 1 0 .01 0z", 4],
+    safer: ["M-5-4h10l-5 8z", 1], promote: ["M-5 4h10l-5-8z", 2], format: ["M-4-4h8v8h-8z", 0],
+    rollback: ["M5-5l-9 5 9 5z", 4], skip: ["M-1-5h2v10h-2z", 1], resumed: ["M-4-5l8 5-8 5z", -1],
     watch_failed: ["M-5-3l2-2 3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3z", 1],
+  };
+  const WHOLE_HEIGHT = ["fault", "promote", "stage", "watch_failed"];
+  const drawKey = (el, lanes) => {
+    const entries = lanes.flatMap((lane) => lane.key);
+    if (!entries.length) return;
+    const box = html("div", "legend key", "", el);
+    for (const { shape, name } of entries) {
+      const entry = html("span", "", "", box);
+      const picture = svg("svg", { viewBox: "-7 -7 14 14", width: 14, height: 14, "aria-hidden": "true" }, entry);
+      const [path, hue] = SHAPES[shape];
+      svg("path", { d: path, fill: color(hue) }, picture);
+      entry.append(name);
+    }
+  };
+  // Steps that were undone are hatched: what is drawn there is no longer part of the model.
+  let patterns = 0;
+  const hatch = (svgNode, stretches, x, top, height, named) => {
+    if (!stretches || !stretches.length) return;
+    const id = `hatch${patterns++}`;
+    const pattern = svg("pattern", { id, width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg("defs", {}, svgNode));
+    svg("rect", { class: "hatch", width: 2, height: 7 }, pattern);
+    for (const [from, to] of stretches) {
+      const width = Math.max(1, x(to) - x(from));
+      svg("rect", { x: x(from), y: top, width, height, fill: `url(#${id})` }, svgNode);
+      if (named && width > 46) svg("text", { class: "undone", x: x(from) + width / 2, y: top + 11, "text-anchor": "middle" }, svgNode, "undone");
+    }
   };
   const drawLanes = (svgNode, lanes, x, left, top, width) => lanes.map((lane, i) => {
     const y = top + i * LANE + LANE / 2;
     svg("line", { class: "grid", x1: left, x2: width - RIGHT, y1: y, y2: y }, svgNode);
     svg("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, svgNode, lane.name);
-    const [shape, hue] = SHAPES[lane.kind] || ["M-3-3h6v6h-6z", 5];
     for (const mark of lane.marks) {
-      const fill = mark.failed ? color(1) : color(hue);
+      const [shape, hue] = SHAPES[mark.shape];
+      const fill = color(hue);
       const a = x(mark.step), b = x(mark.end);
       if (b - a > 3) svg("rect", { x: a, y: y - 2, width: b - a, height: 4, fill, opacity: 0.6 }, svgNode);
       svg("path", { d: shape, transform: `translate(${b} ${y})`, fill }, svgNode);
@@ -150,7 +176,7 @@
   const near = (lanes, x, at) => lanes.flatMap((lane) => lane.marks
     .filter((mark) => x(mark.step) - 5 <= at && at <= x(mark.end) + 5)
     .slice(0, 3)
-    .map((mark) => [`${lane.name}: ${mark.count > 1 ? `${mark.count} between steps ${whole(mark.step)} and ${whole(mark.end)}` : mark.text}`.slice(0, 220), ""]));
+    .map((mark) => [`${lane.key.find((entry) => entry.shape === mark.shape).name}: ${mark.count > 1 ? `${mark.count} between steps ${whole(mark.step)} and ${whole(mark.end)}` : mark.text}`.slice(0, 220), ""]));
   const drawSteps = (svgNode, x, first, last, left, width, y) => {
     svg("line", { class: "axis", x1: left, x2: width - RIGHT, y1: y, y2: y }, svgNode);
     for (const step of ticks(first, last, width < 500 ? 4 : 8).filter(Number.isInteger)) {
@@ -187,7 +213,7 @@
   const panels = (el, spec) => {
     const several = spec.panels.filter((field) => field.series.length > 1);
     if (several.length)
-      legend(el, several[0].series.map((line) => ({ name: line.name, fill: color(line.color) })));
+      legend(el, several[0].series.map((line) => ({ name: line.name, fill: color(line.color), dotted: line.dotted })));
     const width = el.clientWidth;
     const left = spec.lanes.length ? 76 : 60;
     const labels = spec.panels.flatMap((field) => field.series).filter((line) => line.last !== undefined);
@@ -196,12 +222,10 @@
     const fieldsHeight = spec.panels.reduce((sum, field) => sum + field.height + GAP, 0);
     const bottom = fieldsHeight + spec.lanes.length * LANE + 4;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, height: bottom + 22, "aria-hidden": "true" }, el);
-    for (const lane of spec.lanes) {
-      if (lane.kind === "rollback")
-        for (const mark of lane.marks) svg("rect", { class: "band", x: x(mark.step), y: 0, width: Math.max(1, x(mark.end) - x(mark.step)), height: fieldsHeight }, picture);
-      if (["demote", "promote", "stage", "watch_failed"].includes(lane.kind) && lane.marks.length <= 40)
-        for (const mark of lane.marks) svg("line", { class: "through", x1: x(mark.step), x2: x(mark.step), y1: 18, y2: bottom }, picture);
-    }
+    hatch(picture, spec.undone, x, 18, fieldsHeight - 18, true);
+    const through = spec.lanes.flatMap((lane) => lane.marks).filter((mark) => WHOLE_HEIGHT.includes(mark.shape));
+    if (through.length <= 40)
+      for (const mark of through) svg("line", { class: "through", x1: x(mark.step), x2: x(mark.step), y1: 18, y2: bottom }, picture);
     let top = 0;
     const drawn = [];
     for (const field of spec.panels) {
@@ -222,8 +246,8 @@
           line.low.forEach((v, i) => { if (v !== null) area += `M${xs[i].toFixed(1)} ${y(line.high[i]).toFixed(1)}V${(y(v) + 0.5).toFixed(1)}`; });
           svg("path", { d: area, stroke, opacity: 0.3, fill: "none" }, picture);
         }
-        svg("path", { class: line.smooth ? "raw" : "raw alone", stroke, d: path(xs, line.values.map(height)) }, picture);
-        if (line.smooth) svg("path", { class: "mean", stroke, d: path(xs, line.smooth.map(height)) }, picture);
+        if (!line.dotted || !line.smooth) svg("path", { class: line.smooth ? "raw" : "raw alone", stroke, d: path(xs, line.values.map(height)) }, picture);
+        if (line.smooth) svg("path", { class: line.dotted ? "mean dots" : "mean", stroke, d: path(xs, line.smooth.map(height)), }, picture);
         if (line.points)
           line.values.forEach((v, i) => { if (v !== null) svg("circle", { cx: xs[i], cy: y(v), r: 2.5, fill: stroke }, picture); });
         for (const step of line.bad) svg("path", { d: `M${x(step) - 3} ${top + 19}l6 6m0-6l-6 6`, stroke: "var(--alarm)", "stroke-width": 1.5 }, picture);
@@ -244,6 +268,7 @@
     }
     drawLanes(picture, spec.lanes, x, left, fieldsHeight + 4, width);
     drawSteps(picture, x, spec.first, spec.last, left, width, bottom);
+    drawKey(el, spec.lanes);
     const cursor = svg("line", { class: "cursor", y1: 18, y2: bottom, visibility: "hidden" }, picture);
     let here = spec.first;
     const show = (step, y) => {
@@ -304,8 +329,10 @@
           svg("text", { class: "inside", x: a + 6, y: i * row + row / 2 + 4, style: `fill: var(${high.has(part.name) ? "--on-grey" : "--on-fill"})` }, picture, part.name);
       }
     });
+    hatch(picture, spec.undone, x, 0, spec.rows.length * row);
     drawLanes(picture, lanes, x, left, spec.rows.length * row + 2, width);
     drawSteps(picture, x, 0, spec.last, left, width, bottom);
+    drawKey(el, lanes);
     let i = 0, step = 0;
     const show = () => {
       const entry = spec.rows[i];
@@ -392,6 +419,21 @@
     small.getContext("2d").putImageData(image, 0, 0);
     pen.imageSmoothingEnabled = false;
     pen.drawImage(small, left, 0, inner, height);
+    for (const [from, to] of spec.undone || []) {
+      const inside = spec.columns.map(([a, b], c) => b > from && a <= to ? c : -1).filter((c) => c >= 0);
+      if (!inside.length) continue;
+      const a = left + inside[0] / columns * inner, b = left + (inside[inside.length - 1] + 1) / columns * inner;
+      pen.save();
+      pen.beginPath();
+      pen.rect(a, 0, b - a, height);
+      pen.clip();
+      pen.strokeStyle = ink;
+      pen.globalAlpha = 0.45;
+      pen.beginPath();
+      for (let at = a - height; at < b; at += 9) { pen.moveTo(at, height); pen.lineTo(at + height, 0); }
+      pen.stroke();
+      pen.restore();
+    }
     pen.fillStyle = ink;
     pen.font = measure.font;
     pen.textBaseline = "middle";

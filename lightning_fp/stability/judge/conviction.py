@@ -52,6 +52,7 @@ culprits then, with an error of 0.21 instead of 3.0."""
 
 
 ELSEWHERE = "the inf or NaN comes from somewhere else"
+DOES_NO_HARM = "the error does not harm the loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ def conclude(evidence: Evidence) -> Conclusion:
     elif case.risen:
         likeness = likely_cause(_around(evidence, seen))
     else:
-        likeness = "the error does not harm the loss"
+        likeness = DOES_NO_HARM
     # Only what the control repeats is the run; else its steps are not made again, but kept.
     repeated = afforded and (control is None or control.finding == "precision")
     taken = high if repeated and stretch is not None and stretch.done else None

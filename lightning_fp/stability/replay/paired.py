@@ -191,7 +191,8 @@ def _weigh(gain: float, score: float, window: int, chaos: float | None, last: in
         reason = f"{lower}; this may be chance: {WHAT_PLACEBO}, moves it by {chaos:.1%}"
         finding, decided = "unclear", None
     else:
-        reason = f"{lower}, which is not enough to decide"
+        then = "a control has to confirm" if shows else "is too little to tell from chance"
+        reason = f"{lower}, which {then}"
         finding, decided = "unclear", None
     return Paired(
         finding=finding,

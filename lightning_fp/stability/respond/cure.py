@@ -42,10 +42,10 @@ def verify_cure(gap: Gap, grad_error: float | None, usual: float = HEALTHY_ERROR
         reason = "the gradients could not be compared in the new formats"
     elif not grad_error <= most:
         reason = (
-            f"the fault is still there: the gradients' error is {grad_error:.2f} (usually at most"
-            f" {most:.2f})"
+            f"the fault is still there: the gradients' error is {grad_error:.0%} (usually at most"
+            f" {most:.0%})"
         )
     else:
-        reason = f"cured: the gradients' error is back to {grad_error:.2f}, and {gap.sentence}"
+        reason = f"cured: the gradients' error is back to {grad_error:.0%}, and {gap.sentence}"
         return Cure(verified=True, reason=reason, numbers=numbers)
     return Cure(verified=False, reason=reason, numbers=numbers)

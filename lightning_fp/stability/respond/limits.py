@@ -20,6 +20,7 @@ from lightning_fp.argument_types import checked
 from lightning_fp.layers.statistics_table import OPERANDS
 from lightning_fp.numerics.combining import COLUMN
 from lightning_fp.numerics.statistics import shares
+from lightning_fp.statistic_names import called, measured
 
 _CASTS = [OPERANDS.index(operand) for operand in ("input", "weight", "grad_output")]
 
@@ -83,8 +84,9 @@ class Excess:
 
     @property
     def sentence(self) -> str:
-        """E.g. "clamped_mass of grad_output is 0.13 (limit 0.01)"."""
-        return f"{self.statistic} of {self.operand} is {self.value:.3g} (limit {self.limit:.3g})"
+        """E.g. "clamped mass of grad_output is 13% (limit 1%)"."""
+        value, limit = (measured(self.statistic, of) for of in (self.value, self.limit))
+        return f"{called(self.statistic)} of {self.operand} is {value} (limit {limit})"
 
 
 @dataclass(frozen=True, kw_only=True)

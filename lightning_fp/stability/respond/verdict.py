@@ -207,8 +207,8 @@ def judge_cure(seen: OneStep, usual: float) -> Judgement:
         usual: the most that `worst_error` may be after a cure.
     """
     reason = (
-        f"not cured: after the demotion the gradients' error is {seen.worst_error:.2g} (usually at"
-        f" most {usual:.2g})"
+        f"not cured: after the demotion the gradients' error is {seen.worst_error:.0%} (usually at"
+        f" most {usual:.0%})"
     )
     return Judgement(finding="precision", reason=reason, numbers=_numbers(seen))
 
@@ -224,8 +224,8 @@ def judge_gradients(batches: Sequence[OneStep], usual: float) -> Judgement:
     in_a_layer = min(seen.worst_error for seen in batches)
     reason = (
         f"the gradients are wrong: in each of {len(batches)} batches their error against high"
-        f" precision is at least {of_all:.3g}, and {in_a_layer:.3g} in the worst layer (usually"
-        f" {usual:.2g})"
+        f" precision is at least {of_all:.0%}, and {in_a_layer:.0%} in the worst layer (usually"
+        f" {usual:.0%})"
     )
     return Judgement(finding="precision", reason=reason, numbers=_numbers(batches[0]))
 

@@ -84,9 +84,9 @@ class IncidentLog:
         reason = (
             f"snapshots take {snapshots:.1f} MiB of host memory, recorded batches at most"
             f" {memory['ring_bytes_at_most'] / 2**20:.0f} MiB; with all layers in high precision"
-            f" activations take {more:.1f} KiB more per token; replays add at most"
-            f" {memory['replay_share']:.0%} to the steps, and a single incident at most"
-            f" {counted(round(memory['replay_incident']), 'step')}"
+            f" activations take {more:.1f} KiB more per token; replays may take"
+            f" {counted(round(memory['replay_incident']), 'step')}, and"
+            f" {memory['replay_share']:.0%} of the run's steps besides"
         )
         action = "dry run: only logging, nothing is changed" if dry_run else ""
         self.write(Started(step=step, reason=reason, numbers=dict(memory), action=action))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lightning_fp.report.draw.parts import duration, number, share
+from lightning_fp.report.draw.parts import duration, number
+from lightning_fp.statistic_names import share
 from lightning_fp.study.sweep.findings import Findings, FormatFindings, RateFindings
 from lightning_fp.study.total_cost import TotalCost
 

@@ -108,7 +108,7 @@ def remedy(
     """What to do about a row that is over a limit.
 
     Args:
-        kind: "clamped_mass", "underflow_fraction" or "nonfinite".
+        kind: "clamped_mass", "underflow_fraction", "sqnr_db" or "nonfinite".
         layer: the layer's name.
         operand: which of its operands.
         format: the format it ran in.

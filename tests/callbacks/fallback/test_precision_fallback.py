@@ -280,7 +280,7 @@ def test_a_stuck_scale_climbs_one_rung(tmp_path: Path) -> None:
     (climb,) = events(tmp_path, LayerClimb)
     assert climb.formats == {LAYER: ("fp8-delayed", "fp8-dynamic")}
     assert climb.step <= 76  # seen at every step once the headroom is negative
-    assert "clamped_mass of grad_output" in climb.reason
+    assert "clamped mass of grad_output" in climb.reason
     assert model.trainer.precision_plugin.precision_map.formats()[LAYER] == "fp8-dynamic"
     assert not events(tmp_path, Demotion)
 

@@ -6,10 +6,8 @@ import math
 
 import torch
 
-from lightning_fp.records import Event, Replayed, Rollback, SkippedStep, Verdict
 from lightning_fp.report.draw.curves import curve, panel
 from lightning_fp.report.draw.heatmaps import grouped_rows
-from lightning_fp.report.draw.marks import events_table, lanes
 
 
 def test_a_spike_of_one_step_stays() -> None:
@@ -56,28 +54,3 @@ def test_neighbouring_layers_share_a_row_of_a_heatmap() -> None:
     lowest, _ = grouped_rows(grid, ["a", "b", "c"], lowest=True, most=2)
     assert lowest[0, 0] == 1
     assert grouped_rows(grid, ["a", "b", "c"], lowest=True)[1] == ["a", "b", "c"]
-
-
-def test_thousands_of_skips_are_few_marks_and_few_rows() -> None:
-    events: list[Event] = [SkippedStep(step=step, reason="") for step in range(0, 60_000, 7)]
-    (lane,) = lanes(events, 60_000)
-    assert len(lane["marks"]) <= 250
-    assert sum(mark["count"] for mark in lane["marks"]) == len(events)
-    assert len(events_table(events).rows) <= 151
-    row = [SkippedStep(step=step, reason="") for step in range(10, 20)]
-    assert len(lanes(row, 100)[0]["marks"]) == len(events_table(row).rows) == 1
-
-
-def test_events_in_words() -> None:
-    events: list[Event] = [
-        Verdict(step=5, reason="r", verdict="precision", tier="one step"),
-        Replayed(step=5, reason="noise"),
-        Replayed(step=5, reason="to blame", layers=("a",), numbers={"alone/a": 0.5, "x": 1.0}),
-        Rollback(step=9, to_step=4, replayed=5, reason="why"),
-    ]
-    assert events_table(events).rows == [
-        ["5", "verdict", "precision (one step): r\nreplay: to blame: a 0.50"],
-        ["9", "rollback", "to step 4, 5 steps trained again, 0 lost: why"],
-    ]
-    marks = {lane["name"]: lane["marks"][0] for lane in lanes(events, 10)}
-    assert (marks["rollback"]["step"], marks["rollback"]["end"]) == (4, 9)

@@ -22,7 +22,6 @@ from lightning_fp.records import Event, LossRow, LossWriter
 from lightning_fp.records.events import EventWriter
 from lightning_fp.records.mismatch_rows import COLUMNS, MismatchWriter
 from lightning_fp.records.run import LayerInfo, RunInfo, write_run
-from lightning_fp.report.draw.marks import decisions
 from lightning_fp.report.page import read_runs, write_report
 from lightning_fp.report.read.cost import run_cost
 from lightning_fp.report.sections.answer import Answer, answer
@@ -237,20 +236,6 @@ def test_the_baseline_is_in_the_first_chart_with_its_last_value(tmp_path: Path) 
     (records,), _ = read_runs([run(tmp_path / "run", STARTED, loss=2.5)], baseline)
     lines = loss_section(records).charts[0]["panels"][0]["series"]
     assert [(line["name"], line["last"]) for line in lines] == [
-        ("baseline", 2.0),
         ("this run", 2.5),
+        ("baseline (dots)", 2.0),
     ]
-
-
-def test_a_stage_is_one_decision_with_its_gates_inside() -> None:
-    from lightning_fp.records import FormatChange, GateResult, StageChange
-
-    gates = [
-        GateResult(step=9, reason=f"x is {i}, below 5", stage="a", statistic="x", passed=True)
-        for i in range(2)
-    ]
-    stage = StageChange(step=9, reason="all gates pass", stage="b", previous="a")
-    formats = {"a": ("bf16", "fp8-delayed")}
-    (found,) = decisions([*gates, stage, FormatChange(step=9, reason="", formats=formats)])
-    assert (found.step, found.what, found.why) == (9, "stage", "a -> b: all gates pass")
-    assert found.details == ("gate passes: x is 0, below 5", "gate passes: x is 1, below 5")

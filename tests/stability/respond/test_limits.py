@@ -18,6 +18,7 @@ from lightning_fp import PrecisionMap, convert
 from lightning_fp.layers.statistics_table import OPERANDS, StatisticsTable
 from lightning_fp.numerics import COLUMN, STATISTICS, shares
 from lightning_fp.stability.respond.limits import Excess, LayerLimit, LimitState, LimitWatch
+from lightning_fp.statistic_names import called, measured
 from tests.helper import TinyGPT, next_byte_loss, text_rows
 
 
@@ -113,7 +114,8 @@ def test_the_layer_and_the_operand_at_fault(fault: str, operand: str, statistic:
     row = rows[names.index("blocks.1.fc1"), OPERANDS.index(operand)]
     assert excess.value == shares(row)[statistic]
     assert excess.limit == getattr(limit, statistic)
-    assert excess.sentence.startswith(f"{statistic} of {operand} is {excess.value:.3g} (limit ")
+    value = measured(statistic, excess.value)
+    assert excess.sentence.startswith(f"{called(statistic)} of {operand} is {value} (limit ")
 
 
 @pytest.mark.parametrize("format", ["fp8-dynamic", "fp8-rowwise", "mxfp8"])
@@ -134,9 +136,7 @@ def test_underflow_of_gradients_is_healthy() -> None:
     watch = LimitWatch(LayerLimit(), 1)
     assert watch.excesses(rows, ["a"]) == {}
     rows[0, OPERANDS.index("weight"), COLUMN["underflow"]] = 26
-    assert watch.excesses(rows, ["a"])["a"].sentence == (
-        "underflow_fraction of weight is 0.26 (limit 0.25)"
-    )
+    assert watch.excesses(rows, ["a"])["a"].sentence == ("underflow of weight is 26% (limit 25%)")
 
 
 @pytest.mark.parametrize("fault", ["none", "input scale", "gradient scale", "tiny", "hot channel"])

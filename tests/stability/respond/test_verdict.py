@@ -112,7 +112,7 @@ def test_the_conviction_says_what_every_batch_shows() -> None:
     verdict = judge_gradients(batches, 0.15)
     assert verdict.finding == "precision"
     assert "in each of 3 batches" in verdict.reason
-    assert "at least 1.5, and 3 in the worst layer" in verdict.reason
+    assert "at least 150%, and 300% in the worst layer" in verdict.reason
     assert verdict.numbers["grad_error"] == 5.0
 
 
