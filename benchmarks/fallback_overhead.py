@@ -31,6 +31,8 @@ from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.supervise.supervisor import Supervisor
 
 SKIP, BLOCK, BLOCKS, PAIRS = 64, 64, 15, 4
+EARLY = 384
+"""By then the early probes are made; from here on a run is as it stays."""
 BATCH, CONTEXT = 8, 64
 T_95 = 2.001
 """Student's t of two sides at 95% with 59 degrees of freedom: of 60 blocks."""
@@ -41,7 +43,7 @@ class EntryPoints(PrecisionFallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside, self.rehearsal = 0.0, 0.0
+        self.inside, self.steady, self.rehearsal = 0.0, 0.0, 0.0
         self._entered = False
         for name in ("_arrived", "on_train_batch_start", "on_after_backward", "on_train_batch_end"):
             setattr(self, name, self._timed(getattr(self, name)))
@@ -57,6 +59,7 @@ class EntryPoints(PrecisionFallback):
                 self._entered, took = False, time.process_time() - began
                 if self._trainer is not None and self._trainer.global_step >= SKIP:
                     self.inside += took
+                    self.steady += took if self._trainer.global_step >= EARLY else 0.0
                 elif self._trainer is not None and self._trainer.global_step < 16:
                     self.rehearsal += took
 
@@ -88,6 +91,7 @@ class Timed(NamedTuple):
 
     steps: list[float]
     inside: float
+    steady: float
     rehearsal: float
 
 
@@ -95,7 +99,7 @@ def one_arm(turns: Connection, *, with_fallback: bool, steps: int) -> Timed:
     """The training of one process."""
     timed, fallback = Steps(turns, SKIP), EntryPoints()
     train([fallback, timed] if with_fallback else [timed], steps)
-    return Timed(timed.seconds, fallback.inside, fallback.rehearsal)
+    return Timed(timed.seconds, fallback.inside, fallback.steady, fallback.rehearsal)
 
 
 class Replays(L.Callback):
@@ -151,6 +155,8 @@ def main() -> None:
     median = statistics.median(step for _, with_it in pairs for step in with_it.steps) / a_step
     inside = sum(with_it.inside for _, with_it in pairs)
     share = inside / sum(sum(without.steps) for without, _ in pairs)
+    steady = sum(with_it.steady for _, with_it in pairs)
+    steady /= sum(sum(without.steps[EARLY - SKIP :]) for without, _ in pairs)
     rehearsal = statistics.mean(with_it.rehearsal for _, with_it in pairs) / a_step
     replays = Replays(watch := PrecisionFallback())
     train([watch, replays], 110)
@@ -160,6 +166,7 @@ def main() -> None:
             ("the same, upper 95% bound", upper, "<=", 1.03),
             ("median step with and without", median, "<=", 1.03),
             ("time inside of the fallback, share of a step", share, "<=", 0.015),
+            ("the same from step 384 on, early probes over", steady, "<=", 0.01),
             ("the rehearsal, in steps", rehearsal, "<=", 25.0),
             ("restoring a snapshot, in steps", replays.restore, "<=", 3.0),
             ("replaying one step in high precision, in steps", replays.one, "<=", 3.0),

@@ -68,6 +68,9 @@ class Sampling:
     elsewhere: dict[torch.device, Sampling] = field(default_factory=dict, repr=False)
     """Its likes on other devices, which have these too."""
 
+    _indices: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    """Those that layers of one size share, by count and stride; of this offset, in eager mode."""
+
     def on(self, device: torch.device) -> Sampling:
         """Itself, or its like on another device."""
         if self.offset.device == device:
@@ -81,15 +84,22 @@ class Sampling:
         """Begin at another row, on all devices."""
         for each in (self, *self.elsewhere.values()):
             # Another tensor: a graph of an earlier step may still go backward with its own.
-            each.offset = torch.full_like(each.offset, turn)
+            each.offset, each._indices = torch.full_like(each.offset, turn), {}
 
     def rows(self, x: Tensor) -> Tensor | None:
         """Indices of the rows of an operand to sample; None for all."""
-        return None if self.stride == 1 else sampled_rows(x.shape[0], self.stride, self.offset)
+        return None if self.stride == 1 else self._every(self.stride, x.shape[0])
 
     def output_features(self, weight: Tensor, most: int = OUTPUT_FEATURES) -> Tensor:
         """Indices of the rows of the weight, which are features of the output, to sample."""
-        return sampled_rows(weight.shape[0], -(-weight.shape[0] // most), self.offset)
+        return self._every(-(-weight.shape[0] // most), weight.shape[0])
+
+    def _every(self, stride: int, count: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return sampled_rows(count, stride, self.offset)
+        if (count, stride) not in self._indices:
+            self._indices[count, stride] = sampled_rows(count, stride, self.offset)
+        return self._indices[count, stride]
 
 
 class OperandStatistics(OperandRecord):

@@ -6,7 +6,9 @@ ranks; shares are formed at the end, from sums.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,11 @@ _LARGEST = 1e16
 """Scaled magnitudes count as this at most, so that sums of squares stay within float32."""
 
 _PIECE = 2**16
-"""Elements that are looked at together on the CPU: two float32 buffers of so many fit into a core's
-cache of 1 MiB and more, and float32 counts them exactly."""
+"""Elements that are summed in float32, which counts so many exactly."""
+
+_TOGETHER = 8
+"""Pieces that are looked at together on the CPU: two float32 buffers of so many, 4 MiB, fit into
+its last cache, and fewer would be as many more calls."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,14 @@ def operand_statistics(
         return torch.zeros(len(STATISTICS), dtype=wide_dtype(x.device), device=x.device)
     casts = casts_of(x, scale, format) if casts is None else casts
     x, scale = x.detach(), torch.nan_to_num(scale, nan=1.0)
-    on_cpu = _reading_is_free(x)
-    sums = (_in_cache if on_cpu else _at_once)(x, scale, format)
-    counted = torch.stack([torch.full_like(sums[0], flops) for flops in work])
-    sums = torch.cat([sums, _squares(casts, format, on_cpu), _scales(casts.scale), counted])
-    return torch.cat([sums, sums.new_zeros(len(WHAT_IF)) if what_if is None else what_if])
+    if _reading_is_free(x):
+        sums, amax = _in_cache(x, scale, format)
+    else:
+        sums, amax = _at_once(x, scale, format), None
+    counted = [torch.full_like(sums[:1], flops) for flops in work]
+    what_if = sums.new_zeros(len(WHAT_IF)) if what_if is None else what_if
+    squares = _squares(casts, format, amax)
+    return torch.cat([sums, squares, _scales(casts.scale), *counted, what_if])
 
 
 def _reading_is_free(x: Tensor) -> bool:
@@ -141,47 +149,63 @@ def _at_once(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
     return torch.stack([amax, nonfinite, numel, nonzero, clamped, excess, magnitude, underflow])
 
 
-def _in_cache(x: Tensor, scale: Tensor, format: FloatFormat) -> Tensor:
+def _in_cache(x: Tensor, scale: Tensor, format: FloatFormat) -> tuple[Tensor, float | None]:
     """The same where each operation is a pass over memory: over pieces that fit into a cache.
 
     Most tensors have nothing to clamp and nothing that is not finite; others are left to
     `_at_once`.
+
+    Returns:
+        The columns, and the largest scaled magnitude if there is nothing to clamp.
     """
+    length = _PIECE if scale.numel() == 1 else max(1, _PIECE // x.shape[1]) * x.shape[1]
+    parts = _pieces(x, length)
     if scale.numel() == 1:
-        pieces = x.reshape(-1).split(_PIECE)
-        scales = [scale.reshape(())] * len(pieces)
+        scales = [scale.reshape(())] * len(parts)
     else:
-        pieces = x.split(max(1, _PIECE // x.shape[1]))
-        scales = scale.split(len(pieces[0]))
-    size, large = (torch.empty_like(pieces[0], dtype=torch.float32) for _ in range(2))
-    sums = torch.empty(5, len(pieces), dtype=torch.float32)  # whatever the default is
-    for piece, by, row in zip(pieces, scales, sums.unbind(1), strict=True):
-        amax, scaled_amax, magnitude, nonzero, left = row.unbind()
-        if len(piece) < len(size):
-            size, large = size[: len(piece)], large[: len(piece)]
-        torch.amax(size.copy_(piece).abs_(), (), out=amax)
-        torch.amax(size.mul_(by), (), out=scaled_amax)
-        torch.sum(size, (), out=magnitude)
+        scales = _pieces(scale.expand_as(x), length)
+    room = torch.empty(2, max(part.numel() for part in parts), dtype=torch.float32).unbind()
+    amaxes: list[Tensor] = []
+    sums: list[Tensor] = []
+    for part, by in zip(parts, scales, strict=True):
+        size, large = (buffer[: part.numel()].view_as(part) for buffer in room)
+        amaxes.append(size.copy_(part).abs_().amax())
+        size.mul_(by)
+        amaxes.append(size.amax() if by.dim() else amaxes[-1] * by)  # rounding keeps the order
+        sums.append(size.sum(1))
         # Masks of floats: their sums are vectorised, those of bools are not.
-        torch.sum(torch.gt(size, format.underflow_point, out=large), (), out=left)
-        torch.sum(size.gt_(0), (), out=nonzero)
-    amax, scaled_amax = sums[:2].amax(1)
-    if not torch.isfinite(amax) or _over(scaled_amax, format):
-        return _at_once(x, scale, format)
-    magnitude, nonzero, left = sums[2:].double().sum(1).tolist()
-    return torch.tensor(
-        [amax.item(), 0, x.numel(), nonzero, 0, 0, magnitude, nonzero - left], dtype=torch.float64
-    )
+        sums.append(torch.gt(size, format.underflow_point, out=large).sum(1))
+        sums.append(size.gt_(0).sum(1))
+    amax, scaled_amax = torch.stack(amaxes).view(-1, 2).amax(0).tolist()
+    if not math.isfinite(amax) or _over(scaled_amax, format):
+        return _at_once(x, scale, format), None
+    by_kind = torch.cat([*sums[0::3], *sums[1::3], *sums[2::3]]).view(3, -1)
+    magnitude, left, nonzero = by_kind.double().sum(1).tolist()
+    columns = [amax, 0, x.numel(), nonzero, 0, 0, magnitude, nonzero - left]
+    return torch.tensor(columns, dtype=torch.float64), scaled_amax
 
 
-def _squares(casts: Casts, format: FloatFormat, on_cpu: bool) -> Tensor:
-    """The columns "signal", "noise" and "clamp_noise"; float64 [3]."""
+def _pieces(x: Tensor, length: int) -> list[Tensor]:
+    """Its values in their order: some [pieces, length] together, and [1, rest]."""
+    flat = x.reshape(-1)
+    whole = flat.numel() // length
+    parts = list(flat[: whole * length].view(whole, length).split(_TOGETHER)) if whole else []
+    rest = flat[whole * length :]
+    return [*parts, rest.unsqueeze(0)] if rest.numel() else parts
+
+
+def _squares(casts: Casts, format: FloatFormat, amax: float | None) -> Tensor:
+    """The columns "signal", "noise" and "clamp_noise"; float64 [3].
+
+    Args:
+        casts: of the rows to look at.
+        format: as `operand_statistics`.
+        amax: the largest scaled magnitude in them or beside them; None: not known, or not finite.
+    """
     errors = [casts.scaled, casts.cast - casts.scaled]
-    # What is unknown counts as large; a NaN to compare with would not do for compiled floats.
-    amax = tensor_amax(casts.scaled).item() if on_cpu else None
-    if amax is None or not amax <= format.max:
+    if amax is None or amax > format.max:
         errors.append(casts.clamped - casts.scaled)
-    if amax is None or not amax < _LARGEST:  # only then can there have been inf or NaN
+    if amax is None or amax >= _LARGEST:
         finite = torch.isfinite(casts.values)
         errors = [torch.where(finite, error, 0.0) for error in errors]
     scale = wide(casts.scale)
@@ -221,18 +245,16 @@ def output_statistics(exact: Tensor, clamped: Tensor, cast: Tensor) -> Tensor:
         are filled.
     """
     exact = exact.float()
-    finite = torch.isfinite(exact)
-    exact = torch.where(finite, exact, 0.0)
-    values = {
-        "amax": tensor_amax(exact),
-        "nonfinite": (~finite).sum(),
-        "numel": torch.full((), exact.numel(), device=exact.device),
-        "signal": _sums(exact.square()).sum(),
-        "noise": _sums(torch.where(finite, cast.float() - exact, 0.0).square()).sum(),
-        "clamp_noise": _sums(torch.where(finite, clamped.float() - exact, 0.0).square()).sum(),
-    }
-    nothing = torch.zeros((), device=exact.device)
-    return torch.stack([wide(values.get(name, nothing)) for name in COLUMN])
+    errors = [exact, cast.float() - exact, clamped.float() - exact]
+    nonfinite = torch.zeros(1, dtype=torch.int64, device=exact.device)
+    if not _reading_is_free(exact) or not torch.isfinite(exact.sum()):
+        finite = torch.isfinite(exact)
+        nonfinite = (~finite).sum().reshape(1)
+        errors = [torch.where(finite, error, 0.0) for error in errors]
+    seen = tensor_amax(errors[0]).reshape(1), nonfinite, torch.full_like(nonfinite, exact.numel())
+    squares = _sums(torch.stack(errors).square()).sum(1).reshape(-1)
+    between, after = COLUMN["signal"] - len(seen), len(STATISTICS) - COLUMN["clamp_noise"] - 1
+    return torch.cat([*map(wide, seen), F.pad(squares, (between, after))])
 
 
 def sampled_rows(count: int, stride: int, offset: Tensor) -> Tensor:
@@ -293,7 +315,7 @@ def _deviation(count: Tensor, sum: Tensor, squares: Tensor) -> Tensor:
     return torch.where(count > 0, variance.sqrt(), torch.nan)
 
 
-def _over(scaled: Tensor, format: FloatFormat) -> Tensor:
+def _over(scaled: Tensor | float, format: FloatFormat) -> Any:
     """bool, which magnitudes the clamp changes more than rounding would."""
     point = format.clamp_point
     return scaled >= point if format.clamp_point_clamps else scaled > point

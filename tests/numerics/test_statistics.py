@@ -116,7 +116,7 @@ def test_one_scale(x: list[float], scale: float, format: FloatFormat) -> None:
     assert_same(row, brute_force([x], [scale], format), scale)
     if x:  # what compilers and devices get is the same
         torch.testing.assert_close(_at_once(operand, factor, format), row[:8])
-        squares = _squares(casts_of(operand, factor, format), format, on_cpu=False)
+        squares = _squares(casts_of(operand, factor, format), format, None)
         torch.testing.assert_close(squares, row[8:11])
 
 
@@ -193,7 +193,7 @@ def test_a_scale_per_value_is_that_of_its_block(at_once: bool) -> None:
     found = columns(operand_statistics(x, spread, E4M3))
     if at_once:  # as a compiler gets it
         row = torch.cat(
-            [_at_once(x, spread, E4M3), _squares(casts_of(x, spread, E4M3), E4M3, False)]
+            [_at_once(x, spread, E4M3), _squares(casts_of(x, spread, E4M3), E4M3, None)]
         )
         found.update(zip(COLUMN, row.tolist(), strict=False))
     for name, value in columns(operand_statistics(blocks, scale, E4M3)).items():
