@@ -27,5 +27,19 @@ def shown(value: object) -> str:
     try:
         text = " ".join(_REPR.repr(value).split())
     except Exception:
-        text = f"a {type(value).__name__}"
+        text = a_kind(value)
     return text if len(text) <= 2 * LONGEST else f"{text[: 2 * LONGEST]}..."
+
+
+def a_kind(value: object) -> str:
+    """What a value is, with its article.
+
+    >>> a_kind(3), a_kind("x"), a_kind(ArithmeticError())
+    ('an int', 'a str', 'an ArithmeticError')
+
+    Args:
+        value: anything.
+    """
+    name = type(value).__name__
+    spelt = name[:2].isupper() and name[0] in "FHLMNRSX"  # L sounds like "el"
+    return f"{'an' if spelt or name[0] in 'AEIOaeio' else 'a'} {name}"

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from lightning_fp.shown import shown
+from lightning_fp.shown import a_kind, shown
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 Load = TypeVar("Load", bound=Callable[..., Any])
@@ -63,7 +63,7 @@ def check_version(
         ValueError: if it is of a later version, of none, or of one that nothing leads on from.
     """
     if not isinstance(state, Mapping):
-        raise ValueError(f"{of} must be a mapping, got a {type(state).__name__}; {_DAMAGED}")
+        raise ValueError(f"{of} must be a mapping, got {a_kind(state)}; {_DAMAGED}")
     found = state.get("version")
     at = found if isinstance(found, int) and not isinstance(found, bool) else version + 1
     values = {name: value for name, value in state.items() if name != "version"}

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_fp.shown import a_kind
+
 
 @dataclass(frozen=True, kw_only=True)
 class UserModel:
@@ -124,7 +126,7 @@ def find_factory(reference: str) -> Any:
             f"{source} has no {name!r}; it has {', '.join(public) or 'nothing to call'}"
         ) from error
     if not callable(found):
-        raise ValueError(f"{reference} must be callable, got a {type(found).__name__}")
+        raise ValueError(f"{reference} must be callable, got {a_kind(found)}")
     return found
 
 

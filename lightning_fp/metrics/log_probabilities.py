@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lightning_fp.shown import a_kind
+
 ROUNDING = 1e-3
 """What a log-probability may exceed 0 by: more than bf16 rounds 1 by on its way through a softmax,
 less than what the probabilities of sampled tokens are."""
@@ -26,7 +28,7 @@ def check_sides(rollout: Tensor, train: Tensor, mask: Tensor | None) -> None:
     for name, given in {**sides, **({} if mask is None else {"mask": mask})}.items():
         if not isinstance(given, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
-                f"{name} must be a Tensor, got a {type(given).__name__}; torch.as_tensor makes one"
+                f"{name} must be a Tensor, got {a_kind(given)}; torch.as_tensor makes one"
             )
     for name, logprobs in sides.items():
         if not logprobs.is_floating_point():

@@ -15,6 +15,7 @@ import torch
 
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.stored import is_stored
+from lightning_fp.shown import a_kind
 from lightning_fp.stability.actions import (
     Answer,
     Attribute,
@@ -100,7 +101,7 @@ class Answers:
             case CheckCure(layers=layers, batch=batch):
                 return self._check_cure(layers, batch)
             case _:
-                raise TypeError(f"no replay answers a {type(question).__name__}")
+                raise TypeError(f"no replay answers {a_kind(question)}")
 
     # -- what there is --------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def test_malformed_rules_are_refused(layers: Any, message: str) -> None:
         ("blocks.0", "matches only modules that cannot be converted: blocks.0 (a Block, not an"),
         ("blocks.0", "for the layers inside write 'blocks.0.*'"),
         ("*.norm", "matches only modules that cannot be converted: blocks.0.norm (a LayerNorm"),
-        ("embed", "embed (a Embedding, not an nn.Linear)"),
+        ("embed", "embed (an Embedding, not an nn.Linear)"),
     ],
 )
 def test_a_rule_that_matches_nothing_is_refused(pattern: str, message: str) -> None:

@@ -11,6 +11,7 @@ from lightning_fp.cli.output import console, print_json
 from lightning_fp.rl.engine.checkpoint_formats import FormatName
 from lightning_fp.rl.engine.checkpoints import find_checkpoint, weights_in
 from lightning_fp.rl.engine.export import export_weights
+from lightning_fp.shown import a_kind
 
 
 def run(
@@ -52,5 +53,5 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--config must be a config.json, got {path!r}: {error}") from error
     if not isinstance(read, dict):
-        raise ValueError(f"--config must be a JSON object, got a {type(read).__name__} in {path!r}")
+        raise ValueError(f"--config must be a JSON object, got {a_kind(read)} in {path!r}")
     return read

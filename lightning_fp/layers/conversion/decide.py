@@ -39,6 +39,7 @@ from lightning_fp.layers.rules import (
 )
 from lightning_fp.layers.stored import Frozen
 from lightning_fp.layers.transformer_engine.setup import check_model
+from lightning_fp.shown import a_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +262,7 @@ def why_not_convertible(module: nn.Module) -> str:
         return f"{type(module).__name__}: only linear layers are converted"
     if _ROUTER.search(type(module).__name__):
         return f"router: {type(module).__name__} stays in high precision"
-    return f"a {type(module).__name__}, not an nn.Linear"
+    return f"{a_kind(module)}, not an nn.Linear"
 
 
 def why_not_experts(

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_fp.kernels.padding import padded_share
+from lightning_fp.layers.conversion.einsum_flops import EinsumAsWritten
 from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.experts.kinds import experts_per_token, kind_of
 from lightning_fp.layers.linear import is_switchable_linear
@@ -138,13 +139,14 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
     """
     flops: dict[str, int] = defaultdict(int)
     counter = FlopCounterMode(display=False, custom_mapping=counted_here())
+    einsums = EinsumAsWritten(counter.get_total_flops)
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     unseen = 0
     running: list[list[int]] = []
     """Of each module that runs now: the count where it began, the FLOPs of layers inside it."""
 
     def count() -> int:
-        return counter.get_total_flops() + unseen
+        return counter.get_total_flops() + einsums.left_out + unseen
 
     def before(*_: Any) -> None:
         running.append([count(), 0])
@@ -173,7 +175,7 @@ def counting_flops(model: nn.Module) -> Iterator[dict[str, int]]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with counter:
+        with counter, einsums:
             yield flops
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

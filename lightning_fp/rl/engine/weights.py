@@ -20,6 +20,7 @@ from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.layers.linear import FPLinear, is_switchable_linear
 from lightning_fp.layers.rules import clean_name, modules_by_both_names
 from lightning_fp.rl.engine.weight_casts import WeightCast, scaled_by, weight_cast, why_none
+from lightning_fp.shown import a_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +143,7 @@ def stored(value: object) -> Stored:
     """
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"state_dict must have tensors only, got a {type(value).__name__}; leave"
-            " get_extra_state out"
+            f"state_dict must have tensors only, got {a_kind(value)}; leave get_extra_state out"
         )
     tensor = value
 

@@ -12,6 +12,7 @@ from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
 from lightning_fp.rl.causes import Causes, CauseSums, cause_sums, causes_of, merged
 from lightning_fp.rl.origin import SampleOrigin
+from lightning_fp.shown import a_kind
 from lightning_fp.telemetry.over_ranks import ranks, total
 
 _PARTS = ("rollout_logprobs", "train_logprobs", "mask")
@@ -161,5 +162,5 @@ def _described(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
         items: list[Any] = list(value)
-        return f"a {type(value).__name__} of {len(items)}"
-    return f"a {type(value).__name__}"
+        return f"{a_kind(value)} of {len(items)}"
+    return f"{a_kind(value)}"

@@ -185,12 +185,33 @@ class Experts(nn.Module):
         return torch.bmm(split, self.weight).view(*x.shape[:-1], 64)
 
 
+class Einsum(nn.Module):
+    """Several matrices, of which torch sums those over an index of their own before it multiplies.
+
+    Args:
+        equation: of two operands, the input "btd" and the weight "edh".
+    """
+
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.equation = equation
+        self.weight = nn.Parameter(torch.randn(4, 16, 64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum(self.equation, x, self.weight)
+        return y if y.dim() == 3 else y.mean(-2)
+
+
 CORES = {
     # multiplications and additions of a token, by hand
     "LSTM": (lambda: nn.LSTM(16, 64, num_layers=2, batch_first=True), 8 * 64 * (16 + 64 + 128)),
     "GRU": (lambda: nn.GRU(16, 32, bidirectional=True, batch_first=True), 12 * 32 * (16 + 32)),
     "Bilinear": (lambda: nn.Bilinear(16, 16, 64), 2 * 64 * 16 * 17),
     "Experts": (Experts, 2 * 16 * 64),
+    # NumPy's einsum_path counts all four matrices in each of them
+    "Einsum": (lambda: Einsum("btd, edh -> bth"), 4 * 2 * 16 * 64),
+    "Einsum (all kept)": (lambda: Einsum("btd,edh->bteh"), 4 * 2 * 16 * 64),
+    "Einsum (ellipsis)": (lambda: Einsum("...d,edh->...h"), 4 * 2 * 16 * 64),
 }
 
 
@@ -202,8 +223,9 @@ def test_what_is_no_linear_layer_has_its_share_and_its_row(name: str) -> None:
     assert report.flops_share == pytest.approx(own / (own + per_token))
     row = next(row for row in report.layers if row.name == "core")
     assert row.flops_share == pytest.approx(per_token / (own + per_token))
-    assert row.reason == f"a {name}, not an nn.Linear"
-    assert name in report.summary()
+    kind = name.partition(" ")[0]
+    assert row.reason == f"{'a' if kind in ('GRU', 'Bilinear') else 'an'} {kind}, not an nn.Linear"
+    assert kind in report.summary()
 
 
 def test_a_share_that_is_not_the_models_says_of_what_it_is() -> None:
@@ -233,7 +255,9 @@ def test_what_multiplied_nothing_has_no_row() -> None:
 
 
 def test_nothing_to_convert_names_what_multiplies_instead() -> None:
-    with pytest.raises(ValueError, match=r"no nn.Linear layer .* left alone: core: a LSTM, not an"):
+    with pytest.raises(
+        ValueError, match=r"no nn.Linear layer .* left alone: core: an LSTM, not an"
+    ):
         convert(nn.ModuleDict({"core": nn.LSTM(16, 64)}))
 
 
