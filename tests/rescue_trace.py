@@ -20,7 +20,7 @@ import lightning as L
 from lightning_fp import PrecisionFallback
 from lightning_fp.callbacks.compare import loop_replay, step_replay
 from lightning_fp.callbacks.fallback import trainer_loop
-from lightning_fp.stability.actions import Asked
+from lightning_fp.stability.happenings import Asked
 from lightning_fp.stability.replay import recompute
 from tests.callbacks.fallback.test_precision_fallback import Reversed, between, train
 from tests.helper import supervisor_of

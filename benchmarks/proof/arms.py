@@ -17,8 +17,8 @@ from lightning_fp.layers import LinearFormat
 from lightning_fp.numerics.statistics import shares
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
-from lightning_fp.stability.actions import Survey, Surveyed
 from lightning_fp.stability.judge.conviction import Conclusion
+from lightning_fp.stability.questions import Survey, Surveyed
 from lightning_fp.stability.watch import Watch
 from lightning_fp.telemetry.casts.sampling import SampledSteps, StepSampler
 

@@ -20,7 +20,12 @@ from torch import Tensor
 from benchmarks.proof.nets import BatchNormNet, Net, NoisyRegressor, TinyLlama, TinyViT
 from lightning_fp.layers.format import NAMED_FORMATS
 from lightning_fp.loop import PrecisionLoop
-from lightning_fp.stability.actions import (
+from lightning_fp.stability.detect.detector import DivergenceDetector
+from lightning_fp.stability.detect.first_losses import learned, with_loss
+from lightning_fp.stability.judge.conviction import Conclusion
+from lightning_fp.stability.judge.evidence import Case
+from lightning_fp.stability.judge.inquiry import answered, open_case
+from lightning_fp.stability.questions import (
     Answer,
     Attribute,
     CompareLosses,
@@ -35,11 +40,6 @@ from lightning_fp.stability.actions import (
     Survey,
     Surveyed,
 )
-from lightning_fp.stability.detect.detector import DivergenceDetector
-from lightning_fp.stability.detect.first_losses import learned, with_loss
-from lightning_fp.stability.judge.conviction import Conclusion
-from lightning_fp.stability.judge.evidence import Case
-from lightning_fp.stability.judge.inquiry import answered, open_case
 from lightning_fp.stability.replay.placebo import perturb_
 from lightning_fp.stability.respond.verdict import Anomaly, OneStep
 

@@ -16,7 +16,10 @@ import torch
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.stored import is_stored
 from lightning_fp.shown import a_kind
-from lightning_fp.stability.actions import (
+from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
+from lightning_fp.stability.keep.snapshot import Snapshot
+from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.questions import (
     Answer,
     Attribute,
     Attributed,
@@ -37,9 +40,6 @@ from lightning_fp.stability.actions import (
     Survey,
     Surveyed,
 )
-from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
-from lightning_fp.stability.keep.snapshot import Snapshot
-from lightning_fp.stability.keep.snapshots import Snapshots
 from lightning_fp.stability.replay.budget import FORWARD
 from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.replay.loop import Loop

@@ -20,9 +20,9 @@ from lightning_fp.events import (
 )
 from lightning_fp.layers import LinearFormat
 from lightning_fp.stability.accounting import Accounting
-from lightning_fp.stability.actions import Climb, Climbed
 from lightning_fp.stability.detect.decision import Decision
 from lightning_fp.stability.judge.conviction import Conclusion
+from lightning_fp.stability.questions import Climb, Climbed
 from lightning_fp.stability.replay.gap import Gap
 from lightning_fp.stability.respond.attribution import Attribution
 from lightning_fp.stability.respond.verdict import Judgement

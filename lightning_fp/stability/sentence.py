@@ -7,19 +7,12 @@ from dataclasses import replace
 
 from lightning_fp.events import Note, Replayed
 from lightning_fp.stability import incident_events as tell
-from lightning_fp.stability.actions import (
-    CheckCure,
-    Climb,
-    CureChecked,
-    DropRecords,
-    GoBack,
-    Surveyed,
-    Write,
-)
+from lightning_fp.stability.actions import DropRecords, GoBack, Write
 from lightning_fp.stability.detect.detector import DivergenceDetector
 from lightning_fp.stability.judge.by_gap import gap_of
 from lightning_fp.stability.judge.conviction import Conclusion
 from lightning_fp.stability.judge.evidence import Evidence
+from lightning_fp.stability.questions import CheckCure, Climb, CureChecked, Surveyed
 from lightning_fp.stability.replay.budget import CURE, ReplayBudget
 from lightning_fp.stability.respond.cure import verify_cure
 from lightning_fp.stability.respond.demotion import demotion

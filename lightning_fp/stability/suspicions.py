@@ -12,19 +12,18 @@ from dataclasses import replace
 from statistics import fmean
 
 from lightning_fp.stability import incident_events as tell
-from lightning_fp.stability.actions import (
-    AmaxSeen,
+from lightning_fp.stability.detect.cast_trigger import CastTrigger
+from lightning_fp.stability.happenings import AmaxSeen, StepSeen
+from lightning_fp.stability.judge.by_gap import explains, gap_of
+from lightning_fp.stability.judge.evidence import Case
+from lightning_fp.stability.judge.inquiry import open_case
+from lightning_fp.stability.questions import (
     Answer,
     CompareLosses,
     LossesCompared,
     Probed,
     ProbeStep,
-    StepSeen,
 )
-from lightning_fp.stability.detect.cast_trigger import CastTrigger
-from lightning_fp.stability.judge.by_gap import explains, gap_of
-from lightning_fp.stability.judge.evidence import Case
-from lightning_fp.stability.judge.inquiry import open_case
 from lightning_fp.stability.replay.budget import ReplayBudget
 from lightning_fp.stability.replay.gap import BATCHES
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR

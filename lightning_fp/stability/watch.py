@@ -15,41 +15,41 @@ from typing import Any
 from lightning_fp.counting import counted
 from lightning_fp.events import Event, Promotion
 from lightning_fp.stability import incident_events as tell
-from lightning_fp.stability.actions import (
-    Action,
+from lightning_fp.stability.actions import Action, LookAgain, TakeSnapshot
+from lightning_fp.stability.detect.decision import Cause, Decision
+from lightning_fp.stability.detect.detector import DivergenceDetector
+from lightning_fp.stability.detect.first_losses import learned, with_loss
+from lightning_fp.stability.detect.overflow_watch import OverflowState, OverflowWatch
+from lightning_fp.stability.happenings import (
     AmaxSeen,
-    Answer,
     Answered,
     Asked,
     Attempted,
     Boundary,
+    Ended,
+    FormatsChanged,
+    Happening,
+    HighPrecisionTried,
+    Looked,
+    Settled,
+    StepSeen,
+)
+from lightning_fp.stability.judge.inquiry import Inquiry, answered
+from lightning_fp.stability.loss_scaling import LossScaling
+from lightning_fp.stability.questions import (
+    Answer,
     CheckCure,
     Climb,
     Climbed,
     CompareLosses,
     CureChecked,
-    Ended,
     Failed,
-    FormatsChanged,
-    Happening,
-    HighPrecisionTried,
-    LookAgain,
-    Looked,
     Probed,
     ProbeStep,
     Promote,
     Promoted,
     Question,
-    Settled,
-    StepSeen,
-    TakeSnapshot,
 )
-from lightning_fp.stability.detect.decision import Cause, Decision
-from lightning_fp.stability.detect.detector import DivergenceDetector
-from lightning_fp.stability.detect.first_losses import learned, with_loss
-from lightning_fp.stability.detect.overflow_watch import OverflowState, OverflowWatch
-from lightning_fp.stability.judge.inquiry import Inquiry, answered
-from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stability.replay.budget import ReplayBudget
 from lightning_fp.stability.respond.fallback_policy import (
     Fallback,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_fp.loop import PrecisionLoop
-from lightning_fp.stability.actions import Asked
+from lightning_fp.stability.happenings import Asked
 from lightning_fp.stability.supervise.supervisor import Supervisor
 from tests.helper import TinyGPT, next_byte_loss, text_rows
 

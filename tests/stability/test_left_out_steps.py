@@ -8,16 +8,14 @@ from dataclasses import replace
 import pytest
 
 from lightning_fp.events import Demotion, Event, Note, Rollback, Suspicion
-from lightning_fp.stability.actions import (
+from lightning_fp.stability.happenings import Attempted, Boundary, StepSeen
+from lightning_fp.stability.questions import (
     Answer,
-    Attempted,
     Attribute,
-    Boundary,
     Question,
     ReplayStep,
     ReplayStretch,
     StepReplayed,
-    StepSeen,
 )
 from lightning_fp.stability.respond.verdict import OneStep
 from tests.stability.test_watch import Loop, kinds, machine, run, signals, tell

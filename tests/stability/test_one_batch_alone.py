@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from lightning_fp.events import Demotion, Suspicion, Verdict
-from lightning_fp.stability.actions import (
+from lightning_fp.stability.happenings import Asked
+from lightning_fp.stability.questions import (
     Answer,
-    Asked,
     Probed,
     ProbeStep,
     Question,

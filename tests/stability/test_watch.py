@@ -26,29 +26,32 @@ from lightning_fp.events import (
     Verdict,
 )
 from lightning_fp.layers import linear_format
-from lightning_fp.stability.actions import (
-    Action,
+from lightning_fp.stability.actions import Action, DropRecords, GoBack, TakeSnapshot, Write
+from lightning_fp.stability.detect.signals import StepSignals
+from lightning_fp.stability.happenings import (
     AmaxSeen,
-    Answer,
     Answered,
     Asked,
     Attempted,
+    Boundary,
+    Ended,
+    FormatsChanged,
+    Happening,
+    Looked,
+    Settled,
+    StepSeen,
+)
+from lightning_fp.stability.questions import (
+    Answer,
     Attribute,
     Attributed,
-    Boundary,
     CheckCure,
     Climb,
     Climbed,
     CompareLosses,
     CureChecked,
-    DropRecords,
-    Ended,
     Failed,
-    FormatsChanged,
-    GoBack,
-    Happening,
     HighReplayed,
-    Looked,
     LossesCompared,
     Probed,
     ProbeStep,
@@ -58,16 +61,11 @@ from lightning_fp.stability.actions import (
     ReplayHigh,
     ReplayStep,
     ReplayStretch,
-    Settled,
     StepReplayed,
-    StepSeen,
     StretchReplayed,
     Survey,
     Surveyed,
-    TakeSnapshot,
-    Write,
 )
-from lightning_fp.stability.detect.signals import StepSignals
 from lightning_fp.stability.replay.budget import INCIDENT, RESERVE, ReplayBudget
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR, Attribution
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy

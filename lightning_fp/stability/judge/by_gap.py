@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
-from lightning_fp.stability.actions import CompareLosses, LossesCompared
 from lightning_fp.stability.judge.evidence import Evidence
+from lightning_fp.stability.questions import CompareLosses, LossesCompared
 from lightning_fp.stability.replay.budget import FORWARD
 from lightning_fp.stability.replay.gap import BATCHES, Gap, measure_gap
 from lightning_fp.stability.respond.verdict import LARGE, SAME, Anomaly, Finding, Judgement

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from lightning_fp.stability.actions import ReplayStretch, StretchReplayed, Surveyed
 from lightning_fp.stability.judge.evidence import SPENT, Case, Evidence
+from lightning_fp.stability.questions import ReplayStretch, StretchReplayed, Surveyed
 from lightning_fp.stability.replay.control import TOLERATED, Control, judge_control
 from lightning_fp.stability.replay.paired import (
     FLOOR,

@@ -12,13 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lightning_fp.stability.actions import (
-    Attribute,
-    ReplayHigh,
-    ReplayStep,
-    ReplayStretch,
-    Surveyed,
-)
 from lightning_fp.stability.judge.by_gap import by_gap
 from lightning_fp.stability.judge.by_trajectory import (
     affordable,
@@ -28,6 +21,13 @@ from lightning_fp.stability.judge.by_trajectory import (
     proved,
 )
 from lightning_fp.stability.judge.evidence import SPENT, Case, Evidence
+from lightning_fp.stability.questions import (
+    Attribute,
+    ReplayHigh,
+    ReplayStep,
+    ReplayStretch,
+    Surveyed,
+)
 from lightning_fp.stability.respond.attribution import STILL, Attribution
 from lightning_fp.stability.respond.likely_cause import CauseEvidence, likely_cause
 from lightning_fp.stability.respond.verdict import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
-from lightning_fp.stability.actions import Answer, Question, Survey, Surveyed
+from lightning_fp.stability.questions import Answer, Question, Survey, Surveyed
 from lightning_fp.stability.replay.budget import RESERVE, most_steps
 from lightning_fp.stability.respond.attribution import HEALTHY_ERROR
 from lightning_fp.stability.respond.probe import FIRST

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_fp.stability.actions import Answer, Question
 from lightning_fp.stability.judge.conviction import Conclusion, conclude
 from lightning_fp.stability.judge.evidence import Case, Evidence, UnansweredError
+from lightning_fp.stability.questions import Answer, Question
 
 
 @dataclass(frozen=True, kw_only=True)

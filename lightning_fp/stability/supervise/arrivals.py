@@ -6,8 +6,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-from lightning_fp.stability.actions import AmaxSeen, Boundary, Happening, Looked, StepSeen
 from lightning_fp.stability.detect.signals import StepSignals
+from lightning_fp.stability.happenings import AmaxSeen, Boundary, Happening, Looked, StepSeen
 from lightning_fp.stability.keep.batch_ring import BatchRing
 from lightning_fp.stability.respond.limits import Excess
 from lightning_fp.stability.supervise.cast_watch import CastWatch

@@ -13,23 +13,25 @@ from typing import Any
 from lightning_fp.layers import LinearFormat
 from lightning_fp.layers.changes import Change
 from lightning_fp.stability.actions import (
-    Answer,
-    Climb,
-    Climbed,
     DropRecords,
-    Failed,
     GoBack,
     LookAgain,
     Order,
-    Promote,
-    Promoted,
-    Question,
     TakeSnapshot,
     Write,
 )
 from lightning_fp.stability.answers import Answers
 from lightning_fp.stability.keep.batch_ring import BatchRing, RecordedStep
 from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.questions import (
+    Answer,
+    Climb,
+    Climbed,
+    Failed,
+    Promote,
+    Promoted,
+    Question,
+)
 from lightning_fp.stability.replay.trajectory import Trajectory
 from lightning_fp.stability.respond.ladder import rungs_above
 from lightning_fp.stability.supervise.demotion import write_formats

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_fp.stability.actions import Answer, Answered, Failed, Probed, ProbeStep
 from lightning_fp.stability.answers import Answers
+from lightning_fp.stability.happenings import Answered
 from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
+from lightning_fp.stability.questions import Answer, Failed, Probed, ProbeStep
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.respond.attribution import gradient_error
 from lightning_fp.stability.supervise.supervised_loop import SupervisedLoop

@@ -15,24 +15,22 @@ from typing import Any
 from lightning_fp.events import Event, FormatChange, Note, Suspicion, WatchFailed
 from lightning_fp.layers import Change
 from lightning_fp.layers.stored import is_stored
-from lightning_fp.stability.actions import (
-    Action,
+from lightning_fp.stability.actions import Action, TakeSnapshot
+from lightning_fp.stability.happenings import (
     Answered,
     Attempted,
     Ended,
     FormatsChanged,
     Happening,
     HighPrecisionTried,
-    ProbeStep,
-    Question,
     Settled,
-    TakeSnapshot,
 )
 from lightning_fp.stability.incident_events import not_healed
 from lightning_fp.stability.keep.batch_ring import Hyperparameters, MicroBatch, RecordedStep
 from lightning_fp.stability.keep.hyperparameters import hyperparameters
 from lightning_fp.stability.keep.pace import SHARE, SnapshotPace
 from lightning_fp.stability.keep.random_state import RandomState
+from lightning_fp.stability.questions import ProbeStep, Question
 from lightning_fp.stability.supervise.arrivals import (
     Arrivals,
     Looks,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lightning_fp import FP16Precision, PrecisionFallback
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.records.events import Suspicion
-from lightning_fp.stability.actions import Answered, Failed, ProbeStep
 from lightning_fp.stability.answers import Answers
+from lightning_fp.stability.happenings import Answered
 from lightning_fp.stability.keep.batch_ring import BatchRing, MicroBatch, RecordedStep
 from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.keep.snapshots import Snapshots
+from lightning_fp.stability.questions import Failed, ProbeStep
 from lightning_fp.stability.replay.one_step import Replay, compare
 from lightning_fp.stability.respond.attribution import gradient_error
 from lightning_fp.stability.supervise.coming_probe import ComingProbe

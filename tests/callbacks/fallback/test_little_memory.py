@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from benchmarks.proof.activation_bound import ActivationBound
 from lightning_fp import PrecisionFallback
 from lightning_fp.records.events import Note, read_events
-from lightning_fp.stability.actions import Promote, Write
+from lightning_fp.stability.actions import Write
+from lightning_fp.stability.questions import Promote
 from tests.callbacks.fallback.test_precision_fallback import batches, between, plugin
 from tests.helper import LanguageModel, make_trainer, same_weights, supervisor_of
 

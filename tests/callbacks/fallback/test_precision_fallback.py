@@ -27,7 +27,8 @@ from lightning_fp.records.events import (
     Verdict,
     read_events,
 )
-from lightning_fp.stability.actions import Asked, Climb, Climbed
+from lightning_fp.stability.happenings import Asked
+from lightning_fp.stability.questions import Climb, Climbed
 from lightning_fp.stability.replay.trajectory import replay_trajectory
 from lightning_fp.stability.respond.fallback_policy import FallbackPolicy
 from lightning_fp.stability.supervise.supervisor import Supervisor

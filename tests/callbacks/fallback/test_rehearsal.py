@@ -24,7 +24,7 @@ from lightning_fp import FP8Precision, PrecisionFallback
 from lightning_fp.events import Rehearsed, Verdict
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.records import read_events
-from lightning_fp.stability.actions import Asked
+from lightning_fp.stability.happenings import Asked
 from lightning_fp.stability.replay.rehearsal import NOTHING_ELSE
 from tests.helper import make_trainer, same_weights, supervisor_of
 

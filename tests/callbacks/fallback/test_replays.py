@@ -32,7 +32,8 @@ from transformers import BatchEncoding
 from lightning_fp import FP8Precision, FP16Precision, PrecisionFallback
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.records.events import Demotion, Note, Verdict, read_events
-from lightning_fp.stability.actions import Asked, ProbeStep
+from lightning_fp.stability.happenings import Asked
+from lightning_fp.stability.questions import ProbeStep
 from lightning_fp.stability.replay.trajectory import Trajectory, replay_trajectory
 from lightning_fp.stability.supervise.supervisor import Supervisor
 from tests.helper import make_trainer, supervisor_of

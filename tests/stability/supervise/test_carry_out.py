@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_fp.stability import BatchRing, Snapshots
-from lightning_fp.stability.actions import Answer, Failed, Probed, ProbeStep
+from lightning_fp.stability.questions import Answer, Failed, Probed, ProbeStep
 from lightning_fp.stability.supervise.carry_out import CarryOut
 
 
