@@ -139,7 +139,7 @@ def _wrong(ranks: list[dict[str, Any]]) -> str:
 
 def keep(outcomes: Iterable[Outcome]) -> None:
     """Put what came of some cells into the results, and the table of all into the page."""
-    found = {Cell(**{name: row[name] for name in CELL}): row for row in kept()}
+    found = {cell_in(row): row for row in kept()}
     found.update({each.cell: each.row() for each in outcomes})
     rows = [found[cell] for strategy in WORLDS for cell in of(strategy) if cell in found]
     RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
@@ -149,6 +149,11 @@ def keep(outcomes: Iterable[Outcome]) -> None:
 def kept() -> list[dict[str, Any]]:
     """The rows of earlier runs, one for each cell."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def cell_in(row: dict[str, Any]) -> Cell:
+    """The cell that a row of the results is about."""
+    return Cell(**{name: row[name] for name in CELL})
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
