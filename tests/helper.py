@@ -65,10 +65,11 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
+        mixing = self.qkv(self.norm(x))  # of the whole text, where a rank has a part of x
+        batch, time, width = mixing.shape[0], mixing.shape[1], x.shape[2]
         q, k, v = (
             part.view(batch, time, 2, width // 2).transpose(1, 2)
-            for part in self.qkv(self.norm(x)).chunk(3, dim=-1)
+            for part in mixing.chunk(3, dim=-1)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))

@@ -18,6 +18,7 @@ from lightning_fp.layers.observe import OperandStatistics, Sampling
 from lightning_fp.layers.switchable import SwitchableLayer
 from lightning_fp.numerics import MAXIMA, STATISTICS
 from lightning_fp.numerics.combining import wide_dtype
+from lightning_fp.rank_group import current_group, ranks
 
 OPERANDS = ("input", "weight", "output", "grad_output")
 """The rows of a layer's statistics, in order."""
@@ -133,9 +134,9 @@ def over_ranks(table: Tensor) -> Tensor:
     Returns:
         The same on every rank, same shape.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if ranks() == 1:
         return table
     maxima, sums = table[..., :MAXIMA].contiguous(), table[..., MAXIMA:].contiguous()
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=current_group())
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=current_group())
     return torch.cat([maxima, sums], dim=-1)

@@ -15,11 +15,11 @@ from torch import nn
 from lightning_fp.argument_types import built
 from lightning_fp.layers import Change
 from lightning_fp.loop.loop_precision import LoopPrecision
+from lightning_fp.rank_group import current_group, is_first, ranks
 from lightning_fp.records.event_log import EventLog
 from lightning_fp.records.run import write_run
 from lightning_fp.records.run_directory import version_of
 from lightning_fp.telemetry.loss_files import LossFiles
-from lightning_fp.telemetry.over_ranks import is_first, ranks
 from lightning_fp.telemetry.run_info import describe_run
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
 from lightning_fp.telemetry.step_record import OptimizerStep
@@ -80,7 +80,9 @@ class LoopRecords:
             before = None if kept is None else Path(kept)
             found = [version_of(self._base, before, begins=step == 0, numbered=False)]
         if ranks() > 1:
-            dist.broadcast_object_list(found)
+            group = current_group()
+            first = 0 if group is None else dist.get_global_rank(group, 0)
+            dist.broadcast_object_list(found, src=first, group=group)
         self.directory = found[0] if is_first() else None
         if self.directory is not None:
             self._write_down(self.directory, step, model)

@@ -8,29 +8,30 @@ from torch.distributed import ProcessGroup
 from lightning_fp.layers import PrecisionMap
 from lightning_fp.layers.rank_layers import RankLayers
 from lightning_fp.loop.parts import PartOptions
+from lightning_fp.rank_group import current_group
 
 
 def meet(
-    table: PrecisionMap, group: ProcessGroup | None, options: PartOptions, device: torch.device
+    table: PrecisionMap, sharing: ProcessGroup | None, options: PartOptions, device: torch.device
 ) -> RankLayers:
     """Hear of the layers that other ranks have; a collective.
 
     Args:
         table: of this rank.
-        group: the ranks that share scales; None: all.
+        sharing: the ranks that share scales; None: all that train.
         options: what is on.
         device: where collectives run.
 
     Returns:
-        All ranks, and whether their layers differ.
+        All ranks that train, and whether their layers differ.
 
     Raises:
         ValueError: where ranks have layers of their own, and something is on that acts on all.
     """
-    table.meet(group)
+    table.meet(sharing or current_group())
     everyone = table.scale_history.ranks
-    if group is not None:
-        everyone = RankLayers()
+    if sharing is not None:
+        everyone = RankLayers(current_group())
         everyone.meet(table.layers, device, sized=False)
     on = {
         "fallback": options.watch,

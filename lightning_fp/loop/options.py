@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_fp.layers import Frozen
 from lightning_fp.loop.steps.optimizer_steps import ddp_of
+from lightning_fp.shown import shown
 
 Optimizers = Optimizer | Sequence[Optimizer]
 Schedulers = LRScheduler | Sequence[LRScheduler]
@@ -96,6 +98,28 @@ def check_fabric(fabric: Any) -> None:
             "fabric must have precision '32-true' beside a PrecisionLoop, which brings its own, got"
             f" {plugin.precision!r}; leave Fabric's precision out, and give base= to the loop"
         )
+
+
+def check_groups(**groups: Any) -> None:
+    """Refuse what is no group of ranks, or one of others.
+
+    Args:
+        groups: by the option's name.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, group in groups.items():
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"{name} must be one that this process is in, got one without rank"
+                f" {dist.get_rank()}; make the loop on the ranks of the group alone"
+            )
+        if not (group is None or isinstance(group, dist.ProcessGroup)):
+            raise ValueError(
+                f"{name} must be a torch.distributed.ProcessGroup or None, got {shown(group)};"
+                " give what torch.distributed.new_group returns"
+            )
 
 
 def check_frozen(frozen: Frozen, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

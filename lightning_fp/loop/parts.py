@@ -21,6 +21,7 @@ from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.loop.loop_records import LoopRecords
 from lightning_fp.loop.steps.optimizer_steps import ComputeLoss
 from lightning_fp.loop.watched.plain_loop import PlainLoop
+from lightning_fp.rank_group import is_first
 from lightning_fp.recipes import RolloutRecipe, check_evidence, remarks_on, used_formats
 from lightning_fp.recipes.text import as_plain
 from lightning_fp.rl.origin import SampleOrigin
@@ -33,7 +34,6 @@ from lightning_fp.telemetry import LOSS
 from lightning_fp.telemetry.casts.cast_log import CastLog, CastOptions
 from lightning_fp.telemetry.casts.layer_watch import LayerWatch
 from lightning_fp.telemetry.mismatch.mismatch_log import MismatchLog, MismatchOptions
-from lightning_fp.telemetry.over_ranks import is_first
 from lightning_fp.telemetry.parity_log import ParityLog, ParityOptions
 from lightning_fp.telemetry.rollout.gate_evidence import GateEvidence
 from lightning_fp.telemetry.rollout.staging import Staging, held_by_fallback

@@ -10,10 +10,9 @@ import weakref
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -34,6 +33,7 @@ from lightning_fp.loop.options import (
     Schedulers,
     check_fabric,
     check_frozen,
+    check_groups,
     part_options,
     read_optimizers,
     read_schedulers,
@@ -43,6 +43,7 @@ from lightning_fp.loop.progress_line import ProgressLine
 from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps
 from lightning_fp.loop.steps.training_steps import TrainingSteps, finish, finish_alone
 from lightning_fp.loop.watched.plain_loop import PlainLoop
+from lightning_fp.rank_group import among, is_first, ranks
 from lightning_fp.recipes import RolloutRecipe, read
 from lightning_fp.stability import Parity
 from lightning_fp.stability.accounting import Accounting
@@ -52,10 +53,12 @@ from lightning_fp.state_version import check_version, reads
 from lightning_fp.stepping.base_precision import BaseLike
 from lightning_fp.telemetry.casts.cast_log import CastOptions
 from lightning_fp.telemetry.mismatch.mismatch_log import MismatchOptions
-from lightning_fp.telemetry.over_ranks import is_first, ranks
 from lightning_fp.telemetry.parity_log import ParityOptions
 from lightning_fp.telemetry.run_telemetry import Logger
 from lightning_fp.telemetry.stability.stability_log import StabilityOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # `check_groups` checks it
 
 STATE_VERSION = 1
 
@@ -95,9 +98,10 @@ class PrecisionLoop:
             None: where one process trains. Several meet for it in every measured step.
         fabric: a Lightning Fabric that has set up model and optimizer, in its default precision:
             backward goes through it.
-        scale_group: the ranks that share scales of layers of one name; None: all. Ranks may have
-            layers of their own, as stages of a pipeline have, if nothing is on that watches all
-            layers together.
+        group: the ranks that train this model together, where others do something else; None: all.
+        scale_group: those of them that share scales of layers of one name; None: all. Ranks may
+            have layers of their own, as stages of a pipeline have, if nothing is on that watches
+            all layers together.
         dirpath: where records go, for `lightning-fp report`; None writes nothing.
         logger: called with numbers by name and the step, for W&B, TensorBoard, a file; not on other
             ranks.
@@ -141,6 +145,7 @@ class PrecisionLoop:
         stability: bool | Mapping[str, Any] = False,
         mismatch: bool | Mapping[str, Any] | None = None,
         fabric: Fabric | None = None,
+        group: ProcessGroup | None = None,
         scale_group: ProcessGroup | None = None,
         dirpath: str | Path | None = None,
         logger: Logger | None = None,
@@ -165,71 +170,74 @@ class PrecisionLoop:
         check_frozen(frozen, model, optimizers)
         if fabric is not None:
             check_fabric(fabric)
-        measures = ranks() == 1 if mismatch is None else mismatch
-        watch: WatchOptions | None = part_options("fallback", fallback, WatchOptions)
-        options = PartOptions(
-            casts=part_options("monitor", monitor, CastOptions),
-            watch=watch,
-            mismatch=part_options("mismatch", measures, MismatchOptions),
-            parity=part_options("parity", parity, ParityOptions),
-            stability=part_options("stability", stability, StabilityOptions),
-            recipe=None if recipe is None else read(recipe),
-            tokens_per_step=tokens_per_step,
-            max_steps=max_steps,
-            interval=log_every_n_steps,
-        )
-        self.model, self.optimizers, self.schedulers = model, optimizers, schedulers
-        self._precision = LoopPrecision(
-            model,
-            scaling,
-            layers=layers,
-            base=base,
-            backend=backend,
-            fp8_eval=fp8_eval,
-            loss_scaling=loss_scaling,
-            tokens=tokens,
-            frozen=frozen,
-            quantise_like=quantise_like,
-            attention=attention,
-            all_gather=all_gather,
-            example_input=example_input,
-        )
-        device = device_of(model)
-        everyone = meet(self._precision.precision_map, scale_group, options, device)
-        steps = OptimizerSteps(self._precision, model, optimizers, clip_norm)
-        if everyone.differ:
-            steps.guard.over_ranks = everyone.everywhere_true
-        if fabric is not None:
-            steps.backward = fabric.backward
-        if watch is not None and watch.dry_run:
-            steps.guard.skip_nonfinite = self._precision.base.scaler.must_skip
-        settings = {"PrecisionLoop": {**self._precision.settings(), "clip_norm": clip_norm}}
-        self._records = LoopRecords(
-            self._precision,
-            dirpath,
-            {**settings, **options.settings()},
-            log_every_n_steps,
-            device,
-        )
-        plain = PlainLoop(self._precision, steps, device, schedulers)
-        self._parts = Parts(options, self._precision, self._records, plain, device)
-        progress_line = ProgressLine(progress if is_first() else False, max_steps)
-        self._steps = TrainingSteps(
-            self._precision,
-            steps,
-            self._parts,
-            self._records,
-            schedulers=schedulers,
-            logger=logger,
-            progress=progress_line,
-            interval=log_every_n_steps,
-            device=device,
-        )
-        self.mismatch = Mismatch(self._parts)
-        """Takes log-probabilities of sampled tokens: `loop.mismatch.update(...)`."""
-        self._finished = self._parts, self._records, progress_line
-        # At the end of the program too, where nobody has called `close`.
-        self._end = weakref.finalize(self, finish_alone, *self._finished)
+        check_groups(group=group, scale_group=scale_group)
+        self._group = group
+        with among(group):
+            measures = ranks() == 1 if mismatch is None else mismatch
+            watch: WatchOptions | None = part_options("fallback", fallback, WatchOptions)
+            options = PartOptions(
+                casts=part_options("monitor", monitor, CastOptions),
+                watch=watch,
+                mismatch=part_options("mismatch", measures, MismatchOptions),
+                parity=part_options("parity", parity, ParityOptions),
+                stability=part_options("stability", stability, StabilityOptions),
+                recipe=None if recipe is None else read(recipe),
+                tokens_per_step=tokens_per_step,
+                max_steps=max_steps,
+                interval=log_every_n_steps,
+            )
+            self.model, self.optimizers, self.schedulers = model, optimizers, schedulers
+            self._precision = LoopPrecision(
+                model,
+                scaling,
+                layers=layers,
+                base=base,
+                backend=backend,
+                fp8_eval=fp8_eval,
+                loss_scaling=loss_scaling,
+                tokens=tokens,
+                frozen=frozen,
+                quantise_like=quantise_like,
+                attention=attention,
+                all_gather=all_gather,
+                example_input=example_input,
+            )
+            device = device_of(model)
+            everyone = meet(self._precision.precision_map, scale_group, options, device)
+            steps = OptimizerSteps(self._precision, model, optimizers, clip_norm)
+            if everyone.differ:
+                steps.guard.over_ranks = everyone.everywhere_true
+            if fabric is not None:
+                steps.backward = fabric.backward
+            if watch is not None and watch.dry_run:
+                steps.guard.skip_nonfinite = self._precision.base.scaler.must_skip
+            settings = {"PrecisionLoop": {**self._precision.settings(), "clip_norm": clip_norm}}
+            self._records = LoopRecords(
+                self._precision,
+                dirpath,
+                {**settings, **options.settings()},
+                log_every_n_steps,
+                device,
+            )
+            plain = PlainLoop(self._precision, steps, device, schedulers)
+            self._parts = Parts(options, self._precision, self._records, plain, device)
+            progress_line = ProgressLine(progress if is_first() else False, max_steps)
+            self._steps = TrainingSteps(
+                self._precision,
+                steps,
+                self._parts,
+                self._records,
+                schedulers=schedulers,
+                logger=logger,
+                progress=progress_line,
+                interval=log_every_n_steps,
+                device=device,
+            )
+            self.mismatch = Mismatch(self._parts)
+            """Takes log-probabilities of sampled tokens: `loop.mismatch.update(...)`."""
+            self._finished = self._parts, self._records, progress_line, group
+            # At the end of the program too, where nobody has called `close`.
+            self._end = weakref.finalize(self, finish_alone, *self._finished)
 
     # -- what one reads -------------------------------------------------------------------------
 
@@ -309,9 +317,11 @@ class PrecisionLoop:
         Raises:
             ValueError: for an empty list, or a loss that is no scalar with a gradient.
         """
-        return self._steps.step(compute_loss, batch)
+        with among(self._group):
+            return self._steps.step(compute_loss, batch)
 
-    def training_step(self, batch: Any = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def training_step(self, batch: Any = None) -> Generator[None, None, None]:
         """One optimizer step of a loop that cannot hand over a function.
 
         Within the block run forward, and `loop.backward(loss)` once for each micro-batch; gradients
@@ -323,7 +333,8 @@ class PrecisionLoop:
         Raises:
             ValueError: for an optimizer that calls its closure itself; if nothing ran backward.
         """
-        return self._steps.block(batch)
+        with among(self._group), self._steps.block(batch):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Backward within `training_step`, of the loss in its scale.
@@ -354,7 +365,8 @@ class PrecisionLoop:
         another precision. What the watch and the recipe do between two steps they do here, so call
         it alike on all ranks.
         """
-        self._steps.settle()
+        with among(self._group):
+            self._steps.settle()
         with self._precision.as_trained():
             yield
 

@@ -6,15 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def ranks() -> int:
-    """How many there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_first() -> bool:
-    """Whether this is the rank that writes and speaks."""
-    return ranks() == 1 or dist.get_rank() == 0
+from lightning_fp.rank_group import current_group, ranks
 
 
 def total(value: Tensor) -> Tensor:
@@ -22,7 +14,7 @@ def total(value: Tensor) -> Tensor:
     if ranks() == 1:
         return value
     value = value.clone()
-    dist.all_reduce(value)
+    dist.all_reduce(value, group=current_group())
     return value
 
 

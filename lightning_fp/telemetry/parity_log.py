@@ -15,11 +15,11 @@ from torch import nn
 from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers.table_owner import TableOwner
+from lightning_fp.rank_group import is_first
 from lightning_fp.records.parity import append_parity
 from lightning_fp.stability import Parity, measure_parity
 from lightning_fp.stability.replay.parity import Run
 from lightning_fp.state_version import check_version, reads
-from lightning_fp.telemetry.over_ranks import is_first
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from lightning_fp.stability.replay.budget import INCIDENT
 CAST = 3
 """Operands of a layer that are cast: input, weight, gradient of the output."""
 
-SIGNALS = 6
-"""Numbers of a step's signals: loss, gradient norm, headroom, and three flags."""
+SIGNALS = 8
+"""Numbers of a step's signals: loss, gradient norm, headroom, who has each, and two flags."""
 
 FLOAT, WIDE = 4, 8
-"""Bytes of a number in signals and amaxes, and in statistics."""
+"""Bytes of a number in amaxes and losses, and in signals and statistics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +62,9 @@ def scales(layers: int) -> Traffic:
     return _all_reduced(CAST * FLOAT * layers) if layers else Traffic()
 
 
-def signals(ranks: int) -> Traffic:
-    """Each step: loss, norm and flags of every rank, where a fallback or a loop reads them.
-
-    Args:
-        ranks: all that train.
-    """
-    return Traffic(collectives=1, sent=SIGNALS * FLOAT, received=SIGNALS * FLOAT * ranks)
+def signals() -> Traffic:
+    """Each step: loss, norm and flags, where a fallback or a loop reads them."""
+    return _all_reduced(SIGNALS * WIDE)
 
 
 def look(layers: int) -> Traffic:
@@ -96,21 +92,18 @@ def log_interval(layers: int, *, delayed: int, steps: int, patterns: int = 1) ->
     return statistics + failed + (nonfinite if delayed else Traffic()) + _all_reduced(FLOAT * steps)
 
 
-def per_step(
-    layers: int, ranks: int, *, delayed: int, sample_every: int = 16, log_every: int = 50
-) -> Traffic:
+def per_step(layers: int, *, delayed: int, sample_every: int = 16, log_every: int = 50) -> Traffic:
     """All of it in a healthy run, on average.
 
     Args:
         layers: in low precision.
-        ranks: all that train.
         delayed: of the layers under delayed scaling.
         sample_every: steps of a window, in which one is sampled.
         log_every: steps of a log interval.
     """
     interval = log_interval(layers, delayed=delayed, steps=log_every)
     # The fallback watches what the others cast as well, so all of them have rows.
-    every_step = scales(layers) + signals(ranks)
+    every_step = scales(layers) + signals()
     return every_step + look(layers).every(sample_every) + interval.every(log_every)
 
 

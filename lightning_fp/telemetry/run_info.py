@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_fp.layers import ConversionReport, PrecisionMap
+from lightning_fp.rank_group import ranks
 from lightning_fp.records.run import LayerInfo, RunInfo
-from lightning_fp.telemetry.over_ranks import ranks
 
 _WRAPPERS = ("DistributedDataParallel", "OptimizedModule", "_FabricModule")
 _PACKAGES = ("lightning-fp", "torch", "lightning", "torchao", "transformer-engine")

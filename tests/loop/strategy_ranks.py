@@ -17,8 +17,15 @@ from torch.distributed.checkpoint import save as save_shards
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,6 +77,32 @@ def tensor_parallel(model: TinyGPT) -> nn.Module:
     return _split(model, init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
+def sequence_parallel(model: TinyGPT) -> nn.Module:
+    """As `tensor_parallel`, and between layers each rank has a part of each text."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    split = Shard(1)
+    plan: dict[str, ParallelStyle] = {
+        "norm": SequenceParallel(),
+        "qkv": ColwiseParallel(input_layouts=split, output_layouts=Replicate()),
+        "proj": RowwiseParallel(input_layouts=Replicate(), output_layouts=split),
+        "fc1": ColwiseParallel(input_layouts=split),
+        "fc2": RowwiseParallel(output_layouts=split),
+    }
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    ends: dict[str, ParallelStyle] = {
+        "blocks.0": _laid_out(Replicate(), split),
+        "lm_head": _laid_out(split, Replicate()),
+    }
+    return parallelize_module(model, mesh, ends)
+
+
+def _laid_out(before: Placement, after: Placement) -> PrepareModuleInput:
+    return PrepareModuleInput(
+        input_layouts=before, desired_input_layouts=after, use_local_output=True
+    )
+
+
 def two_dimensions(model: TinyGPT) -> nn.Module:
     """Layers over two ranks, and those shards sharded over the others."""
     mesh = init_device_mesh(
@@ -95,6 +128,7 @@ STRATEGIES: dict[str, Callable[[TinyGPT], nn.Module]] = {
     "fsdp2": fsdp2,
     "hsdp": hsdp,
     "tensor parallel": tensor_parallel,
+    "sequence parallel": sequence_parallel,
     "two dimensions": two_dimensions,
 }
 

@@ -1,4 +1,4 @@
-"""DDP, FSDP2, HSDP, tensor parallelism and both together: alike on all ranks, and as alone."""
+"""DDP, FSDP2, HSDP, tensor and sequence parallelism: alike on all ranks, and as one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.two_ranks import run_on_ranks
 GATHERED = ("fsdp2", "hsdp")
 """Whose weights are sharded over both ranks, and gathered in FP8."""
 
-PARTS = ("tensor parallel", "two dimensions")
+PARTS = ("tensor parallel", "sequence parallel", "two dimensions")
 """Whose sums are made in parts."""
 
 
@@ -54,7 +54,10 @@ of_each = pytest.mark.parametrize(
     [
         "fsdp2",
         "two dimensions",
-        *(pytest.param(name, marks=SLOW) for name in ("ddp", "hsdp", "tensor parallel")),
+        *(
+            pytest.param(name, marks=SLOW)
+            for name in ("ddp", "hsdp", "tensor parallel", "sequence parallel")
+        ),
     ],
     indirect=True,
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_fp.loop.loop_precision import LoopPrecision
@@ -15,8 +16,8 @@ from lightning_fp.loop.loop_records import LoopRecords
 from lightning_fp.loop.parts import Parts
 from lightning_fp.loop.progress_line import ProgressLine
 from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps, check_loss
+from lightning_fp.rank_group import among, is_first, ranks
 from lightning_fp.stepping.gradients import calls_closure_itself
-from lightning_fp.telemetry.over_ranks import is_first, ranks
 from lightning_fp.telemetry.run_telemetry import Logger
 
 
@@ -183,16 +184,23 @@ class TrainingSteps:
         return {**words, **self._parts.words()}
 
 
-def finish(parts: Parts, records: LoopRecords, progress: ProgressLine) -> None:
+def finish(
+    parts: Parts, records: LoopRecords, progress: ProgressLine, group: ProcessGroup | None
+) -> None:
     """The run is over; on all ranks alike. It may come when the steps themselves are gone."""
     progress.close()
-    parts.finish()
-    records.finish(records.run.step)
+    with among(group):
+        parts.finish()
+        records.finish(records.run.step)
 
 
-def finish_alone(parts: Parts, records: LoopRecords, progress: ProgressLine) -> None:
+def finish_alone(
+    parts: Parts, records: LoopRecords, progress: ProgressLine, group: ProcessGroup | None
+) -> None:
     """Other ranks may not come: then what they would have to add is lost."""
-    if ranks() == 1:
-        finish(parts, records, progress)
+    with among(group):
+        alone = ranks() == 1
+    if alone:
+        finish(parts, records, progress, group)
     else:
         progress.close()

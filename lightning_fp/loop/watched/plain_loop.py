@@ -18,6 +18,7 @@ from lightning_fp.layers.regions import compiled_regions
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.loop.steps.optimizer_steps import ComputeLoss, OptimizerSteps, ddp_of
 from lightning_fp.loop.watched.steps_again import IN_BLOCKS, StepsAgain
+from lightning_fp.rank_group import ranks
 from lightning_fp.stability import replay_step
 from lightning_fp.stability.keep.batch_ring import RecordedStep
 from lightning_fp.stability.keep.snapshot import Part
@@ -29,7 +30,7 @@ from lightning_fp.stability.supervise.run_state import LOSS_SCALE, SCALES, RunSt
 from lightning_fp.stability.supervise.supervised_loop import TableLoop
 from lightning_fp.stepping.loss_scaler import LossScalePart
 from lightning_fp.stepping.run_fingerprint import look_at_run
-from lightning_fp.telemetry.over_ranks import any_rank, mean, ranks
+from lightning_fp.telemetry.over_ranks import any_rank, mean
 
 
 class PlainLoop(TableLoop):

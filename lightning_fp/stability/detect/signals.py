@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_NO_NORM = -1.0
-"""Stands for "no norm": below every norm, so that a maximum over ranks leaves it aside."""
+from lightning_fp.numerics.combining import wide_dtype
+from lightning_fp.rank_group import current_group, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,15 @@ class StepSignals:
     """Mean over micro-batches and ranks; None if the step had none."""
 
     grad_norm: float | None
-    """Largest over ranks, before clipping; None if nothing stepped."""
+    """Before clipping, mean over ranks: those that exchange gradients have one. None if nothing
+    stepped."""
 
     lr: float | None
     """Of the first parameter group."""
 
     headroom: float | None
-    """Least headroom of any operand under delayed scaling, in bits; None if there is none."""
+    """Least headroom of any operand under delayed scaling, in bits, mean over ranks: those that
+    share scales have one. None if there is none."""
 
     skipped: bool
     """Whether the step was left out, on any rank."""
@@ -90,26 +92,27 @@ class SignalQueue:
             device: where collectives run.
             failed: whether who watches has failed on this rank.
         """
-        # Whatever is missing has a value all the same, and one shape: each rank takes part in the
-        # collective below, whether its step had a loss or not. A maximum keeps a NaN.
-        nothing = torch.full((), torch.nan, device=device)
+        none = torch.zeros((), dtype=wide_dtype(device), device=device)
         norm = torch.stack([n.float().to(device) for n in grad_norms]) if grad_norms else None
+        seen = (
+            loss,
+            None if norm is None else torch.linalg.vector_norm(norm, dtype=none.dtype),
+            None if headroom is None or headroom.numel() == 0 else headroom.amin(),
+        )
+        left_out = torch.stack([s.to(device) for s in skipped]).any() if skipped else none
+        # Whatever is missing is 0 of 0, and all have one shape: each rank takes part in the
+        # collective below, whether its step had a loss or not. Sums are wide, so that the mean of
+        # equal numbers is that number. Filled and not copied from the host, which would wait.
+        there = torch.ones_like(none)
         parts = [
-            nothing if loss is None else loss.detach().float().to(device),
-            torch.full_like(nothing, _NO_NORM) if norm is None else torch.linalg.vector_norm(norm),
-            # from here on "none" is minus infinity, which a maximum leaves aside
-            torch.full_like(nothing, -torch.inf)
-            if headroom is None or headroom.numel() == 0
-            else -headroom.amin().to(device),
-            torch.zeros_like(nothing)
-            if not skipped
-            else torch.stack([s.to(device) for s in skipped]).any().float(),
-            torch.full_like(nothing, loss is not None),  # a fill: copying from the host waits
-            torch.full_like(nothing, failed),
+            *(none if each is None else each.detach().to(none) for each in seen),
+            *(none if each is None else there for each in seen),
+            left_out.to(none),
+            there if failed else none,
         ]
         values = torch.stack(parts)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            values = _over_ranks(values)
+        if ranks() > 1:
+            dist.all_reduce(values, group=current_group())
         ready: torch.cuda.Event | None = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -136,26 +139,16 @@ class SignalQueue:
         return taken
 
 
-def _over_ranks(values: Tensor) -> Tensor:
-    """Mean of the losses there are, maximum of all else, in one collective."""
-    ranks = dist.get_world_size()
-    gathered = [torch.empty_like(values) for _ in range(ranks)]
-    dist.all_gather(gathered, values)
-    table = torch.stack(gathered)
-    has_loss = table[:, 4] > 0
-    losses = torch.where(has_loss, table[:, 0], 0.0)
-    loss = losses.sum() / has_loss.sum()  # NaN where no rank has one, or one's is NaN
-    return torch.stack([loss, *table[:, 1:].amax(dim=0)])
-
-
 def _read(pending: _Pending) -> StepSignals:
-    loss, norm, headroom, skipped, has_loss, failed = pending.values.tolist()
+    *sums_and_counts, skipped, failed = pending.values.tolist()
+    sums, counts = sums_and_counts[:3], sums_and_counts[3:]
+    loss, norm, headroom = (s / n if n else None for s, n in zip(sums, counts, strict=True))
     return StepSignals(
         step=pending.step,
-        loss=loss if has_loss else None,
-        grad_norm=None if norm == _NO_NORM else norm,
+        loss=loss,
+        grad_norm=norm,
         lr=pending.lr,
-        headroom=None if headroom == -math.inf else -headroom,
+        headroom=None if headroom == math.inf else headroom,  # of layers that saw nothing
         skipped=bool(skipped),
         failed=bool(failed),
     )

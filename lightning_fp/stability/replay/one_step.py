@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_fp.layers import FormatLike, PrecisionMap
 from lightning_fp.layers.statistics_table import StatisticsTable, observable
 from lightning_fp.numerics.combining import wide_dtype
+from lightning_fp.rank_group import current_group, ranks
 from lightning_fp.stability.keep.random_state import RandomState
 from lightning_fp.stability.replay.untouched import untouched
 
@@ -154,10 +155,10 @@ def on_all_ranks(replay: Callable[[], Replay], device: torch.device) -> Replay:
 
 
 def _worst_of_ranks(outcome: Outcome, device: torch.device) -> Outcome:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if ranks() == 1:
         return outcome
     code = torch.tensor(_OUTCOMES.index(outcome), device=device)
-    dist.all_reduce(code, op=dist.ReduceOp.MAX)
+    dist.all_reduce(code, op=dist.ReduceOp.MAX, group=current_group())
     return _OUTCOMES[int(code)]
 
 
@@ -195,16 +196,16 @@ def compare(one: Replay, other: Replay, model: nn.Module, table: PrecisionMap) -
     device = losses[0].device
     everything = [*losses, torch.ones((), device=device), *(s.to(device) for s in sums)]
     flat = torch.cat([value.double().reshape(-1) for value in everything])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(flat)
+    if ranks() > 1:
+        dist.all_reduce(flat, group=current_group())
     values: list[float] = flat.tolist()
-    ranks, rows = values[2], [values[i : i + 3] for i in range(3, len(values), 3)]
+    count, rows = values[2], [values[i : i + 3] for i in range(3, len(values), 3)]
     by_layer: dict[str, list[list[float]]] = {name: [] for name in table.layers}
     for name, row in zip(names, rows, strict=True):
         if name is not None:
             by_layer[name].append(row)
     return Comparison(
-        losses=(values[0] / ranks, values[1] / ranks),
+        losses=(values[0] / count, values[1] / count),
         all=_gap(rows),
         layers={name: _gap(rows) for name, rows in by_layer.items()},
     )

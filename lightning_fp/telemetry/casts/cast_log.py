@@ -22,6 +22,7 @@ from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
 from lightning_fp.layers.statistics_table import observable
 from lightning_fp.layers.table_owner import TableOwner
+from lightning_fp.rank_group import is_first
 from lightning_fp.records import StatisticsRows, StatisticsWriter, statistics_rows
 from lightning_fp.state_version import check_version, reads
 from lightning_fp.telemetry.casts.remedies import Limits, Warnings
@@ -34,7 +35,7 @@ from lightning_fp.telemetry.casts.summary import (
     summary,
 )
 from lightning_fp.telemetry.failsafe import Failsafe
-from lightning_fp.telemetry.over_ranks import any_rank, is_first
+from lightning_fp.telemetry.over_ranks import any_rank
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
 
 log = logging.getLogger(__name__)

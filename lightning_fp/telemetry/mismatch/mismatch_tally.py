@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from lightning_fp.metrics import TrainingInferenceMismatch
 from lightning_fp.metrics.mismatch_names import ALIASES, Aliases
+from lightning_fp.rank_group import current_group, ranks
 from lightning_fp.rl.causes import Causes, CauseSums, cause_sums, causes_of, merged
 from lightning_fp.rl.origin import SampleOrigin
 from lightning_fp.shown import a_kind
-from lightning_fp.telemetry.over_ranks import ranks, total
+from lightning_fp.telemetry.over_ranks import total
 
 _PARTS = ("rollout_logprobs", "train_logprobs", "mask")
 
@@ -37,7 +38,9 @@ class MismatchTally:
         self.causes: Causes | None = None
         """What the mismatch came from in the step that `values` told of last; None where nothing
         was given to tell by."""
-        self._metric = TrainingInferenceMismatch(aliases, threshold=threshold)
+        self._metric = TrainingInferenceMismatch(
+            aliases, threshold=threshold, process_group=current_group()
+        )
         self._updates = 0
         self._sums: CauseSums | None = None
 
@@ -135,7 +138,7 @@ class MismatchTally:
         parts: list[CauseSums | None] = [own]
         if ranks() > 1:
             parts = [None] * ranks()
-            dist.all_gather_object(parts, own)
+            dist.all_gather_object(parts, own, group=current_group())
         given = [part for part in parts if part is not None]
         return causes_of(merged(given)) if given else None
 

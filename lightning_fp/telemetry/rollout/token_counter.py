@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_fp.telemetry.over_ranks import ranks, total
+from lightning_fp.rank_group import ranks
+from lightning_fp.telemetry.over_ranks import total
 
 
 class TokenCounter:

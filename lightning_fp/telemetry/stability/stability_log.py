@@ -20,9 +20,10 @@ from torch.overrides import _get_current_function_mode
 
 from lightning_fp.argument_types import checked
 from lightning_fp.choices import check_at_least
+from lightning_fp.rank_group import current_group, ranks
 from lightning_fp.records.stability import StabilityWriter
 from lightning_fp.telemetry.failsafe import Failsafe
-from lightning_fp.telemetry.over_ranks import any_rank, ranks
+from lightning_fp.telemetry.over_ranks import any_rank
 from lightning_fp.telemetry.run_telemetry import RunTelemetry
 from lightning_fp.telemetry.stability.attention_logits import AttentionLogits
 from lightning_fp.telemetry.stability.forward_signals import ForwardSignals, head_of
@@ -282,9 +283,9 @@ def over_ranks(table: Tensor) -> Tensor:
     there = ~table.isnan()
     filled = torch.where(there, table, 0.0)
     sums = torch.stack([filled, there.float()])
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=current_group())
     largest = torch.where(there, table, -torch.inf)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=current_group())
     takes_max = torch.tensor(
         [False, False, *(signal.combine == "max" for signal in SIGNALS)], device=table.device
     )

@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
 CASES: dict[str, tuple[dict[str, list[float] | None], dict[str, list[float] | None]]] = {
     "plain": (
         {"loss": [2.0], "norms": [1.0], "skipped": [0], "headroom": [1.5, -2.0]},
-        {"loss": [3.0], "norms": [5.0], "skipped": [0], "headroom": [0.5]},
+        {"loss": [3.0], "norms": [5.0], "skipped": [0], "headroom": [0.0]},
     ),
     "a rank without a loss": ({"loss": [2.0], "norms": [1.0]}, {"loss": None, "norms": [2.0]}),
     "no loss at all": ({"loss": None, "norms": [1.0]}, {"loss": None, "norms": [2.0]}),
@@ -26,7 +26,7 @@ CASES: dict[str, tuple[dict[str, list[float] | None], dict[str, list[float] | No
         {"loss": [2.0], "norms": [1.0], "skipped": [0, 1]},
         {"loss": [2.0], "norms": [1.0], "skipped": [0, 0]},
     ),
-    "two optimizers": ({"norms": [3.0, 4.0]}, {"norms": [0.0, 0.0]}),
+    "two optimizers": ({"norms": [3.0, 4.0]}, {"norms": [6.0, 0.0]}),
     "a rank that did not step": ({"norms": [0.25]}, {"norms": []}),
     "nobody stepped": ({"loss": [1.0]}, {"loss": [1.0]}),
     "headroom on one rank": ({"headroom": [3.0]}, {"headroom": None}),
