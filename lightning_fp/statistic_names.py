@@ -52,7 +52,7 @@ def called(statistic: str) -> str:
 
 
 def measured(statistic: str, value: float) -> str:
-    """A statistic's value with its unit, to three digits, or four where it has none.
+    """A statistic's value with its unit: shares as `share` has them, without zeros at the end.
 
     >>> measured("clamped_mass/max", 0.1573), measured("sqnr_db", 4.8647), measured("fallbacks", 0)
     ('15.7%', '4.86 dB', '0')
@@ -65,7 +65,8 @@ def measured(statistic: str, value: float) -> str:
     if not math.isfinite(value):
         return f"{value}"
     if unit == "%":
-        return share(value) if 0 < abs(value) < 1e-4 else f"{value * 100:.3g}%"
+        whole, point, digits = share(value).rstrip("%").partition(".")
+        return f"{whole}{point}{digits.rstrip('0')}".rstrip(".") + "%"
     return f"{value:.3g} {unit}" if unit else f"{value:.4g}"
 
 

@@ -192,7 +192,7 @@ def said(event: Event, low: str = "low precision") -> str:
     elif isinstance(event, Verdict):
         conclusions = _CONCLUSIONS[event.verdict].format(low=low)
         parts[0] = f"{conclusions[0].lower()}{conclusions[1:]}: {event.reason}"
-    return "; ".join(part for part in parts if part)
+    return "; ".join(part for part in parts if part).replace(" -> ", " to ")
 
 
 def errors_alone(event: Event) -> dict[str, float]:

@@ -11,6 +11,7 @@ from lightning_fp.events import WatchFailed
 from lightning_fp.report.read.format_history import ever_low, is_low
 from lightning_fp.report.read.incidents import incidents
 from lightning_fp.report.read.run_records import RunRecords
+from lightning_fp.report.sections.advice import limits_of
 from lightning_fp.report.sections.setting import (
     LATE,
     ended_safer,
@@ -92,7 +93,8 @@ def answer(records: RunRecords) -> Answer:
         )
     if not any(event.kind == "started" for event in records.events):
         word = f"{what} trained; nobody watched for harm"
-        return Answer(tone="open", word=word, cost=cost, advice=_add_a_watch(records))
+        advice = f"{_over_a_limit(records)}{_add_a_watch(records)}"
+        return Answer(tone="open", word=word, cost=cost, advice=advice)
     if records.last_step < (least := _armed(records)):
         word = f"Too short to judge: the watch learns for {counted(least, 'step')}"
         return Answer(tone="open", word=word, cost=cost)
@@ -195,6 +197,24 @@ def _why_never(records: RunRecords) -> str:
     return (
         "Formats over time, below, has what each layer was in, and the events say who changed it."
     )
+
+
+def _over_a_limit(records: RunRecords) -> str:
+    """How many layers' casts were worse than the limits allow at some time; or ""."""
+    if records.statistics is None:
+        return ""
+    limits = limits_of(records.settings)
+    over = {
+        of.layer
+        for of in records.statistics.totals
+        for ranking, limit in limits.items()
+        if (value := of.worst[ranking]) is not None
+        and (value < limit if ranking == "sqnr_db" else value > limit)
+    }
+    if not over:
+        return ""
+    what = "lost more in casts than the limits allow: see Worst operands over time, below."
+    return f"{counted(len(over), 'layer')} {what} "
 
 
 def _add_a_watch(records: RunRecords) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_fp.report.draw.curves import GREY, panel, panels, points, told_apart
-from lightning_fp.report.draw.heatmaps import heatmap, worst_cells
+from lightning_fp.report.draw.heatmaps import NAMES, heatmap, worst_cells
 from lightning_fp.report.draw.marks import undone, undone_in_words
 from lightning_fp.report.draw.parts import Chart, Section, Table
 from lightning_fp.report.draw.sentences import errors_alone, layers_named
@@ -49,9 +49,11 @@ def casts_section(records: RunRecords) -> Section:
             "table": worst_cells(digest.worst[ranking], ranking),
         }
         for ranking in RANKINGS
+        if digest.worst[ranking]
     ]
+    nothing = [f"No {NAMES[name]} anywhere." for name in RANKINGS if not digest.worst[name]]
     hatched = undone_in_words(records.events)
-    return replace(about, charts=charts, text=(hatched,) if hatched else ())
+    return replace(about, charts=charts, text=[*nothing, *([hatched] if hatched else [])])
 
 
 def gradients_section(records: RunRecords) -> Section:

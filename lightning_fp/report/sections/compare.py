@@ -9,10 +9,9 @@ from typing import Any
 from lightning_fp.report.draw.curves import INK, curve, panel, panels, told_apart
 from lightning_fp.report.draw.parts import Section, Table, decibels, duration, number
 from lightning_fp.report.read.cost import RunCost
-from lightning_fp.report.read.format_history import format_histories
+from lightning_fp.report.read.format_history import ever_low, format_histories
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.headline import low_precision
-from lightning_fp.report.sections.missing import always_high
 from lightning_fp.report.sections.over_time import difference
 from lightning_fp.statistic_names import share
 
@@ -69,8 +68,8 @@ def comparison(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Section:
 
 
 def _is_high(run: RunRecords) -> bool:
-    """Whether a run is known to have been in high precision throughout."""
-    return always_high(run) and run.statistics is None
+    """Whether a run was in high precision throughout, as far as it is recorded."""
+    return bool(run.starts) and not ever_low(run) and run.statistics is None
 
 
 def _apart(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:

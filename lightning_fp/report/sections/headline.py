@@ -179,12 +179,12 @@ def _incidents(records: RunRecords) -> str:
         times = "once" if len(cleared) == 1 else f"{len(cleared)} times"
         if climbs:
             looked = f"Something unusual was looked into {times}"
-            return f"{looked}, without a verdict against precision.{climbs}"
+            return f"{looked}, and low precision was not at fault.{climbs}"
         return f"Something went wrong {times}, and replays showed that precision was not to blame."
     if climbs:
         return climbs.strip()
     if any(event.kind in ("suspect", "skip", "demote", "rollback") for event in events):
-        return "Something unusual happened; the events say what was done about it."
+        return "Something unusual happened: What happened, below, says what was done about it."
     failed = any(isinstance(event, WatchFailed) for event in events)
     if not failed and any(event.kind == "started" for event in events):
         return "Nothing went wrong."

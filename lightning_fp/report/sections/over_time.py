@@ -22,6 +22,7 @@ from lightning_fp.report.draw.parts import (
     Table,
     not_recorded,
 )
+from lightning_fp.report.draw.sentences import listed
 from lightning_fp.report.read.format_history import (
     FormatHistory,
     LayerGroup,
@@ -42,8 +43,9 @@ _GATES = 60
 def loss_section(records: RunRecords) -> Section:
     """Loss and gradient norm, with every event."""
     steps, events = records.steps, records.events
-    look = "The loss should fall. The marks beneath it say what was noticed and done, and when."
     marks = lanes(events, records.last_step, name_of_low(records))
+    look = "The loss should fall."
+    look += " The marks beneath it say what was noticed and done, and when." * bool(marks)
     about = Section(id="loss", title="Loss and gradient norm", look=look)
     if steps is None and not marks:
         return replace(about, missing=why_no_loss(records))
@@ -64,7 +66,7 @@ def loss_section(records: RunRecords) -> Section:
     else:
         notes.append(f"The loss: {why_no_loss(records)}")
     chart = panels(
-        "Loss, gradient norm and events by optimizer step",
+        f"{_listed(fields, marks)} by optimizer step",
         _how_to_read(records),
         fields,
         last=records.last_step,
@@ -113,6 +115,14 @@ def difference(name: str, steps: Steps, other: Steps, color: int = 0) -> dict[st
     return curve(name, steps.steps[both], apart, color=color, smooth=True)
 
 
+def _listed(fields: Sequence[dict[str, Any]], marks: Sequence[object]) -> str:
+    """What a chart shows, for its title."""
+    titles = [str(field["title"]) for field in fields]
+    names = [title for title in titles if " minus " not in title] + ["events"] * bool(marks)
+    text = listed(names)
+    return f"{text[0].upper()}{text[1:]}"
+
+
 def _how_to_read(records: RunRecords) -> str:
     """What is drawn."""
     parts = ["Faint: every step. Strong: running mean."]
@@ -147,7 +157,7 @@ def formats_section(records: RunRecords) -> Section:
     used = list(dict.fromkeys(format for group in groups for _, format in group.history))
     rows = [
         {
-            "label": group.label,
+            "label": group.label if groups[1:] else f"all {counted(len(group.layers), 'layer')}",
             "title": counted(len(group.layers), "layer") if group.layers[1:] else group.label,
             "segments": _segments(group.history, last),
         }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_fp.report.draw.curves import GREY, curve, panel, panels, points
+from lightning_fp.report.draw.curves import INK, curve, panel, panels, points
 from lightning_fp.report.draw.parts import Section, Table, duration, not_recorded, number, size
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.run_records import RunRecords
@@ -18,6 +20,9 @@ from lightning_fp.report.sections.missing import (
 )
 from lightning_fp.statistic_names import share
 
+_NO_GAP = 5e-4
+"""Gaps below this share of the loss are called none."""
+
 
 def evaluation_section(records: RunRecords) -> Section:
     """What serving in another precision would cost."""
@@ -25,8 +30,9 @@ def evaluation_section(records: RunRecords) -> Section:
         id="evaluation",
         title="Evaluation gap",
         look=(
-            "The same validation batches in the training formats and in high precision. A gap away"
-            " from 0 means that the model has fitted itself to its formats."
+            "The same validation batches in the training formats and in high precision. Above 0 the"
+            " training formats are the worse ones to serve in; below 0 the model has fitted itself"
+            " to them, and high precision is worse."
         ),
     )
     columns = records.evaluation
@@ -40,7 +46,7 @@ def evaluation_section(records: RunRecords) -> Section:
             "validation loss",
             [
                 points("training formats", at, loss.tolist()),
-                points("high precision", at, high.tolist(), color=GREY),
+                {**points("high precision (dots)", at, high.tolist(), color=INK), "dotted": True},
             ],
             height=140,
         ),
@@ -54,7 +60,18 @@ def evaluation_section(records: RunRecords) -> Section:
     ]
     look = "Where the two lines part, one of the two ways to serve the model is worse."
     chart = panels("Validation loss in two precisions", look, fields, last=records.last_step)
-    return replace(about, charts=(chart,))
+    return replace(about, charts=(chart,), text=_last_gap(at, gap.tolist()))
+
+
+def _last_gap(at: Sequence[float], gap: Sequence[float]) -> tuple[str, ...]:
+    """The gap of the last validation, in words."""
+    known = [(step, value) for step, value in zip(at, gap, strict=True) if math.isfinite(value)]
+    if not known:
+        return ()
+    step, value = known[-1]
+    side = "higher" if value > 0 else "lower"
+    than = f"{share(abs(value))} {side} than" if abs(value) >= _NO_GAP else "the same as"
+    return (f"At the last validation, step {int(step):,}, the loss was {than} in high precision.",)
 
 
 def mismatch_section(records: RunRecords) -> Section:
@@ -124,7 +141,8 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
         text.append(f"Times: {why_no_loss(records)}")
     if records.finished is None and cost.attempted:
         text.append(
-            "The run has not written its own account of its steps: this is made from events."
+            "What became of the steps is counted from what is recorded: the run wrote no account"
+            " of its own, as PrecisionFallback does at the end."
         )
     return Section(
         id="cost",

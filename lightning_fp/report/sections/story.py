@@ -89,7 +89,11 @@ def _happenings(records: RunRecords) -> Iterator[_Happening]:
             if any(event is part for part in inside) or (stage and type(event) is FormatChange):
                 continue
             kind = _kind(event, id(event) in changes)
-            if kind:
+            told = kind == "alarm" and any(
+                isinstance(other, FormatChange) and other.reason == event.reason
+                for other in together
+            )
+            if kind and not told:
                 yield _Happening(step=step, kind=kind, events=(event,))
 
 

@@ -14,7 +14,7 @@ from lightning_fp.report.draw.curves import curve, panel, panels
 from lightning_fp.report.draw.heatmaps import NAMES, UNITS
 from lightning_fp.report.draw.marks import undone
 from lightning_fp.report.draw.parts import Chart, Section
-from lightning_fp.report.read.digest import RANKINGS, OperandHistory, Ranking
+from lightning_fp.report.read.digest import RANKINGS, Cell, OperandHistory, Ranking
 from lightning_fp.report.read.format_history import FormatHistory, format_histories
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import backend_of, limits_of
@@ -42,7 +42,7 @@ class Course:
     """Steps at which it was over the limit."""
 
     lasts: bool
-    """Whether the last measurement was."""
+    """Whether it was in the last quarter of the measurements."""
 
     def worst_beside_limit(self) -> str:
         """E.g. "underflow 80% (limit 25%)"."""
@@ -75,7 +75,7 @@ def courses(history: OperandHistory, limits: Mapping[Ranking, float]) -> list[Co
                 limit=limit,
                 worst=(min if low_is_bad else max)(value for _, value in known),
                 over=over,
-                lasts=bool(over) and over[-1] == known[-1][0],
+                lasts=bool(over) and over[-1] >= known[-max(1, len(known) // 4)][0],
             )
         )
     return found
@@ -93,7 +93,7 @@ def worst_section(records: RunRecords) -> Section:
         return replace(about, text=("No operand has lost anything.",))
     standing = [courses(history, limits) for history in chosen]
     if not any(course.over for each in standing for course in each):
-        return replace(about, text=(_all_within(standing, limits),))
+        return replace(about, text=(_all_within(digest.worst, limits),))
     formats = format_histories(records)
     charts = [
         _chart(history, each, formats, records)
@@ -107,27 +107,26 @@ def worst_section(records: RunRecords) -> Section:
     if lasting:
         verb = "is" if lasting == 1 else "are"
         text = (
-            f"{counted(lasting, 'operand')} {verb} still over a limit at the end of what was"
-            " measured: see what to do beneath each."
+            f"{counted(lasting, 'operand')} {verb} still over a limit now and then in the last"
+            " quarter of the measurements: each chart says what to do."
         )
     else:
         text = (
-            "All of these are over: at the end every operand is within its limits. Nothing to do."
+            "All of this has passed: at the end every operand is within its limits. Nothing to do."
         )
     stamp = "A value is the worst of the log interval that ends at its step."
     return replace(about, charts=charts, small=True, text=(f"{text} {stamp}",))
 
 
-def _all_within(standing: Sequence[Sequence[Course]], limits: Mapping[Ranking, float]) -> str:
+def _all_within(cells: Mapping[Ranking, Sequence[Cell]], limits: Mapping[Ranking, float]) -> str:
     """Nothing was over a limit: the worst values beside the limits."""
-    worst: list[str] = []
-    for ranking in RANKINGS:
-        values = [c.worst for each in standing for c in each if c.ranking == ranking]
-        if values:
-            value = (min if ranking == "sqnr_db" else max)(values)
-            of = Course(ranking=ranking, limit=limits[ranking], worst=value, over=(), lasts=False)
-            worst.append(of.worst_beside_limit())
-    return f"Every operand was within its limits at all times. The worst: {', '.join(worst)}."
+    worst = [
+        Course(ranking=ranking, limit=limits[ranking], worst=found[0].value, over=(), lasts=False)
+        for ranking, found in cells.items()
+        if found
+    ]
+    listed = ", ".join(course.worst_beside_limit() for course in worst)
+    return f"Every operand was within its limits at all times. The worst: {listed}."
 
 
 def _chart(

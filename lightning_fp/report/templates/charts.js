@@ -149,16 +149,19 @@
   };
   // Steps that were undone are hatched: what is drawn there is no longer part of the model.
   let patterns = 0;
-  const hatch = (svgNode, stretches, x, top, height, named) => {
+  const hatch = (svgNode, stretches, x, top, height, look = "hatch") => {
     if (!stretches || !stretches.length) return;
     const id = `hatch${patterns++}`;
     const pattern = svg("pattern", { id, width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg("defs", {}, svgNode));
-    svg("rect", { class: "hatch", width: 2, height: 7 }, pattern);
+    svg("rect", { class: look, width: 2, height: 7 }, pattern);
     for (const [from, to] of stretches) {
       const width = Math.max(1, x(to) - x(from));
       svg("rect", { x: x(from), y: top, width, height, fill: `url(#${id})` }, svgNode);
-      if (named && width > 46) svg("text", { class: "undone", x: x(from) + width / 2, y: top + 11, "text-anchor": "middle" }, svgNode, "undone");
     }
+  };
+  const nameUndone = (svgNode, stretches, x, y) => {
+    for (const [from, to] of stretches || [])
+      if (x(to) - x(from) > 46) svg("text", { class: "undone", x: (x(from) + x(to)) / 2, y, "text-anchor": "middle" }, svgNode, "undone");
   };
   const drawLanes = (svgNode, lanes, x, left, top, width) => lanes.map((lane, i) => {
     const y = top + i * LANE + LANE / 2;
@@ -222,7 +225,7 @@
     const fieldsHeight = spec.panels.reduce((sum, field) => sum + field.height + GAP, 0);
     const bottom = fieldsHeight + spec.lanes.length * LANE + 4;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, height: bottom + 22, "aria-hidden": "true" }, el);
-    hatch(picture, spec.undone, x, 18, fieldsHeight - 18, true);
+    hatch(picture, spec.undone, x, 18, fieldsHeight - 18);
     const through = spec.lanes.flatMap((lane) => lane.marks).filter((mark) => WHOLE_HEIGHT.includes(mark.shape));
     if (through.length <= 40)
       for (const mark of through) svg("line", { class: "through", x1: x(mark.step), x2: x(mark.step), y1: 18, y2: bottom }, picture);
@@ -246,7 +249,7 @@
           line.low.forEach((v, i) => { if (v !== null) area += `M${xs[i].toFixed(1)} ${y(line.high[i]).toFixed(1)}V${(y(v) + 0.5).toFixed(1)}`; });
           svg("path", { d: area, stroke, opacity: 0.3, fill: "none" }, picture);
         }
-        if (!line.dotted || !line.smooth) svg("path", { class: line.smooth ? "raw" : "raw alone", stroke, d: path(xs, line.values.map(height)) }, picture);
+        if (!line.dotted || !line.smooth) svg("path", { class: line.dotted ? "mean dots" : line.smooth ? "raw" : "raw alone", stroke, d: path(xs, line.values.map(height)) }, picture);
         if (line.smooth) svg("path", { class: line.dotted ? "mean dots" : "mean", stroke, d: path(xs, line.smooth.map(height)), }, picture);
         if (line.points)
           line.values.forEach((v, i) => { if (v !== null) svg("circle", { cx: xs[i], cy: y(v), r: 2.5, fill: stroke }, picture); });
@@ -269,6 +272,7 @@
     drawLanes(picture, spec.lanes, x, left, fieldsHeight + 4, width);
     drawSteps(picture, x, spec.first, spec.last, left, width, bottom);
     drawKey(el, spec.lanes);
+    nameUndone(picture, spec.undone, x, 13);
     const cursor = svg("line", { class: "cursor", y1: 18, y2: bottom, visibility: "hidden" }, picture);
     let here = spec.first;
     const show = (step, y) => {
@@ -329,7 +333,7 @@
           svg("text", { class: "inside", x: a + 6, y: i * row + row / 2 + 4, style: `fill: var(${high.has(part.name) ? "--on-grey" : "--on-fill"})` }, picture, part.name);
       }
     });
-    hatch(picture, spec.undone, x, 0, spec.rows.length * row);
+    hatch(picture, spec.undone, x, 0, spec.rows.length * row, "hatch-out");
     drawLanes(picture, lanes, x, left, spec.rows.length * row + 2, width);
     drawSteps(picture, x, 0, spec.last, left, width, bottom);
     drawKey(el, lanes);
@@ -361,7 +365,7 @@
 
   const RAMPS = {
     light: { fine: [[238, 243, 249], [36, 96, 160]], bad: [[244, 170, 96], [168, 58, 0]] },
-    dark: { fine: [[30, 38, 48], [98, 172, 236]], bad: [[214, 122, 36], [255, 222, 160]] },
+    dark: { fine: [[34, 44, 56], [98, 172, 236]], bad: [[150, 88, 36], [255, 142, 40]] },
   };
   const mixed = ([a, b], t) => a.map((v, i) => Math.round(v + (b[i] - v) * Math.max(0, Math.min(1, t))));
   const GOOD = 32; // dB that no 8-bit cast needs to exceed

@@ -156,3 +156,17 @@ def test_steps_of_a_resumed_run(tmp_path: Path) -> None:
     assert found.grad_norms.isnan().tolist() == [True, False, True]
     assert (found.repeated, found.repeated_seconds) == (2, 1.0)
     assert found.seconds_per_step() == 0.25
+
+
+def test_replays_stand_beside_their_limit() -> None:
+    budget = {"replay_incident": 384.0, "replay_share": 0.05}
+    account = {"attempted": 480.0, "useful": 480.0, "replayed": 363.0}
+    events = (
+        Started(step=0, reason="", numbers=budget),
+        Note(step=480, reason="", numbers=account),
+    )
+    records = RunRecords(path=Path(), name="run", events=events)
+    assert run_cost(records).replays_in_words() == (
+        "Replays took 363 training steps, 76% of the run's own 480. The limit is 384 steps plus 5%"
+        " of the run's own: 408 in a run of this length."
+    )
