@@ -13,6 +13,7 @@ from lightning_fp import DivergenceDetector
 from lightning_fp.loop import PrecisionLoop
 from lightning_fp.records import read_events
 from lightning_fp.stability.supervise.compile_clock import CompileClock
+from tests import forked
 
 
 def test_it_counts_while_it_runs() -> None:
@@ -85,3 +86,28 @@ def test_a_demotion_says_what_the_next_step_waits_for(tmp_path: Path) -> None:
     )
     assert f"{first.numbers['compile_seconds']:.1f} s" in demoted[0].action
     assert after.step == demoted[0].step
+
+
+@pytest.mark.slow
+def test_a_resumed_run_takes_from_torchs_cache_what_was_compiled(tmp_path: Path) -> None:
+    """The generated code; graphs before it are traced anew, as autograd functions are in them."""
+
+    def run() -> dict[str, Any]:
+        """In a process of its own."""
+        log, cache = tmp_path / "log", str(tmp_path / "cache")
+        rank = forked.start(
+            "tests.stability.supervise.compiled_run",
+            tmp_path,
+            log=log,
+            environment={"TORCHINDUCTOR_CACHE_DIR": cache},
+        )
+        rank.join(600)
+        assert rank.exitcode == 0, log.read_text()[-4000:]
+        return torch.load(tmp_path / "found.pt", weights_only=True)
+
+    first, resumed = run(), run()
+    compiled = first["counters"]["fxgraph_cache_miss"]
+    assert compiled > 0
+    assert resumed["counters"]["fxgraph_cache_hit"] == compiled
+    assert "fxgraph_cache_miss" not in resumed["counters"]
+    assert resumed["waited"] == [0, 2]  # steps at which a process said what it waited for
