@@ -19,6 +19,7 @@ from lightning_fp.stability.loss_scaling import LossScaling
 from lightning_fp.stepping.base_answers import BaseAnswers
 from lightning_fp.stepping.base_precision import Base, BaseLike, base_precision, read_base
 from lightning_fp.stepping.gradients import clip_by_norm, gradient_norm
+from lightning_fp.stepping.half_checks import sees_scaled_gradients
 from lightning_fp.stepping.scaled_derivatives import hold_scale
 
 
@@ -43,6 +44,7 @@ class GuardedPrecision(BaseAnswers, Precision):
         self.base = base_precision(base, loss_scaling, hold_schedulers=hold_schedulers)
         """What everything but the layers computes in."""
         self.precision = base
+        self._looked_for_hooks = False
         self.guard = self._own_guard()
         """Looks at the gradients before each optimizer step, under FP16 or if asked to."""
 
@@ -97,6 +99,10 @@ class GuardedPrecision(BaseAnswers, Precision):
         **kwargs: Any,
     ) -> None:
         """Backward of the scaled loss; hooks have seen the loss itself."""
+        if self.base.scaler.must_skip and not self._looked_for_hooks:
+            self._looked_for_hooks = True
+            if told := sees_scaled_gradients(model):
+                rank_zero_warn(told)
         if kwargs.get("create_graph") and (told := hold_scale(self.base.scaler)):
             rank_zero_warn(told)
         super().backward(self.base.scaler.scaled(tensor), model, optimizer, *args, **kwargs)

@@ -88,11 +88,21 @@ def check_switchable(module: Module) -> None:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that call their closure themselves, such as LBFGS.
+    """Refuse optimizers that call their closure themselves, such as LBFGS, and none at all.
+
+    Args:
+        optimizers: of a fit; empty where nothing is to be trained.
 
     Raises:
         ValueError: naming the optimizer.
     """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if optimizers and not any(group["params"] for group in groups):
+        raise ValueError(
+            "configure_optimizers must return an optimizer with FP16, got none: gradients have the"
+            " loss scale in them until it steps, and whoever steps otherwise would apply it; return"
+            " the optimizer, or train in bf16"
+        )
     for optimizer in optimizers:
         if calls_closure_itself(optimizer):
             raise ValueError(
@@ -100,3 +110,19 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 " several times in a step, between which no loss scale could be taken out; train"
                 " in bf16, or use another optimizer"
             )
+
+
+def sees_scaled_gradients(module: Module) -> str:
+    """A line where somebody takes gradients before the loss scale is out of them; else "".
+
+    Args:
+        module: with the hooks it has where a backward begins.
+    """
+    hooked = [n for n, p in module.named_parameters() if p._post_accumulate_grad_hooks]
+    if not hooked:
+        return ""
+    return (
+        f"post-accumulate-grad hooks, as {hooked[0]} has, see gradients with the FP16 loss scale in"
+        " them: an optimizer that steps there applies the scale too; let it step after backward, or"
+        " train in bf16"
+    )

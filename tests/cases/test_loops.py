@@ -349,6 +349,53 @@ def test_derivatives_of_gradients_under_a_large_loss_scale_are_warned_of(tmp_pat
         fit(made(Curved), plugin, tmp_path, limit_train_batches=1)
 
 
+class StepsInBackward(Program):
+    """Steps as each gradient arrives, so that no two are in memory at a time."""
+
+    returned = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.head.parameters(), 1e-3) if self.returned else None
+
+    def on_train_start(self) -> None:
+        def step(parameter: Tensor) -> None:
+            with torch.no_grad():
+                parameter.sub_(parameter.grad, alpha=1e-3)
+            parameter.grad = None
+
+        for parameter in self.body.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch))
+
+
+@pytest.mark.compatibility(
+    "loops",
+    "optimizers that step in hooks of gradients",
+    "works with a note",
+    "they see the loss scale: FP16 refuses a run that has no others, and warns otherwise",
+)
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize("returned", [True, False])
+def test_optimizers_that_step_in_backward(tmp_path: Path, returned: bool) -> None:
+    plain, ours = (made(StepsInBackward, returned=returned) for _ in range(2))
+    fit(plain, "32-true", tmp_path)
+    fit(ours, FP8Precision("high", base="32-true"), tmp_path)
+    assert torch.equal(weights(ours), weights(plain))
+    half = made(StepsInBackward, returned=returned)
+    if returned:
+        with pytest.warns(UserWarning, match=r"as body.0.weight has, see gradients with the FP16"):
+            fit(half, FP16Precision(), tmp_path, limit_train_batches=1)
+    else:
+        with pytest.raises(ValueError, match="must return an optimizer with FP16, got none"):
+            fit(half, FP16Precision(), tmp_path)
+
+
 class Elsewhere(L.Callback):
     """A later Trainer of another precision is to have its own."""
 
