@@ -28,7 +28,7 @@ def wrapped(kind: str, compiled: bool) -> nn.Module:
         for block in model.blocks:  # pyright: ignore
             fully_shard(block)
         return fully_shard(model)
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, static_graph=kind == "static graph")
 
 
 def train(directory: Path, kind: str, rank: int, *, compiled: bool) -> dict[str, object]:
@@ -46,6 +46,8 @@ def train(directory: Path, kind: str, rank: int, *, compiled: bool) -> dict[str,
     )
     rows = text_rows(16 * STEPS)
     losses: list[float] = []
+    # A static graph takes no `no_sync` before it is known, as torch has it.
+    parts = 1 if kind == "static graph" else 2
     for step in range(STEPS):
         batch = rows[16 * step + 8 * rank :][:8]
 
@@ -55,7 +57,7 @@ def train(directory: Path, kind: str, rank: int, *, compiled: bool) -> dict[str,
             bad = step == 9 and rank == 1 and loop.global_step == 9
             return loss * float("nan") if bad else loss
 
-        losses.append(float(loop.step(compute, [batch[:4], batch[4:]])))
+        losses.append(float(loop.step(compute, list(batch.chunk(parts)))))
         if step == 4:
             loop.precision_map.set("*fc1", "fp8-dynamic")
     try:
@@ -73,6 +75,7 @@ def train(directory: Path, kind: str, rank: int, *, compiled: bool) -> dict[str,
         "formats": loop.precision_map.formats(),
         "skipped": loop.steps.skipped,
         "told": told(directory) if rank == 0 else [],
+        "confined": loop._parts.words().get("watch", ""),
         "losses": losses,
         "mismatch": refused,
     }
@@ -83,7 +86,7 @@ def main(directory: Path, compiled: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     found = {
         kind: train(directory / kind, kind, rank, compiled=compiled)
-        for kind in (("ddp",) if compiled else ("ddp", "fsdp"))
+        for kind in (("ddp",) if compiled else ("ddp", "static graph", "fsdp"))
     }
     torch.save(found, directory / f"rank{rank}.pt")
     dist.barrier()

@@ -30,6 +30,7 @@ def test_both_ranks_decide_alike(compiled: bool, tmp_path: Path) -> None:
         assert kinds.count("skip") == 1
         assert "demote" not in kinds
         assert "rehearsal" in kinds
+        assert one["confined"] == "", "the rehearsal has not passed"
 
 
 def test_a_watch_that_fails_on_one_rank_ends_on_both_and_nobody_waits(tmp_path: Path) -> None:

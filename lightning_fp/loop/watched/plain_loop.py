@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -157,8 +158,8 @@ class PlainLoop(TableLoop):
         """See `SupervisedLoop.fingerprint`."""
         taken = Fingerprint(wanted)
         look_at_run(taken, self.model, self.optimizers, self.table, self._precision.scaler)
-        written = self._written
-        for owner in (self.model, *written):
+        written, ddp = self._written, ddp_of(self.model)
+        for owner in (self.model if ddp is None else ddp.module, *written):
             taken.attributes(owner, list_unseen=owner not in self.optimizers)
         taken.code_of([*self.model.modules(), *written])
         return taken
@@ -199,7 +200,8 @@ def _state_of(precision: LoopPrecision, steps: OptimizerSteps) -> RunState:
         modules: dict[str, object] = {
             f"module {name}": each
             for name, each in model.named_modules()
-            if not is_switchable(each)
+            # Half of what DDP knows of its steps is in C++, where nobody puts it back.
+            if not (is_switchable(each) or isinstance(each, DistributedDataParallel))
         }
         steppers = {f"optimizer {index}": each for index, each in enumerate(steps.optimizers)}
         return {**modules, **steppers}
