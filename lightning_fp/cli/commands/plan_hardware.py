@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from torch import nn
 
 from lightning_fp.cli.loading import UserModel
 from lightning_fp.kernels.cost.data_sheets import DATA_SHEETS, DataSheet, Hardware
+from lightning_fp.kernels.cost.grouped import FEWEST_ROWS, GROUPED_SHARE
 from lightning_fp.kernels.cost.linear import TOKENS
 from lightning_fp.layers import ConversionReport, LinearFormat, linear_format
 from lightning_fp.layers.conversion.prediction import EXPLAINED, Prediction, predict
@@ -49,6 +49,11 @@ class Outlook:
         return DATA_SHEETS[self.hardware]
 
     @property
+    def _layers(self) -> str:
+        experts = any(layer.experts for layer in self.found.layers.values())
+        return "linear layers and experts" if experts else "linear layers"
+
+    @property
     def losing(self) -> list[str]:
         """The layers that would be faster in bf16."""
         return [name for name, layer in self.found.layers.items() if layer.loses]
@@ -59,6 +64,7 @@ class Outlook:
         for row in plan["layers"]:
             layer = self.found.layers.get(row["name"])
             row["predicted_speedup"] = None if layer is None else layer.speedup
+            row["predicted_as_experts"] = 0 if layer is None else layer.experts
             row["flops"] = None if layer is None else layer.flops
             row["bytes"] = None if layer is None else layer.bytes
             row["bytes_bf16"] = None if layer is None else layer.bytes_bf16
@@ -97,11 +103,12 @@ class Outlook:
         alike: dict[tuple[Any, ...], list[str]] = {}
         for name, layer in self.found.layers.items():
             if layer.casting is not None:
-                row = (layer.speedup, layer.bytes_bf16, layer.bytes, layer.flops)
+                row = (layer.experts, layer.speedup, layer.bytes_bf16, layer.bytes, layer.flops)
                 alike.setdefault((_pattern(name), *row), []).append(name)
-        for (pattern, speedup, before, after, flops), names in alike.items():
+        for (pattern, experts, speedup, before, after, flops), names in alike.items():
+            which = names[0] if len(names) == 1 else str(pattern)
             grid.add_row(
-                names[0] if len(names) == 1 else str(pattern),
+                f"{which} ({experts} experts)" if experts else which,
                 f"{speedup:.2f}",
                 f"{before / 1e9:.2f}",
                 f"{after / 1e9:.2f}",
@@ -115,7 +122,7 @@ class Outlook:
         devices = "device" if self.devices == 1 else "devices"
         lines = [
             f"Predicted for {self.devices} {devices}, {where}, compiled; nothing was measured:",
-            f"  linear layers, forward and backward: {self.found.speedup:.2f} x bf16",
+            f"  {self._layers}, forward and backward: {self.found.speedup:.2f} x bf16",
         ]
         whole = self.found.speedup_end_to_end
         if whole is None:
@@ -130,7 +137,7 @@ class Outlook:
             lines.append(f"  leave out, faster in bf16: {', '.join(names[:4])}{more}")
         before, after = self.kept
         lines.append(
-            f"  memory: {before / 1e9:.1f} GB kept for backward by linear layers in bf16,"
+            f"  memory: {before / 1e9:.1f} GB kept for backward by {self._layers} in bf16,"
             f" {after / 1e9:.1f} GB as planned; {self.found.optimizer_bytes / 1e9:.1f} GB of"
             f" weights, gradients and Adam's moments; the card has {self.card.memory / 1e9:.0f} GB"
         )
@@ -190,10 +197,10 @@ def outlook(
         devices=devices,
         gathers_fp8=fp8_all_gather,
         found=here,
-        assumptions=(about, *_assumptions(card, devices)),
+        assumptions=(about, *_assumptions(card, devices), *_of_experts(here)),
         alternatives=_alternatives(here, found, formats, devices, fp8_all_gather),
         compile_seconds=COMPILE_SECONDS * _patterns(formats),
-        kept=_kept(user.model, here),
+        kept=_kept(here),
     )
 
 
@@ -229,6 +236,28 @@ def _assumptions(card: DataSheet, devices: int) -> tuple[str, ...]:
     if devices > 1:
         said.append("weights are sharded over all devices and gathered in bf16 (FSDP2)")
     return tuple(said)
+
+
+def _of_experts(here: Prediction) -> tuple[str, ...]:
+    """What is assumed of experts, where there are any."""
+    experts = [layer for layer in here.layers.values() if layer.experts]
+    if not experts:
+        return ()
+    said = (
+        "all experts of a module see as many tokens; a grouped product reaches"
+        f" {GROUPED_SHARE:.0%} of a single one (pytorch/ao#2490)",
+    )
+    cast = {layer.casting for layer in experts} - {None}
+    apart = sorted(str(each) for each in cast if not here.card.multiplies_groups(str(each)))
+    if apart and here.card.fp8 is not None:
+        said += (
+            "experts have no grouped product in this format here: one after the other, no gain",
+        )
+    if any(layer.casting and layer.tokens < FEWEST_ROWS * layer.experts for layer in experts):
+        said += (
+            f"no gain for experts of fewer than {FEWEST_ROWS} tokens: no public table shows one",
+        )
+    return said
 
 
 def _alternatives(
@@ -279,14 +308,14 @@ def _patterns(formats: Mapping[str, LinearFormat]) -> int:
     return len({tuple(each) for each in blocks.values()})
 
 
-def _kept(model: nn.Module, found: Prediction) -> tuple[float, float]:
-    """Bytes of the inputs of linear layers, which backward needs."""
+def _kept(found: Prediction) -> tuple[float, float]:
+    """Bytes of the inputs of linear layers and experts, which backward needs."""
     before = after = 0.0
-    for name, layer in found.layers.items():
-        inputs = layer.tokens * getattr(model.get_submodule(name), "in_features", 0)
-        before += 2 * inputs
-        # Our kernel keeps the cast input; torchao's keeps the input itself.
-        after += inputs * (1 if layer.casting in ("tensor", "tensor-fused") else 2)
+    for layer in found.layers.values():
+        before += 2 * layer.inputs
+        # Our kernel keeps the cast input; torchao's keeps the input itself, as all do of experts.
+        cast = layer.casting in ("tensor", "tensor-fused") and not layer.experts
+        after += layer.inputs * (1 if cast else 2)
     return before, after
 
 

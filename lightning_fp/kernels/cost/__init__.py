@@ -6,6 +6,7 @@ from lightning_fp._lazy import lazy_names
 
 if TYPE_CHECKING:
     from lightning_fp.kernels.cost.data_sheets import DATA_SHEETS, DataSheet, Hardware
+    from lightning_fp.kernels.cost.grouped import grouped_cost, predicted_grouped_speedup
     from lightning_fp.kernels.cost.linear import (
         LinearCost,
         gains,
@@ -30,7 +31,9 @@ __all__ = [
     # what follows from it
     "LinearCost",
     "gains",
+    "grouped_cost",
     "linear_cost",
+    "predicted_grouped_speedup",
     "predicted_speedup",
     "product_seconds",
     "smallest_that_gains",

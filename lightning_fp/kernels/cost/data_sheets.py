@@ -60,6 +60,9 @@ class DataSheet:
     mx: bool = False
     """Whether MX formats do."""
 
+    groups: bool = False
+    """Whether torch has grouped FP8 products for it, with scales per row."""
+
     bf16_efficiency: float = BF16_EFFICIENCY
     """Share of `bf16` that a product over a very long dimension reaches."""
 
@@ -74,6 +77,14 @@ class DataSheet:
 
     assumed: str = ""
     """What of it no public table shows."""
+
+    def multiplies_groups(self, casting: str) -> bool:
+        """Whether experts are multiplied together, and not one after the other.
+
+        Args:
+            casting: how operands are cast.
+        """
+        return self.groups and (casting == "row" or (casting == "mx" and self.mx))
 
 
 _LIKE_HOPPER = "the efficiencies of its products, for lack of a table: Hopper's"
@@ -121,6 +132,7 @@ DATA_SHEETS: dict[Hardware, DataSheet] = {
         memory=80e9,
         link=450e9,
         multiprocessors=132,
+        groups=True,
         source="NVIDIA H100 data sheet",
     ),
     "h200": DataSheet(
@@ -131,6 +143,7 @@ DATA_SHEETS: dict[Hardware, DataSheet] = {
         memory=141e9,
         link=450e9,
         multiprocessors=132,
+        groups=True,
         source="NVIDIA H200 data sheet",
     ),
     # Efficiencies: torch and CUTLASS on a B200, 1513 and 2545 TFLOP/s for 16384 x 4096 x 6144
@@ -144,6 +157,7 @@ DATA_SHEETS: dict[Hardware, DataSheet] = {
         link=900e9,
         multiprocessors=148,
         mx=True,
+        groups=True,
         bf16_efficiency=0.73,
         fp8_efficiency=0.66,
         source="NVIDIA Blackwell data sheet",

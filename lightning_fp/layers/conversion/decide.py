@@ -22,6 +22,7 @@ from lightning_fp.layers.experts.experts import why_experts_stay
 from lightning_fp.layers.experts.kinds import ExpertsKind, ExpertsShape, kind_of, shape_of
 from lightning_fp.layers.experts.rows import NAME, without_history
 from lightning_fp.layers.format import NAMED_FORMATS, LinearFormat
+from lightning_fp.layers.layer_names import fold_names
 from lightning_fp.layers.linear import (
     CAST_DTYPES,
     first_parameter,
@@ -241,7 +242,10 @@ def _check_something_to_do(
     if all(decision.reason is not None for decision in decisions.values()) and any(
         decision.by_default for decision in decisions.values()
     ):
-        shown = [f"{name}: {decision.reason}" for name, decision in decisions.items()][:8]
+        alike: dict[str, list[str]] = {}
+        for name, decision in decisions.items():
+            alike.setdefault(str(decision.reason), []).append(name)
+        shown = [f"{', '.join(fold_names(names)[:4])}: {why}" for why, names in alike.items()][:8]
         raise ValueError(
             "nothing to convert: every linear layer was left in high precision ("
             + "; ".join(shown)

@@ -7,7 +7,7 @@ launches, waits. That share is taken from public runs in bf16 alone, and stays w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ from lightning_fp.kernels.cost.data_sheets import (
     DataSheet,
     Hardware,
 )
+from lightning_fp.kernels.cost.grouped import grouped_cost, predicted_grouped_speedup
 from lightning_fp.kernels.cost.linear import TOKENS, LinearCost, linear_cost, predicted_speedup
 from lightning_fp.kernels.cost.passes import Casting
 from lightning_fp.layers.conversion.casting import casting_of
 from lightning_fp.layers.conversion.work import Work, example_work, guessed_input
+from lightning_fp.layers.experts.experts import FPExperts, is_switchable_experts
+from lightning_fp.layers.experts.kinds import experts_per_token
 from lightning_fp.layers.format import LinearFormat, linear_format
 from lightning_fp.layers.linear import has_formats
 from lightning_fp.layers.rules import clean_named_modules
@@ -46,7 +49,7 @@ them written."""
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPrediction:
-    """One layer, for one micro-batch."""
+    """One layer, or the experts of one row, for one micro-batch."""
 
     casting: Casting | None
     """How its operands are cast; None: it stays in high precision."""
@@ -69,6 +72,12 @@ class LayerPrediction:
     loses: bool
     """Whether it would be faster in bf16."""
 
+    inputs: int
+    """Elements of inputs that backward needs."""
+
+    experts: int = 0
+    """How many experts it stands for; 0: it is a linear layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -80,10 +89,10 @@ class Prediction:
 
     layers: Mapping[str, LayerPrediction]
     linears: float
-    """Seconds of all linear layers in their formats."""
+    """Seconds of all linear layers and experts in their formats."""
 
     linears_bf16: float
-    """Seconds of all linear layers in bf16."""
+    """Seconds of all linear layers and experts in bf16."""
 
     known: float | None
     """Seconds of attention, other products, loops and optimizer; None where none was counted."""
@@ -99,7 +108,7 @@ class Prediction:
 
     @property
     def speedup(self) -> float:
-        """Of the linear layers together, over bf16."""
+        """Of the linear layers and experts together, over bf16."""
         return self.linears_bf16 / self.linears if self.linears else 1.0
 
     @property
@@ -126,7 +135,7 @@ def predict(
 
     Args:
         model: as `work` was counted on.
-        formats: of the linear layers, by name.
+        formats: of the linear layers and experts, by name.
         card: what it trains on.
         work: of one forward; None: each layer once, and of everything else nothing is known.
         backend: what multiplies, as `convert` takes it.
@@ -173,8 +182,14 @@ def predict(
         linears += sum(cost.seconds for cost in low)
         linears_bf16 += sum(cost.seconds for cost in high)
         layers[name] = _of_layer(card, casting, calls, shape, weight_bytes, low, high)
+    counted = 0
+    for experts in _experts(model, formats, card, work, scale, backend, tokens, devices):
+        layers[experts.name] = experts.prediction
+        linears += experts.seconds
+        linears_bf16 += experts.seconds_bf16
+        counted += experts.prediction.flops // 3
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    known = None if work is None else _known(work, card, scale, parameters / devices)
+    known = None if work is None else _known(work, card, scale, counted, parameters / devices)
     unexplained = (1 / EXPLAINED - 1) * (linears_bf16 + (known or 0.0))
     # In forward and in backward, a byte per weight less from every other device.
     gathered = 2 * cast_weights * (devices - 1) / devices / card.link
@@ -213,14 +228,102 @@ def _of_layer(
         bytes=sum(cost.bytes for cost in low),
         bytes_bf16=sum(cost.bytes for cost in high),
         loses=casting is not None and speedup <= 1,
+        inputs=tokens * shape[0],
     )
 
 
-def _known(work: Work, card: DataSheet, scale: float, parameters: float) -> float:
-    """Seconds of what is counted of a step beside its linear layers; the same in every format."""
+@dataclass(frozen=True, kw_only=True)
+class _Experts:
+    name: str
+    prediction: LayerPrediction
+    seconds: float
+    seconds_bf16: float
+
+
+def _experts(
+    model: nn.Module,
+    formats: Mapping[str, LinearFormat],
+    card: DataSheet,
+    work: Work | None,
+    scale: float,
+    backend: str,
+    tokens: int | None,
+    devices: int,
+) -> Iterator[_Experts]:
+    """Rows of experts: each expert has the same share of a module's tokens."""
+    for name, module in clean_named_modules(model):
+        if not is_switchable_experts(module) or name not in formats:
+            continue
+        calls = [(tokens or TOKENS) * (experts_per_token(module) or 1)]
+        if work is not None:
+            calls = [max(round(rows * scale), 1) for rows in work.experts.get(name, ())]
+        alone = {row.fqn: 1 for row in module.apart.values() if row.fqn in formats}
+        for row, experts in {name: module.shape.experts - len(alone), **alone}.items():
+            casting = casting_of(formats[row], backend)
+            share = experts / module.shape.experts
+            if experts and calls:
+                rows = [max(round(each * share), 1) for each in calls]
+                yield _of_experts(row, module, card, casting, rows, experts, devices)
+
+
+def _of_experts(
+    name: str,
+    module: FPExperts,
+    card: DataSheet,
+    casting: Casting | None,
+    calls: list[int],
+    experts: int,
+    devices: int,
+) -> _Experts:
+    weight_bytes = 2 if devices > 1 else min(module.weight.element_size(), 4)
+    # [experts, a, b]: whichever of the two is summed over, the products cost the same but for casts
+    shapes = [tuple(weight.shape[:0:-1]) for weight in module.kind.weights(module)]
+    if getattr(module, "is_transposed", False):
+        shapes = [(out, into) for into, out in shapes]
+    each = [(rows, experts, *shape) for rows in calls for shape in shapes]
+    high = [grouped_cost(card, None, *size, weight_bytes=weight_bytes) for size in each]
+    low = high
+    speedup = 1.0
+    if casting is not None:
+        low = [grouped_cost(card, casting, *size, weight_bytes=weight_bytes) for size in each]
+        speedup = sum(cost.seconds for cost in high) / sum(cost.seconds for cost in low)
+        gains = [
+            predicted_grouped_speedup(card, casting, *size, weight_bytes=weight_bytes) > 1
+            for size in each
+        ]
+        speedup = speedup if all(gains) else min(speedup, 1.0)
+    return _Experts(
+        name=name,
+        prediction=LayerPrediction(
+            casting=casting,
+            tokens=sum(calls),
+            speedup=speedup,
+            flops=sum(cost.flops for cost in high),
+            bytes=sum(cost.bytes for cost in low),
+            bytes_bf16=sum(cost.bytes for cost in high),
+            loses=casting is not None and speedup <= 1,
+            inputs=sum(rows * into for rows, _, into, _ in each),
+            experts=experts,
+        ),
+        seconds=sum(cost.seconds for cost in low),
+        seconds_bf16=sum(cost.seconds for cost in high),
+    )
+
+
+def _known(work: Work, card: DataSheet, scale: float, experts: float, parameters: float) -> float:
+    """Seconds of what is counted of a step beside its layers; the same in every format.
+
+    Args:
+        work: of one forward.
+        card: what it trains on.
+        scale: of the tokens, over those of `work`.
+        experts: FLOPs of its products that are experts', of one forward.
+        parameters: that the optimizer of one device has.
+    """
+    others = max(work.product_flops * scale - experts, 0.0)
     attention = work.attention_flops * (1 + ATTENTION_BACKWARD)
     seconds = attention * scale / (card.bf16 * card.attention_efficiency)
-    seconds += 3 * work.product_flops * scale / (card.bf16 * card.bf16_efficiency)
+    seconds += 3 * others / (card.bf16 * card.bf16_efficiency)
     moved = work.passes * scale * (1 + BACKWARD) + OPTIMIZER_BYTES * parameters
     return seconds + moved / (card.bandwidth * MEMORY_EFFICIENCY)
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from lightning_fp.layers.conversion.flops import counted_here, run_example
+from lightning_fp.layers.experts.experts import FPExperts, is_switchable_experts
 from lightning_fp.layers.linear import has_formats
 from lightning_fp.layers.rules import clean_named_modules
 
@@ -49,6 +50,9 @@ class Work:
 
     attention_flops: int = 0
     """Of fused attention; where it is causal, of the half that is computed."""
+
+    experts: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list[int]))
+    """Of each call of a module of experts, the rows of its products, by name."""
 
     product_flops: int = 0
     """Of products that no linear layer makes: convolutions, experts, attention by hand."""
@@ -89,10 +93,18 @@ def counting_work(model: nn.Module) -> Iterator[Work]:
     def after(*_: Any) -> None:
         counter.inside -= 1
 
+    def of_experts(
+        experts: FPExperts, inputs: tuple[Any, ...], named: dict[str, Any], *, name: str
+    ) -> None:
+        counter.work.experts[name].append(experts.kind.rows(*inputs, **named))
+
     for name, module in clean_named_modules(model):
         if has_formats(module):
             hooks.append(module.register_forward_pre_hook(partial(before, name=name)))
             hooks.append(module.register_forward_hook(after))
+        elif is_switchable_experts(module):
+            hook: Any = partial(of_experts, name=name)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         with _Attention(counter), counter:
             yield counter.work

@@ -40,6 +40,9 @@ class ExpertsKind:
     features: Callable[[Any], tuple[int, int]]
     """Its features outside and inside of an expert."""
 
+    rows: Callable[..., int]
+    """Rows of its products: the arguments of its own forward."""
+
     forward: Callable[..., Tensor]
     """Its forward: the module, a `Product`, and the arguments of its own forward."""
 
@@ -185,6 +188,7 @@ KINDS = (
         recognises=_is_of_transformers,
         weights=_weights_of_transformers,
         features=_features_of_transformers,
+        rows=lambda hidden_states, top_k_index, top_k_weights: top_k_index.numel(),
         forward=_forward_of_transformers,
     ),
     ExpertsKind(
@@ -192,6 +196,7 @@ KINDS = (
         recognises=_is_of_torchtitan,
         weights=lambda module: (module.w1, module.w3, module.w2),
         features=lambda module: (module.w2.shape[1], module.w2.shape[2]),
+        rows=lambda x, num_tokens_per_expert: x.shape[0],
         forward=_forward_of_torchtitan,
         takes_shards=True,
         by_rule=True,
