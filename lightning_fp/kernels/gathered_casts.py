@@ -10,7 +10,8 @@ For eager mode alone: compiled code may not write attributes in backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -81,6 +82,10 @@ class KeptCasts(Protocol):
         """Keep a cast until the weight is freed; nothing, where FSDP2 has not gathered it."""
         ...
 
+    def use_values(self) -> None:
+        """Note that something is computed from the weight's own values, and not of its cast."""
+        ...
+
     def part(self, weight: Tensor, which: Hashable) -> KeptCasts:
         """Where those of a part of it are kept, which has products of its own.
 
@@ -109,6 +114,23 @@ class GatheredCasts(KeptCasts):
         self._weight = weight
         self._kept: dict[Hashable, _Kept] = {}
         self._ours: list[Tensor] = []
+        self.multiplying = False
+        """Whether the layer's own product is being computed."""
+        self.values_used = False
+        """Whether it was computed from values that the cast has not, as second derivatives are."""
+
+    @contextmanager
+    def own_product(self) -> Generator[None, None, None]:
+        """Within, what reads the weight is its layer."""
+        self.multiplying = True
+        try:
+            yield
+        finally:
+            self.multiplying = False
+
+    def use_values(self) -> None:
+        """See `KeptCasts.use_values`."""
+        self.values_used = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the layer has none: its weight is no other's."""
@@ -211,6 +233,10 @@ class GatheredPart(KeptCasts):
     ) -> None:
         """See `KeptCasts.keep`."""
         self.whole.keep(self.weight, [(self.which, key) for key in keys], cast, freed)
+
+    def use_values(self) -> None:
+        """See `KeptCasts.use_values`."""
+        self.whole.use_values()
 
     def part(self, weight: Tensor, which: Hashable) -> GatheredPart:
         """See `KeptCasts.part`."""

@@ -402,6 +402,8 @@ class _NativeLinear(torch.autograd.Function):
             if ctx.slot is not None:
                 grad_leaf = for_leaf(ctx, g.row)
         if differentiated_again():
+            if ctx.gathered is not None:
+                ctx.gathered.use_values()
             x = saved_input
             if x is not None and not kernel.high_grad_weight:
                 x = in_place_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -120,6 +121,13 @@ class FPLinear(nn.Linear):
         return self._multiply(input, weight, self.bias)
 
     def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        gathered = None if torch.compiler.is_compiling() or transformed() else self.gathered
+        with nullcontext() if gathered is None else gathered.own_product():
+            return self._observed(input, weight, bias, gathered)
+
+    def _observed(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, gathered: GatheredCasts | None
+    ) -> Tensor:
         evaluating = self.evaluating
         kernel, memory = self.kernel, self._memory_on(input.device)
         if kernel.records and self._after_its_trainer:
@@ -136,7 +144,6 @@ class FPLinear(nn.Linear):
             collect = False
         # Code compiled for one block would not serve the next if the layer's name were in it.
         name = "in compiled code" if torch.compiler.is_compiling() else self.fqn
-        gathered = None if torch.compiler.is_compiling() or transformed() else self.gathered
         output = kernel.multiply(
             input,
             weight,

@@ -76,6 +76,7 @@ class PrecisionMap:
         """Every change of format since the table was filled, oldest first."""
 
         self._listeners: dict[object, Listener] = {}
+        self._noters: dict[object, Callable[[str], object]] = {}
         self.known = KnownFormats(backend=backend, cuda_fp8=cuda_fp8)
         """The formats there are names for, and their kernels."""
         self._model: nn.Module | None = None
@@ -235,19 +236,29 @@ class PrecisionMap:
             why[name] = reason, "table"
         return self._write(writes, why)
 
-    def subscribe(self, listener: Listener) -> Callable[[], object]:
+    def subscribe(
+        self, listener: Listener, noter: Callable[[str], object] | None = None
+    ) -> Callable[[], object]:
         """Have every write told from here on, as soon as it has taken effect.
 
         Args:
             listener: called with the changes of one boundary, in the order of the model. What a
                 replay does under `overridden` is none.
+            noter: called with what else there is to know of layers, a sentence each time.
 
         Returns:
             What ends it.
         """
         key = object()
         self._listeners[key] = listener
-        return lambda: self._listeners.pop(key, None)
+        if noter is not None:
+            self._noters[key] = noter
+        return lambda: (self._listeners.pop(key, None), self._noters.pop(key, None))
+
+    def _note(self, text: str) -> None:
+        noters = tuple(self._noters.values()) or (log.warning,)
+        for noter in noters:
+            noter(text)
 
     def _write(
         self, formats: Mapping[str, LinearFormat], why: Mapping[str, tuple[str, str]]
@@ -357,6 +368,7 @@ class PrecisionMap:
         """After an optimizer step: update delayed scales, and let `fp8-auto` write its moves."""
         if self._frozen:
             return
+        self.phase.steps += 1
         self._follow_gathers()
         for move in self._histories.step(self.layers):
             pattern = f"re:{re.escape(move.layer)}"
@@ -368,7 +380,7 @@ class PrecisionMap:
             self._sharding_known = True
             keep_casts_of_gathered(self._model, self._layers.values())
             if self.phase.all_gather == "auto":
-                gather_in_fp8(self._model)
+                gather_in_fp8(self._model, self._note)
 
     def step(self) -> list[Change]:
         """The boundary of a plain loop, after an optimizer step: `after_step`, then `apply`."""

@@ -32,6 +32,9 @@ class Phase:
     """Whether layers have left the table, to another one or by `revert`, which it has not seen."""
 
     all_gather: Gathering = "auto"
+    steps: int = 0
+    """Of the optimizer so far, where somebody tells the table of them."""
+
     replaying: bool = False
     """Whether a step is run again, in formats of its own."""
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_fp.argument_types import built
+from lightning_fp.events import Note
 from lightning_fp.layers import Change
 from lightning_fp.loop.loop_precision import LoopPrecision
 from lightning_fp.rank_group import current_group, is_first, ranks
@@ -96,7 +97,7 @@ class LoopRecords:
         directories = [] if self.directory is None else [self.directory]
         if self._base is not None:  # on all ranks: the mean of the loss is a collective
             self._files = LossFiles(directories, self._device, interval=self._interval, step=step)
-        self._precision.precision_map.subscribe(self._changed)
+        self._precision.precision_map.subscribe(self._changed, self._note)
 
     def _write_down(self, directory: Path, step: int, model: nn.Module) -> None:
         try:
@@ -115,6 +116,9 @@ class LoopRecords:
 
     def _changed(self, changes: Sequence[Change]) -> None:
         self.log.changed(self.run.step, changes)
+
+    def _note(self, text: str) -> None:
+        self.log.write(Note(step=self.run.step, reason=text))
 
     def end_step(self, step: int, optimizers: Sequence[OptimizerStep]) -> None:
         """A step is over.

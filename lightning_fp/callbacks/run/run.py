@@ -27,6 +27,7 @@ from lightning_fp.argument_types import built
 from lightning_fp.callbacks.run.run_directory import run_directories
 from lightning_fp.callbacks.run.run_info import run_info, table_of
 from lightning_fp.callbacks.run.run_settings import log_settings, settings_by_class
+from lightning_fp.events import Note
 from lightning_fp.layers import Change, LinearFormat
 from lightning_fp.plugins import LayerPrecision
 from lightning_fp.plugins.guard import StepGuard
@@ -257,7 +258,9 @@ class Run(RunTelemetry, L.Callback):
             )
         table = table_of(trainer)
         if table is not None:
-            self._unsubscribe = table.subscribe(lambda changes: self._tell(trainer, changes))
+            self._unsubscribe = table.subscribe(
+                lambda changes: self._tell(trainer, changes), lambda text: self._note(trainer, text)
+            )
         self._begin_steps(trainer, ours)
 
     def _begin_steps(self, trainer: L.Trainer, ours: Sequence[RunCallback]) -> None:
@@ -282,6 +285,10 @@ class Run(RunTelemetry, L.Callback):
         """Whoever wrote, every log of the run has an event of it; the console hears of it once."""
         for index, each in enumerate(self._logs.values()):
             each.changed(trainer.global_step, changes, quiet=index > 0)
+
+    def _note(self, trainer: L.Trainer, text: str) -> None:
+        for index, each in enumerate(self._logs.values()):
+            each.write(Note(step=trainer.global_step, reason=text), quiet=index > 0)
 
     # -- steps -----------------------------------------------------------------------------------
 

@@ -12,112 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_fp.kernels import NativeKernel
 from lightning_fp.kernels.gathered_casts import WeightOperand, identity
-from lightning_fp.kernels.memory import WEIGHT, OperandMemory
+from lightning_fp.layers.fsdp.member import Member, Shard
 from lightning_fp.layers.fsdp.message import Part, WeightScale, pack, unpack
-from lightning_fp.layers.linear import FPLinear, is_switchable_linear
-from lightning_fp.numerics import tensor_amax
-from lightning_fp.numerics.devices import has_dtype
-
-DTYPES = torch.float32, torch.bfloat16
-"""In which FSDP2 may gather a weight that is sent in FP8. fp16's subnormals are so far apart that
-what stands for a cast need not have the same cast."""
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes of an element."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One parameter of a group that FSDP2 gathers together."""
-
-    parameter: Any
-    """FSDP2's own record of it, an FSDPParam."""
-
-    layer: FPLinear | None
-    """The layer whose weight it is, and nobody else's."""
-
-    @property
-    def numel(self) -> int:
-        """Of its padded shard."""
-        return self.parameter._sharded_param_data.numel()
-
-    @property
-    def wants_fp8(self) -> bool:
-        """Whether the forward that begins here uses nothing of it but its cast."""
-        layer, parameter = self.layer, self.parameter
-        if layer is None or not is_switchable_linear(layer):
-            return False
-        kernel, phase = layer.kernel, layer.phase
-        return (
-            isinstance(kernel, NativeKernel)
-            and not (phase.gathers_high or phase.stays_high(layer.training))
-            and not (phase.evaluates(layer.training) or layer.collect)
-            and (phase.evaluating is False or phase.away is None)
-            and self.dtype in DTYPES
-            and has_dtype(kernel.weight, parameter.device)
-            and hasattr(parameter, "param_dtype")  # not before FSDP2's first forward
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which it is gathered where it is not in FP8."""
-        return self.parameter.mp_policy.param_dtype or self.parameter.sharded_param.dtype
-
-    def measure(self) -> Shard:
-        """This rank's shard, as it is now."""
-        values: Tensor = self.parameter._sharded_param_data
-        amax = tensor_amax(values).to(self.dtype)
-        if self.layer is not None:
-            amax = self.layer.kernel.exported(amax)  # roundings keep the order
-        device = self.parameter.device
-        return Shard(
-            place=identity(values),
-            bits=_sum_of_bits(values).to(device),
-            amax=torch.nan_to_num(amax.float(), nan=torch.inf).to(device),
-        )
-
-    def scale(self, amax: Tensor) -> WeightScale | None:
-        """How its layer casts the whole weight, of which all ranks now know the amax."""
-        if self.layer is None or not isinstance(kernel := self.layer.kernel, NativeKernel):
-            return None
-        memory = self.layer.memory if kernel.delayed else None
-        scales = memory.scales if isinstance(memory, OperandMemory) else None
-        scale = kernel.scale(amax, scales, WEIGHT, kernel.weight)
-        return WeightScale(kernel=kernel, scale=scale, amax=amax, scales=scales)
-
-    def is_cast_by(self, how: WeightScale, scales: tuple[int, int] | None) -> bool:
-        """Whether its layer would still cast it so.
-
-        Args:
-            how: it was cast.
-            scales: the identity that its layer's delayed scales had then.
-        """
-        if self.layer is None or self.layer.kernel != how.kernel:
-            return False
-        memory = self.layer.memory if how.kernel.delayed else None
-        now = memory.scales if isinstance(memory, OperandMemory) else None
-        return identity(now) == scales
-
-
-class Shard(NamedTuple):
-    """What tells whether a shard was written to, and how large its values are."""
-
-    place: tuple[int, int] | None
-    """Its identity, which changes with most writes."""
-
-    bits: Tensor
-    """int64 scalar, their sum: writes by way of `.data` change no version."""
-
-    amax: Tensor
-    """float32 scalar, inf where something is not finite."""
+from lightning_fp.layers.fsdp.reads import Watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +62,10 @@ class FP8AllGather:
         self._kept: dict[int, Kept] = {}
         self._shards: dict[int, Shard] = {}
         """As the forward that runs now has found them."""
+        self.reads: dict[int, str] = {}
+        """Members that were read besides their layers' products on this rank, and by what."""
+        self._high: set[int] = set()
+        """Members that are read so on any rank."""
         self._in_fp8: frozenset[int] = frozenset()
         """Members of which the last gather brought the FP8 numbers alone."""
 
@@ -171,7 +80,46 @@ class FP8AllGather:
         """
         self.agreed = self._sent = None
         members = self.members if training else ()
-        return [index for index, member in enumerate(members) if member.wants_fp8]
+        for index, member in enumerate(members):
+            gathered = None if member.layer is None else member.layer.gathered
+            if gathered is not None and gathered.values_used:
+                self.reads.setdefault(index, "second derivatives")
+        return [
+            index
+            for index, member in enumerate(members)
+            if member.wants_fp8 and index not in self._high
+        ]
+
+    def gather_high(self, index: int) -> tuple[str, str]:
+        """From here on a member is gathered as it is.
+
+        Returns:
+            Its layer, and what reads it.
+        """
+        self._high.add(index)
+        self._kept.pop(index, None)
+        return self.members[index].fqn, self.reads.get(index, "on another rank")
+
+    def watched(self) -> list[Watched]:
+        """The members whose reads this forward shows."""
+        return [
+            Watched(
+                parameter=each.parameter,
+                multiplies=partial(_multiplies, each),
+                read=partial(self.reads.setdefault, index),
+            )
+            for index, each in enumerate(self.members)
+            if each.is_watched and index not in self._high
+        ]
+
+    def still_gathered(self) -> list[Watched]:
+        """Those of them that are gathered, now that the forward is over."""
+        return [
+            weight
+            for weight in self.watched()
+            if weight.parameter.sharded_state.name == "UNSHARDED"
+            and type(weight.parameter._unsharded_param) is nn.Parameter
+        ]
 
     def measure(self, index: int) -> tuple[Shard, bool | Tensor]:
         """A member's shard now, and whether it must be cast anew: True, or what the device finds.
@@ -185,7 +133,7 @@ class FP8AllGather:
             return shard, True
         if not member.is_cast_by(kept.how, kept.scales):
             return shard, True
-        return shard, kept.shard.bits != shard.bits
+        return shard, kept.shard.checksum != shard.checksum
 
     def agree(self, amaxes: dict[int, Tensor], unchanged: AbstractSet[int]) -> None:
         """How this forward gathers.
@@ -264,11 +212,9 @@ class FP8AllGather:
         return self._sent
 
 
-def _sum_of_bits(values: Tensor) -> Tensor:
-    """int64 scalar; of eight bytes at a time where that fits, which is several times as fast."""
-    whole = values.nbytes % 8 == 0 and values.storage_offset() * values.itemsize % 8 == 0
-    integers = torch.int64 if whole else INTEGERS[values.itemsize]
-    return values.view(integers).sum(dtype=torch.int64)
+def _multiplies(member: Member) -> bool:
+    gathered = None if member.layer is None else member.layer.gathered
+    return gathered is not None and gathered.multiplying
 
 
 def _hand_over(member: Member, how: WeightScale, cast: Tensor) -> None:

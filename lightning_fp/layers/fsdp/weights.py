@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_fp.kernels.gathered_casts import GatheredCasts
 from lightning_fp.layers.experts.experts import is_switchable_experts
 from lightning_fp.layers.fsdp.agreement import Agreement
-from lightning_fp.layers.fsdp.all_gather import FP8AllGather, Member
+from lightning_fp.layers.fsdp.all_gather import FP8AllGather
+from lightning_fp.layers.fsdp.member import Member
 from lightning_fp.layers.linear import is_switchable_linear
 from lightning_fp.layers.switchable import SwitchableLayer
 
@@ -78,13 +79,14 @@ def _multiplies(owner: nn.Module, name: str) -> bool:
     return is_switchable_linear(owner) and name == "weight"
 
 
-def gather_in_fp8(model: nn.Module) -> None:
+def gather_in_fp8(model: nn.Module, tell: Callable[[str], object]) -> None:
     """From here on FSDP2 gathers in FP8 what layers ask for in it; see `FP8AllGather`.
 
     A group that has an all-gather of the user's keeps it.
 
     Args:
         model: as it trains, sharded or not.
+        tell: told a sentence where weights are read by others than their layers.
     """
     try:
         gathers = dict(_gathers(model))
@@ -100,7 +102,7 @@ def gather_in_fp8(model: nn.Module) -> None:
         return
     for module, (gather, _) in gathers.items():
         module.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType]
-    agreement = Agreement(gathers)
+    agreement = Agreement(gathers, tell)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             agreement.stand_around(module)
