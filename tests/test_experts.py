@@ -26,16 +26,16 @@ FIRST, SECOND = (f"model.model.model.layers.{layer}.mlp.experts" for layer in (0
 class Logits(nn.Module):
     """A model of transformers that takes tokens and returns logits."""
 
-    def __init__(self, implementation: str) -> None:
+    def __init__(self, implementation: str, name: str = "Mixtral") -> None:
         super().__init__()
-        self.model = mixture(implementation=implementation, vocab_size=256)
+        self.model = mixture(name, implementation, vocab_size=256)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens).logits
 
 
-def language_model(implementation: str = "eager") -> LanguageModel:
-    return LanguageModel(Logits(implementation))
+def language_model(implementation: str = "eager", name: str = "Mixtral") -> LanguageModel:
+    return LanguageModel(Logits(implementation, name))
 
 
 class Demote(L.Callback):
@@ -52,8 +52,9 @@ class Demote(L.Callback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
 def test_a_run_goes_on_bit_for_bit_and_its_report_names_experts(
-    implementation: str, tmp_path: Path
+    name: str, implementation: str, tmp_path: Path
 ) -> None:
     loader = text_loader(40)  # ten steps an epoch
 
@@ -63,7 +64,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_report_names_experts(
         trainer = make_trainer(
             plugin, max_epochs=epochs, callbacks=[monitor, Demote(plugin, after=6)]
         )
-        model = language_model(implementation)
+        model = language_model(implementation, name)
         trainer.fit(model, loader, **options)
         return model, trainer
 
@@ -72,8 +73,8 @@ def test_a_run_goes_on_bit_for_bit_and_its_report_names_experts(
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     second, trainer = run("second", 2, ckpt_path=tmp_path / "last.ckpt")
     assert first.losses + second.losses == whole.losses
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name]), name
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
     formats = trainer.precision_plugin.precision_map.formats()
     assert (formats[FIRST], formats[SECOND]) == ("bf16", "fp8-rowwise")
     assert formats[f"{SECOND}[2]"] == "bf16"

@@ -18,6 +18,9 @@ CAST = 3
 SIGNALS = 8
 """Numbers of a step's signals: loss, gradient norm, headroom, who has each, and two flags."""
 
+AGREED = 3
+"""Numbers of a weight that is gathered in FP8: amax, whether written to, whether others read it."""
+
 FLOAT, WIDE = 4, 8
 """Bytes of a number in amaxes and losses, and in signals and statistics."""
 
@@ -90,6 +93,32 @@ def log_interval(layers: int, *, delayed: int, steps: int, patterns: int = 1) ->
     )
     failed, nonfinite = _all_reduced(FLOAT), _all_reduced(CAST * WIDE * delayed)
     return statistics + failed + (nonfinite if delayed else Traffic()) + _all_reduced(FLOAT * steps)
+
+
+def agreement(layers: int) -> Traffic:
+    """Each training forward under FSDP2: what ranks agree on of weights that they gather in FP8.
+
+    Args:
+        layers: whose weights these are.
+    """
+    return _all_reduced(AGREED * FLOAT * layers) if layers else Traffic()
+
+
+def weight_gathers(
+    fp8: float, others: float, *, shards: int, modules: int, gathers: int = 2, itemsize: int = 2
+) -> Traffic:
+    """Each micro-batch under FSDP2: the gathers of the weights themselves, of modules alike.
+
+    Args:
+        fp8: elements of these modules that are gathered in FP8, of the whole model.
+        others: elements of theirs that are gathered as they are, likewise.
+        shards: ranks that share them; each dimension that is shared is a multiple of it.
+        modules: how many are gathered, each by itself.
+        gathers: of each; 2 where it is sharded between forward and backward.
+        itemsize: bytes of an element that is gathered as it is.
+    """
+    sent = gathers * (fp8 + itemsize * others) / shards
+    return Traffic(collectives=gathers * modules, sent=sent, received=sent * shards)
 
 
 def per_step(layers: int, *, delayed: int, sample_every: int = 16, log_every: int = 50) -> Traffic:

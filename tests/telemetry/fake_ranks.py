@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -44,6 +45,30 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class OfShards(TorchDispatchMode):
+    """What a rank hands to the ranks that share its weights, but for gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.agreed = self.gathered = (0, 0, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name: str = func.__name__
+        if func.namespace == "c10d" and name.startswith(("allreduce_.", "_allgather_base_.")):
+            gathers = name.startswith("_allgather_base")
+            group = args[2] if gathers else args[1]
+            if ProcessGroup.unbox(group).size() == SHARDS:
+                sent = args[1].nbytes if gathers else sum(each.nbytes for each in args[0])
+                received = args[0].nbytes if gathers else sent
+                before = self.gathered if gathers else self.agreed
+                after = before[0] + 1, before[1] + sent, before[2] + received
+                if gathers:
+                    self.gathered = after
+                else:
+                    self.agreed = after
+        return func(*args, **(kwargs or {}))
+
+
 def steps(scaling: str, blocks: int, directory: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model = TinyGPT(blocks=blocks)
@@ -66,18 +91,30 @@ def steps(scaling: str, blocks: int, directory: Path) -> dict[str, Any]:
         dirpath=directory,
     )
     found: list[tuple[int, int, int]] = []
+    shared: list[dict[str, tuple[int, int, int]]] = []
     for batch in text_rows(4 * STEPS).split(4):
-        with Asked() as asked:
+        with Asked() as asked, OfShards() as of_shards:
             loop.step(lambda rows: next_byte_loss(model, rows), batch)
         found.append((asked.collectives, asked.sent, asked.received))
+        shared.append({"agreed": of_shards.agreed, "gathered": of_shards.gathered})
     snapshots = loop._parts.watching
     assert snapshots is not None
     return {
         "steps": found,
+        "shared": shared,
+        "blocks": _sizes(TinyGPT(blocks=blocks).blocks),
+        "rest": _sizes(nn.ModuleList(m for n, m in model.named_children() if n != "blocks")),
         "layers": len(loop.precision_map.layers),
         "parameters": sum(p.numel() for p in TinyGPT(blocks=blocks).parameters()),
         "snapshot": snapshots.snapshots.kept[0].nbytes,
     }
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Elements of the weights of linear layers, and of everything else."""
+    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    weights = sum(weight.numel() for weight in linears)
+    return weights, sum(p.numel() for p in model.parameters()) - weights
 
 
 def main(directory: Path) -> None:

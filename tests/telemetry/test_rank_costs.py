@@ -9,6 +9,7 @@ import torch
 
 from lightning_fp.telemetry.rank_costs import (
     Traffic,
+    agreement,
     incident_seconds,
     log_interval,
     look,
@@ -16,6 +17,7 @@ from lightning_fp.telemetry.rank_costs import (
     scales,
     signals,
     snapshot_bytes,
+    weight_gathers,
 )
 from tests import forked
 from tests.telemetry.fake_ranks import LOG_EVERY, SHARDS
@@ -50,6 +52,22 @@ def test_what_a_step_asks_for(found: dict[str, Any], name: str) -> None:
     first = counted(run["steps"][0])
     assert first.collectives == (ordinary + look(layers)).collectives + len(once)
     assert first.sent == (ordinary + look(layers)).sent + sum(once)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_ranks_that_share_weights_ask_for(found: dict[str, Any], name: str) -> None:
+    """The first step is gathered as it is; what is outside of the blocks stays until backward."""
+    run = found[name]
+    (of_blocks, in_blocks), (of_rest, in_rest) = run["blocks"], run["rest"]
+    for step, low in enumerate((False, True, True)):
+        how: Any = {"shards": SHARDS, "itemsize": 4}
+        low_blocks, low_rest = (of_blocks, of_rest) if low else (0, 0)
+        blocks = weight_gathers(
+            low_blocks, of_blocks - low_blocks + in_blocks, modules=int(name[-1]), **how
+        )
+        rest = weight_gathers(low_rest, of_rest - low_rest + in_rest, modules=1, gathers=1, **how)
+        assert counted(run["shared"][step]["gathered"]) == blocks + rest
+        assert counted(run["shared"][step]["agreed"]) == agreement(run["layers"] if low else 0)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -84,11 +84,13 @@ def test_every_parameter_that_multiplies_has_a_row_or_a_reason() -> None:
     assert sum(row.flops_share for row in report.layers) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("format", ["fp8-rowwise", "fp8-dynamic"])
 @pytest.mark.parametrize("name", MORE)
-def test_gradients_against_float64(name: str, format: str) -> None:
-    module, (x, ids, weights) = alone(name=name)
-    exact = copy.deepcopy(module).double()
+def test_gradients_against_float64(name: str, format: str, implementation: str) -> None:
+    module, (x, ids, weights) = alone(implementation, name)
+    exact: Any = copy.deepcopy(module).double()
+    exact.config._experts_implementation = "eager"  # torch's grouped product takes no float64
     wide = x.detach().double().requires_grad_()
     expected = exact(wide, ids, weights.double())
     holder = nn.ModuleDict({"experts": module}).train()

@@ -19,7 +19,7 @@ from lightning_fp.layers.switchable import Gathering
 from tests.layers.fsdp.gather_ranks import Traffic
 from tests.two_ranks import one_of_two_ranks
 
-IN, HIDDEN, TOKENS, STEPS, BEGINS = 48, 80, 7, 6, 3
+IN, HIDDEN, TOKENS, STEPS, BEGINS = 48, 80, 7, 5, 3
 """BEGINS: the step in which "later" begins to read."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,28 +15,33 @@ from tests.two_ranks import run_on_two_ranks
 
 READ = {
     "penalty": "blocks.0-1.up",
+    "tied by hand": "head",
+    "after forward": "head",
+    "second derivatives": "head, blocks.0-1.up, blocks.0-1.down",
+}
+MORE = {
     "norm without gradient": "blocks.0-1.up",
     "hook": "blocks.0-1.up",
     "on one rank": "blocks.0-1.up",
-    "tied by hand": "head",
-    "after forward": "head",
     "all parameters after forward": "head",
-    "second derivatives": "head, blocks.0-1.up, blocks.0-1.down",
 }
 LINEAR = IN * HIDDEN // 2
 """Elements of a rank's shard of `up`, or of `down`."""
 NOT_IN_FP8 = {"tied": 2 * 2 * 2 * LINEAR, "parametrized": 2 * 2 * LINEAR + IN * 64 // 2}
 """Bytes that are left out nevertheless: one of each element of the other layers, which are gathered
 in forward and in backward but for the head."""
-HARMLESS = ["no weight", "dtype", "dtype after forward"]
+HARMLESS = ["dtype", "dtype after forward"]
+
+
+def on_ranks(directory: Path, ways: list[str]) -> list[dict[str, Any]]:
+    run_on_two_ranks("tests.layers.fsdp.reads_ranks", directory, ways, timeout=500)
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("ranks")
     ways = [*READ, *NOT_IN_FP8, *HARMLESS, "later"]
-    run_on_two_ranks("tests.layers.fsdp.reads_ranks", directory, ways, timeout=500)
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_ranks(tmp_path_factory.mktemp("ranks"), ways)
 
 
 @pytest.mark.parametrize("how", [*READ, *NOT_IN_FP8, *HARMLESS])
@@ -46,17 +52,30 @@ def test_losses_are_equal_bit_for_bit_whoever_reads(told: list[dict[str, Any]], 
 
 @pytest.mark.parametrize("how", READ)
 def test_what_is_read_is_gathered_as_it_is_and_told(told: list[dict[str, Any]], how: str) -> None:
-    """On both ranks, whichever of them reads; everything else goes in FP8."""
     for rank in told:
-        (note,) = rank[how]["auto"]["notes"]
-        assert "FSDP2 gathers weights as they are" in note
-        assert READ[how] in note
-        assert "until now" not in note
-        low, high = rank[how]["auto"]["bytes"], rank[how]["high"]["bytes"]
-        assert low[0] == high[0]
-        if how != "second derivatives":  # which read all of them
-            assert all(one < other for one, other in zip(low[1:], high[1:], strict=True))
-        assert low[1] > rank["dtype"]["auto"]["bytes"][1]
+        assert_found(rank[how], READ[how])
+
+
+@pytest.mark.slow
+def test_more_that_is_read_is_gathered_as_it_is(tmp_path: Path) -> None:
+    """On both ranks, whichever of them reads."""
+    for rank in on_ranks(tmp_path, list(MORE)):
+        for how, layers in MORE.items():
+            assert repr(rank[how]["auto"]["losses"]) == repr(rank[how]["high"]["losses"])
+            assert_found(rank[how], layers)
+
+
+def assert_found(run: dict[str, Any], layers: str) -> None:
+    """Everything else goes in FP8, from the second step on."""
+    (note,) = run["auto"]["notes"]
+    assert "FSDP2 gathers weights as they are" in note
+    assert layers in note
+    assert "until now" not in note
+    low, high = run["auto"]["bytes"], run["high"]["bytes"]
+    assert low[0] == high[0]
+    everything = layers == READ["second derivatives"]
+    for one, other in zip(low[1:], high[1:], strict=True):
+        assert one == other if everything else 0.5 * other < one < other
 
 
 @pytest.mark.parametrize("how", HARMLESS)
