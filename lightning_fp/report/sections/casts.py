@@ -108,13 +108,14 @@ def parity_section(records: RunRecords) -> Section:
     charts: list[Chart] = []
     if probes:
         at = list(probes)
+        error, noise = (
+            [None if probe[name] is None else 100 * probe[name] for probe in probes.values()]
+            for name in ("grad_error", "noise")
+        )
         fields = [
             panel(
                 "gradient error",
-                [
-                    points(f"of {low}", at, [100 * p["grad_error"] for p in probes.values()]),
-                    points("noise", at, [100 * p["noise"] for p in probes.values()], color=GREY),
-                ],
+                [points(f"of {low}", at, error), points("noise", at, noise, color=GREY)],
                 unit="%",
                 log=False,
                 height=130,
