@@ -35,6 +35,11 @@ class Block(nn.Module):
             self.up.register_forward_hook(lambda layer, _, y: y + layer.weight.mean())
         if how == "parametrized":
             weight_norm(self.up)
+        if how == "DoRA":
+            import peft
+
+            config = peft.LoraConfig(r=4, use_dora=True, target_modules=["up"])
+            peft.inject_adapter_in_model(config, self)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, scale = self.up.weight, 1.0

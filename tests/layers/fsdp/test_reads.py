@@ -24,6 +24,7 @@ MORE = {
     "hook": "blocks.0-1.up",
     "on one rank": "blocks.0-1.up",
     "all parameters after forward": "head",
+    "DoRA": "blocks.0-1.up.base_layer",
 }
 LINEAR = IN * HIDDEN // 2
 """Elements of a rank's shard of `up`, or of `down`."""
@@ -59,6 +60,7 @@ def test_what_is_read_is_gathered_as_it_is_and_told(told: list[dict[str, Any]], 
 @pytest.mark.slow
 def test_more_that_is_read_is_gathered_as_it_is(tmp_path: Path) -> None:
     """On both ranks, whichever of them reads."""
+    pytest.importorskip("peft")
     for rank in on_ranks(tmp_path, list(MORE)):
         for how, layers in MORE.items():
             assert repr(rank[how]["auto"]["losses"]) == repr(rank[how]["high"]["losses"])
