@@ -246,4 +246,4 @@ def _memory(records: RunRecords) -> dict[str, float]:
     }
     ends = [e for e in records.events if isinstance(e, Started) or e is records.finished]
     numbers = [number for event in ends for number in event.numbers.items()]
-    return {words[name]: value for name, value in numbers if name in words}
+    return {words[name]: value for name, value in numbers if name in words and value}

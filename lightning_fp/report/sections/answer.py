@@ -106,7 +106,22 @@ def answer(records: RunRecords) -> Answer:
         word = "Nothing broke, but the loss is higher"
         advice = "What to change, below, names the layers that lose most."
         return Answer(tone="changed", word=word, cost=cost, advice=advice)
+    others = [
+        incident
+        for incident in incidents(records.events)
+        if incident.finding == "not precision" and not incident.provisional
+    ]
     over = counted(records.last_step, "step")
+    if others:
+        word = f"No harm from {what} over {over}; something else went wrong at step"
+        likeness = others[-1].likeness
+        return Answer(
+            tone="changed",
+            word=f"{word} {others[-1].step:,}",
+            cost=cost,
+            setting=setting_for(records, {}),
+            advice=f"{likeness[0].upper()}{likeness[1:]}." if likeness else "",
+        )
     word = f"Safe over {over}" if records.finished is not None else f"Safe so far, over {over}"
     setting = setting_for(records, {})
     return Answer(tone="good", word=word, cost=cost, setting=setting, advice=_of_delayed(setting))

@@ -10,6 +10,7 @@ from lightning_fp.report.draw.curves import INK, curve, panel, panels, told_apar
 from lightning_fp.report.draw.parts import Section, Table, decibels, duration, number
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import ever_low, format_histories
+from lightning_fp.report.read.incidents import incidents
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.headline import low_precision
 from lightning_fp.report.sections.over_time import difference
@@ -102,7 +103,7 @@ def differences(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Table:
         ["against the first run", "", *(against(loss) for loss in losses[1:])],
         ["steps attempted", *(f"{cost.attempted:,}" for cost in costs)],
         ["steps kept", *(f"{cost.useful:,}" for cost in costs)],
-        ["skipped / rolled back", *(f"{c.skipped:,} / {c.rolled_back:,}" for c in costs)],
+        ["skipped / undone", *(f"{c.skipped:,} / {c.rolled_back:,}" for c in costs)],
         ["time in all", *(duration(cost.seconds) for cost in costs)],
         ["time per step, median", *(duration(cost.step_seconds) for cost in costs)],
         ["speed-up, everything counted", *(_speedup(cost) for cost in costs)],
@@ -114,8 +115,8 @@ def differences(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Table:
         ["largest clamped mass", *(_worst(run, "clamped_mass") for run in runs)],
         ["largest underflow", *(_worst(run, "underflow_fraction") for run in runs)],
         ["smallest SQNR", *(_worst(run, "sqnr_db") for run in runs)],
-        ["demotions", *(_count(run, "demote") for run in runs)],
-        ["suspicions", *(_count(run, "suspect") for run in runs)],
+        ["alarms", *(_count(run, "suspect") for run in runs)],
+        ["incidents, low precision at fault", *(_faults(run) for run in runs)],
     ]
     return Table(
         title="Differences",
@@ -140,6 +141,11 @@ def _worst(run: RunRecords, ranking: str) -> str:
 
 def _count(run: RunRecords, kind: str) -> str:
     return f"{sum(event.kind == kind for event in run.events):,}"
+
+
+def _faults(run: RunRecords) -> str:
+    found = [incident for incident in incidents(run.events) if incident.finding == "precision"]
+    return f"{len(found):,}"
 
 
 def _speedup(cost: RunCost) -> str:

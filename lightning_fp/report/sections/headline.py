@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 
 from lightning_fp.counting import counted
-from lightning_fp.events import Rehearsed, WatchFailed
+from lightning_fp.events import Rehearsed, Suspicion, WatchFailed
 from lightning_fp.records import Demotion, Event, StageChange
 from lightning_fp.report.draw.decisions import decisions
 from lightning_fp.report.draw.parts import duration, number
+from lightning_fp.report.draw.sentences import alarm
 from lightning_fp.report.read.cost import RunCost
 from lightning_fp.report.read.format_history import (
     ever_low,
@@ -184,7 +185,11 @@ def _incidents(records: RunRecords) -> str:
     if climbs:
         return climbs.strip()
     if any(event.kind in ("suspect", "skip", "demote", "rollback") for event in events):
-        return "Something unusual happened: What happened, below, says what was done about it."
+        raised = [event for event in events if isinstance(event, Suspicion)]
+        what = alarm(raised[0]).partition(" (")[0] if raised else "something unusual happened"
+        at = f"At step {raised[0].step:,} " if raised else ""
+        said = f"{at}{what}" if at else f"{what[0].upper()}{what[1:]}"
+        return f"{said}: What happened, below, says what was done about it."
     failed = any(isinstance(event, WatchFailed) for event in events)
     if not failed and any(event.kind == "started" for event in events):
         return "Nothing went wrong."

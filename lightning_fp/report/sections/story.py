@@ -296,7 +296,9 @@ def _ending(records: RunRecords, told: Sequence[_Happening]) -> str:
     formats = f", with {low:,} of {counted(len(ends), 'layer')} in {name_of_low(records)}"
     formats = formats if told and ends else ""
     at = max((event.step for each in told for event in each.events), default=last)
-    quiet = f"after step {at:,} nothing more happened, and " if last - at > _QUIET * last else ""
+    watched = all(each.kind != "failed" for each in told)
+    calm = watched and last - at > _QUIET * last
+    quiet = f"after step {at:,} nothing more happened, and " if calm else ""
     ended = records.finished is not None
     end = f"the run ended at step {last:,}" if ended else f"the records break off at step {last:,}"
     return _sentence(f"{quiet}{end}{formats}")

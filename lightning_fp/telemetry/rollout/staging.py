@@ -264,9 +264,9 @@ class Staging:
 
     def _tell_hold(self, step: int, before: str) -> None:
         if self.state.held:
-            text = f"the rollout holds in stage {self.stage}: {self.state.held}"
+            text = f"the rollout waits in stage {self.stage}: {self.state.held}"
         else:
-            text = f"the rollout goes on in stage {self.stage}, no longer held: {before}"
+            text = f"the rollout goes on in stage {self.stage}, no longer waiting: {before}"
         self._log.write(Note(step=step, reason=text))
 
     def _tell_end(self, step: int, reason: str) -> None:
@@ -333,5 +333,5 @@ def held_by_fallback(phase: str) -> tuple[str, str]:
         return "", "PrecisionFallback has put all layers into high precision for good"
     if phase in ("suspect", "attribute", "demote"):
         return "PrecisionFallback looks into an incident", ""
-    held = "PrecisionFallback has layers demoted, on probation"
+    held = "PrecisionFallback watches the layers that it has moved"
     return (held if phase == "probation" else ""), ""

@@ -362,7 +362,7 @@ def test_a_demotion_holds_the_rollout_until_probation_ends(tmp_path: Path) -> No
     ]
     notes = [e for e in read_events(tmp_path) if isinstance(e, Note) and "rollout" in e.reason]
     assert [note.step for note in notes] == [4, 12]
-    assert "holds in stage ends: PrecisionFallback has layers demoted" in notes[0].reason
+    assert "waits in stage ends: PrecisionFallback watches the layers" in notes[0].reason
 
 
 def test_for_good_is_for_good(tmp_path: Path) -> None:

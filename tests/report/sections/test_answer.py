@@ -239,3 +239,14 @@ def test_the_baseline_is_in_the_first_chart_with_its_last_value(tmp_path: Path) 
         ("this run", 2.5),
         ("baseline (dots)", 2.0),
     ]
+
+
+def test_what_went_wrong_without_fp8_is_not_called_safe(tmp_path: Path) -> None:
+    verdict = Verdict(step=50, reason="it rises too", verdict="not precision", tier="trajectory")
+    harmless = Note(step=50, reason="formats stay as they are; the error does not harm the loss")
+    assert answered(run(tmp_path / "a", STARTED, verdict, harmless, ENDED)).tone == "good"
+    cleared = Note(step=50, reason="formats stay as they are; it looks like the data")
+    found = answered(run(tmp_path / "b", STARTED, verdict, cleared, ENDED))
+    assert found.tone == "changed"
+    assert found.word == "No harm from FP8 over 100 steps; something else went wrong at step 50"
+    assert found.advice == "It looks like the data."
