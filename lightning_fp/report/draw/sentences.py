@@ -28,11 +28,11 @@ _TESTS: Mapping[str, str] = {
 """What each test of an incident does."""
 
 _ANSWERS: Mapping[Finding, str] = {
-    "precision": "speaks against {low}",
-    "not precision": "speaks for {low}",
+    "precision": "blames {low}",
+    "not precision": "clears {low}",
     "unclear": "says too little",
     "not reproducible": "does not repeat what was recorded",
-    "compiled code": "speaks against the compiled code",
+    "compiled code": "blames the compiled code",
 }
 
 _CONCLUSIONS: Mapping[Finding, str] = {

@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 
 from lightning_fp.counting import counted
 from lightning_fp.events import WatchFailed
-from lightning_fp.report.read.format_history import ever_low, is_low
+from lightning_fp.records import FormatChange
+from lightning_fp.report.read.format_history import ever_low, format_changes, is_low, last_formats
 from lightning_fp.report.read.incidents import incidents
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import limits_of
@@ -16,6 +17,8 @@ from lightning_fp.report.sections.setting import (
     LATE,
     ended_safer,
     ever_made_safer,
+    made_safer_by_watch,
+    pulled_back,
     setting_for,
 )
 from lightning_fp.stability import DivergenceDetector
@@ -77,11 +80,9 @@ def answer(records: RunRecords) -> Answer:
     if not ever_low(records):
         return Answer(tone="open", word="A run in high precision", advice=_as_baseline(records))
     safer = ended_safer(records)
-    if moved := ever_made_safer(records):
+    if ever_made_safer(records):
         convicted = any(each.finding == "precision" for each in incidents(records.events))
-        saved = "Saved" if convicted else "Safe after a change"
-        layers = "layer" if len(records.layers) == 1 else "layers"
-        word = f"{saved}: {len(moved)} of {len(records.layers)} {layers} needed a safer format"
+        word = f"{'Saved' if convicted else 'Safe after a change'}: {_made_safer(records)}"
         setting = setting_for(records, safer)
         many = f"Give the {counted(len(safer), 'layer')} under {what} the format they ended in."
         return Answer(
@@ -92,9 +93,18 @@ def answer(records: RunRecords) -> Answer:
             advice=many if safer and not setting else _of_delayed(setting),
         )
     if not any(event.kind == "started" for event in records.events):
-        word = f"{what} trained; nobody watched for harm"
-        advice = f"{_over_a_limit(records)}{_add_a_watch(records)}"
-        return Answer(tone="open", word=word, cost=cost, advice=advice)
+        over = _over_a_limit(records)
+        losses = f"{counted(len(over), 'layer')} lost more in casts than the limits allow"
+        word = (
+            f"Nobody watched, and {losses}" if over else f"{what} trained; nobody watched for harm"
+        )
+        where = "See Worst operands over time, below. " if over else ""
+        tone: Tone = "changed" if over else "open"
+        return Answer(tone=tone, word=word, cost=cost, advice=f"{where}{_add_a_watch(records)}")
+    if taken := _taken_back(records):
+        word = f"{what} was taken back at step {taken.step:,}, and not turned on again"
+        why = f"{taken.reason[:1].upper()}{taken.reason[1:]}." if taken.reason else ""
+        return Answer(tone="changed", word=word, cost=cost, advice=why)
     if records.last_step < (least := _armed(records)):
         word = f"Too short to judge: the watch learns for {counted(least, 'step')}"
         return Answer(tone="open", word=word, cost=cost)
@@ -123,6 +133,9 @@ def answer(records: RunRecords) -> Answer:
             advice=f"{likeness[0].upper()}{likeness[1:]}." if likeness else "",
         )
     word = f"Safe over {over}" if records.finished is not None else f"Safe so far, over {over}"
+    if records.finished is None:
+        advice = "Its end is not recorded, so there is nothing to recommend yet."
+        return Answer(tone="good", word=word, cost=cost, advice=advice)
     setting = setting_for(records, {})
     return Answer(tone="good", word=word, cost=cost, setting=setting, advice=_of_delayed(setting))
 
@@ -214,22 +227,46 @@ def _why_never(records: RunRecords) -> str:
     )
 
 
-def _over_a_limit(records: RunRecords) -> str:
-    """How many layers' casts were worse than the limits allow at some time; or ""."""
+def _made_safer(records: RunRecords) -> str:
+    """How many layers the watch moved to a safer format, and how many the rollout took back."""
+    watch = made_safer_by_watch(records)
+    rollout = pulled_back(records).keys() - watch
+    layers = counted(len(records.layers), "layer")
+    needed = f"{len(watch)} of {layers} needed a safer format"
+    back = f"{len(rollout)} went back with {'its' if len(rollout) == 1 else 'their'} stage"
+    if not rollout:
+        return needed
+    return f"{needed}, {back}" if watch else f"the rollout took {len(rollout)} of {layers} back"
+
+
+def _taken_back(records: RunRecords) -> FormatChange | None:
+    """What took the last layer out of low precision, where none was in it at the end.
+
+    Not a stage of a rollout, which ends in high precision because somebody planned so.
+    """
+    if any(map(is_low, last_formats(records).values())):
+        return None
+    changes = [
+        event
+        for event in format_changes(records.events)
+        if not event.reason.startswith("rollout stage")
+        and any(is_low(before) and not is_low(after) for before, after in event.formats.values())
+    ]
+    return changes[-1] if changes else None
+
+
+def _over_a_limit(records: RunRecords) -> set[str]:
+    """Layers whose casts were worse than the limits allow at some time."""
     if records.statistics is None:
-        return ""
+        return set()
     limits = limits_of(records.settings)
-    over = {
+    return {
         of.layer
         for of in records.statistics.totals
         for ranking, limit in limits.items()
         if (value := of.worst[ranking]) is not None
         and (value < limit if ranking == "sqnr_db" else value > limit)
     }
-    if not over:
-        return ""
-    what = "lost more in casts than the limits allow: see Worst operands over time, below."
-    return f"{counted(len(over), 'layer')} {what} "
 
 
 def _add_a_watch(records: RunRecords) -> str:

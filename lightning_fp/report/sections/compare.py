@@ -101,7 +101,7 @@ def differences(runs: Sequence[RunRecords], costs: Sequence[RunCost]) -> Table:
     rows: list[list[str]] = [
         ["final loss", *(number(loss) or "unknown" for loss in losses)],
         ["against the first run", "", *(against(loss) for loss in losses[1:])],
-        ["steps attempted", *(f"{cost.attempted:,}" for cost in costs)],
+        ["steps of the run", *(f"{cost.attempted:,}" for cost in costs)],
         ["steps kept", *(f"{cost.useful:,}" for cost in costs)],
         ["skipped / undone", *(f"{c.skipped:,} / {c.rolled_back:,}" for c in costs)],
         ["time in all", *(duration(cost.seconds) for cost in costs)],

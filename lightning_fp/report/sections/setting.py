@@ -21,14 +21,18 @@ _NAMED = 8
 
 def ever_made_safer(records: RunRecords) -> set[str]:
     """Layers that were given a safer format than they were configured in, at any time."""
+    return made_safer_by_watch(records) | pulled_back(records).keys()
+
+
+def made_safer_by_watch(records: RunRecords) -> set[str]:
+    """Those of them that the watch has moved."""
     changes = format_changes(records.events)
-    moved = {layer for event in changes if event.kind in _SAFER for layer in event.layers}
-    return moved | set(_pulled_back(records))
+    return {layer for event in changes if event.kind in _SAFER for layer in event.layers}
 
 
 def ended_safer(records: RunRecords) -> dict[str, str]:
     """Layers that ended in a safer format than they were configured in, and that format."""
-    safer = _pulled_back(records)
+    safer = pulled_back(records)
     for event in format_changes(records.events):
         for layer, (_, after) in event.formats.items():
             if event.kind in _SAFER:
@@ -59,7 +63,7 @@ def setting_for(records: RunRecords, safer: Mapping[str, str]) -> str:
     return f'{name}("{scaling}"{f", layers={{{rules}}}" if rules else ""})'
 
 
-def _pulled_back(records: RunRecords) -> dict[str, str]:
+def pulled_back(records: RunRecords) -> dict[str, str]:
     """Layers that a rollout took out of low precision again, and has not put back since."""
     seen: set[str] = set()
     back: set[int] = set()

@@ -112,7 +112,7 @@ def cost_section(records: RunRecords, cost: RunCost) -> Section:
     """What the run cost."""
     known = records.steps is not None and cost.seconds is not None
     facts: list[tuple[str, str]] = [
-        ("steps attempted", f"{cost.attempted:,}"),
+        ("steps of the run", f"{cost.attempted:,}"),
         (
             "kept",
             f"{cost.useful:,}" + (f" ({share(cost.useful_share)})" if cost.attempted else ""),
@@ -194,7 +194,7 @@ def _steps(cost: RunCost) -> list[tuple[str, str]]:
     again = f", {cost.made_good:,} of them trained again" if cost.made_good else ""
     found = [
         ("skipped", cost.skipped, ""),
-        ("undone", cost.rolled_back, again),
+        ("undone on the way", cost.rolled_back, again),
         ("with a layer in a safer format than asked for", cost.in_fallback, ""),
         ("repeated after a resume", cost.repeated, ""),
         ("replayed besides", cost.replayed_steps or 0, ""),

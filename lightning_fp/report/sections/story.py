@@ -298,7 +298,7 @@ def _ending(records: RunRecords, told: Sequence[_Happening]) -> str:
     at = max((event.step for each in told for event in each.events), default=last)
     watched = all(each.kind != "failed" for each in told)
     calm = watched and last - at > _QUIET * last
-    quiet = f"after step {at:,} nothing more happened, and " if calm else ""
+    quiet = f"no decision followed after step {at:,}, and " if calm else ""
     ended = records.finished is not None
     end = f"the run ended at step {last:,}" if ended else f"the records break off at step {last:,}"
     return _sentence(f"{quiet}{end}{formats}")

@@ -78,7 +78,8 @@ def test_safe(tmp_path: Path) -> None:
     assert found.advice == LATE
     dynamic = answered(run(tmp_path / "dynamic", STARTED, ENDED, format="fp8-dynamic"))
     assert (dynamic.tone, dynamic.advice) == ("good", "")
-    assert answered(run(tmp_path / "goes on", STARTED)).word == "Safe so far, over 100 steps"
+    goes_on = answered(run(tmp_path / "goes on", STARTED))
+    assert (goes_on.word, goes_on.setting) == ("Safe so far, over 100 steps", "")
     assert found.setting == 'FP8Precision("delayed", layers={"*head": "bf16"})'
     assert found.cost.startswith("What it costs in loss is not known: the report has no baseline")
 
@@ -135,6 +136,18 @@ def test_without_a_watch_it_is_not_called_safe(tmp_path: Path) -> None:
     assert found.advice == "Add PrecisionFallback() to the callbacks to have it watched."
 
 
+def test_low_precision_that_was_taken_back_is_a_result_however_short_the_run(
+    tmp_path: Path,
+) -> None:
+    on = FormatChange(step=36, reason="", formats={n: ("bf16", "fp8-delayed") for n in "ab"})
+    apart = "training and inference drifted apart"
+    off = FormatChange(step=41, reason=apart, formats={n: ("fp8-delayed", "bf16") for n in "ab"})
+    found = answered(run(tmp_path, STARTED, on, off))
+    assert found.tone == "changed"
+    assert found.word == "FP8 was taken back at step 41, and not turned on again"
+    assert found.advice == "Training and inference drifted apart."
+
+
 def test_saved(tmp_path: Path) -> None:
     verdict = Verdict(step=50, reason="harm", verdict="precision", tier="control")
     demotion = Demotion(step=50, reason="to blame", formats=TO_BF16)
@@ -164,8 +177,13 @@ def test_layers_that_a_rollout_took_out_of_fp8_again(tmp_path: Path) -> None:
     ]
     (records,), _ = read_runs([run(tmp_path / "back", *events)], None)
     found = answer(records)
-    assert found.word == "Safe after a change: 1 of 2 layers needed a safer format"
+    assert found.word == "Safe after a change: the rollout took 1 of 2 layers back"
     assert found.setting == 'FP8Precision("delayed", layers={"b": "bf16", "*head": "bf16"})'
+    climb = LayerClimb(step=30, reason="clamps", formats={"a": ("fp8-delayed", "fp8-dynamic")})
+    both_ways = answered(run(tmp_path / "both", *events[:-1], climb, ENDED))
+    assert both_ways.word == (
+        "Safe after a change: 1 of 2 layers needed a safer format, 1 went back with its stage"
+    )
     said = headline(records, run_cost(records))
     assert "The rollout did not finish: at step 60 it went back to stage 'some'." in said
     again = StageChange(step=80, reason="", stage="all", previous="some")

@@ -45,7 +45,7 @@ def test_a_rescue(tmp_path: Path) -> None:
         " FP8 was at fault: trained again in the run's own formats, the same steps show all of the"
         " harm. So head went from fp8-dynamic to fp32, and the run went back to step 146 and"
         " trained the 65 steps since then again, in high precision.",
-        "After step 211 nothing more happened, and the run ended at step 280, with 8 of 9 layers in"
+        "No decision followed after step 211, and the run ended at step 280, with 8 of 9 layers in"
         " FP8.",
     ]
 
