@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -24,10 +25,11 @@ def run_on_two_ranks(module: str, directory: Path, *arguments: Any, timeout: flo
     Each finds its rank in the environment, as under torchrun, and meets the other one by a file in
     the directory: ports may be taken. If one fails, its output is the error.
     """
-    logs = [directory / f"log{rank}" for rank in range(WORLD)]
     codes = run_on_ranks(WORLD, module, directory, *arguments, timeout=timeout)
-    for code, log in zip(codes, logs, strict=True):
-        assert code == 0, log.read_text()[-4000:]
+    for rank, code in enumerate(codes):
+        how = f"not done after {timeout} s" if code == -signal.SIGKILL else f"exit code {code}"
+        printed = (directory / f"log{rank}").read_text()[-4000:]
+        assert code == 0, f"rank {rank}: {how}\n{printed}"
 
 
 def run_on_ranks(

@@ -14,7 +14,7 @@ from tests.two_ranks import run_on_two_ranks
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_ranks_decide_alike(compiled: bool, tmp_path: Path) -> None:
-    run_on_two_ranks("tests.loop.loop_ranks", tmp_path, compiled)
+    run_on_two_ranks("tests.loop.loop_ranks", tmp_path, compiled, timeout=900 if compiled else 240)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     for kind, one in first.items():
         other = second[kind]
