@@ -9,8 +9,8 @@ from lightning_fp.report.read.format_history import format_changes, is_low, last
 from lightning_fp.report.read.run_records import RunRecords
 
 LATE = (
-    "Delayed scaling is known to fail late, at about 200B tokens, so no short run proves it safe"
-    " for a long one."
+    "Delayed scaling is known to fail late, at about 200B tokens (arXiv 2409.12517), so no short"
+    " run proves it safe for a long one: take dynamic scaling there."
 )
 """What belongs beside every advice to take it; see `DELAYED_TOKEN_LIMIT`."""
 
