@@ -45,7 +45,13 @@ ON_TWO_RANKS = {
 """What `torchrun` starts."""
 
 
-@pytest.mark.parametrize("name", PROMISES)
+LONG = "fallback.py", "fp16_rl_mismatch.py"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in PROMISES],
+)
 def test_example(
     name: str,
     tmp_path: Path,

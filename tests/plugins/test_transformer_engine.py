@@ -207,6 +207,7 @@ def test_delayed_statistics_have_theirs_scales_and_headroom(tmp_path: Path) -> N
     assert -3 < last["headroom_bits"] < 3
 
 
+@pytest.mark.slow
 def test_the_fallback_convicts_demotes_and_goes_on(tmp_path: Path) -> None:
     fallback = PrecisionFallback(dirpath=tmp_path)
     model = train("delayed", [Reversed(), SuspectAt(fallback, 60, lasting=40), fallback], 70)
