@@ -146,8 +146,9 @@ def test_compiled(branch: str) -> None:
 
 @pytest.mark.slow
 @dtypes
-@pytest.mark.parametrize("branch", COMPILED)
+@pytest.mark.parametrize("branch", [b for b in COMPILED if b != "fp8-block, hardware"])
 def test_compiled_by_inductor(branch: str, dtype: torch.dtype) -> None:
+    """On the CPU's own products, of which it has none with scales of blocks."""
     with cell(branch, dtype, "inductor") as made:
         for tokens in TOKENS:
             assert made.worst(tokens) <= 1
