@@ -19,6 +19,7 @@ from lightning_fp.records import (
 from lightning_fp.records.events import Rehearsed
 from lightning_fp.report.draw.parts import Table
 from lightning_fp.report.draw.sentences import conclusion, evidence, moved, said
+from lightning_fp.report.read.format_history import repeats_stage
 from lightning_fp.report.read.incidents import Incident, incidents, is_check, part_of_incident
 
 _ROWS = 150
@@ -113,7 +114,7 @@ def _of_one_step(
     gates: list[GateResult] = []
     last: Decision | None = None
     for event in together:
-        if isinstance(event, StateChange) or (stage is not None and _repeats_stage(event)):
+        if isinstance(event, StateChange) or (stage is not None and repeats_stage(event)):
             continue
         if any(event is part for part in inside):
             if incident is None:  # told already
@@ -135,7 +136,7 @@ def _of_one_step(
         elif isinstance(event, StageChange):
             row = _stage(
                 event,
-                [e for e in together if _repeats_stage(e)],
+                [e for e in together if repeats_stage(e)],
                 tuple(f"gate {said(gate, low)}" for gate in gates),
             )
         else:
@@ -165,11 +166,6 @@ def _row(event: Event, sentence: str) -> Decision:
     elif isinstance(event, Note) and {"attempted", "useful"} <= event.numbers.keys():
         what = "end"
     return Decision(step=event.step, what=what, why=sentence, details=details)
-
-
-def _repeats_stage(event: Event) -> bool:
-    """Whether it is a write of the stage that begins at the same step."""
-    return type(event) is FormatChange and event.reason.startswith("rollout stage")
 
 
 def _skips_joined(found: Sequence[Decision]) -> Iterator[Decision]:

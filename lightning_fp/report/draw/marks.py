@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_fp.counting import counted
-from lightning_fp.records import Event, FormatChange, GateResult, Rollback, Suspicion
+from lightning_fp.records import Event, GateResult, Rollback, Suspicion
 from lightning_fp.report.draw.sentences import conclusion, said
+from lightning_fp.report.read.format_history import repeats_stage
 from lightning_fp.report.read.incidents import incidents
 
 LANES: Mapping[str, Mapping[str, str]] = {
@@ -119,7 +120,7 @@ def _marks(events: Sequence[Event], low: str) -> Iterator[dict[str, Any]]:
     for event in events:
         if isinstance(event, Suspicion) and id(event) in inside:
             continue
-        if type(event) is FormatChange and event.reason.startswith("rollout stage"):
+        if repeats_stage(event):
             continue
         shape = _SHAPES.get(event.kind, "")
         if isinstance(event, GateResult):

@@ -176,3 +176,8 @@ def _from_statistics(records: RunRecords) -> dict[str, FormatHistory]:
                 history.append((first if history else 0, format))
         histories[layer] = tuple(history)
     return histories
+
+
+def repeats_stage(event: Event) -> bool:
+    """Whether it is a write of the stage that begins at the same step."""
+    return type(event) is FormatChange and event.reason.startswith("rollout stage")

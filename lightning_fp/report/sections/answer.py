@@ -9,7 +9,13 @@ from typing import Literal, TypeAlias
 from lightning_fp.counting import counted
 from lightning_fp.events import WatchFailed
 from lightning_fp.records import FormatChange
-from lightning_fp.report.read.format_history import ever_low, format_changes, is_low, last_formats
+from lightning_fp.report.read.format_history import (
+    ever_low,
+    format_changes,
+    is_low,
+    last_formats,
+    repeats_stage,
+)
 from lightning_fp.report.read.incidents import incidents
 from lightning_fp.report.read.run_records import RunRecords
 from lightning_fp.report.sections.advice import limits_of
@@ -132,11 +138,11 @@ def answer(records: RunRecords) -> Answer:
             setting=setting_for(records, {}),
             advice=f"{likeness[0].upper()}{likeness[1:]}." if likeness else "",
         )
-    word = f"Safe over {over}" if records.finished is not None else f"Safe so far, over {over}"
     if records.finished is None:
+        word = f"Safe so far, over {over}"
         advice = "Its end is not recorded, so there is nothing to recommend yet."
         return Answer(tone="good", word=word, cost=cost, advice=advice)
-    setting = setting_for(records, {})
+    word, setting = f"Safe over {over}", setting_for(records, {})
     return Answer(tone="good", word=word, cost=cost, setting=setting, advice=_of_delayed(setting))
 
 
@@ -249,7 +255,7 @@ def _taken_back(records: RunRecords) -> FormatChange | None:
     changes = [
         event
         for event in format_changes(records.events)
-        if not event.reason.startswith("rollout stage")
+        if not repeats_stage(event)
         and any(is_low(before) and not is_low(after) for before, after in event.formats.values())
     ]
     return changes[-1] if changes else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_fp import PrecisionMap, convert
 from lightning_fp.layers import FPLinear
 from lightning_fp.layers.fsdp import weights as fsdp_weights
+from tests.layers.fsdp.one_step import one_step
 
 IN, OUT, TOKENS = 48, 80, 7
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -82,23 +84,7 @@ def sharded(
     return model, table
 
 
-def step(model: Any, table: PrecisionMap, optimizer: Any, *, micro_batches: int = 2) -> float:
-    """One step, through which weights stay gathered where forward has left them so."""
-    table.before_batch()
-    total = 0.0
-    for index in range(micro_batches):
-        last = index == micro_batches - 1
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
-        torch.manual_seed(index)
-        x = torch.randn(TOKENS, IN, dtype=torch.bfloat16, requires_grad=True)
-        loss = model(x).float().square().mean()
-        loss.backward()
-        total += float(loss.detach())
-    optimizer.step()
-    optimizer.zero_grad()
-    table.step()
-    return total
+step = partial(one_step, shape=(TOKENS, IN))
 
 
 def layers(model: nn.Module) -> list[FPLinear]:
